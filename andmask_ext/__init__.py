@@ -1,0 +1,13 @@
+"""Training that keeps only what all environments agree on: the AND-mask for PyTorch.
+
+Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021.
+"""
+
+from ._library import __version__, build_info  # isort: skip  # loads the ops that others use
+from . import _fake as _fake
+from . import ops
+from ._backward import backward
+from .rules import AndMask
+
+__all__ = ["AndMask", "__version__", "backward", "build_info", "ops"]
+

@@ -1,0 +1,189 @@
+"""Exact aggregation for any model: one loss and one backward pass per environment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge
+
+__all__ = ["backward"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def backward(
+    losses: Sequence[Tensor] | Tensor,
+    rule: Callable[[Tensor], Tensor],
+    params: Iterable[Tensor] | None = None,
+) -> None:
+    """Add the gradient that a rule makes of several environments to ``param.grad``.
+
+    Takes the place of ``loss.backward()``. Each loss is back-propagated by itself, so the result is
+    exact for any model: batch norm in training mode, tied weights, checkpointing
+    (``use_reentrant=False``), autocast and ``torch.compile`` included. It costs one backward pass
+    per environment, and memory for one gradient per environment. As after ``loss.backward()``, the
+    graphs are freed.
+
+    A parameter that an environment's loss does not touch has gradient zero there, which is a vote
+    for neither sign: with ``tau=1`` it will not move. A parameter that no loss touches keeps its
+    ``.grad``. Aggregated gradients do not depend on a positive factor common to all losses, so
+    ``GradScaler.scale`` may be applied to each of them. If anything raises, no ``.grad`` has
+    changed.
+
+    Args:
+        losses: one scalar loss per environment: a sequence, or a tensor of shape :math:`(d,)`.
+            Losses that share a part of their graph (as the elements of one tensor do) each
+            back-propagate through all of it.
+        rule: maps stacked gradients ``[d, *shape]`` to one gradient ``[*shape]``, for example
+            :class:`andmask_ext.AndMask`. Called once per parameter, without gradient tracking.
+        params: the leaf tensors to give gradients to; those that do not require grad are passed
+            over. Default: every leaf that the losses depend on.
+
+    Raises:
+        TypeError: a loss or parameter is not a tensor, a gradient is sparse or of an unsupported
+            dtype, or ``rule`` is not callable or returns no tensor.
+        ValueError: there is no loss or no parameter, a loss is not scalar or does not require
+            grad, a parameter is not a leaf, or ``rule`` returns another shape.
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> weight = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> losses = [(weight * x).sum() for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]])]
+        >>> andmask_ext.backward(losses, andmask_ext.AndMask(tau=1.0))
+        >>> weight.grad
+        tensor([2., 0.])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+    if not callable(rule):
+        raise TypeError(f"rule: expected a callable, but got {type(rule).__name__}")
+    scalars = _check_losses(losses)
+    graphs = [_nodes(loss) for loss in scalars]
+    leaves = _leaves(graphs) if params is None else _check_params(params)
+    if not leaves:
+        raise ValueError("params: expected at least one leaf tensor that requires grad, but got 0")
+
+    # A graph is freed once no later loss needs it: memory stays low, and compiled models insist.
+    last_users = _last_users(graphs)
+    stacks: list[Tensor | None] = [None] * len(leaves)
+    for environment, (loss, graph) in enumerate(zip(scalars, graphs, strict=True)):
+        shared = any(last_users.get(node, 0) > environment for node in graph)
+        grads = torch.autograd.grad(loss, leaves, retain_graph=shared, allow_unused=True)
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"params[{index}]: expected a dense gradient in environment {environment}, but "
+                    f"got layout {str(grad.layout).removeprefix('torch.')} "
+                    "(an embedding with sparse=True?)"
+                )
+            stack = stacks[index]
+            if stack is None:
+                stack = stacks[index] = grad.new_zeros((len(scalars), *grad.shape))
+            stack[environment].copy_(grad)
+    del graphs, graph, last_users
+
+    with torch.no_grad():
+        updates: list[Tensor | None] = []
+        for index, leaf in enumerate(leaves):
+            stack, stacks[index] = stacks[index], None
+            updates.append(None if stack is None else _apply(rule, stack, leaf))
+            del stack
+        for leaf, update in zip(leaves, updates, strict=True):
+            if update is None:
+                continue
+            if leaf.grad is None:
+                leaf.grad = update
+            else:
+                leaf.grad += update
+
+
+def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(
+                "losses: expected a sequence of scalar losses or a tensor of shape (d,), "
+                f"but got shape {tuple(losses.shape)}"
+            )
+        scalars = list(losses.unbind())
+    else:
+        scalars = list(losses)
+    if not scalars:
+        raise ValueError("losses: expected at least one loss, but got 0")
+    for index, loss in enumerate(scalars):
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"losses[{index}]: expected a Tensor, but got {type(loss).__name__}")
+        if loss.numel() != 1:
+            raise ValueError(
+                f"losses[{index}]: expected a scalar, but got shape {tuple(loss.shape)}"
+            )
+        if not loss.requires_grad:
+            raise ValueError(
+                f"losses[{index}]: expected a loss that requires grad, but got one without a graph"
+            )
+    return scalars
+
+
+def _check_params(params: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(params, Tensor):
+        raise TypeError("params: expected an iterable of tensors, but got one Tensor")
+    leaves: dict[int, Tensor] = {}  # by identity: tied weights may be listed twice
+    for index, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
+        if not param.is_leaf:
+            raise ValueError(f"params[{index}]: expected a leaf tensor, but got a computed one")
+        if param.requires_grad:
+            if param.dtype not in _DTYPES:
+                raise TypeError(
+                    f"params[{index}]: expected dtype float16, bfloat16, float32 or float64, "
+                    f"but got {str(param.dtype).removeprefix('torch.')}"
+                )
+            leaves[id(param)] = param
+    return list(leaves.values())
+
+
+def _nodes(loss: Tensor) -> dict[Node, None]:
+    """Return every autograd node below ``loss``, in a reproducible order."""
+    root = get_gradient_edge(loss).node
+    found = {root: None}
+    stack = [root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node is not None and node not in found:
+                found[node] = None
+                stack.append(node)
+    return found
+
+
+def _leaves(graphs: list[dict[Node, None]]) -> list[Tensor]:
+    nodes = dict.fromkeys(node for graph in graphs for node in graph)
+    return _check_params(node.variable for node in nodes if hasattr(node, "variable"))
+
+
+def _last_users(graphs: list[dict[Node, None]]) -> dict[Node, int]:
+    """For every node that holds saved tensors, the last environment that goes through it."""
+    return {
+        node: environment
+        for environment, graph in enumerate(graphs)
+        for node in graph
+        if not hasattr(node, "variable")
+    }
+
+
+def _apply(rule: Callable[[Tensor], Tensor], stack: Tensor, leaf: Tensor) -> Tensor:
+    update = rule(stack)
+    if not isinstance(update, Tensor):
+        raise TypeError(f"rule: expected it to return a Tensor, but got {type(update).__name__}")
+    if update.shape != leaf.shape:
+        raise ValueError(
+            f"rule: expected it to return shape {tuple(leaf.shape)} for grads of shape "
+            f"{tuple(stack.shape)}, but got {tuple(update.shape)}"
+        )
+    if update.stride() != leaf.stride():  # optimizers are fastest where .grad lies like the leaf
+        update = torch.empty_like(leaf).copy_(update)
+    return update

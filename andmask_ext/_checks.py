@@ -1,0 +1,44 @@
+"""Argument checks: every message names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_grads(grads: object) -> None:
+    """Raise unless ``grads`` is a dense floating-point tensor ``[environments >= 1, *shape]``."""
+    if not isinstance(grads, Tensor):
+        raise TypeError(f"grads: expected a Tensor, but got {type(grads).__name__}")
+    if grads.dtype not in _DTYPES:
+        raise TypeError(
+            "grads: expected dtype float16, bfloat16, float32 or float64, "
+            f"but got {str(grads.dtype).removeprefix('torch.')}"
+        )
+    if grads.layout != torch.strided:
+        raise TypeError(
+            "grads: expected a dense (strided) tensor, "
+            f"but got layout {str(grads.layout).removeprefix('torch.')}"
+        )
+    if grads.dim() == 0:
+        raise ValueError("grads: expected shape [environments, *shape], but got a 0-dim tensor")
+    if grads.shape[0] == 0:
+        raise ValueError("grads: expected at least 1 environment (dim 0), but got 0")
+
+
+def check_tau(tau: object) -> None:
+    """Raise unless ``tau`` is a real number in [0, 1]."""
+    if isinstance(tau, bool) or not isinstance(tau, numbers.Real):
+        raise TypeError(f"tau: expected a number in [0, 1], but got {type(tau).__name__}")
+    if not 0 <= tau <= 1:
+        raise ValueError(f"tau: expected a number in [0, 1], but got {tau}")
+
+
+def check_bool(name: str, value: object) -> None:
+    """Raise unless ``value`` is a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, but got {type(value).__name__}")

@@ -1,0 +1,125 @@
+"""What a run is made of, and the two parameterisations to start from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from .data import SpiralsConfig
+
+METHODS = ("and-mask", "mean")
+OPTIMIZERS = ("adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides one run but its seed; the defaults are the paper's.
+
+    Args:
+        method: ``and-mask``, or ``mean`` for ordinary training on the pooled environments.
+        tau: share of net votes that a coordinate needs; ignored by ``mean``.
+        rescale: divide each masked gradient by its share of kept coordinates; ignored by ``mean``.
+        environments: number of training environments.
+        examples: examples in each.
+        test_examples: size of the test set.
+        shortcut_dims: number of shortcut dimensions.
+        shortcut_variance: variance of the entries of a shortcut vector.
+        revolutions: turns of the spirals.
+        standardize: divide the mechanism dimensions by their standard deviation.
+        width: units in a hidden layer.
+        layers: number of hidden layers.
+        batch: examples from each environment in one step.
+        epochs: passes over the data.
+        optimizer: ``adam``, or ``sgd`` with momentum .9.
+        lr: first learning rate.
+        decay: shares of the epochs after which the learning rate falls to a tenth.
+        l2: penalty that the optimizer adds to the masked gradient.
+
+    Raises:
+        ValueError: a value that cannot be meant; the message names it.
+
+    Example:
+        >>> Settings(tau=1.0).learning_rate(epoch=50)
+        0.001
+
+    Reference:
+        Parascandolo et al., ICLR 2021, section 4.1 and its appendix.
+    """
+
+    method: str = "and-mask"
+    tau: float = 0.8
+    rescale: bool = True
+    environments: int = 32
+    examples: int = 1280
+    test_examples: int = 2000
+    shortcut_dims: int = 32
+    shortcut_variance: float = 0.1
+    revolutions: float = 3.0
+    standardize: bool = False
+    width: int = 256
+    layers: int = 3
+    batch: int = 128
+    epochs: int = 94
+    optimizer: str = "adam"
+    lr: float = 1e-2
+    decay: tuple[float, ...] = (0.5, 0.75)
+    l2: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.optimizer not in OPTIMIZERS:
+            expected = ", ".join(OPTIMIZERS)
+            raise ValueError(f"optimizer: expected one of {expected}, got {self.optimizer!r}")
+        if not 0 <= self.tau <= 1:
+            raise ValueError(f"tau: expected a number in [0, 1], got {self.tau}")
+        for name in ("width", "layers", "batch", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.batch > self.examples:
+            raise ValueError(
+                f"batch: expected at most the {self.examples} examples of an environment, "
+                f"got {self.batch}"
+            )
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr: expected a finite number > 0, got {self.lr}")
+        if not 0 <= self.l2 < float("inf"):
+            raise ValueError(f"l2: expected a finite number >= 0, got {self.l2}")
+        if not all(0 <= share <= 1 for share in self.decay):
+            raise ValueError(f"decay: expected shares of the epochs in [0, 1], got {self.decay}")
+        self.data_config()
+
+    def data_config(self) -> SpiralsConfig:
+        """Return the part that decides the data."""
+        names = [f.name for f in fields(SpiralsConfig)]
+        return SpiralsConfig(**{name: getattr(self, name) for name in names})
+
+    def learning_rate(self, epoch: int) -> float:
+        """Return the learning rate of an epoch, counted from 0."""
+        passed = sum(epoch >= round(share * self.epochs) for share in self.decay)
+        return self.lr / float(10**passed)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the outcome: ``mean`` knows neither tau nor rescale."""
+        identity = asdict(self)
+        if self.method == "mean":
+            del identity["tau"], identity["rescale"]
+        return identity
+
+
+PAPER = Settings()
+RELEASED = replace(
+    PAPER,
+    environments=16,
+    examples=1024,
+    shortcut_dims=16,
+    shortcut_variance=1.0,
+    standardize=True,
+    batch=256,
+    epochs=150,
+    decay=(0.75,),
+    l2=1e-3,
+)
+SETTINGS = {"paper": PAPER, "released": RELEASED}
+# What --quick changes: enough to see the effect.
+QUICK: dict[str, Any] = {"revolutions": 2.0, "epochs": 24}

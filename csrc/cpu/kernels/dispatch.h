@@ -1,0 +1,40 @@
+// Kernel tables: one per op family and instruction set, chosen once at run time.
+//
+// A file in this folder is compiled once per instruction set, each time with another ANDMASK_ISA,
+// which names the namespace of its table. It may include only csrc/math and C headers, and it keeps
+// all it defines in an anonymous namespace, except for the table.
+#pragma once
+
+#include "../capability.h"
+
+namespace andmask {
+
+// Element types in the order of every kernel table.
+enum class Dtype { float16, bfloat16, float32, float64 };
+constexpr int kDtypes = 4;
+
+// Declares a table of kernels for every compiled instruction set, and the function that picks one.
+#if defined(ANDMASK_X86_LEVELS)
+#define ANDMASK_DECLARE_KERNELS(Table, table)                           \
+  namespace baseline {                                                  \
+  extern const Table table;                                             \
+  }                                                                     \
+  namespace v3 {                                                        \
+  extern const Table table;                                             \
+  }                                                                     \
+  namespace v4 {                                                        \
+  extern const Table table;                                             \
+  }                                                                     \
+  static inline const Table& table(Isa isa) {                           \
+    return isa == Isa::v4 ? v4::table : isa == Isa::v3 ? v3::table      \
+                                                       : baseline::table; \
+  }
+#else
+#define ANDMASK_DECLARE_KERNELS(Table, table)                      \
+  namespace baseline {                                             \
+  extern const Table table;                                        \
+  }                                                                \
+  static inline const Table& table(Isa) { return baseline::table; }
+#endif
+
+}  // namespace andmask

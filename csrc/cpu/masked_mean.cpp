@@ -1,0 +1,117 @@
+#include "kernels/masked_mean.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <atomic>
+
+#include "../checks.h"
+#include "../math/agreement.h"
+
+namespace andmask {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Elements that one thread should have before a second one is worth waking.
+constexpr int64_t kGrain = 32768;
+// Columns are shared out in whole cache lines of output.
+constexpr int64_t kColumnUnit = 64;
+
+Dtype check_dtype(const char* op, const Tensor& grads) {
+  switch (grads.scalar_type()) {
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    default: break;
+  }
+  check(false, op, "expected grads of dtype float16, bfloat16, float32 or float64, but got ",
+        torch::headeronly::toString(grads.scalar_type()));
+  return Dtype::float32;
+}
+
+// Whether each environment's gradient lies contiguous in memory, however far apart they are.
+bool rows_are_contiguous(const Tensor& grads) {
+  int64_t expected = 1;
+  for (int64_t dim = grads.dim() - 1; dim >= 1; --dim) {
+    if (grads.size(dim) == 1) continue;
+    if (grads.stride(dim) != expected) return false;
+    expected *= grads.size(dim);
+  }
+  return true;
+}
+
+template <typename F>
+void parallel_columns(int64_t columns, int64_t work_per_column, const F& f) {
+  const int64_t units = (columns + kColumnUnit - 1) / kColumnUnit;
+  const int64_t grain = std::max<int64_t>(1, kGrain / (kColumnUnit * work_per_column));
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
+    f(begin * kColumnUnit, std::min(end * kColumnUnit, columns));
+  });
+}
+
+Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, bool mask_only) {
+  check_grads(op, grads);
+  check_tau(op, tau);
+  const Dtype dtype = check_dtype(op, grads);
+  const auto shape = grads.sizes();
+  const auto out_shape = torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
+  const Tensor out = torch::stable::new_empty(grads, out_shape);
+  const int64_t columns = out.numel();
+  if (columns == 0) return out;
+
+  // Rescaling needs the count of kept columns first, and reads what the first pass wrote. Results of
+  // the 16-bit types wait for it in float32, so that they are rounded once.
+  const bool two_passes = rescale || mask_only;
+  const bool sixteen_bits = dtype == Dtype::float16 || dtype == Dtype::bfloat16;
+  const Tensor unscaled = two_passes && sixteen_bits
+                              ? torch::stable::new_empty(grads, out_shape, ScalarType::Float)
+                              : out;
+
+  const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
+  const int64_t environments = rows.size(0);
+  const MaskedMeanTask task{
+      rows.const_data_ptr(),
+      environments,
+      rows.stride(0),
+      static_cast<int32_t>(vote_threshold(tau, environments)),
+      mask_only     ? Output::mask_unscaled
+      : two_passes  ? Output::masked_mean_unscaled
+                    : Output::masked_mean,
+      unscaled.mutable_data_ptr(),
+  };
+  const MaskedMeanKernels& kernels = masked_mean_kernels(active_isa());
+  const int index = static_cast<int>(dtype);
+  std::atomic<int64_t> kept{0};
+  parallel_columns(columns, environments, [&](int64_t begin, int64_t end) {
+    kept += kernels.reduce[index](task, begin, end);
+  });
+  if (two_passes) {
+    const double factor = rescale ? inverse_density(kept, columns) : 1.0;
+    void* const target = out.mutable_data_ptr();
+    parallel_columns(columns, 1, [&](int64_t begin, int64_t end) {
+      kernels.scale[index](task.out, factor, target, begin, end);
+    });
+  }
+  return out;
+}
+
+Tensor masked_mean_cpu(const Tensor& grads, double tau, bool rescale) {
+  return reduce("andmask::masked_mean", grads, tau, rescale, /*mask_only=*/false);
+}
+
+Tensor agreement_mask_cpu(const Tensor& grads, double tau, bool rescale) {
+  return reduce("andmask::agreement_mask", grads, tau, rescale, /*mask_only=*/true);
+}
+
+}  // namespace
+}  // namespace andmask
+
+STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) {
+  m.impl("masked_mean", TORCH_BOX(&andmask::masked_mean_cpu));
+  m.impl("agreement_mask", TORCH_BOX(&andmask::agreement_mask_cpu));
+}

@@ -1,0 +1,32 @@
+// The AND-mask: Parascandolo et al., "Learning explanations that are hard to vary", ICLR 2021, sec. 2.3.
+#pragma once
+
+#include "scalar.h"
+
+namespace andmask {
+
+// The vote of one environment: +1, -1, or 0 for zeros of either sign and for NaN.
+template <typename T>
+ANDMASK_INLINE int32_t sign(T grad) {
+  return static_cast<int32_t>(grad > T(0)) - static_cast<int32_t>(grad < T(0));
+}
+
+// The smallest |votes| that keeps a coordinate. Agreement is decided on integers, because tau * d in
+// floating point loses ties: 1e-6 is far above the rounding error of tau * d (2.4e-7 at d = 2^31)
+// and far below the distance between two integers.
+ANDMASK_INLINE int64_t vote_threshold(double tau, int64_t environments) {
+  const double bound = tau * static_cast<double>(environments) - 1e-6;
+  const int64_t floor = static_cast<int64_t>(bound);
+  return floor + (static_cast<double>(floor) < bound ? 1 : 0);
+}
+
+ANDMASK_INLINE bool agrees(int32_t votes, int32_t threshold) {
+  return (votes < 0 ? -votes : votes) >= threshold;
+}
+
+// The factor of `rescale`: the inverse share of kept coordinates in one parameter tensor.
+ANDMASK_INLINE double inverse_density(int64_t kept, int64_t count) {
+  return 1.0 / (1e-10 + static_cast<double>(kept) / static_cast<double>(count));
+}
+
+}  // namespace andmask

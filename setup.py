@@ -1,0 +1,87 @@
+"""Drives CMake; metadata stands in pyproject.toml, compiler flags in CMakeLists.txt."""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+OLDEST_TORCH = (2, 10)
+
+
+def torch_dir() -> str:
+    """Return the folder of the torch package to build against, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        sys.exit("andmask_ext: building needs torch >= 2.10 in this environment, and found none.")
+    version = importlib.metadata.version("torch")
+    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
+    if (int(major), int(minor)) < OLDEST_TORCH:
+        sys.exit(f"andmask_ext: building needs torch >= 2.10, and found torch {version}.")
+    return spec.submodule_search_locations[0]
+
+
+def program(name: str, variable: str | None = None) -> str:
+    """Return the path of a build tool, or stop with the sentence that helps."""
+    wanted = os.environ.get(variable, name) if variable else name
+    path = shutil.which(wanted)
+    if path is None:
+        remedy = (
+            f"install a C++20 compiler (g++ >= 11 or clang++ >= 14), or set {variable}"
+            if variable
+            else f"pip install {name}"
+        )
+        sys.exit(f"andmask_ext: building needs {wanted!r}, which is not on PATH: {remedy}.")
+    return path
+
+
+class CMakeBuild(build_ext):
+    """Builds the native libraries into the package folder."""
+
+    def run(self) -> None:
+        in_place = self.editable_mode or self.inplace
+        package = (ROOT if in_place else Path(self.build_lib).resolve()) / "andmask_ext"
+        build = ROOT / "build" / ("editable" if in_place else "wheel")
+        cmake = program("cmake")
+        options = {
+            "CMAKE_MAKE_PROGRAM": program("ninja"),
+            "CMAKE_CXX_COMPILER": program("c++", "CXX"),
+            "ANDMASK_TORCH_DIR": torch_dir(),
+            "ANDMASK_HARNESS": "ON" if in_place else "OFF",
+        }
+        if in_place:  # the harness alone needs Python
+            import pybind11
+
+            options["Python_EXECUTABLE"] = sys.executable
+            options["pybind11_DIR"] = pybind11.get_cmake_dir()
+        defines = [f"-D{key}={value}" for key, value in options.items()]
+        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
+        subprocess.check_call([cmake, "--build", build])
+        subprocess.check_call([cmake, "--install", build, "--prefix", package])
+
+    def get_outputs(self) -> list[str]:
+        return []
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
+class StableWheel(bdist_wheel):
+    """One wheel serves every Python: the library uses only the LibTorch stable ABI."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
+setup(
+    ext_modules=[Extension("andmask_ext.libandmask", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": StableWheel},
+)

@@ -1,0 +1,97 @@
+"""Records and checkpoints: found again by identity, never half written."""
+
+import json
+
+import pytest
+import torch
+
+from andmask_ext.studies.records import RunFiles, canonical, write_atomically
+
+IDENTITY = {"study": "x", "settings": {"tau": 0.8, "decay": (0.5, 0.75)}, "seed": 0}
+
+
+def finished(folder, identity=IDENTITY):
+    files = RunFiles(folder, "run", identity)
+    files.finish({"final": {"loss": 1.5}}, {"w": torch.arange(3.0)})
+    return files
+
+
+def test_a_record_is_read_back_with_its_weights(tmp_path):
+    files = finished(tmp_path / "new" / "folder")
+    again = RunFiles(tmp_path / "new" / "folder", "run", IDENTITY)
+    assert again.read_record()["final"] == {"loss": 1.5}
+    assert torch.equal(again.read_weights()["w"], torch.arange(3.0))
+    assert {p.name for p in files.record.parent.iterdir()} == {
+        files.record.name,
+        files.weights.name,
+    }
+
+
+def test_nothing_yet(tmp_path):
+    files = RunFiles(tmp_path, "run", IDENTITY)
+    assert files.read_record() is None
+    assert files.read_checkpoint() is None
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"study": "y"}, {"settings": {"tau": 0.9}}])
+def test_another_identity_is_another_run(tmp_path, change):
+    files = finished(tmp_path)
+    other = RunFiles(tmp_path, "run", IDENTITY | change)
+    assert other.record != files.record
+    assert other.read_record() is None
+
+
+def test_a_record_with_the_right_name_and_another_identity_is_not_taken(tmp_path):
+    files = finished(tmp_path)
+    record = json.loads(files.record.read_text())
+    record["identity"]["seed"] = 7
+    files.record.write_text(json.dumps(record))
+    assert files.read_record() is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\x01"])
+def test_a_damaged_record_is_not_taken(tmp_path, text):
+    files = finished(tmp_path)
+    files.record.write_text(text)
+    assert files.read_record() is None
+
+
+def test_a_record_without_weights_is_not_taken(tmp_path):
+    files = finished(tmp_path)
+    files.weights.unlink()
+    assert files.read_record() is None
+
+
+def test_a_checkpoint_lasts_until_the_record(tmp_path):
+    files = RunFiles(tmp_path, "run", IDENTITY)
+    files.write_checkpoint({"w": torch.ones(2), "epoch": 3})
+    files.write_checkpoint({"w": torch.zeros(2), "epoch": 4})
+    state = RunFiles(tmp_path, "run", IDENTITY).read_checkpoint()
+    assert state["epoch"] == 4
+    assert torch.equal(state["w"], torch.zeros(2))
+    files.finish({}, {})
+    assert files.read_checkpoint() is None
+    assert not files.checkpoint.exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tuples_are_lists_and_order_does_not_matter():
+    assert canonical({"b": (1, 2), "a": 0}) == canonical({"a": 0, "b": [1, 2]})
+
+
+def test_not_a_number_has_no_place_in_an_identity():
+    with pytest.raises(ValueError, match="JSON"):
+        canonical({"tau": float("nan")})
