@@ -69,10 +69,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run: Callable[[Sequence[str], str], int] = getattr(import_module(module), function)
     except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "andmask_ext":
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "andmask_ext"):
             raise
         print(
-            f"{prog}: needs the package {error.name!r}: pip install andmask_ext[studies]",
+            f"{prog}: needs the package {package!r}: pip install andmask_ext[studies]",
             file=sys.stderr,
         )
         return 1

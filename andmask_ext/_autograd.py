@@ -57,16 +57,35 @@ torch.library.register_vmap("andmask::agreement_mask", _vmap_rule(_agreement_mas
 
 
 class MaskedMean(torch.autograd.Function):
-    """``masked_mean`` for use inside ``torch.func`` transforms.
+    """``masked_mean`` for ``torch.func`` transforms and forward-mode differentiation.
 
-    torch (2.10 to 2.14) cannot take ``torch.func.grad`` *through* an op that has its formula from
-    ``register_autograd``; it can through an ``autograd.Function`` like this one.
+    torch (2.10 to 2.14) can take neither *through* an op that has its formula from
+    ``register_autograd``: ``torch.func.grad`` raises, forward mode loses the tangent. An
+    ``autograd.Function`` like this one has no such hole.
     """
 
     @staticmethod
     def forward(grads: Tensor, tau: float, rescale: bool) -> Tensor:
         return _masked_mean(grads, tau, rescale)  # type: ignore[no-any-return]
 
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
+        _setup_context(ctx, inputs, output)
+        ctx.save_for_forward(inputs[0])
+
     backward = staticmethod(_backward)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        (grads,) = ctx.saved_tensors
+        return _agreement_mask(grads.detach(), ctx.tau, ctx.rescale) * tangent.mean(0)
+
     vmap = staticmethod(_vmap_rule(lambda *args: MaskedMean.apply(*args)))
+
+
+def needs_function() -> bool:
+    """Whether the caller runs under a transform that only :class:`MaskedMean` supports."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._autograd import MaskedMean
+from ._autograd import MaskedMean, needs_function
 from ._checks import check_bool, check_grads, check_tau
 
 __all__ = ["agreement_mask", "masked_mean"]
@@ -62,7 +62,7 @@ def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tenso
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     _check(grads, tau, rescale)
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if needs_function():
         return MaskedMean.apply(grads, tau, rescale)  # type: ignore[no-any-return]
     return torch.ops.andmask.masked_mean.default(grads, tau, rescale)  # type: ignore[no-any-return]
 

@@ -19,12 +19,12 @@ const char* name(Isa isa) {
 
 Isa best_isa() {
 #if defined(ANDMASK_X86_LEVELS)
+  // Every CPU with these has the rest of its level (F16C, LZCNT, MOVBE) too, and the builtin also
+  // asks whether the operating system saves the wide registers.
   __builtin_cpu_init();
-  const auto has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-                      __builtin_cpu_supports("f16c") && __builtin_cpu_supports("lzcnt") &&
-                      __builtin_cpu_supports("movbe");
-  const auto has_v4 = has_v3 && __builtin_cpu_supports("avx512f") &&
+  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   return has_v4 ? Isa::v4 : has_v3 ? Isa::v3 : Isa::baseline;

@@ -1,11 +1,9 @@
 """``python -m andmask_ext spirals`` from outside: records, figures, resuming, messages."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -120,37 +118,46 @@ def test_the_data_are_drawn_without_training(tmp_path):
     assert_picture(tmp_path / "data.png")
 
 
+STOPPED = """
+import os, sys
+from andmask_ext.__main__ import main
+from andmask_ext.studies.spirals import training
+
+signal, last, plain, seen = int(sys.argv[1]), int(sys.argv[2]), training.batches, []
+
+def batches(*arguments):
+    for batch in plain(*arguments):
+        seen.append(batch)
+        if len(seen) == last:
+            os.kill(os.getpid(), signal)
+        yield batch
+
+training.batches, training.CHECKPOINT_SECONDS = batches, 0
+sys.exit(main(sys.argv[3:]))
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="sends POSIX signals")
 def test_interrupted_and_killed_runs_end_with_the_same_bits(tmp_path):
-    arguments = [*TINY, "--method", "and-mask", "--seeds", 0, "--epochs", 700, "--output"]
+    arguments = [*TINY, "--method", "and-mask", "--seeds", "0", "--epochs", "12", "--output"]
 
-    def stop(how):
-        process = subprocess.Popen(
-            command(*arguments, tmp_path / "stopped"), stderr=subprocess.PIPE, text=True
+    def stop(how, batch):
+        call = [sys.executable, "-c", STOPPED, str(int(how)), str(batch)]
+        result = subprocess.run(
+            [*call, *arguments, tmp_path / "stopped"], capture_output=True, text=True, timeout=120
         )
-        old = {p: p.stat().st_mtime_ns for p in (tmp_path / "stopped").glob("*.checkpoint")}
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
-            checkpoints = {
-                p: p.stat().st_mtime_ns for p in (tmp_path / "stopped").glob("*.checkpoint")
-            }
-            if checkpoints and checkpoints != old:
-                break
-            assert process.poll() is None, "ended before it could be stopped"
-            time.sleep(0.02)
-        os.kill(process.pid, how)
-        _, errors = process.communicate(timeout=60)
         assert not list((tmp_path / "stopped").glob("*.json"))
-        return process.returncode, errors
+        assert len(list((tmp_path / "stopped").glob("*.checkpoint"))) == 1
+        return result
 
-    status, errors = stop(signal.SIGINT)
-    assert status == 130
-    assert "the same command goes on from there" in errors
-    assert "Traceback" not in errors
-    assert stop(signal.SIGKILL)[0] == -signal.SIGKILL
+    interrupted = stop(signal.SIGINT, batch=2 * 4 + 1)
+    assert interrupted.returncode == 130
+    assert "the same command goes on from there" in interrupted.stderr
+    assert "Traceback" not in interrupted.stderr
+    assert stop(signal.SIGKILL, batch=2 * 3 + 1).returncode == -signal.SIGKILL
 
-    assert run(*arguments, tmp_path / "stopped").returncode == 0
-    assert run(*arguments, tmp_path / "whole").returncode == 0
+    assert "goes on after epoch 7" in run(*arguments, tmp_path / "stopped").stdout
+    assert "goes on" not in run(*arguments, tmp_path / "whole").stdout
     (stopped,) = records(tmp_path / "stopped").values()
     (whole,) = records(tmp_path / "whole").values()
     assert stopped.pop("seconds") > 0
@@ -220,7 +227,9 @@ def test_a_missing_package_is_one_sentence(package):
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_package_itself_needs_neither_matplotlib_nor_tqdm():
-    code = "import sys, andmask_ext; print({'matplotlib', 'tqdm'} & set(sys.modules))"
+def test_the_package_itself_imports_no_study():
+    code = (
+        "import sys, andmask_ext; print({'matplotlib', 'andmask_ext.studies'} & set(sys.modules))"
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr

@@ -1,7 +1,7 @@
 """Synthetic memorization: two spirals to be learned, and a shortcut in every environment.
 
-:mod:`.data` draws the data set, :mod:`.settings` says what a run is made of, :mod:`.train` trains,
-:mod:`.figures` draws, and :mod:`.cli` is ``python -m andmask_ext spirals``.
+:mod:`.data` draws the data set, :mod:`.settings` says what a run is made of, :mod:`.training`
+trains, :mod:`.figures` draws, and :mod:`.cli` is ``python -m andmask_ext spirals``.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 4.1.
@@ -9,7 +9,7 @@ Reference:
 
 from .data import Spirals, SpiralsConfig, draw_mechanism, draw_spirals
 from .settings import PAPER, RELEASED, Settings
-from .train import build_model, train
+from .training import build_model, train
 
 __all__ = [
     "PAPER",

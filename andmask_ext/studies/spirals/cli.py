@@ -18,7 +18,7 @@ from ..records import RunFiles
 from . import figures
 from .options import build_parser, plan, unique
 from .settings import Settings
-from .train import History, train
+from .training import History, train
 
 # Raise this when data or training change, so that older records are not taken for new ones.
 REVISION = 1
@@ -137,6 +137,8 @@ class Progress:
         now = time.perf_counter()
         if self.first is None:
             self.first = epoch - 1
+            if self.first:
+                self.say(f"goes on after epoch {self.first}")
         scores = (
             f"train {100 * history.train_accuracy[-1]:.1f} %  "
             f"test {100 * history.test_accuracy[-1]:.1f} %"
@@ -147,8 +149,15 @@ class Progress:
         elif now - self.told >= SECONDS_BETWEEN_LINES and epoch < self.epochs:
             self.told = now
             left = (now - self.started) / (epoch - self.first) * (self.epochs - epoch)
-            line = f"{self.title}  epoch {epoch}/{self.epochs}  {scores}  {left:.0f} s left"
+            self.say(f"epoch {epoch}/{self.epochs}  {scores}  {left:.0f} s left")
+
+    def say(self, text: str) -> None:
+        """Print a line about the run, above its bar if it has one."""
+        line = f"{self.title}  {text}"
+        if self.bar is None:
             print(line, flush=True)
+        else:
+            self.bar.write(line)
 
 
 def summary(runs: Sequence[figures.Run]) -> str:

@@ -17,7 +17,7 @@ from matplotlib.lines import Line2D
 from ..records import write_atomically
 from .data import Array, SpiralsConfig, draw_spirals
 from .settings import Settings
-from .train import build_model
+from .training import build_model
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; the classes are its purple and
 # green, darkened for points and lightened for regions.
@@ -185,40 +185,35 @@ def draw_map(runs: Sequence[Run], path: Path) -> None:
         (panels[0], "test_accuracy", "test accuracy (%): shortcuts say nothing"),
         (panels[1], "train_accuracy", "training accuracy (%): shortcuts give the answer away"),
     ):
-        values = np.full((len(revolutions), len(columns)), np.nan)
-        for i, revolution in enumerate(revolutions):
-            for j, column in enumerate(columns):
-                cell = [
-                    100 * run.record["final"][which]
-                    for run in runs
-                    if run.settings.revolutions == revolution and _column(run) == column
-                ]
-                if cell:
-                    values[i, j] = np.mean(cell)
+        values = np.array([[_mean(runs, which, r, c) for c in columns] for r in revolutions])
         image = axes.imshow(values, cmap="cividis", vmin=50, vmax=100, aspect="auto")
         for (i, j), value in np.ndenumerate(values):
-            if np.isfinite(value):
-                dark = value < 78
-                axes.text(
-                    j,
-                    i,
-                    f"{value:.0f}" if value > 99.95 else f"{value:.1f}",
-                    ha="center",
-                    va="center",
-                    fontsize=12,
-                    color="white" if dark else "black",
-                )
+            text = "" if np.isnan(value) else "100" if value > 99.95 else f"{value:.1f}"
+            colour = "white" if value < 78 else "black"
+            axes.text(j, i, text, ha="center", va="center", fontsize=12, color=colour)
         axes.set_title(title, fontsize=11.5)
         axes.set_yticks(range(len(revolutions)), [f"{value:g}" for value in revolutions])
         axes.set_ylabel("revolutions")
         axes.set_xticks(range(len(columns)), ["plain" if c < 0 else f"{c:g}" for c in columns])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
-        if columns[0] < 0:
-            axes.axvline(0.5, color="white", linewidth=5)
+        for j in range(len(columns) - 1):
+            wide = columns[j] < 0
+            axes.axvline(j + 0.5, color="white", linewidth=6 if wide else 1)
+        for i in range(len(revolutions) - 1):
+            axes.axhline(i + 0.5, color="white", linewidth=1)
         figure.colorbar(image, ax=axes, ticks=[50, 75, 100], pad=0.01).outline.set_visible(False)
     panels[1].set_xlabel("threshold τ of the AND-mask")
     _save(figure, path)
+
+
+def _mean(runs: Sequence[Run], which: str, revolutions: float, column: float) -> float:
+    cell = [
+        100 * run.record["final"][which]
+        for run in runs
+        if run.settings.revolutions == revolutions and _column(run) == column
+    ]
+    return sum(cell) / len(cell) if cell else float("nan")
 
 
 def _column(run: Run) -> float:

@@ -141,7 +141,7 @@ def train_epoch(
         if rule is None:
             logits = model(inputs.flatten(0, 1)).view_as(labels)
             losses = [binary_cross_entropy_with_logits(logits, labels)]
-            losses[0].backward()
+            losses[0].backward()  # type: ignore[no-untyped-call]
         else:
             outputs = [model(x) for x in inputs]
             losses = [

@@ -1,0 +1,156 @@
+"""The training loop: what it repeats and ignores, and that the AND-mask does what it is for."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+import andmask_ext as am
+from andmask_ext.studies.records import RunFiles
+from andmask_ext.studies.spirals import PAPER, RELEASED, Settings, build_model, train
+from andmask_ext.studies.spirals.training import batches, build_optimizer, train_epoch
+
+TINY = replace(
+    PAPER,
+    environments=3,
+    examples=20,
+    test_examples=50,
+    shortcut_dims=4,
+    width=8,
+    layers=2,
+    batch=6,
+    epochs=2,
+)
+
+
+def files(folder, settings, seed=0):
+    return RunFiles(folder, "run", {"settings": settings.identity(), "seed": seed})
+
+
+def one_step(settings):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 6, 6, generator=generator)
+    return inputs, torch.randint(0, 2, (3, 6), generator=generator).float()
+
+
+def test_the_presets_are_what_was_published():
+    assert (PAPER.environments, PAPER.examples, PAPER.batch, PAPER.shortcut_dims) == (
+        32,
+        1280,
+        128,
+        32,
+    )
+    assert (PAPER.shortcut_variance, PAPER.epochs) == (0.1, round(3000 / 32))
+    assert (PAPER.width, PAPER.layers, PAPER.optimizer, PAPER.lr, PAPER.l2) == (
+        256,
+        3,
+        "adam",
+        1e-2,
+        1e-4,
+    )
+    assert (RELEASED.environments, RELEASED.examples, RELEASED.batch) == (16, 1024, 256)
+    assert (RELEASED.shortcut_dims, RELEASED.shortcut_variance, RELEASED.revolutions) == (16, 1, 3)
+    assert RELEASED.standardize
+    assert not PAPER.standardize
+
+
+def test_learning_rate_falls_at_half_and_three_quarters():
+    rates = [PAPER.learning_rate(epoch) for epoch in (0, 46, 47, 69, 70, 93)]
+    assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
+def test_plain_training_has_no_tau():
+    one, two = (Settings(method="mean", tau=tau, rescale=tau > 0.5) for tau in (0.0, 1.0))
+    assert one.identity() == two.identity()
+    assert Settings(tau=0.9).identity() != Settings(tau=1.0).identity()
+
+
+def test_the_network_is_the_one_of_the_paper():
+    model = build_model(PAPER, seed=0)
+    linear = [module for module in model if isinstance(module, torch.nn.Linear)]
+    assert [m.out_features for m in linear] == [256, 256, 256, 1]
+    assert sum(isinstance(m, torch.nn.LeakyReLU) for m in model) == 3
+    assert model(torch.randn(2, 5, 34)).shape == (2, 5)
+    assert linear[1].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.02)
+    again, other = build_model(PAPER, seed=0), build_model(PAPER, seed=1)
+    assert torch.equal(again[0].weight, linear[0].weight)
+    assert not torch.equal(other[0].weight, linear[0].weight)
+
+
+def test_batches_show_every_example_once_and_keep_labels_with_inputs():
+    inputs = torch.arange(3 * 20.0).view(3, 20, 1)
+    labels = inputs[..., 0] * 2
+    seen = list(batches(inputs, labels, 6, torch.Generator().manual_seed(0)))
+    assert [x.shape for x, _ in seen] == [(3, 6, 1)] * 3
+    assert all(torch.equal(2 * x[..., 0], y) for x, y in seen)
+    together = torch.cat([x[..., 0] for x, _ in seen], dim=1)
+    for environment, row in enumerate(together):
+        assert len(row.unique()) == 18
+        assert ((row >= 20 * environment) & (row < 20 * (environment + 1))).all()
+    assert not torch.equal(together[0], together[1] - 20)
+
+
+def test_a_step_of_plain_training_is_a_step_on_the_pooled_batch():
+    inputs, labels = one_step(TINY)
+    model, expected = build_model(TINY, 0), build_model(TINY, 0)
+    train_epoch(model, build_optimizer(TINY, model), iter([(inputs, labels)]), None)
+    binary_cross_entropy_with_logits(expected(inputs.flatten(0, 1)), labels.flatten()).backward()
+    build_optimizer(TINY, expected).step()
+    for one, two in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_weights_without_agreement_shrink(optimizer):
+    settings = replace(TINY, optimizer=optimizer, lr=1e-3, l2=1e-2)
+    inputs, labels = one_step(settings)
+    model = build_model(settings, 0)
+    before = [p.detach().clone() for p in model.parameters()]
+    twice = torch.stack((inputs[0], inputs[0])), torch.stack((labels[0], labels[0]))
+
+    def nothing(grads):
+        return torch.zeros_like(grads[0])
+
+    train_epoch(model, build_optimizer(settings, model), iter([twice]), nothing)
+    for old, new in zip(before, model.parameters(), strict=True):
+        large = old.abs() > 0.005
+        assert (new.abs() < old.abs())[large].all()
+
+
+def test_the_rule_is_applied_to_the_gradients_of_the_environments():
+    inputs, labels = one_step(TINY)
+    settings = replace(TINY, optimizer="sgd", lr=1.0, l2=0.0)
+    model = build_model(settings, 0)
+    start = [p.detach().clone() for p in model.parameters()]
+    grads = [
+        torch.autograd.grad(binary_cross_entropy_with_logits(model(x), y), list(model.parameters()))
+        for x, y in zip(inputs, labels, strict=True)
+    ]
+    train_epoch(model, build_optimizer(settings, model), iter([(inputs, labels)]), am.AndMask(1.0))
+    for old, new, *own in zip(start, model.parameters(), *grads, strict=True):
+        stacked = torch.stack(own)
+        agreed = (stacked.sign().sum(0).abs() == 3).float()
+        torch.testing.assert_close(old - new, agreed * stacked.mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_same_seed_gives_the_same_history_and_another_seed_another(tmp_path):
+    one, two = (train(TINY, 0, files(tmp_path / name, TINY)) for name in "ab")
+    other = train(TINY, 1, files(tmp_path / "c", TINY, seed=1))
+    assert one["history"] == two["history"]
+    assert one["history"] != other["history"]
+
+
+def test_report_is_called_after_every_epoch(tmp_path):
+    seen = []
+    train(TINY, 0, files(tmp_path, TINY), lambda epoch, history: seen.append((epoch, len(history))))
+    assert seen == [(1, 1), (2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("method", "median"), ("optimizer", "lion"), ("tau", -0.1), ("width", 0), ("decay", (1.5,))],
+)
+def test_settings_that_cannot_be_meant(argument, value):
+    with pytest.raises(ValueError, match=f"{argument}: expected .* got"):
+        Settings(**{argument: value})
