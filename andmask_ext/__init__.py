@@ -10,4 +10,3 @@ from ._backward import backward
 from .rules import AndMask
 
 __all__ = ["AndMask", "__version__", "backward", "build_info", "ops"]
-

@@ -8,6 +8,7 @@ on the threshold the function jumps; there the formula gives the derivative with
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ torch.library.register_vmap("andmask::masked_mean", _vmap_rule(_masked_mean))
 torch.library.register_vmap("andmask::agreement_mask", _vmap_rule(_agreement_mask))
 
 
-class MaskedMean(torch.autograd.Function):
+class _MaskedMean(torch.autograd.Function):
     """``masked_mean`` for ``torch.func`` transforms and forward-mode differentiation.
 
     torch (2.10 to 2.14) can take neither *through* an op that has its formula from
@@ -66,7 +67,8 @@ class MaskedMean(torch.autograd.Function):
 
     @staticmethod
     def forward(grads: Tensor, tau: float, rescale: bool) -> Tensor:
-        return _masked_mean(grads, tau, rescale)  # type: ignore[no-any-return]
+        out: Tensor = _masked_mean(grads, tau, rescale)
+        return out
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
@@ -78,14 +80,17 @@ class MaskedMean(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         (grads,) = ctx.saved_tensors
-        return _agreement_mask(grads.detach(), ctx.tau, ctx.rescale) * tangent.mean(0)
+        mask: Tensor = _agreement_mask(grads.detach(), ctx.tau, ctx.rescale)
+        return mask * tangent.mean(0)
 
-    vmap = staticmethod(_vmap_rule(lambda *args: MaskedMean.apply(*args)))
+    vmap = staticmethod(_vmap_rule(lambda *args: masked_mean_function(*args)))
+
+
+masked_mean_function: Callable[[Tensor, float, bool], Tensor] = _MaskedMean.apply
 
 
 def needs_function() -> bool:
-    """Whether the caller runs under a transform that only :class:`MaskedMean` supports."""
+    """Whether the caller runs under a transform that only :func:`masked_mean_function` supports."""
     return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
+        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
     )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-__all__ = ["backward"]
+from ._checks import check_dtype
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+__all__ = ["backward"]
 
 
 def backward(
@@ -44,8 +44,9 @@ def backward(
     Raises:
         TypeError: a loss or parameter is not a tensor, a gradient is sparse or of an unsupported
             dtype, or ``rule`` is not callable or returns no tensor.
-        ValueError: there is no loss or no parameter, a loss is not scalar or does not require
-            grad, a parameter is not a leaf, or ``rule`` returns another shape.
+        ValueError: there is no loss or no parameter, a loss is not scalar, does not require
+            grad or uses reentrant checkpointing, a parameter is not a leaf, or ``rule`` returns
+            another shape.
 
     Example:
         >>> import torch, andmask_ext
@@ -62,6 +63,7 @@ def backward(
         raise TypeError(f"rule: expected a callable, but got {type(rule).__name__}")
     scalars = _check_losses(losses)
     graphs = [_nodes(loss) for loss in scalars]
+    _check_graphs(graphs)
     leaves = _leaves(graphs) if params is None else _check_params(params)
     if not leaves:
         raise ValueError("params: expected at least one leaf tensor that requires grad, but got 0")
@@ -138,11 +140,7 @@ def _check_params(params: Iterable[Tensor]) -> list[Tensor]:
         if not param.is_leaf:
             raise ValueError(f"params[{index}]: expected a leaf tensor, but got a computed one")
         if param.requires_grad:
-            if param.dtype not in _DTYPES:
-                raise TypeError(
-                    f"params[{index}]: expected dtype float16, bfloat16, float32 or float64, "
-                    f"but got {str(param.dtype).removeprefix('torch.')}"
-                )
+            check_dtype(f"params[{index}]", param)
             leaves[id(param)] = param
     return list(leaves.values())
 
@@ -158,6 +156,16 @@ def _nodes(loss: Tensor) -> dict[Node, None]:
                 found[node] = None
                 stack.append(node)
     return found
+
+
+def _check_graphs(graphs: list[dict[Node, None]]) -> None:
+    """Refuse what would hide parameters: they would get no gradient, and nobody would notice."""
+    for index, graph in enumerate(graphs):
+        if any(node.name() == "CheckpointFunctionBackward" for node in graph):
+            raise ValueError(
+                f"losses[{index}]: expected checkpoint(..., use_reentrant=False), but got "
+                "use_reentrant=True, which hides parameters from the graph of the loss"
+            )
 
 
 def _leaves(graphs: list[dict[Node, None]]) -> list[Tensor]:

@@ -10,15 +10,20 @@ from torch import Tensor
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def check_dtype(name: str, tensor: Tensor) -> None:
+    """Raise unless ``tensor`` has one of the dtypes that the kernels know."""
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: expected dtype float16, bfloat16, float32 or float64, "
+            f"but got {str(tensor.dtype).removeprefix('torch.')}"
+        )
+
+
 def check_grads(grads: object) -> None:
     """Raise unless ``grads`` is a dense floating-point tensor ``[environments >= 1, *shape]``."""
     if not isinstance(grads, Tensor):
         raise TypeError(f"grads: expected a Tensor, but got {type(grads).__name__}")
-    if grads.dtype not in _DTYPES:
-        raise TypeError(
-            "grads: expected dtype float16, bfloat16, float32 or float64, "
-            f"but got {str(grads.dtype).removeprefix('torch.')}"
-        )
+    check_dtype("grads", grads)
     if grads.layout != torch.strided:
         raise TypeError(
             "grads: expected a dense (strided) tensor, "
@@ -34,7 +39,7 @@ def check_tau(tau: object) -> None:
     """Raise unless ``tau`` is a real number in [0, 1]."""
     if isinstance(tau, bool) or not isinstance(tau, numbers.Real):
         raise TypeError(f"tau: expected a number in [0, 1], but got {type(tau).__name__}")
-    if not 0 <= tau <= 1:
+    if not 0 <= float(tau) <= 1:
         raise ValueError(f"tau: expected a number in [0, 1], but got {tau}")
 
 

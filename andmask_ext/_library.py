@@ -14,7 +14,7 @@ _PATH = Path(__file__).parent / "lib" / "libandmask.so"
 
 
 def _load() -> None:
-    if torch.__version__ < (2, 10):
+    if torch.torch_version.TorchVersion(torch.__version__) < "2.10":
         raise ImportError(f"andmask_ext needs torch >= 2.10, but found torch {torch.__version__}.")
     if not _PATH.exists():
         raise ImportError(
@@ -35,12 +35,12 @@ def build_info() -> dict[str, str | int]:
 
     Returns:
         A dict of plain values:
-        ``andmask_ext``, ``torch``, ``python``, ``platform`` – versions at run time;
-        ``libtorch_built`` – the torch that the library was compiled against (it runs with any
-        torch >= 2.10); ``compiler``; ``isa`` – the instruction set of the CPU kernels in use
+        ``andmask_ext``, ``torch``, ``python``, ``platform``: versions at run time;
+        ``libtorch_built``: the torch that the library was compiled against (it runs with any
+        torch >= 2.10); ``compiler``; ``isa``: the instruction set of the CPU kernels in use
         (``baseline``, ``x86-64-v3`` or ``x86-64-v4``; the environment variable
-        ``ATEN_CPU_CAPABILITY`` lowers it); ``isa_available`` – the best this machine can run;
-        ``threads`` – intra-op threads (:func:`torch.set_num_threads`); ``cuda``.
+        ``ATEN_CPU_CAPABILITY`` lowers it); ``isa_available``: the best this machine can run;
+        ``threads``: intra-op threads (:func:`torch.set_num_threads`); ``cuda``.
 
     Example:
         >>> import andmask_ext

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._autograd import MaskedMean, needs_function
+from ._autograd import masked_mean_function, needs_function
 from ._checks import check_bool, check_grads, check_tau
 
 __all__ = ["agreement_mask", "masked_mean"]
@@ -62,9 +62,9 @@ def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tenso
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     _check(grads, tau, rescale)
-    if needs_function():
-        return MaskedMean.apply(grads, tau, rescale)  # type: ignore[no-any-return]
-    return torch.ops.andmask.masked_mean.default(grads, tau, rescale)  # type: ignore[no-any-return]
+    op = masked_mean_function if needs_function() else torch.ops.andmask.masked_mean.default
+    out: Tensor = op(grads, tau, rescale)
+    return out
 
 
 def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
@@ -95,4 +95,5 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     _check(grads, tau, rescale)
-    return torch.ops.andmask.agreement_mask.default(grads, tau, rescale)  # type: ignore[no-any-return]
+    out: Tensor = torch.ops.andmask.agreement_mask.default(grads, tau, rescale)
+    return out

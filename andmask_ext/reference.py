@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 __all__ = ["agreement_mask", "masked_mean", "vote_threshold", "votes"]

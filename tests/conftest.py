@@ -12,8 +12,9 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.register_profile("long", settings.get_profile("default"), max_examples=5000,
-                          derandomize=False)
+settings.register_profile(
+    "long", settings.get_profile("default"), max_examples=5000, derandomize=False
+)
 settings.load_profile(os.environ.get("ANDMASK_HYPOTHESIS_PROFILE", "default"))
 
 

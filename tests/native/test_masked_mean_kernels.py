@@ -179,8 +179,16 @@ def test_scale_multiplies_in_float64(isa: str) -> None:
 
 def test_vote_threshold_is_exact_for_every_tie() -> None:
     for environments in [*range(1, 400), 1000, 4097, 65536, 2**31 - 1]:
-        for votes in {0, 1, 2, 3, environments // 3, environments // 2, environments - 1,
-                      environments}:
+        for votes in {
+            0,
+            1,
+            2,
+            3,
+            environments // 3,
+            environments // 2,
+            environments - 1,
+            environments,
+        }:
             if votes <= environments:
                 assert kernels.vote_threshold(votes / environments, environments) == votes
     for environments in (1, 2, 10, 127):

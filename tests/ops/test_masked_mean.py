@@ -62,9 +62,7 @@ def test_matches_reference(
         torch.ops.andmask.masked_mean(grads, tau, rescale), grads, tau, rescale
     )
     mask = torch.ops.andmask.agreement_mask(grads, tau)
-    torch.testing.assert_close(
-        mask, reference.agreement_mask(grads, tau).to(dtype), rtol=0, atol=0
-    )
+    torch.testing.assert_close(mask, reference.agreement_mask(grads, tau).to(dtype), rtol=0, atol=0)
     scaled = torch.ops.andmask.agreement_mask(grads, tau, True)
     torch.testing.assert_close(scaled, reference.agreement_mask(grads, tau, True).to(dtype))
 
@@ -90,8 +88,11 @@ def test_flipping_the_sign_flips_the_result(
 ) -> None:
     grads = draw_grads(data, dtype, device)
     torch.testing.assert_close(
-        am.ops.masked_mean(-grads, tau), -am.ops.masked_mean(grads, tau),
-        rtol=0, atol=0, equal_nan=True,
+        am.ops.masked_mean(-grads, tau),
+        -am.ops.masked_mean(grads, tau),
+        rtol=0,
+        atol=0,
+        equal_nan=True,
     )
 
 
@@ -102,7 +103,8 @@ def test_positive_scaling_scales_the_result(
     grads = draw_grads(data, torch.float64, device, finite=True)
     grads = torch.where(grads.abs() < 1e-200, 0, grads)  # powers of two are exact above this
     scale = 2.0**exponent
-    assert torch.equal(am.ops.masked_mean(grads * scale, tau), am.ops.masked_mean(grads, tau) * scale)
+    scaled = am.ops.masked_mean(grads * scale, tau)
+    assert torch.equal(scaled, am.ops.masked_mean(grads, tau) * scale)
 
 
 @dtypes
@@ -166,7 +168,8 @@ def test_zeros_and_nan_do_not_vote(device: str) -> None:
     nan = float("nan")
     grads = torch.tensor(
         [[1.0, 1.0, 1.0, -1.0], [0.0, -0.0, nan, -1.0], [1.0, 1.0, 1.0, 5e-324]],
-        dtype=torch.float64, device=device,
+        dtype=torch.float64,
+        device=device,
     )
     assert am.ops.agreement_mask(grads, 2 / 3).tolist() == [1, 1, 1, 0]
     assert am.ops.agreement_mask(grads, 1 / 3).tolist() == [1, 1, 1, 1]
@@ -235,12 +238,9 @@ def test_layouts(device: str, dtype: torch.dtype, layout: str) -> None:
     assert torch.equal(out.reshape(6, 7), torch.ops.andmask.masked_mean(grads, 0.6))
 
 
-@pytest.mark.parametrize(
-    ("shape", "expanded"),
-    [((1, 4, 5), (3, 4, 5)), ((3, 1, 5), (3, 4, 5)), ((3, 4, 1), (3, 4, 5)), ((1, 1, 1), (3, 4, 5))],
-)
-def test_expanded(device: str, shape: tuple[int, ...], expanded: tuple[int, ...]) -> None:
-    grads = torch.randn(shape, device=device).expand(expanded)
+@pytest.mark.parametrize("shape", [(1, 4, 5), (3, 1, 5), (3, 4, 1), (1, 1, 1)])
+def test_expanded(device: str, shape: tuple[int, ...]) -> None:
+    grads = torch.randn(shape, device=device).expand(3, 4, 5)
     out = am.ops.masked_mean(grads, 0.5)
     assert torch.equal(out, am.ops.masked_mean(grads.contiguous(), 0.5))
 
@@ -249,9 +249,7 @@ def test_expanded(device: str, shape: tuple[int, ...], expanded: tuple[int, ...]
     "shape", [(1,), (7,), (3, 0), (3, 0, 4), (2, 1), (1, 1, 1), (3, 2, 1, 2, 1, 3, 1)]
 )
 @rescales
-def test_scalar_and_empty_parameters(
-    device: str, shape: tuple[int, ...], rescale: bool
-) -> None:
+def test_scalar_and_empty_parameters(device: str, shape: tuple[int, ...], rescale: bool) -> None:
     grads = torch.randn(shape, device=device)
     assert_matches_reference(am.ops.masked_mean(grads, 0.6, rescale), grads, 0.6, rescale)
 

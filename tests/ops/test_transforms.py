@@ -53,8 +53,12 @@ def test_backward_is_the_mask_over_d_for_every_environment(
     )
     expected = weight.double() * reference.agreement_mask(grads, tau, rescale) / 5
     assert result.dtype == dtype
-    torch.testing.assert_close(result.double(), expected.expand(5, 30), rtol=2e-2 if
-                               dtype in (torch.float16, torch.bfloat16) else 1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        result.double(),
+        expected.expand(5, 30),
+        rtol=2e-2 if dtype in (torch.float16, torch.bfloat16) else 1e-6,
+        atol=1e-6,
+    )
 
 
 def test_double_backward_reaches_the_incoming_gradient() -> None:
@@ -193,9 +197,7 @@ def test_the_wrapper_works_inside_torch_func(rescale: bool) -> None:
     ).float()
     torch.testing.assert_close(grad(lambda g: rule(g).sum())(grads[0]), expected[0])
     torch.testing.assert_close(vmap(grad(lambda g: rule(g).sum()))(grads), expected)
-    torch.testing.assert_close(
-        grad(lambda g: vmap(rule)(g).sum())(grads), expected
-    )
+    torch.testing.assert_close(grad(lambda g: vmap(rule)(g).sum())(grads), expected)
     jacobian = jacrev(rule)(grads[0])
     torch.testing.assert_close(
         jacobian, torch.diag_embed(expected[0]).movedim(0, 1), check_stride=False
@@ -250,9 +252,7 @@ def test_export_with_a_dynamic_number_of_environments() -> None:
     program = torch.export.export(Module(), (torch.randn(4, 6),), dynamic_shapes=dims)
     for environments in (2, 4, 33):
         grads = torch.randn(environments, 6)
-        assert torch.equal(
-            program.module()(grads), torch.ops.andmask.masked_mean(grads, 0.6, True)
-        )
+        assert torch.equal(program.module()(grads), torch.ops.andmask.masked_mean(grads, 0.6, True))
 
 
 # ---- autocast ----

@@ -127,9 +127,24 @@ def test_environments_differ_in_data_and_shortcut(paper):
     assert len(np.unique(paper.shortcuts[:, 0])) == 6
 
 
+def test_signs_of_shortcuts_are_fair_coins():
+    config = SpiralsConfig(environments=400, examples=1, test_examples=1, shortcut_dims=200)
+    votes = np.sign(draw_spirals(config, seed=0).shortcuts).sum(axis=0)
+    assert (votes**2).mean() == pytest.approx(400, rel=0.3)
+
+
+def test_the_largest_vote_finds_a_dimension_that_all_environments_share():
+    config = SpiralsConfig(16, 1, 1, shortcut_dims=16, shortcut_variance=1.0)
+    data = draw_spirals(config, seed=0)
+    assert data.largest_vote() == np.abs(np.sign(data.shortcuts).sum(axis=0)).max()
+    assert data.largest_vote() == 16, "the one seed in two thousand that has such a dimension"
+    assert draw_spirals(config, seed=1).largest_vote() < 16
+
+
 def test_no_shortcut_dimensions():
     data = draw_spirals(SpiralsConfig(environments=2, examples=3, shortcut_dims=0), seed=0)
     assert data.train_inputs.shape == (2, 3, 2)
+    assert data.largest_vote() == 0
 
 
 @pytest.mark.parametrize(

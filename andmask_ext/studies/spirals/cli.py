@@ -108,6 +108,12 @@ def execute(settings: Settings, seed: int, options: argparse.Namespace, place: s
         f"{title}  train {100 * final['train_accuracy']:.1f} %  "
         f"test {100 * final['test_accuracy']:.1f} %  {record['seconds']:.0f} s"
     )
+    vote = record["largest_shortcut_vote"]
+    if settings.method == "and-mask" and vote >= settings.tau * settings.environments - 1e-6:
+        print(
+            f"{title}  note: by chance the environments agree, with {vote} net votes of "
+            f"{settings.environments}, on the sign of a shortcut dimension; the mask lets it pass"
+        )
     return figures.Run(settings, seed, record, files.read_weights())
 
 

@@ -92,6 +92,18 @@ class Spirals:
     test_labels: Array
     shortcuts: Array
 
+    def largest_vote(self) -> int:
+        """Count by how much the environments agree, at best, on the sign of a shortcut dimension.
+
+        Shortcuts are drawn at random, so now and then all or most environments happen to share the
+        sign of a dimension. There the shortcut *is* invariant, and no vote on signs can tell it
+        from a mechanism. Among 16 environments and 16 dimensions this befalls one seed in 2048.
+
+        Returns:
+            The largest absolute sum of signs over environments, at most d; 0 without shortcuts.
+        """
+        return int(np.abs(np.sign(self.shortcuts).sum(axis=0)).max(initial=0))
+
 
 def draw_mechanism(
     rng: np.random.Generator, count: int, revolutions: float, standardize: bool = False

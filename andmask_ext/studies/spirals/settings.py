@@ -47,7 +47,7 @@ class Settings:
     """
 
     method: str = "and-mask"
-    tau: float = 0.8
+    tau: float = 0.85
     rescale: bool = True
     environments: int = 32
     examples: int = 1280

@@ -191,7 +191,8 @@ def train(
         report: called after each epoch with the number of finished epochs and the history.
 
     Returns:
-        The part of the record that was measured: ``final``, ``history``, ``seconds``, ``build``.
+        The part of the record that was measured: ``final``, ``history``, ``largest_shortcut_vote``,
+        ``seconds``, ``build``.
     """
     data = draw_spirals(settings.data_config(), seed)
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
@@ -238,6 +239,7 @@ def train(
             "loss": history.loss[-1],
         },
         "history": vars(history),
+        "largest_shortcut_vote": data.largest_vote(),
         "seconds": seconds,
         "build": am.build_info(),
     }

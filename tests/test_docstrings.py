@@ -1,0 +1,26 @@
+"""The examples in the docstrings run and print what they say; every public name is documented."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+
+import pytest
+
+import andmask_ext
+from andmask_ext import _backward, _library, ops, reference, rules
+
+
+@pytest.mark.parametrize("module", [_backward, _library, ops, rules], ids=lambda m: m.__name__)
+def test_examples(module: object) -> None:
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+@pytest.mark.parametrize("module", [andmask_ext, ops, reference, rules], ids=lambda m: m.__name__)
+def test_every_public_name_has_a_docstring(module: object) -> None:
+    for name in module.__all__:
+        value = getattr(module, name)
+        if callable(value):
+            assert inspect.getdoc(value), name
