@@ -8,12 +8,9 @@ namespace andmask {
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::v4:
-      return "x86-64-v4";
-    case Isa::v3:
-      return "x86-64-v3";
-    default:
-      return "baseline";
+    case Isa::v4: return "x86-64-v4";
+    case Isa::v3: return "x86-64-v3";
+    default: return "baseline";
   }
 }
 

@@ -3,7 +3,8 @@
 
 namespace andmask {
 
-// x86-64 micro-architecture levels: v3 is AVX2 + FMA, v4 is AVX-512. Other machines have `baseline`.
+// x86-64 micro-architecture levels: v3 is AVX2 + FMA, v4 is AVX-512. Other machines have
+// `baseline`.
 enum class Isa { baseline, v3, v4 };
 
 const char* name(Isa isa);

@@ -59,13 +59,14 @@ Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, boo
   check_tau(op, tau);
   const Dtype dtype = check_dtype(op, grads);
   const auto shape = grads.sizes();
-  const auto out_shape = torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
+  const auto out_shape =
+      torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
   const Tensor out = torch::stable::new_empty(grads, out_shape);
   const int64_t columns = out.numel();
   if (columns == 0) return out;
 
-  // Rescaling needs the count of kept columns first, and reads what the first pass wrote. Results of
-  // the 16-bit types wait for it in float32, so that they are rounded once.
+  // Rescaling needs the count of kept columns first, and reads what the first pass wrote. Results
+  // of the 16-bit types wait for it in float32, so that they are rounded once.
   const bool two_passes = rescale || mask_only;
   const bool sixteen_bits = dtype == Dtype::float16 || dtype == Dtype::bfloat16;
   const Tensor unscaled = two_passes && sixteen_bits
@@ -79,9 +80,9 @@ Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, boo
       environments,
       rows.stride(0),
       static_cast<int32_t>(vote_threshold(tau, environments)),
-      mask_only     ? Output::mask_unscaled
-      : two_passes  ? Output::masked_mean_unscaled
-                    : Output::masked_mean,
+      mask_only    ? Output::mask_unscaled
+      : two_passes ? Output::masked_mean_unscaled
+                   : Output::masked_mean,
       unscaled.mutable_data_ptr(),
   };
   const MaskedMeanKernels& kernels = masked_mean_kernels(active_isa());

@@ -102,7 +102,6 @@ PYBIND11_MODULE(_harness, m) {
   m.def("vote_threshold", [](double tau, int64_t environments) {
     return andmask::vote_threshold(tau, environments);
   });
-  m.def("inverse_density", [](int64_t kept, int64_t count) {
-    return andmask::inverse_density(kept, count);
-  });
+  m.def("inverse_density",
+        [](int64_t kept, int64_t count) { return andmask::inverse_density(kept, count); });
 }

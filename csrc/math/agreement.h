@@ -1,4 +1,5 @@
-// The AND-mask: Parascandolo et al., "Learning explanations that are hard to vary", ICLR 2021, sec. 2.3.
+// The AND-mask: Parascandolo et al., "Learning explanations that are hard to vary", ICLR 2021,
+// sec. 2.3.
 #pragma once
 
 #include "scalar.h"
@@ -11,9 +12,9 @@ ANDMASK_INLINE int32_t sign(T grad) {
   return static_cast<int32_t>(grad > T(0)) - static_cast<int32_t>(grad < T(0));
 }
 
-// The smallest |votes| that keeps a coordinate. Agreement is decided on integers, because tau * d in
-// floating point loses ties: 1e-6 is far above the rounding error of tau * d (2.4e-7 at d = 2^31)
-// and far below the distance between two integers.
+// The smallest |votes| that keeps a coordinate. Agreement is decided on integers, because tau * d
+// in floating point loses ties: 1e-6 is far above the rounding error of tau * d (2.4e-7 at d =
+// 2^31) and far below the distance between two integers.
 ANDMASK_INLINE int64_t vote_threshold(double tau, int64_t environments) {
   const double bound = tau * static_cast<double>(environments) - 1e-6;
   const int64_t floor = static_cast<int64_t>(bound);

@@ -67,7 +67,7 @@ def test_a_record_for_every_method_and_seed(done):
     assert identity["threads"] == 1
     assert set(identity["versions"]) == {"andmask_ext", "torch", "numpy"}
     settings = identity["settings"]
-    assert (settings["environments"], settings["revolutions"], settings["tau"]) == (4, 1, 0.85)
+    assert (settings["environments"], settings["revolutions"], settings["tau"]) == (4, 1, 0.8)
     assert "tau" not in found["mean", 0]["identity"]["settings"]
     assert set(record["history"]) == {"train_accuracy", "test_accuracy", "loss"}
     assert all(len(series) == 3 for series in record["history"].values())
@@ -79,7 +79,7 @@ def test_a_record_for_every_method_and_seed(done):
 
 def test_a_table_with_the_spread_and_the_figure(done):
     folder, output = done
-    assert "and-mask tau=0.85 revolutions=1      2" in output
+    assert "and-mask tau=0.8 revolutions=1      2" in output
     assert "±" in output
     assert str(folder / "revolutions1.png") in output
     assert_picture(folder / "revolutions1.png")

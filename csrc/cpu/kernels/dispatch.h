@@ -15,25 +15,24 @@ constexpr int kDtypes = 4;
 
 // Declares a table of kernels for every compiled instruction set, and the function that picks one.
 #if defined(ANDMASK_X86_LEVELS)
-#define ANDMASK_DECLARE_KERNELS(Table, table)                           \
-  namespace baseline {                                                  \
-  extern const Table table;                                             \
-  }                                                                     \
-  namespace v3 {                                                        \
-  extern const Table table;                                             \
-  }                                                                     \
-  namespace v4 {                                                        \
-  extern const Table table;                                             \
-  }                                                                     \
-  static inline const Table& table(Isa isa) {                           \
-    return isa == Isa::v4 ? v4::table : isa == Isa::v3 ? v3::table      \
-                                                       : baseline::table; \
+#define ANDMASK_DECLARE_KERNELS(Table, table)                                         \
+  namespace baseline {                                                                \
+  extern const Table table;                                                           \
+  }                                                                                   \
+  namespace v3 {                                                                      \
+  extern const Table table;                                                           \
+  }                                                                                   \
+  namespace v4 {                                                                      \
+  extern const Table table;                                                           \
+  }                                                                                   \
+  static inline const Table& table(Isa isa) {                                         \
+    return isa == Isa::v4 ? v4::table : isa == Isa::v3 ? v3::table : baseline::table; \
   }
 #else
-#define ANDMASK_DECLARE_KERNELS(Table, table)                      \
-  namespace baseline {                                             \
-  extern const Table table;                                        \
-  }                                                                \
+#define ANDMASK_DECLARE_KERNELS(Table, table) \
+  namespace baseline {                        \
+  extern const Table table;                   \
+  }                                           \
   static inline const Table& table(Isa) { return baseline::table; }
 #endif
 

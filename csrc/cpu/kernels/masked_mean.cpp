@@ -15,8 +15,8 @@ constexpr int64_t kBlock = 1024;
 constexpr int kRows = 8;
 
 template <int rows, typename T>
-void add_rows(const T* __restrict grads, int64_t stride, int64_t columns,
-              double* __restrict totals, int32_t* __restrict votes) {
+void add_rows(const T* __restrict grads, int64_t stride, int64_t columns, double* __restrict totals,
+              int32_t* __restrict votes) {
   for (int64_t column = 0; column < columns; ++column) {
     accumulate_t<T> sum = 0;
     int32_t vote = 0;
@@ -99,8 +99,8 @@ int64_t reduce(const MaskedMeanTask& task, int64_t begin, int64_t end) {
                       static_cast<Unscaled*>(task.out) + first);
         break;
       case Output::mask_unscaled:
-        kept += write_mask(votes, columns, task.threshold,
-                           static_cast<Unscaled*>(task.out) + first);
+        kept +=
+            write_mask(votes, columns, task.threshold, static_cast<Unscaled*>(task.out) + first);
         break;
     }
   }

@@ -1,0 +1,77 @@
+# `make demo` and `make test` work in a fresh clone; both set up .venv first.
+# A pinned CPU-sized torch for development; the package itself accepts torch >= 2.10.
+TORCH ?= torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
+
+$(VENV)/.tools: Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' 'cmake>=3.21' ninja 'pybind11>=2.13'
+	touch $@
+
+# Rebuilds what changed: seconds after an edit of one kernel.
+$(READY): $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	touch $@
+
+.PHONY: build
+build: $(READY)  ## set up .venv and build the native library
+
+.PHONY: demo
+demo: $(READY)  ## train with and without the AND-mask; writes figures into runs/
+	$(BIN)/python -m andmask_ext spirals --quick
+
+.PHONY: test
+test: $(READY)  ## run the test suite
+	$(BIN)/python -m pytest
+
+.PHONY: test-long
+test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hour)
+	ANDMASK_HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+
+.PHONY: test-large
+test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
+	$(BIN)/python -m pytest -m large
+
+.PHONY: bench
+bench: $(READY)  ## measure; see benchmarks/README.md for options
+	$(BIN)/python benchmarks/bench_masked_mean.py
+	$(BIN)/python benchmarks/bench_backward.py
+
+.PHONY: lint
+lint: $(READY)  ## ruff, mypy --strict, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+.PHONY: format
+format: $(READY)  ## reformat Python and C++
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+# The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the harness tests.
+.PHONY: sanitize
+sanitize: $(READY)  ## the kernel tests under ASan and UBSan
+	$(BIN)/cmake -S . -B build/sanitize -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	  -DANDMASK_SANITIZE=ON -DANDMASK_HARNESS=ON -DPython_EXECUTABLE=$(abspath $(BIN))/python \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DANDMASK_TORCH_DIR=$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')
+	$(BIN)/cmake --build build/sanitize --target _harness
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 ANDMASK_HARNESS_DIR=build/sanitize \
+	  $(BIN)/python -m pytest tests/native/test_masked_mean_kernels.py
+
+.PHONY: clean
+clean:  ## remove builds (not .venv, not runs)
+	rm -rf build dist *.egg-info andmask_ext/lib andmask_ext/_harness.*.so

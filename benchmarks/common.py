@@ -1,0 +1,173 @@
+"""Measuring, printing, keeping and comparing: shared by all benchmarks.
+
+Contestants of one case are timed alternately in one process, so that a busy machine hits all of
+them alike. Read ratios, not milliseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.benchmark import Measurement, Timer
+
+import andmask_ext
+
+RUNS = Path(__file__).parent / "runs"
+ROUNDS = 9
+
+
+@dataclass
+class Row:
+    """One contestant in one case. Times in seconds."""
+
+    case: str
+    contestant: str
+    threads: int
+    isa: str
+    median: float
+    iqr: float
+    minimum: float
+    gigabytes_per_second: float
+    ratio: float  # median time / median time of the case's yardstick
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.case, self.contestant, self.threads
+
+
+def measure(
+    case: str,
+    contestants: dict[str, Callable[[], object]],
+    *,
+    bytes_moved: int,
+    yardstick: str,
+    rounds: int = ROUNDS,
+    seconds_per_round: float = 0.05,
+) -> list[Row]:
+    """Time the contestants alternately, ``rounds`` times each, with torch's current threads."""
+    threads = torch.get_num_threads()
+    isa = str(andmask_ext.build_info()["isa"])
+    timers = {
+        name: Timer("f()", globals={"f": function}, num_threads=threads, label=case)
+        for name, function in contestants.items()
+    }
+    repeats = {}
+    for name, timer in timers.items():
+        timer.timeit(1)  # compile, allocate
+        once = timer.timeit(1).median
+        repeats[name] = max(1, min(100_000, int(seconds_per_round / max(once, 1e-7))))
+    measured: dict[str, list[Measurement]] = {name: [] for name in timers}
+    for _ in range(rounds):
+        for name, timer in timers.items():
+            measured[name].append(timer.timeit(repeats[name]))
+    merged = {name: Measurement.merge(list_)[0] for name, list_ in measured.items()}
+    base = merged[yardstick].median
+    return [
+        Row(
+            case,
+            name,
+            threads,
+            isa,
+            result.median,
+            result.iqr,
+            min(result.times),
+            bytes_moved / result.median / 1e9,
+            result.median / base,
+        )
+        for name, result in merged.items()
+    ]
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """Return by how many bytes the process grew at most during one call (Linux)."""
+    function()
+    ctypes.CDLL(None).malloc_trim(0)  # what the first call left behind would hide the second's use
+    Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(field)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Return the options that all benchmarks have."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    options.add_argument("--quick", action="store_true", help="a few cases, about a minute")
+    options.add_argument(
+        "--save", metavar="NAME", help="keep the rows as benchmarks/runs/NAME.json"
+    )
+    options.add_argument(
+        "--compare", metavar="NAME", help="compare with a kept run; exit 1 if anything got slower"
+    )
+    options.add_argument(
+        "--tolerance", type=float, default=1.25, help="slower by more than this factor counts"
+    )
+    return options
+
+
+def run(options: argparse.Namespace, cases: Iterable[Callable[[], list[Row]]]) -> list[Row]:
+    """Run the cases for every thread count, printing as they end; keep or compare if asked."""
+    rows: list[Row] = []
+    start = time.perf_counter()
+    cases = list(cases)
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        for number, case in enumerate(cases, 1):
+            new = case()
+            rows += new
+            done = time.perf_counter() - start
+            print(f"\n{new[0].case}, {threads} thread(s)   [{number}/{len(cases)}, {done:.0f} s]")
+            print(table(new))
+    if options.save:
+        RUNS.mkdir(exist_ok=True)
+        path = RUNS / f"{options.save}.json"
+        path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        print(f"\nkept as {path}")
+    if options.compare and _slower(rows, options.compare, options.tolerance):
+        raise SystemExit(1)
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Return the rows of one case as aligned text."""
+    lines = [f"  {'':24}{'median':>12}{'IQR':>10}{'min':>12}{'GB/s':>8}{'ratio':>9}"]
+    for row in rows:
+        lines.append(
+            f"  {row.contestant:24}{_time(row.median):>12}{_time(row.iqr):>10}"
+            f"{_time(row.minimum):>12}{row.gigabytes_per_second:>8.1f}{row.ratio:>9.2f}"
+        )
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def _slower(rows: list[Row], name: str, tolerance: float) -> bool:
+    """Print what changed against a kept run; compares ratios to the yardstick, not times."""
+    kept = [Row(**row) for row in json.loads((RUNS / f"{name}.json").read_text())]
+    before = {row.key: row.ratio for row in kept}
+    worse = False
+    print(f"\nagainst {name} (ratio to the yardstick of the case, then and now):")
+    for row in rows:
+        if row.key not in before or row.ratio == 1.0:
+            continue
+        then, now = before[row.key], row.ratio
+        flag = "slower" if now > then * tolerance else "faster" if now < then / tolerance else ""
+        worse |= flag == "slower" and row.contestant == "andmask"
+        print(f"  {row.case:32}{row.threads:>2}  {row.contestant:24}{then:8.2f}{now:8.2f} {flag}")
+    return worse

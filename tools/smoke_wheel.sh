@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Builds a wheel, installs it into a virtual environment of its own, and uses it outside the tree.
+#
+#   make build && tools/smoke_wheel.sh
+set -euo pipefail
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+"$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" "$root"
+wheel=$(echo "$work"/andmask_ext-*.whl)
+case $wheel in *-py3-none-linux_*.whl) ;; *) echo "unexpected name: $wheel"; exit 1 ;; esac
+if python3 -m zipfile -l "$wheel" | grep -q _harness; then
+  echo "the test harness is in the wheel"
+  exit 1
+fi
+
+torch=$("$root/.venv/bin/python" -c 'import torch; print(torch.__version__.split("+")[0])')
+python3 -m venv "$work/venv"
+"$work/venv/bin/pip" install --quiet "torch==$torch" "$wheel"
+cd "$work"
+venv/bin/python -W error - <<'PYTHON'
+import pathlib
+import torch
+import andmask_ext as am
+
+assert "site-packages" in am.__file__, am.__file__
+grads = torch.tensor([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0]])
+assert torch.ops.andmask.masked_mean(grads, 1.0).tolist() == [2.0, 0.0, 4.0]
+weight = torch.ones(2, requires_grad=True)
+am.backward([(weight * k).sum() for k in (1.0, 3.0)], am.AndMask())
+assert weight.grad.tolist() == [2.0, 2.0]
+PYTHON
+venv/bin/andmask info
