@@ -46,7 +46,8 @@ def _vmap_rule(op: Any) -> Any:
     ) -> tuple[Tensor, int]:
         (batch_dim, *_) = in_dims
         assert batch_dim is not None  # torch calls the rule only where a tensor is batched
-        if rescale and grads.shape[batch_dim]:  # the factor belongs to one sample's tensor, not to the whole batch
+        if rescale and grads.shape[batch_dim]:
+            # The factor belongs to one sample's tensor, not to the whole batch.
             return torch.stack([op(sample, tau, True) for sample in grads.unbind(batch_dim)]), 0
         return op(grads.movedim(batch_dim, 1), tau, False), 0
 

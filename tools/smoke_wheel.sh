@@ -20,7 +20,7 @@ torch=$("$root/.venv/bin/python" -c 'import torch; print(torch.__version__.split
 python3 -m venv "$work/venv"
 "$work/venv/bin/pip" install --quiet "torch==$torch" "$wheel"
 cd "$work"
-venv/bin/python -W error - <<'PYTHON'
+venv/bin/python - <<'PYTHON'
 import pathlib
 import torch
 import andmask_ext as am

@@ -154,3 +154,16 @@ def test_report_is_called_after_every_epoch(tmp_path):
 def test_settings_that_cannot_be_meant(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected .* got"):
         Settings(**{argument: value})
+
+
+@pytest.mark.parametrize(("method", "epochs"), [("and-mask", 20), ("mean", 5)])
+def test_the_mask_finds_the_spirals_where_plain_training_learns_shortcuts(tmp_path, method, epochs):
+    # The paper's data and schedule with one revolution, half the width and fewer epochs. Over six
+    # seeds the AND-mask reached 100.0 % on the test set, plain training 50.9 to 53.8 %.
+    settings = replace(PAPER, method=method, revolutions=1.0, width=128, epochs=epochs)
+    final = train(settings, 0, files(tmp_path, settings))["final"]
+    assert final["train_accuracy"] > 0.95
+    if method == "and-mask":
+        assert final["test_accuracy"] > 0.95
+    else:
+        assert final["test_accuracy"] < 0.7
