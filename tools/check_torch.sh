@@ -26,4 +26,4 @@ import andmask_ext
 info = andmask_ext.build_info()
 print(f"library built with torch {info['libtorch_built']}, running under torch {info['torch']}")
 PYTHON
-venv/bin/python -m pytest -q tests
+venv/bin/python -m pytest -q -o filterwarnings=default tests  # other releases warn of other things
