@@ -21,7 +21,10 @@ def torch_dir() -> str:
     """Return the folder of the torch package to build against, without importing it."""
     spec = importlib.util.find_spec("torch")
     if spec is None or not spec.submodule_search_locations:
-        sys.exit("andmask_ext: building needs torch >= 2.10 in this environment, and found none.")
+        sys.exit(
+            "andmask_ext: building needs torch >= 2.10 in this environment, and found none: "
+            "pip install torch (or build without --no-build-isolation)."
+        )
     version = importlib.metadata.version("torch")
     major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
     if (int(major), int(minor)) < OLDEST_TORCH:
@@ -52,9 +55,9 @@ class CMakeBuild(build_ext):
         build = ROOT / "build" / ("editable" if in_place else "wheel")
         cmake = program("cmake")
         options = {
+            "ANDMASK_TORCH_DIR": torch_dir(),
             "CMAKE_MAKE_PROGRAM": program("ninja"),
             "CMAKE_CXX_COMPILER": program("c++", "CXX"),
-            "ANDMASK_TORCH_DIR": torch_dir(),
             "ANDMASK_HARNESS": "ON" if in_place else "OFF",
         }
         if in_place:  # the harness alone needs Python

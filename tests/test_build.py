@@ -1,0 +1,106 @@
+"""What a user sees who lacks something: one clear sentence, from the build and from the import."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import andmask_ext as am
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(tmp_path: Path, **environment: str) -> str:
+    """Run the build driver and return the last line of its output."""
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--build-lib", tmp_path / "lib"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def fake_torch(tmp_path: Path, version: str) -> str:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(f"__version__ = '{version}'\n")
+    metadata = tmp_path / f"torch-{version}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    return str(tmp_path)
+
+
+def test_torch_too_old_to_build_with(tmp_path: Path) -> None:
+    message = build(tmp_path, PYTHONPATH=fake_torch(tmp_path, "2.9.1"))
+    assert message == "andmask_ext: building needs torch >= 2.10, and found torch 2.9.1."
+
+
+def test_no_torch_to_build_with(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
+    )
+    message = build(tmp_path, PYTHONPATH=str(tmp_path))
+    assert message.startswith("andmask_ext: building needs torch >= 2.10 in this environment")
+    assert "pip install" in message
+
+
+def test_no_cmake(tmp_path: Path) -> None:
+    message = build(tmp_path, PATH=str(tmp_path))
+    assert message.startswith("andmask_ext: building needs 'cmake', which is not on PATH")
+    assert "pip install cmake" in message
+
+
+def test_no_compiler(tmp_path: Path) -> None:
+    message = build(tmp_path, CXX="no-such-compiler")
+    assert message.startswith("andmask_ext: building needs 'no-such-compiler'")
+    assert "C++20 compiler" in message
+
+
+def import_error(code: str) -> str:
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode != 0
+    return result.stderr.strip().splitlines()[-1]
+
+
+def test_torch_too_old_to_run_with() -> None:
+    message = import_error("import torch; torch.__version__ = '2.9.1'; import andmask_ext")
+    assert message == "ImportError: andmask_ext needs torch >= 2.10, but found torch 2.9.1."
+
+
+def test_library_missing() -> None:
+    message = import_error(
+        "import pathlib; pathlib.Path.exists = lambda self: False; import andmask_ext"
+    )
+    assert message.startswith("ImportError: andmask_ext: the native library ")
+    assert "pip install" in message
+
+
+def test_build_info_is_complete() -> None:
+    info = am.build_info()
+    assert set(info) == {
+        "andmask_ext", "torch", "python", "platform", "libtorch_built", "compiler", "isa",
+        "isa_available", "threads", "cuda",
+    }  # fmt: skip
+    assert re.fullmatch(r"\d+\.\d+\.\d+", str(info["libtorch_built"]))
+    assert info["andmask_ext"] == am.__version__
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_command_line_prints_build_info(threads: int) -> None:
+    output = subprocess.check_output(
+        [sys.executable, "-m", "andmask_ext", "info"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        text=True,
+    )
+    shown = dict(line.split(maxsplit=1) for line in output.splitlines())
+    expected = {key: str(value) for key, value in am.build_info().items()}
+    assert shown == {**expected, "threads": str(threads)}
