@@ -6,11 +6,26 @@
 
 namespace andmask {
 
-// The vote of one environment: +1, -1, or 0 for zeros of either sign and for NaN.
-template <typename T>
-ANDMASK_INLINE int32_t sign(T grad) {
-  return static_cast<int32_t>(grad > T(0)) - static_cast<int32_t>(grad < T(0));
+// The vote of one environment: +1, -1, or 0 for zeros of either sign and for NaN. It comes in an
+// integer as wide as its argument, so that votes fill the vector lanes that comparisons leave.
+ANDMASK_INLINE int32_t sign(float grad) {
+  return static_cast<int32_t>(grad > 0) - static_cast<int32_t>(grad < 0);
 }
+
+ANDMASK_INLINE int64_t sign(double grad) {
+  return static_cast<int64_t>(grad > 0) - static_cast<int64_t>(grad < 0);
+}
+
+// The same on the stored bits: what is neither zero nor NaN has a magnitude in [1, infinity].
+ANDMASK_INLINE int16_t sign_of_bits(uint16_t bits, uint16_t infinity) {
+  const bool positive = static_cast<uint16_t>(bits - 1u) < infinity;
+  const bool negative = static_cast<uint16_t>(bits - 0x8001u) < infinity;
+  return static_cast<int16_t>(static_cast<int16_t>(positive) - static_cast<int16_t>(negative));
+}
+
+ANDMASK_INLINE int16_t sign(Half grad) { return sign_of_bits(grad.bits, 0x7c00u); }
+
+ANDMASK_INLINE int16_t sign(BFloat16 grad) { return sign_of_bits(grad.bits, 0x7f80u); }
 
 // The smallest |votes| that keeps a coordinate. Agreement is decided on integers, because tau * d
 // in floating point loses ties: 1e-6 is far above the rounding error of tau * d (2.4e-7 at d =

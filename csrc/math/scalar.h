@@ -59,18 +59,25 @@ ANDMASK_INLINE float widen(Half value) {
 }
 
 // ---- back to storage, round to nearest, ties to even ----
+// There is one NaN, positive and without payload: which of two NaN survives an addition depends on
+// the order that a compiler gives to the operands, and so on the instruction set.
 
 template <typename T>
 struct Rounder;
 
 template <>
 struct Rounder<double> {
-  ANDMASK_INLINE double from(double value) { return value; }
+  ANDMASK_INLINE double from(double value) {
+    return value == value ? value : static_cast<double>(float_of(0x7fc00000u));
+  }
 };
 
 template <>
 struct Rounder<float> {
-  ANDMASK_INLINE float from(double value) { return static_cast<float>(value); }
+  ANDMASK_INLINE float from(double wide) {
+    const float value = static_cast<float>(wide);
+    return value == value ? value : float_of(0x7fc00000u);
+  }
 };
 
 template <>
@@ -78,8 +85,7 @@ struct Rounder<BFloat16> {
   ANDMASK_INLINE BFloat16 from(double wide) {
     const uint32_t bits = bits_of(static_cast<float>(wide));
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    const uint32_t quiet_nan = (bits >> 16) | 0x40u;
-    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+    return {static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded)};
   }
 };
 
@@ -95,7 +101,8 @@ struct Rounder<Half> {
     const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
     const uint32_t finite = magnitude < 0x38800000u ? subnormal : normal;
     const uint32_t rounded = magnitude >= 0x47800000u ? special : finite;
-    return {static_cast<uint16_t>(rounded | ((bits >> 16) & 0x8000u))};
+    const uint32_t sign = magnitude > 0x7f800000u ? 0u : (bits >> 16) & 0x8000u;
+    return {static_cast<uint16_t>(rounded | sign)};
   }
 };
 

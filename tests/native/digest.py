@@ -24,12 +24,12 @@ def main(threads: int) -> None:
         (3, 1023),
         (8, 4097),
         (9, 65),
-        (17, 3000),
+        (17, 33_000),
         (64, 20_000),
         (127, 130),
         (300, 1500),
     ]
-    special = np.array([0.0, -0.0, 1e-45, -1e-39, 3e38, np.inf, -np.inf])
+    special = np.array([0.0, -0.0, 1e-45, -1e-39, 3e38, np.inf, -np.inf, np.nan])
     for shape in shapes:
         mixed = np.where(
             rng.random(shape) < 0.02, rng.choice(special, shape), rng.standard_normal(shape)
@@ -40,7 +40,6 @@ def main(threads: int) -> None:
             for tau, rescale in [(0.0, False), (0.1, True), (0.6, False), (1.0, True)]:
                 for op in (torch.ops.andmask.masked_mean, torch.ops.andmask.agreement_mask):
                     out = op(grads, tau, rescale)
-                    out = torch.where(out.isnan(), float("nan"), out)  # one NaN for all
                     digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
     print(am.build_info()["isa"], digest.hexdigest())
 

@@ -60,8 +60,10 @@ def test_learning_rate_falls_at_half_and_three_quarters():
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4])
 
 
-def test_plain_training_has_no_tau():
+def test_what_a_run_does_not_use_does_not_name_it():
     one, two = (Settings(method="mean", tau=tau, rescale=tau > 0.5) for tau in (0.0, 1.0))
+    assert one.identity() == two.identity()
+    one, two = (Settings(optimizer="sgd", beta2=beta2) for beta2 in (0.9, 0.99))
     assert one.identity() == two.identity()
     assert Settings(tau=0.9).identity() != Settings(tau=1.0).identity()
 
@@ -149,7 +151,14 @@ def test_report_is_called_after_every_epoch(tmp_path):
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("method", "median"), ("optimizer", "lion"), ("tau", -0.1), ("width", 0), ("decay", (1.5,))],
+    [
+        ("method", "median"),
+        ("optimizer", "lion"),
+        ("tau", -0.1),
+        ("width", 0),
+        ("beta2", 1.0),
+        ("decay", (1.5,)),
+    ],
 )
 def test_settings_that_cannot_be_meant(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected .* got"):

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .settings import METHODS, OPTIMIZERS, PAPER, RELEASED, SETTINGS, Settings
+from .settings import METHODS, OPTIMIZERS, SETTINGS, Settings
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
@@ -35,14 +35,15 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         "--setting",
         choices=SETTINGS,
         default="paper",
-        help="parameterisation to start from (default: paper)",
+        help="what to start from: the paper's text, the command in the authors' README (released), "
+        "that one tuned, or a short version of the first (default: paper)",
     )
     what.add_argument(
         "--quick",
         dest="setting",
         action="store_const",
         const="quick",
-        help="--setting quick: the paper's, 2 revolutions, shortened to a minute or two",
+        help="the same as --setting quick: done in a minute or two",
     )
     what.add_argument(
         "--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: both"
@@ -97,6 +98,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("batch", int, "examples from each environment in one step")
     add("optimizer", str, "sgd has momentum .9", choices=OPTIMIZERS)
     add("lr", float, "first learning rate")
+    add("beta2", float, "memory of Adam's second moment")
     add("decay", float, "shares of the epochs after which the rate falls to a tenth", nargs="*")
     add("l2", float, "penalty, added to the masked gradient")
     add("width", int, "units in a hidden layer")
@@ -106,15 +108,20 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
 
 def _override(group: Any) -> Any:
     def add(name: str, kind: Any, text: str, **more: Any) -> None:
-        values = unique(_shown(getattr(s, name)) for s in (PAPER, RELEASED))
-        shown = " / ".join(values) + (" for paper / released" if len(values) > 1 else "")
         if kind is not None:
             more |= {"type": kind}
             more.setdefault("metavar", {int: "N", float: "X", str: None}[kind])
         option = "--" + name.replace("_", "-")
-        group.add_argument(option, default=None, help=f"{text} (default: {shown})", **more)
+        group.add_argument(option, default=None, help=f"{text} ({_default(name)})", **more)
 
     return add
+
+
+def _default(name: str) -> str:
+    values = {setting: _shown(getattr(s, name)) for setting, s in SETTINGS.items()}
+    paper = values["paper"]
+    others = [f"{setting}: {value}" for setting, value in values.items() if value != paper]
+    return f"default: {'; '.join([paper, *others])}"
 
 
 def _shown(value: object) -> str:

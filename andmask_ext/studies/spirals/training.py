@@ -87,7 +87,12 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
         A stock torch optimizer.
     """
     if settings.optimizer == "adam":
-        return torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.l2)
+        return torch.optim.Adam(
+            model.parameters(),
+            lr=settings.lr,
+            betas=(0.9, settings.beta2),
+            weight_decay=settings.l2,
+        )
     return torch.optim.SGD(
         model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.l2
     )
@@ -141,7 +146,7 @@ def train_epoch(
         if rule is None:
             logits = model(inputs.flatten(0, 1)).view_as(labels)
             losses = [binary_cross_entropy_with_logits(logits, labels)]
-            losses[0].backward()  # type: ignore[no-untyped-call]
+            losses[0].backward()
         else:
             outputs = [model(x) for x in inputs]
             losses = [
