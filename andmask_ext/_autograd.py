@@ -8,7 +8,6 @@ on the threshold the function jumps; there the formula gives the derivative with
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,8 +24,9 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor)
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (grads,) = ctx.saved_tensors
-    mask = _agreement_mask(grads.detach(), ctx.tau, ctx.rescale)
-    return (grad * mask / grads.shape[0]).expand_as(grads), None, None
+    mask = _agreement_mask(grads.detach(), ctx.tau, ctx.rescale)  # float32 for the 16-bit types
+    column = (grad * mask / grads.shape[0]).to(grads.dtype)
+    return column.expand_as(grads), None, None
 
 
 torch.library.register_autograd("andmask::masked_mean", _backward, setup_context=_setup_context)
@@ -58,40 +58,22 @@ torch.library.register_vmap("andmask::masked_mean", _vmap_rule(_masked_mean))
 torch.library.register_vmap("andmask::agreement_mask", _vmap_rule(_agreement_mask))
 
 
-class _MaskedMean(torch.autograd.Function):
-    """``masked_mean`` for ``torch.func`` transforms and forward-mode differentiation.
-
-    torch (2.10 to 2.14) can take neither *through* an op that has its formula from
-    ``register_autograd``: ``torch.func.grad`` raises, forward mode loses the tangent. An
-    ``autograd.Function`` like this one has no such hole.
-    """
-
-    @staticmethod
-    def forward(grads: Tensor, tau: float, rescale: bool) -> Tensor:
-        out: Tensor = _masked_mean(grads, tau, rescale)
-        return out
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-        _setup_context(ctx, inputs, output)
-        ctx.save_for_forward(inputs[0])
-
-    backward = staticmethod(_backward)
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
-        (grads,) = ctx.saved_tensors
-        mask: Tensor = _agreement_mask(grads.detach(), ctx.tau, ctx.rescale)
-        return mask * tangent.mean(0)
-
-    vmap = staticmethod(_vmap_rule(lambda *args: masked_mean_function(*args)))
-
-
-masked_mean_function: Callable[[Tensor, float, bool], Tensor] = _MaskedMean.apply
-
-
-def needs_function() -> bool:
-    """Whether the caller runs under a transform that only :func:`masked_mean_function` supports."""
-    return not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+def inside_transform() -> bool:
+    """Whether a ``torch.func`` transform or forward-mode differentiation is going on."""
+    return torch._C._are_functorch_transforms_active() or (
+        torch.autograd.forward_ad._current_level >= 0
     )
+
+
+def masked_mean_for_transforms(grads: Tensor, tau: float, rescale: bool) -> Tensor:
+    """``masked_mean`` with a derivative that every transform understands.
+
+    torch (2.10 to 2.14) cannot differentiate *through* an op that has its formula from
+    ``register_autograd`` here: ``torch.func.grad`` raises, forward mode loses the tangent. So the
+    value comes from the op, and the derivative from plain torch ops that add nothing to it.
+    """
+    constant = grads.detach()
+    mask: Tensor = _agreement_mask(constant, tau, rescale)
+    linear = (mask * grads.to(mask.dtype).mean(0)).to(grads.dtype)
+    value: Tensor = _masked_mean(constant, tau, rescale)
+    return value + (linear - linear.detach())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 from torch import Tensor
 
@@ -36,10 +34,14 @@ def check_grads(grads: object) -> None:
 
 
 def check_tau(tau: object) -> None:
-    """Raise unless ``tau`` is a real number in [0, 1]."""
-    if isinstance(tau, bool) or not isinstance(tau, numbers.Real):
-        raise TypeError(f"tau: expected a number in [0, 1], but got {type(tau).__name__}")
-    if not 0 <= float(tau) <= 1:
+    """Raise unless ``tau`` is a Python number in [0, 1].
+
+    A float32 scalar is refused, because it misses ties: ``numpy.float32(0.8)`` is 0.80000001, and
+    with that 80 votes of 100 are too few.
+    """
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)):
+        raise TypeError(f"tau: expected a Python number in [0, 1], but got {type(tau).__name__}")
+    if not 0 <= tau <= 1:
         raise ValueError(f"tau: expected a number in [0, 1], but got {tau}")
 
 

@@ -8,11 +8,16 @@ from torch import Tensor
 from ._checks import check_grads, check_tau
 
 
-def _column_reduction(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
     check_grads(grads)
     check_tau(tau)
     return grads.new_empty(grads.shape[1:])
 
 
-torch.library.register_fake("andmask::masked_mean", _column_reduction)
-torch.library.register_fake("andmask::agreement_mask", _column_reduction)
+def _agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    return _masked_mean(grads, tau, rescale).to(wide)
+
+
+torch.library.register_fake("andmask::masked_mean", _masked_mean)
+torch.library.register_fake("andmask::agreement_mask", _agreement_mask)

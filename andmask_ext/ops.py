@@ -1,4 +1,7 @@
-"""The operators as checked functions; ``torch.ops.andmask`` holds the same ones unchecked.
+"""The operators as functions; ``torch.ops.andmask`` holds the same ones.
+
+These raise ValueError and TypeError where those raise RuntimeError, and they also work inside
+``torch.func`` transforms and forward-mode differentiation.
 
 Under autocast the ops do not cast: they compute in, and return, the dtype of ``grads``.
 """
@@ -8,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._autograd import masked_mean_function, needs_function
+from ._autograd import inside_transform, masked_mean_for_transforms
 from ._checks import check_bool, check_grads, check_tau
 
 __all__ = ["agreement_mask", "masked_mean"]
@@ -62,8 +65,9 @@ def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tenso
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     _check(grads, tau, rescale)
-    op = masked_mean_function if needs_function() else torch.ops.andmask.masked_mean.default
-    out: Tensor = op(grads, tau, rescale)
+    if inside_transform():
+        return masked_mean_for_transforms(grads, tau, rescale)
+    out: Tensor = torch.ops.andmask.masked_mean.default(grads, tau, rescale)
     return out
 
 
@@ -76,7 +80,8 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
         rescale: divide the mask by its mean (plus 1e-10).
 
     Returns:
-        The mask in the dtype of ``grads``; it never requires grad.
+        The mask in float32 (float64 for float64): the factor of ``rescale`` may be beyond float16.
+        It never requires grad.
 
     Raises:
         TypeError: as :func:`masked_mean`.

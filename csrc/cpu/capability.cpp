@@ -1,5 +1,9 @@
 #include "capability.h"
 
+#if defined(ANDMASK_X86_LEVELS)
+#include <cpuid.h>
+#endif
+
 #include <algorithm>
 #include <cstdlib>
 #include <string>
@@ -14,13 +18,20 @@ const char* name(Isa isa) {
   }
 }
 
+#if defined(ANDMASK_X86_LEVELS)
+static bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
+#endif
+
 Isa best_isa() {
 #if defined(ANDMASK_X86_LEVELS)
-  // Every CPU with these has the rest of its level (F16C, LZCNT, MOVBE) too, and the builtin also
-  // asks whether the operating system saves the wide registers.
+  // Every CPU with these has the rest of its level (LZCNT, MOVBE) too, and the builtin also asks
+  // whether the operating system saves the wide registers. Not every compiler's knows F16C.
   __builtin_cpu_init();
   const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && has_f16c();
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512cd") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");

@@ -61,17 +61,15 @@ Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, boo
   const auto shape = grads.sizes();
   const auto out_shape =
       torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
-  const Tensor out = torch::stable::new_empty(grads, out_shape);
+  // Rescaling needs the count of kept columns first, and then goes over what the first pass wrote.
+  // Results of the 16-bit types wait for it in float32, so that they are rounded to 16 bits once. A
+  // mask stays in float32: its factor may be beyond float16.
+  const bool wide = (dtype == Dtype::float16 || dtype == Dtype::bfloat16) && (rescale || mask_only);
+  const Tensor first = wide ? torch::stable::new_empty(grads, out_shape, ScalarType::Float)
+                            : torch::stable::new_empty(grads, out_shape);
+  const Tensor out = wide && !mask_only ? torch::stable::new_empty(grads, out_shape) : first;
   const int64_t columns = out.numel();
   if (columns == 0) return out;
-
-  // Rescaling needs the count of kept columns first, and reads what the first pass wrote. Results
-  // of the 16-bit types wait for it in float32, so that they are rounded once.
-  const bool two_passes = rescale || mask_only;
-  const bool sixteen_bits = dtype == Dtype::float16 || dtype == Dtype::bfloat16;
-  const Tensor unscaled = two_passes && sixteen_bits
-                              ? torch::stable::new_empty(grads, out_shape, ScalarType::Float)
-                              : out;
 
   const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
   const int64_t environments = rows.size(0);
@@ -80,22 +78,22 @@ Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, boo
       environments,
       rows.stride(0),
       static_cast<int32_t>(vote_threshold(tau, environments)),
-      mask_only    ? Output::mask_unscaled
-      : two_passes ? Output::masked_mean_unscaled
-                   : Output::masked_mean,
-      unscaled.mutable_data_ptr(),
+      mask_only ? Output::mask
+      : rescale ? Output::masked_mean_wide
+                : Output::masked_mean,
+      first.mutable_data_ptr(),
   };
   const MaskedMeanKernels& kernels = masked_mean_kernels(active_isa());
-  const int index = static_cast<int>(dtype);
+  const auto reduce = kernels.reduce[static_cast<int>(dtype)];
   std::atomic<int64_t> kept{0};
-  parallel_columns(columns, environments, [&](int64_t begin, int64_t end) {
-    kept += kernels.reduce[index](task, begin, end);
-  });
-  if (two_passes) {
-    const double factor = rescale ? inverse_density(kept, columns) : 1.0;
+  parallel_columns(columns, environments,
+                   [&](int64_t begin, int64_t end) { kept += reduce(task, begin, end); });
+  if (rescale) {
+    const auto scale = kernels.scale[static_cast<int>(wide && mask_only ? Dtype::float32 : dtype)];
+    const double factor = inverse_density(kept, columns);
     void* const target = out.mutable_data_ptr();
     parallel_columns(columns, 1, [&](int64_t begin, int64_t end) {
-      kernels.scale[index](task.out, factor, target, begin, end);
+      scale(task.out, factor, target, begin, end);
     });
   }
   return out;

@@ -42,7 +42,7 @@ Dtype parse_dtype(const py::array& array) {
   throw std::invalid_argument("grads: expected float16, float32, float64, or bfloat16 as uint16");
 }
 
-py::array unscaled_like(const py::array& grads, int64_t columns) {
+py::array wide_like(const py::array& grads, int64_t columns) {
   return parse_dtype(grads) == Dtype::float64 ? py::array(py::array_t<double>(columns))
                                               : py::array(py::array_t<float>(columns));
 }
@@ -56,16 +56,16 @@ py::tuple masked_mean(const std::string& isa, const py::array& grads, int32_t th
     throw std::invalid_argument("grads: expected contiguous rows");
   }
   const bool rounded = output == "masked_mean";
-  py::array out = rounded ? py::array(grads.dtype(), std::vector<int64_t>{columns})
-                          : unscaled_like(grads, columns);
+  py::array out =
+      rounded ? py::array(grads.dtype(), std::vector<int64_t>{columns}) : wide_like(grads, columns);
   const MaskedMeanTask task{
       grads.data(),
       grads.shape(0),
       grads.strides(0) / grads.itemsize(),
       threshold,
-      rounded                            ? Output::masked_mean
-      : output == "masked_mean_unscaled" ? Output::masked_mean_unscaled
-                                         : Output::mask_unscaled,
+      rounded                        ? Output::masked_mean
+      : output == "masked_mean_wide" ? Output::masked_mean_wide
+                                     : Output::mask,
       out.mutable_data(),
   };
   const auto reduce =

@@ -1,5 +1,7 @@
 #include "masked_mean.h"
 
+#include <stdlib.h>
+
 #include "../../math/agreement.h"
 
 #if defined(__F16C__)
@@ -18,6 +20,7 @@ constexpr int64_t kBlock = 16384;
 constexpr int64_t kAheadBytes = 8192;  // in all the rows side by side; 4 KB and 16 KB are slower
 constexpr int64_t kLineBytes = 64;
 // Rows that all fit side by side are read in one stream each, whatever the block: it stays in L1.
+// So small a block also fits on the stack of any thread.
 constexpr int64_t kSmallBlock = 512;
 // Columns of the innermost loops: whole vectors of every type in them.
 constexpr int64_t kChunk = 32;
@@ -29,12 +32,25 @@ constexpr int64_t kChunk = 32;
 constexpr int64_t kGroup = 64;
 static_assert(kGroup % kRows == 0 && kGroup <= INT8_MAX, "the votes of a group are int8");
 
+// Scratch of one block, carved out of one piece of memory: [width] each.
 template <typename T>
 struct Block {
-  alignas(64) accumulate_t<T> sums[kBlock];  // of one group
-  alignas(64) int8_t votes[kBlock];
-  alignas(64) double total_sums[kBlock];  // of all groups, where there are several
-  alignas(64) int32_t total_votes[kBlock];
+  double* total_sums;     // of all groups, where there are several
+  accumulate_t<T>* sums;  // of one group
+  int32_t* total_votes;
+  int8_t* votes;
+
+  static constexpr int64_t kBytesPerColumn =
+      sizeof(double) + sizeof(accumulate_t<T>) + sizeof(int32_t) + sizeof(int8_t);
+
+  ANDMASK_INLINE Block carve(void* memory, int64_t width) {
+    Block block;
+    block.total_sums = static_cast<double*>(memory);
+    block.sums = reinterpret_cast<accumulate_t<T>*>(block.total_sums + width);
+    block.total_votes = reinterpret_cast<int32_t*>(block.sums + width);
+    block.votes = reinterpret_cast<int8_t*>(block.total_votes + width);
+    return block;
+  }
 };
 
 template <typename T>
@@ -92,7 +108,8 @@ ANDMASK_INLINE void add_columns(const T* __restrict grads, int64_t stride, int64
   }
 }
 
-// `next` is what will be read afterwards. A prefetch outside of the gradients does no harm.
+// `next` is what will be read afterwards. A prefetch outside of the gradients does no harm, but a
+// pointer there would be undefined: addresses are computed as integers.
 template <int rows, bool first, typename T>
 void add_rows(const T* grads, const T* next, int64_t stride, int64_t columns,
               accumulate_t<T>* __restrict sums, int8_t* __restrict votes) {
@@ -101,11 +118,15 @@ void add_rows(const T* grads, const T* next, int64_t stride, int64_t columns,
   int64_t column = 0;
   for (; column + kChunk <= columns; column += kChunk) {
     const int64_t ahead = column + kAhead;
-    const T* const soon = ahead < columns ? grads + ahead : next + (ahead - columns);
+    const auto soon = ahead < columns
+                          ? reinterpret_cast<uintptr_t>(grads) + sizeof(T) * ahead
+                          : reinterpret_cast<uintptr_t>(next) + sizeof(T) * (ahead - columns);
 #pragma GCC unroll 8
     for (int64_t line = 0; line < kChunk; line += kLine) {
 #pragma GCC unroll 4
-      for (int row = 0; row < rows; ++row) __builtin_prefetch(soon + row * stride + line);
+      for (int row = 0; row < rows; ++row) {
+        __builtin_prefetch(reinterpret_cast<const void*>(soon + sizeof(T) * (row * stride + line)));
+      }
     }
     add_columns<rows, first>(grads + column, stride, kChunk, sums + column, votes + column);
   }
@@ -191,16 +212,16 @@ int64_t write_mask(const Votes* __restrict votes, int64_t columns, int32_t thres
 template <typename T, typename Sum, typename Votes>
 int64_t write(const MaskedMeanTask& task, const Sum* sums, const Votes* votes, int64_t first,
               int64_t columns) {
-  using Unscaled = accumulate_t<T>;
+  using Wide = accumulate_t<T>;
   switch (task.output) {
     case Output::masked_mean:
       return write(sums, votes, columns, task.environments, task.threshold,
                    static_cast<T*>(task.out) + first);
-    case Output::masked_mean_unscaled:
+    case Output::masked_mean_wide:
       return write(sums, votes, columns, task.environments, task.threshold,
-                   static_cast<Unscaled*>(task.out) + first);
-    case Output::mask_unscaled:
-      return write_mask(votes, columns, task.threshold, static_cast<Unscaled*>(task.out) + first);
+                   static_cast<Wide*>(task.out) + first);
+    case Output::mask:
+      return write_mask(votes, columns, task.threshold, static_cast<Wide*>(task.out) + first);
   }
   return 0;
 }
@@ -208,8 +229,13 @@ int64_t write(const MaskedMeanTask& task, const Sum* sums, const Votes* votes, i
 template <typename T>
 int64_t reduce(const MaskedMeanTask& task, int64_t begin, int64_t end) {
   const int64_t environments = task.environments;
-  const int64_t width = environments <= kRows ? kSmallBlock : kBlock;
-  Block<T> block;
+  alignas(64) unsigned char small[kSmallBlock * Block<T>::kBytesPerColumn];
+  void* large = nullptr;
+  if (environments > kRows && end - begin > kSmallBlock) {
+    large = aligned_alloc(64, kBlock * Block<T>::kBytesPerColumn);  // without it: right, but slower
+  }
+  const int64_t width = large ? kBlock : kSmallBlock;
+  Block<T> block = Block<T>::carve(large ? large : small, width);
   int64_t kept = 0;
   for (int64_t first = begin; first < end; first += width) {
     const int64_t columns = end - first < width ? end - first : width;
@@ -225,12 +251,13 @@ int64_t reduce(const MaskedMeanTask& task, int64_t begin, int64_t end) {
                 ? write<T>(task, block.total_sums, block.total_votes, first, columns)
                 : write<T>(task, block.sums, block.votes, first, columns);
   }
+  free(large);
   return kept;
 }
 
 template <typename T>
-void scale(const void* unscaled, double factor, void* out, int64_t begin, int64_t end) {
-  const auto* from = static_cast<const accumulate_t<T>*>(unscaled);
+void scale(const void* wide, double factor, void* out, int64_t begin, int64_t end) {
+  const auto* from = static_cast<const accumulate_t<T>*>(wide);
   auto* to = static_cast<T*>(out);
   for (int64_t column = begin; column < end; ++column) {
     to[column] = Rounder<T>::from(static_cast<double>(from[column]) * factor);
