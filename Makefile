@@ -1,10 +1,11 @@
 # `make demo` and `make test` work in a fresh clone; both set up .venv first.
-# A pinned CPU-sized torch for development; the package itself accepts torch >= 2.10.
+# One torch for development, so that results compare; the package itself accepts torch >= 2.10.
 TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 
 BIN := $(VENV)/bin
+TOOLS := $(VENV)/.tools-$(subst =,-,$(TORCH))
 READY := $(VENV)/.ready
 
 .DEFAULT_GOAL := help
@@ -13,13 +14,13 @@ READY := $(VENV)/.ready
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-$(VENV)/.tools: Makefile
+$(TOOLS): Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' 'cmake>=3.21' ninja 'pybind11>=2.13'
 	touch $@
 
 # Rebuilds what changed: seconds after an edit of one kernel.
-$(READY): $(VENV)/.tools pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+$(READY): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
 	touch $@
 
@@ -52,13 +53,13 @@ lint: $(READY)  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp')
 
 .PHONY: format
 format: $(READY)  ## reformat Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp')
 
 # The kernels under AddressSanitizer and UndefinedBehaviorSanitizer, driven by the harness tests.
 .PHONY: sanitize

@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -32,18 +33,22 @@ def torch_dir() -> str:
     return spec.submodule_search_locations[0]
 
 
-def program(name: str, variable: str | None = None) -> str:
+def program(name: str, remedy: str) -> str:
     """Return the path of a build tool, or stop with the sentence that helps."""
-    wanted = os.environ.get(variable, name) if variable else name
-    path = shutil.which(wanted)
+    path = shutil.which(name)
     if path is None:
-        remedy = (
-            f"install a C++20 compiler (g++ >= 11 or clang++ >= 14), or set {variable}"
-            if variable
-            else f"pip install {name}"
-        )
-        sys.exit(f"andmask_ext: building needs {wanted!r}, which is not on PATH: {remedy}.")
+        sys.exit(f"andmask_ext: building needs {name!r}, which is not on PATH: {remedy}.")
     return path
+
+
+def check_compiler() -> str:
+    """Return the compiler command; CMake reads CXX (which may hold options) by itself."""
+    command = os.environ.get("CXX", "c++")
+    program(
+        (shlex.split(command) or ["c++"])[0],
+        "install a C++20 compiler (g++ >= 11 or clang++ >= 14), or set CXX",
+    )
+    return command
 
 
 class CMakeBuild(build_ext):
@@ -53,11 +58,11 @@ class CMakeBuild(build_ext):
         in_place = self.editable_mode or self.inplace
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "andmask_ext"
         build = ROOT / "build" / ("editable" if in_place else "wheel")
-        cmake = program("cmake")
+        cmake = program("cmake", "pip install cmake")
+        compiler = check_compiler()
         options = {
             "ANDMASK_TORCH_DIR": torch_dir(),
-            "CMAKE_MAKE_PROGRAM": program("ninja"),
-            "CMAKE_CXX_COMPILER": program("c++", "CXX"),
+            "CMAKE_MAKE_PROGRAM": program("ninja", "pip install ninja"),
             "ANDMASK_HARNESS": "ON" if in_place else "OFF",
         }
         if in_place:  # the harness alone needs Python
@@ -66,6 +71,12 @@ class CMakeBuild(build_ext):
             options["Python_EXECUTABLE"] = sys.executable
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
         defines = [f"-D{key}={value}" for key, value in options.items()]
+        # CMake cannot change compiler, source folder or torch in an existing build folder.
+        stamp, content = build / "stamp", f"{ROOT} {compiler} {options}"
+        if not stamp.exists() or stamp.read_text() != content:
+            shutil.rmtree(build, ignore_errors=True)
+            build.mkdir(parents=True)
+            stamp.write_text(content)
         subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
         subprocess.check_call([cmake, "--build", build])
         subprocess.check_call([cmake, "--install", build, "--prefix", package])
@@ -79,6 +90,11 @@ class CMakeBuild(build_ext):
 
 class StableWheel(bdist_wheel):
     """One wheel serves every Python: the library uses only the LibTorch stable ABI."""
+
+    def run(self) -> None:
+        # What an earlier build left there would get into the wheel.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
         return "py3", "none", super().get_tag()[2]

@@ -23,14 +23,19 @@ def backward(
     Takes the place of ``loss.backward()``. Each loss is back-propagated by itself, so the result is
     exact for any model: batch norm in training mode, tied weights, checkpointing
     (``use_reentrant=False``), autocast and ``torch.compile`` included. It costs one backward pass
-    per environment, and memory for one gradient per environment. As after ``loss.backward()``, the
-    graphs are freed.
+    per environment, and memory for one gradient per environment. As after ``loss.backward()``, a
+    graph is freed once its pass is done; that of a loss which shares a part with a later one stays
+    until the losses are released.
 
     A parameter that an environment's loss does not touch has gradient zero there, which is a vote
     for neither sign: with ``tau=1`` it will not move. A parameter that no loss touches keeps its
-    ``.grad``. Aggregated gradients do not depend on a positive factor common to all losses, so
-    ``GradScaler.scale`` may be applied to each of them. If anything raises, no ``.grad`` has
+    ``.grad``. A positive factor common to all losses scales the result and leaves the mask alone,
+    so ``GradScaler.scale`` may be applied to each of them. If anything raises, no ``.grad`` has
     changed.
+
+    Hooks: those of ``Tensor.register_hook`` see the gradient of each environment. Those of
+    ``register_post_accumulate_grad_hook`` do not run, and so neither does the synchronisation of
+    ``DistributedDataParallel`` and FSDP: every process would go its own way.
 
     Args:
         losses: one scalar loss per environment: a sequence, or a tensor of shape :math:`(d,)`.
@@ -42,11 +47,14 @@ def backward(
             over. Default: every leaf that the losses depend on.
 
     Raises:
-        TypeError: a loss or parameter is not a tensor, a gradient is sparse or of an unsupported
-            dtype, or ``rule`` is not callable or returns no tensor.
+        TypeError: ``losses`` or ``params`` cannot be iterated over or hold something else than
+            tensors, a gradient is sparse or of an unsupported dtype, or ``rule`` is not callable or
+            returns no dense tensor.
         ValueError: there is no loss or no parameter, a loss is not scalar, does not require
             grad or uses reentrant checkpointing, a parameter is not a leaf, or ``rule`` returns
-            another shape.
+            another shape or device.
+        RuntimeError: a backward pass writes to ``.grad`` by itself, behind the back of this
+            function.
 
     Example:
         >>> import torch, andmask_ext
@@ -64,30 +72,19 @@ def backward(
     scalars = _check_losses(losses)
     graphs = [_nodes(loss) for loss in scalars]
     _check_graphs(graphs)
-    leaves = _leaves(graphs) if params is None else _check_params(params)
+    leaves = _leaves(graphs) if params is None else _check_params(params, "params")
     if not leaves:
         raise ValueError("params: expected at least one leaf tensor that requires grad, but got 0")
 
-    # A graph is freed once no later loss needs it: memory stays low, and compiled models insist.
-    last_users = _last_users(graphs)
-    stacks: list[Tensor | None] = [None] * len(leaves)
-    for environment, (loss, graph) in enumerate(zip(scalars, graphs, strict=True)):
-        shared = any(last_users.get(node, 0) > environment for node in graph)
-        grads = torch.autograd.grad(loss, leaves, retain_graph=shared, allow_unused=True)
-        for index, grad in enumerate(grads):
-            if grad is None:
-                continue
-            if grad.layout != torch.strided:
-                raise TypeError(
-                    f"params[{index}]: expected a dense gradient in environment {environment}, but "
-                    f"got layout {str(grad.layout).removeprefix('torch.')} "
-                    "(an embedding with sparse=True?)"
-                )
-            stack = stacks[index]
-            if stack is None:
-                stack = stacks[index] = grad.new_zeros((len(scalars), *grad.shape))
-            stack[environment].copy_(grad)
-    del graphs, graph, last_users
+    before = [leaf.grad for leaf in leaves]
+    try:
+        for leaf in leaves:
+            leaf.grad = None
+        stacks = _stack_grads(scalars, graphs, leaves)
+    finally:
+        for leaf, grad in zip(leaves, before, strict=True):
+            leaf.grad = grad
+    del graphs
 
     with torch.no_grad():
         updates: list[Tensor | None] = []
@@ -104,6 +101,37 @@ def backward(
                 leaf.grad += update
 
 
+def _stack_grads(
+    losses: list[Tensor], graphs: list[dict[Node, None]], leaves: list[Tensor]
+) -> list[Tensor | None]:
+    """Back-propagate each loss; return ``[d, *shape]`` for each leaf that any of them touches."""
+    # A graph is freed once no later loss needs it: memory stays low, and compiled models insist.
+    last_users = _last_users(graphs)
+    stacks: list[Tensor | None] = [None] * len(leaves)
+    for environment, (loss, graph) in enumerate(zip(losses, graphs, strict=True)):
+        shared = any(last_users.get(node, 0) > environment for node in graph)
+        grads = torch.autograd.grad(loss, leaves, retain_graph=shared, allow_unused=True)
+        for index, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
+            if leaf.grad is not None:
+                raise RuntimeError(
+                    f"losses[{environment}]: its backward pass writes to .grad by itself (a custom "
+                    "autograd.Function that calls backward?); its gradients cannot be aggregated"
+                )
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise TypeError(
+                    f"losses[{environment}]: expected dense gradients, but got layout "
+                    f"{str(grad.layout).removeprefix('torch.')} for parameter {index} of shape "
+                    f"{tuple(leaf.shape)} (an embedding with sparse=True?)"
+                )
+            stack = stacks[index]
+            if stack is None:
+                stack = stacks[index] = grad.new_zeros((len(losses), *grad.shape))
+            stack[environment].copy_(grad)
+    return stacks
+
+
 def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
@@ -111,9 +139,10 @@ def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
                 "losses: expected a sequence of scalar losses or a tensor of shape (d,), "
                 f"but got shape {tuple(losses.shape)}"
             )
-        scalars = list(losses.unbind())
+        with torch.enable_grad():
+            scalars = list(losses.unbind())
     else:
-        scalars = list(losses)
+        scalars = _as_list(losses, "losses")
     if not scalars:
         raise ValueError("losses: expected at least one loss, but got 0")
     for index, loss in enumerate(scalars):
@@ -130,19 +159,31 @@ def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     return scalars
 
 
-def _check_params(params: Iterable[Tensor]) -> list[Tensor]:
-    if isinstance(params, Tensor):
-        raise TypeError("params: expected an iterable of tensors, but got one Tensor")
+def _check_params(params: Iterable[Tensor], name: str) -> list[Tensor]:
     leaves: dict[int, Tensor] = {}  # by identity: tied weights may be listed twice
-    for index, param in enumerate(params):
+    for index, param in enumerate(_as_list(params, name)):
         if not isinstance(param, Tensor):
-            raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
+            raise TypeError(f"{name}[{index}]: expected a Tensor, but got {type(param).__name__}")
         if not param.is_leaf:
-            raise ValueError(f"params[{index}]: expected a leaf tensor, but got a computed one")
-        if param.requires_grad:
-            check_dtype(f"params[{index}]", param)
-            leaves[id(param)] = param
+            raise ValueError(f"{name}[{index}]: expected a leaf tensor, but got a computed one")
+        if not param.requires_grad:
+            continue
+        check_dtype(f"{name}[{index}] of shape {tuple(param.shape)}", param)
+        if param.grad is not None and param.grad.layout != torch.strided:
+            raise TypeError(
+                f"{name}[{index}].grad: expected a dense tensor, but got layout "
+                f"{str(param.grad.layout).removeprefix('torch.')}"
+            )
+        leaves[id(param)] = param
     return list(leaves.values())
+
+
+def _as_list(values: Iterable[Tensor], name: str) -> list[Tensor]:
+    if isinstance(values, Tensor) or not isinstance(values, Iterable):
+        raise TypeError(
+            f"{name}: expected an iterable of tensors, but got one {type(values).__name__}"
+        )
+    return list(values)
 
 
 def _nodes(loss: Tensor) -> dict[Node, None]:
@@ -170,7 +211,7 @@ def _check_graphs(graphs: list[dict[Node, None]]) -> None:
 
 def _leaves(graphs: list[dict[Node, None]]) -> list[Tensor]:
     nodes = dict.fromkeys(node for graph in graphs for node in graph)
-    return _check_params(node.variable for node in nodes if hasattr(node, "variable"))
+    return _check_params([n.variable for n in nodes if hasattr(n, "variable")], "leaves of losses")
 
 
 def _last_users(graphs: list[dict[Node, None]]) -> dict[Node, int]:
@@ -192,6 +233,11 @@ def _apply(rule: Callable[[Tensor], Tensor], stack: Tensor, leaf: Tensor) -> Ten
             f"rule: expected it to return shape {tuple(leaf.shape)} for grads of shape "
             f"{tuple(stack.shape)}, but got {tuple(update.shape)}"
         )
-    if update.stride() != leaf.stride():  # optimizers are fastest where .grad lies like the leaf
-        update = torch.empty_like(leaf).copy_(update)
-    return update
+    if update.layout != torch.strided:
+        raise TypeError(f"rule: expected it to return a dense tensor, but got {update.layout}")
+    if update.device != leaf.device:
+        raise ValueError(
+            f"rule: expected it to return a tensor on {leaf.device}, but got one on {update.device}"
+        )
+    # A copy has the layout and dtype of the parameter, and shares memory with nothing.
+    return torch.empty_like(leaf).copy_(update)

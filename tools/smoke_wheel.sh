@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds a wheel, installs it into a virtual environment of its own, and uses it outside the tree.
+# Builds a source distribution and from that a wheel, installs it into a virtual environment of its own, and uses it outside the tree.
 #
 #   make build && tools/smoke_wheel.sh
 set -euo pipefail
@@ -8,7 +8,9 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
-"$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps --wheel-dir "$work" "$root"
+(cd "$root" && .venv/bin/python setup.py --quiet sdist --dist-dir "$work")
+PATH="$root/.venv/bin:$PATH" "$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps \
+  --wheel-dir "$work" "$work"/andmask_ext-*.tar.gz
 wheel=$(echo "$work"/andmask_ext-*.whl)
 case $wheel in *-py3-none-linux_*.whl) ;; *) echo "unexpected name: $wheel"; exit 1 ;; esac
 if python3 -m zipfile -l "$wheel" | grep -q _harness; then
