@@ -35,7 +35,8 @@ def torch_dir() -> str:
 
 def program(name: str, remedy: str) -> str:
     """Return the path of a build tool, or stop with the sentence that helps."""
-    path = shutil.which(name)
+    # A virtual environment that is not activated is not on PATH.
+    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if path is None:
         sys.exit(f"andmask_ext: building needs {name!r}, which is not on PATH: {remedy}.")
     return path

@@ -37,24 +37,29 @@ def fake_torch(tmp_path: Path, version: str) -> str:
     return str(tmp_path)
 
 
+def hide(tmp_path: Path, module: str, function: str, name: str) -> str:
+    """Make ``module.function(name)`` return None in the build's process."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"import {module} as m\n"
+        f"find = m.{function}\n"
+        f"m.{function} = lambda name, *a, **k: None if name == {name!r} else find(name, *a, **k)\n"
+    )
+    return str(tmp_path)
+
+
 def test_torch_too_old_to_build_with(tmp_path: Path) -> None:
     message = build(tmp_path, PYTHONPATH=fake_torch(tmp_path, "2.9.1"))
     assert message == "andmask_ext: building needs torch >= 2.10, and found torch 2.9.1."
 
 
 def test_no_torch_to_build_with(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.util as u\n"
-        "find = u.find_spec\n"
-        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a)\n"
-    )
-    message = build(tmp_path, PYTHONPATH=str(tmp_path))
+    message = build(tmp_path, PYTHONPATH=hide(tmp_path, "importlib.util", "find_spec", "torch"))
     assert message.startswith("andmask_ext: building needs torch >= 2.10 in this environment")
     assert "pip install" in message
 
 
 def test_no_cmake(tmp_path: Path) -> None:
-    message = build(tmp_path, PATH=str(tmp_path))
+    message = build(tmp_path, PYTHONPATH=hide(tmp_path, "shutil", "which", "cmake"))
     assert message.startswith("andmask_ext: building needs 'cmake', which is not on PATH")
     assert "pip install cmake" in message
 

@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
 (cd "$root" && .venv/bin/python setup.py --quiet sdist --dist-dir "$work")
-PATH="$root/.venv/bin:$PATH" "$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps \
+"$root/.venv/bin/pip" wheel --quiet --no-build-isolation --no-deps \
   --wheel-dir "$work" "$work"/andmask_ext-*.tar.gz
 wheel=$(echo "$work"/andmask_ext-*.whl)
 case $wheel in *-py3-none-linux_*.whl) ;; *) echo "unexpected name: $wheel"; exit 1 ;; esac
