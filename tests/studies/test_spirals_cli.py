@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
@@ -16,7 +15,7 @@ from matplotlib.image import imread
 from andmask_ext.__main__ import main
 
 TINY = (
-    "spirals --threads 1 --environments 4 --examples 64 --test-examples 100 --shortcut-dims 4 "
+    "spirals --environments 4 --examples 64 --test-examples 100 --shortcut-dims 4 "
     "--batch 32 --width 16 --layers 2 --revolutions 1"
 ).split()
 
@@ -32,13 +31,6 @@ def run(*arguments):
 def records(folder):
     found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     return {(r["identity"]["settings"]["method"], r["identity"]["seed"]): r for r in found}
-
-
-@pytest.fixture(autouse=True)
-def same_threads():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def assert_picture(path):

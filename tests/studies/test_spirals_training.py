@@ -24,6 +24,11 @@ TINY = replace(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)  # several threads gain little here, and lose much on a busy machine
+
+
 def files(folder, settings, seed=0):
     return RunFiles(folder, "run", {"settings": settings.identity(), "seed": seed})
 
@@ -58,6 +63,18 @@ def test_the_presets_are_what_was_published():
 def test_learning_rate_falls_at_half_and_three_quarters():
     rates = [PAPER.learning_rate(epoch) for epoch in (0, 46, 47, 69, 70, 93)]
     assert rates == pytest.approx([1e-2, 1e-2, 1e-3, 1e-3, 1e-4, 1e-4])
+
+
+def test_training_settles_once_it_fits():
+    settings = Settings(fit=0.99, epochs=100, decay=(0.5,))
+    before, after = [0.5, 0.98], [0.5, 0.98, 0.995, 0.7]
+    assert settings.learning_rate(2, before) == pytest.approx(1e-2)
+    assert settings.learning_rate(4, after) == pytest.approx(1e-3)
+    assert settings.learning_rate(42, after) == pytest.approx(1e-3)
+    assert settings.learning_rate(43, after) is None
+    assert settings.learning_rate(60, before) == pytest.approx(1e-3)
+    assert settings.learning_rate(100, before) is None
+    assert Settings(fit=None).learning_rate(60, after) is not None
 
 
 def test_what_a_run_does_not_use_does_not_name_it():
@@ -143,6 +160,11 @@ def test_the_same_seed_gives_the_same_history_and_another_seed_another(tmp_path)
     assert one["history"] != other["history"]
 
 
+def test_a_run_that_fits_ends_early(tmp_path):
+    settings = replace(TINY, epochs=60, fit=0.01)
+    assert len(train(settings, 0, files(tmp_path, settings))["history"]["loss"]) == 1 + 40
+
+
 def test_report_is_called_after_every_epoch(tmp_path):
     seen = []
     train(TINY, 0, files(tmp_path, TINY), lambda epoch, history: seen.append((epoch, len(history))))
@@ -157,6 +179,7 @@ def test_report_is_called_after_every_epoch(tmp_path):
         ("tau", -0.1),
         ("width", 0),
         ("beta2", 1.0),
+        ("fit", 0.0),
         ("decay", (1.5,)),
     ],
 )

@@ -73,16 +73,20 @@ def draw_curves(runs: Sequence[Run], path: Path) -> None:
 def _draw_history(axes: Axes, runs: Sequence[Run]) -> None:
     colour = COLOURS[runs[0].settings.method]
     for which, dashes in (("test_accuracy", "-"), ("train_accuracy", (0, (4, 2)))):
-        series = np.array([run.record["history"][which] for run in runs]) * 100
-        epochs = np.arange(1, series.shape[1] + 1)
-        for one in series:
-            axes.plot(epochs, one, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.35)
+        each = [100 * np.array(run.record["history"][which]) for run in runs]
+        longest = max(map(len, each))
+        epochs = np.arange(1, longest + 1)
+        series = np.array([np.pad(one, (0, longest - len(one)), mode="edge") for one in each])
+        for one in each:
+            axes.plot(
+                epochs[: len(one)], one, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.35
+            )
         axes.plot(epochs, series.mean(axis=0), color=colour, linestyle=dashes, linewidth=2.2)
 
 
 def _finish_history(axes: Axes, runs: Sequence[Run], methods: Sequence[str]) -> None:
     axes.axhline(50, color=GREY, linewidth=1, linestyle=":", zorder=0)
-    epochs = runs[0].settings.epochs
+    epochs = max(len(run.record["history"]["loss"]) for run in runs)
     axes.text(epochs, 48.6, "chance", color=GREY, fontsize=9, ha="right", va="top")
     axes.set(xlabel="epoch", ylabel="accuracy (%)", xlim=(0, epochs), ylim=(40, 103))
     axes.spines[["top", "right"]].set_visible(False)

@@ -9,8 +9,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .settings import METHODS, OPTIMIZERS, SETTINGS, Settings
 
 
@@ -61,9 +59,9 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     what.add_argument(
         "--threads",
         type=int,
-        default=torch.get_num_threads(),
+        default=1,
         metavar="N",
-        help="default: what torch chooses, %(default)s here",
+        help="default: 1; more gain little, and lose much on a busy machine",
     )
     what.add_argument("--draw-data", action="store_true", help="draw the data set and stop")
 
@@ -100,6 +98,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("lr", float, "first learning rate")
     add("beta2", float, "memory of Adam's second moment")
     add("decay", float, "shares of the epochs after which the rate falls to a tenth", nargs="*")
+    add("fit", float, "training accuracy after which the rate falls once, and training ends soon")
     add("l2", float, "penalty, added to the masked gradient")
     add("width", int, "units in a hidden layer")
     add("layers", int, "hidden layers")
@@ -125,6 +124,8 @@ def _default(name: str) -> str:
 
 
 def _shown(value: object) -> str:
+    if value is None or value == ():
+        return "never"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple):

@@ -213,9 +213,10 @@ def train(
         history, seconds = History(**state["history"]), state["seconds"]
 
     started = saved = time.perf_counter()
-    for epoch in range(len(history), settings.epochs):
+    while (lr := settings.learning_rate(len(history), history.train_accuracy)) is not None:
+        epoch = len(history)
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate(epoch)
+            group["lr"] = lr
         shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         steps = batches(inputs, labels, settings.batch, shuffle)
         train_accuracy, loss = train_epoch(model, optimizer, steps, rule)
