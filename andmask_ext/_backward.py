@@ -117,7 +117,10 @@ def _stack_grads(
                     f"losses[{environment}]: its backward pass writes to .grad by itself (a custom "
                     "autograd.Function that calls backward?); its gradients cannot be aggregated"
                 )
+            stack = stacks[index]
             if grad is None:
+                if stack is not None:
+                    stack[environment].zero_()
                 continue
             if grad.layout != torch.strided:
                 raise TypeError(
@@ -125,9 +128,9 @@ def _stack_grads(
                     f"{str(grad.layout).removeprefix('torch.')} for parameter {index} of shape "
                     f"{tuple(leaf.shape)} (an embedding with sparse=True?)"
                 )
-            stack = stacks[index]
             if stack is None:
-                stack = stacks[index] = grad.new_zeros((len(losses), *grad.shape))
+                stack = stacks[index] = grad.new_empty((len(losses), *grad.shape))
+                stack[:environment].zero_()
             stack[environment].copy_(grad)
     return stacks
 

@@ -180,6 +180,18 @@ def test_untouched_parameters() -> None:
     assert once.grad.tolist() == [3.0, 3.0]  # a zero is no vote: unanimity fails, nothing added
 
 
+@pytest.mark.parametrize("touched", [(0,), (1,), (2,), (0, 2), (1, 2)])
+def test_untouched_environments_count_as_zeros_wherever_they_stand(touched: tuple[int]) -> None:
+    everywhere = torch.ones(500, requires_grad=True)
+    sometimes = torch.ones(500, requires_grad=True)
+    losses = [
+        (everywhere + (sometimes * 6 if environment in touched else 0)).sum()
+        for environment in range(3)
+    ]
+    am.backward(losses, lambda grads: grads.sum(0))
+    assert torch.equal(sometimes.grad, torch.full((500,), 6.0 * len(touched)))
+
+
 def test_params_decide_who_gets_a_gradient() -> None:
     model, data = mlp(), batches(6)
     model[0].bias.requires_grad_(False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,11 +78,13 @@ class RunFiles:
         """Write weights and record, then drop the checkpoint.
 
         Args:
-            results: what to keep beside the identity.
+            results: what to keep beside the identity; NaN and infinities, which JSON does not
+                know, are written as null.
             weights: state dict of the trained model.
         """
         write_atomically(self.weights, lambda file: torch.save(dict(weights), file))
-        text = json.dumps({"identity": self._identity, **results}, indent=1, allow_nan=False)
+        record = {"identity": self._identity, **_without_nan(dict(results))}
+        text = json.dumps(record, indent=1, allow_nan=False)
         write_atomically(self.record, lambda file: file.write(text.encode() + b"\n"))
         self.checkpoint.unlink(missing_ok=True)
 
@@ -114,6 +117,14 @@ class RunFiles:
         """
         weights: dict[str, torch.Tensor] = torch.load(self.weights, weights_only=True)
         return weights
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -88,6 +88,12 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_run_that_diverged_has_a_record_too(tmp_path):
+    files = RunFiles(tmp_path, "run", IDENTITY)
+    files.finish({"history": {"loss": [0.5, float("inf"), float("nan")]}, "seconds": 1.0}, {})
+    assert files.read_record()["history"]["loss"] == [0.5, None, None]
+
+
 def test_tuples_are_lists_and_order_does_not_matter():
     assert canonical({"b": (1, 2), "a": 0}) == canonical({"a": 0, "b": [1, 2]})
 
