@@ -69,6 +69,8 @@ def backward(
     """
     if not callable(rule):
         raise TypeError(f"rule: expected a callable, but got {type(rule).__name__}")
+    if isinstance(rule, type):
+        raise TypeError(f"rule: expected a rule such as {rule.__name__}(), but got the class")
     scalars = _check_losses(losses)
     graphs = [_nodes(loss) for loss in scalars]
     _check_graphs(graphs)

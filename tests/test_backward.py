@@ -263,6 +263,7 @@ def good_losses() -> list[Tensor]:
         ({"losses": torch.ones(2, 2)}, ValueError, r"but got shape \(2, 2\)"),
         ({"losses": [torch.ones(())]}, ValueError, r"losses\[0\]: .* requires grad"),
         ({"losses": [LEAF * 2]}, ValueError, r"losses\[0\]: .* scalar, but got shape \(2,\)"),
+        ({"rule": am.AndMask}, TypeError, r"rule: expected a rule such as AndMask\(\), but got"),
         ({"rule": 0.5}, TypeError, "rule: expected a callable, but got float"),
         ({"rule": lambda grads: 1.0}, TypeError, "rule: .* return a Tensor, but got float"),
         ({"rule": lambda grads: grads}, ValueError, r"shape \(2,\) .* but got \(2, 2\)"),

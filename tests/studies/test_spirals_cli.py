@@ -111,17 +111,18 @@ def test_the_data_are_drawn_without_training(tmp_path):
 
 
 STOPPED = """
-import os, sys
+import os, signal, sys
 from andmask_ext.__main__ import main
 from andmask_ext.studies.spirals import training
 
-signal, last, plain, seen = int(sys.argv[1]), int(sys.argv[2]), training.batches, []
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+number, last, plain, seen = int(sys.argv[1]), int(sys.argv[2]), training.batches, []
 
 def batches(*arguments):
     for batch in plain(*arguments):
         seen.append(batch)
         if len(seen) == last:
-            os.kill(os.getpid(), signal)
+            os.kill(os.getpid(), number)
         yield batch
 
 training.batches, training.CHECKPOINT_SECONDS = batches, 0
