@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -42,12 +43,13 @@ def test_the_library_needs_no_python() -> None:
     assert "RUNPATH" not in dynamic
 
 
-@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"])
+X86_64 = platform.machine() in ("x86_64", "AMD64")
+
+
+@pytest.mark.parametrize("isa", ["baseline", "v3", "v4"] if X86_64 else ["baseline"])
 def test_kernel_objects_share_no_code_with_others(isa: str) -> None:
     """A weak (inline) function compiled for AVX-512 might be the copy the linker keeps for all."""
     objects = list((OBJECTS / f"andmask_kernels_{isa}.dir").rglob("*.o"))
-    if isa != "baseline" and not objects:
-        pytest.skip("not an x86-64 build")
     assert objects
     for path in objects:
         kinds = {line.split()[-2] for line in nm(path)}
