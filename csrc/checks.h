@@ -12,12 +12,17 @@ namespace andmask {
 
 // Raises RuntimeError in Python. (STD_TORCH_CHECK would put the C++ file name before the message.)
 template <typename... Parts>
-inline void check(bool holds, const char* op, const Parts&... parts) {
-  if (holds) return;
+[[noreturn]] inline void fail(const char* op, const Parts&... parts) {
   std::ostringstream message;
   message << op << ": ";
   (message << ... << parts);
   throw std::runtime_error(message.str());
+}
+
+// For parts that cost nothing. They are computed in any case: for others, `if (...) fail(...)`.
+template <typename... Parts>
+inline void check(bool holds, const char* op, const Parts&... parts) {
+  if (!holds) fail(op, parts...);
 }
 
 inline void check_grads(const char* op, const torch::stable::Tensor& grads) {

@@ -21,6 +21,30 @@ std::string native_info() {
 STABLE_TORCH_LIBRARY(andmask, m) {
   m.def("masked_mean(Tensor grads, float tau=1.0, bool rescale=False) -> Tensor");
   m.def("agreement_mask(Tensor grads, float tau=1.0, bool rescale=False) -> Tensor");
+  // Moments of a list of parameters. Kinds of moments that are not kept are empty lists.
+  m.def(
+      "accumulate_(Tensor(a!)[] sum, Tensor(b!)[] votes, Tensor(c!)[] squares, Tensor(d!)[] logs, "
+      "Tensor[] grads, int count, float[] weights=[], bool stacked=False) -> ()");
+  m.def(
+      "resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
+      "float[] arguments, bool rescale=False) -> Tensor[]");
+  // One optimizer step on the gradients that a rule makes of moments, in one pass over memory.
+  m.def(
+      "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "
+      "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
+      "float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
+      "bool maximize, bool first_step) -> ()");
+  m.def(
+      "adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] sum, Tensor[] votes, "
+      "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
+      "float lr, float beta1, float beta2, float eps, float weight_decay, "
+      "bool decoupled_weight_decay, bool maximize) -> ()");
+  m.def(
+      "temporal_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] sign_avgs, Tensor(e!)[] steps, Tensor[] grads, *, float tau, float lr, "
+      "float beta1, float beta2, float beta3, float eps, float weight_decay, "
+      "bool decoupled_weight_decay, bool maximize, bool bias_correction) -> ()");
   m.def("_native_info() -> str");
 }
 

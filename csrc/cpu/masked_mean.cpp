@@ -1,38 +1,18 @@
 #include "kernels/masked_mean.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
-#include <algorithm>
 #include <atomic>
 
 #include "../checks.h"
 #include "../math/agreement.h"
+#include "tensors.h"
 
 namespace andmask {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-// Elements that one thread should have before a second one is worth waking.
-constexpr int64_t kGrain = 32768;
 // Columns are shared out in whole cache lines of output.
 constexpr int64_t kColumnUnit = 64;
-
-Dtype check_dtype(const char* op, const Tensor& grads) {
-  switch (grads.scalar_type()) {
-    case ScalarType::Half: return Dtype::float16;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    default: break;
-  }
-  check(false, op, "expected grads of dtype float16, bfloat16, float32 or float64, but got ",
-        torch::headeronly::toString(grads.scalar_type()));
-  return Dtype::float32;
-}
 
 // Whether each environment's gradient lies contiguous in memory, however far apart they are.
 bool rows_are_contiguous(const Tensor& grads) {
@@ -57,7 +37,7 @@ void parallel_columns(int64_t columns, int64_t work_per_column, const F& f) {
 Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, bool mask_only) {
   check_grads(op, grads);
   check_tau(op, tau);
-  const Dtype dtype = check_dtype(op, grads);
+  const Dtype dtype = check_dtype(op, "grads", grads);
   const auto shape = grads.sizes();
   const auto out_shape =
       torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
@@ -90,7 +70,7 @@ Tensor reduce(const char* op, const Tensor& grads, double tau, bool rescale, boo
                    [&](int64_t begin, int64_t end) { kept += reduce(task, begin, end); });
   if (rescale) {
     const auto scale = kernels.scale[static_cast<int>(wide && mask_only ? Dtype::float32 : dtype)];
-    const double factor = inverse_density(kept, columns);
+    const double factor = inverse_density(static_cast<double>(kept), static_cast<double>(columns));
     void* const target = out.mutable_data_ptr();
     parallel_columns(columns, 1, [&](int64_t begin, int64_t end) {
       scale(task.out, factor, target, begin, end);

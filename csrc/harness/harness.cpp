@@ -103,5 +103,5 @@ PYBIND11_MODULE(_harness, m) {
     return andmask::vote_threshold(tau, environments);
   });
   m.def("inverse_density",
-        [](int64_t kept, int64_t count) { return andmask::inverse_density(kept, count); });
+        [](double kept, double count) { return andmask::inverse_density(kept, count); });
 }

@@ -40,9 +40,10 @@ ANDMASK_INLINE bool agrees(int32_t votes, int32_t threshold) {
   return (votes < 0 ? -votes : votes) >= threshold;
 }
 
-// The factor of `rescale`: the inverse share of kept coordinates in one parameter tensor.
-ANDMASK_INLINE double inverse_density(int64_t kept, int64_t count) {
-  return 1.0 / (1e-10 + static_cast<double>(kept) / static_cast<double>(count));
+// The factor of `rescale`: the inverse of the mean factor (of a mask: the share of kept
+// coordinates) of one parameter tensor.
+ANDMASK_INLINE double inverse_density(double kept, double count) {
+  return 1.0 / (1e-10 + kept / count);
 }
 
 }  // namespace andmask

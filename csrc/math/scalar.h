@@ -10,10 +10,11 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define ANDMASK_INLINE static __host__ __device__ __forceinline__
+#define ANDMASK_METHOD __host__ __device__ __forceinline__
 #else
-#define ANDMASK_INLINE static inline __attribute__((always_inline))
+#define ANDMASK_METHOD inline __attribute__((always_inline))
 #endif
+#define ANDMASK_INLINE static ANDMASK_METHOD
 
 namespace andmask {
 

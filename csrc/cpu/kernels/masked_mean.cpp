@@ -3,10 +3,7 @@
 #include <stdlib.h>
 
 #include "../../math/agreement.h"
-
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
+#include "load.h"
 
 namespace andmask {
 namespace {
@@ -57,24 +54,6 @@ template <typename T>
 constexpr bool kIsHalf = false;
 template <>
 constexpr bool kIsHalf<Half> = true;
-
-// float16 is converted ahead of the loop that uses it, because compilers know no vector form of the
-// instruction. With it the kernel is as fast as for bfloat16, without it three times slower.
-ANDMASK_INLINE void widen_columns(const Half* grads, int64_t columns, float* wide) {
-  int64_t column = 0;
-#if defined(__AVX512F__)
-  for (; column + 16 <= columns; column += 16) {
-    const auto* half = reinterpret_cast<const __m256i*>(grads + column);
-    _mm512_storeu_ps(wide + column, _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(half)));
-  }
-#elif defined(__F16C__)
-  for (; column + 8 <= columns; column += 8) {
-    const auto* half = reinterpret_cast<const __m128i*>(grads + column);
-    _mm256_storeu_ps(wide + column, _mm256_cvtph_ps(_mm_loadu_si128(half)));
-  }
-#endif
-  for (; column < columns; ++column) wide[column] = widen(grads[column]);
-}
 
 // At most kChunk columns. With `first`, their sums and votes are begun; else they are continued.
 template <int rows, bool first, typename T>

@@ -1,0 +1,227 @@
+#include "moments.h"
+
+#include "load.h"
+
+namespace andmask {
+namespace {
+
+constexpr int64_t kBlock = kUpdateBlock;
+
+// ---- accumulate: one simple loop for each moment, over a block that stays in L1 ----
+
+template <typename F, typename V>
+void add_votes(const F* __restrict grads, int64_t columns, bool first, V* __restrict votes) {
+  constexpr int64_t kChunk = 64;  // narrowed in a loop of its own, lest the votes set the width
+  using Vote = decltype(sign(F()));
+  for (int64_t begin = 0; begin < columns; begin += kChunk) {
+    const int64_t size = columns - begin < kChunk ? columns - begin : kChunk;
+    Vote chunk[kChunk];
+    if (size == kChunk) {
+      for (int64_t i = 0; i < kChunk; ++i) chunk[i] = sign(grads[begin + i]);
+      for (int64_t i = 0; i < kChunk; ++i) {
+        votes[begin + i] = static_cast<V>((first ? 0 : votes[begin + i]) + chunk[i]);
+      }
+    } else {
+      for (int64_t i = begin; i < columns; ++i) {
+        votes[i] = static_cast<V>((first ? 0 : votes[i]) + sign(grads[i]));
+      }
+    }
+  }
+}
+
+template <typename F>
+void add_votes(const F* grads, int64_t columns, bool first, int bytes, void* votes,
+               int64_t offset) {
+  switch (bytes) {
+    case 1: return add_votes(grads, columns, first, static_cast<int8_t*>(votes) + offset);
+    case 2: return add_votes(grads, columns, first, static_cast<int16_t*>(votes) + offset);
+    default: return add_votes(grads, columns, first, static_cast<int32_t*>(votes) + offset);
+  }
+}
+
+template <typename F>
+void add_squares(const F* __restrict grads, int64_t columns, int64_t count, const F* __restrict sum,
+                 F* __restrict squares) {
+  if (count == 0) {
+    for (int64_t i = 0; i < columns; ++i) squares[i] = 0;
+    return;
+  }
+  const F before = static_cast<F>(count);
+  const F share = static_cast<F>(static_cast<double>(count) / static_cast<double>(count + 1));
+  for (int64_t i = 0; i < columns; ++i) {
+    squares[i] = add_square(squares[i], sum[i], before, share, grads[i]);
+  }
+}
+
+template <typename F>
+void add_sum(const F* __restrict grads, int64_t columns, bool first, F* __restrict sum) {
+  if (first) {
+    for (int64_t i = 0; i < columns; ++i) sum[i] = grads[i];
+  } else {
+    for (int64_t i = 0; i < columns; ++i) sum[i] += grads[i];
+  }
+}
+
+template <typename F>
+void add_logs(const F* __restrict grads, int64_t columns, bool first, F* __restrict logs) {
+  if (first) {
+    for (int64_t i = 0; i < columns; ++i) logs[i] = log_magnitude(grads[i]);
+  } else {
+    for (int64_t i = 0; i < columns; ++i) logs[i] += log_magnitude(grads[i]);
+  }
+}
+
+template <typename T>
+void accumulate(const AccumulateTask& task, int64_t begin, int64_t end) {
+  using F = accumulate_t<T>;
+  alignas(64) F scratch[kBlock];
+  auto* const sum = static_cast<F*>(task.moments.sum);
+  auto* const squares = static_cast<F*>(task.moments.squares);
+  auto* const logs = static_cast<F*>(task.moments.logs);
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t columns = end - block < kBlock ? end - block : kBlock;
+    for (int64_t row = 0; row < task.rows; ++row) {
+      const int64_t count = task.count + row;
+      const T* const stored = static_cast<const T*>(task.grads) + row * task.stride + block;
+      const F* grads = widened(stored, columns, scratch);
+      if (task.moments.votes) {  // before the weight, which could make a zero of a small gradient
+        add_votes(grads, columns, count == 0, task.moments.vote_bytes, task.moments.votes, block);
+      }
+      if (task.weights && task.weights[row] != 1) {
+        const F weight = static_cast<F>(task.weights[row]);
+        for (int64_t i = 0; i < columns; ++i) scratch[i] = grads[i] * weight;
+        grads = scratch;
+      }
+      if (squares) add_squares(grads, columns, count, sum + block, squares + block);
+      add_sum(grads, columns, count == 0, sum + block);
+      if (logs) add_logs(grads, columns, count == 0, logs + block);
+    }
+  }
+}
+
+// ---- resolve ----
+
+template <typename F>
+struct ResolveScratch {
+  alignas(64) F sum[kBlock];
+  int32_t votes[kBlock];
+};
+
+// Where the sums of columns [begin, begin + columns) lie, widened if need be.
+template <typename F>
+const F* load_sum(const ResolveTask& task, int64_t begin, int64_t columns, F* scratch) {
+  if constexpr (sizeof(F) == sizeof(float)) {
+    if (task.sum_dtype == Dtype::float16) {
+      return widened(static_cast<const Half*>(task.moments.sum) + begin, columns, scratch);
+    }
+    if (task.sum_dtype == Dtype::bfloat16) {
+      return widened(static_cast<const BFloat16*>(task.moments.sum) + begin, columns, scratch);
+    }
+  }
+  return static_cast<const F*>(task.moments.sum) + begin;
+}
+
+template <typename V>
+void widen_votes(const V* __restrict votes, int64_t columns, int32_t* __restrict wide) {
+  for (int64_t i = 0; i < columns; ++i) wide[i] = votes[i];
+}
+
+const int32_t* load_votes(const MomentArrays& moments, int64_t begin, int64_t columns,
+                          int32_t* scratch) {
+  switch (moments.vote_bytes) {
+    case 1: widen_votes(static_cast<const int8_t*>(moments.votes) + begin, columns, scratch); break;
+    case 2:
+      widen_votes(static_cast<const int16_t*>(moments.votes) + begin, columns, scratch);
+      break;
+    default: return static_cast<const int32_t*>(moments.votes) + begin;
+  }
+  return scratch;
+}
+
+// Calls `use(index in the block, aggregate)` for every column, in loops that can be vectorised.
+template <typename Rule, typename F, typename Use>
+ANDMASK_INLINE void for_columns(const Rule& rule, const ResolveTask& task, int64_t begin,
+                                int64_t columns, const Use& use) {
+  ResolveScratch<F> scratch;
+  const F* const sum = load_sum<F>(task, begin, columns, scratch.sum);
+  const int32_t* votes = nullptr;
+  const F* squares = nullptr;
+  const F* logs = nullptr;
+  if constexpr ((Rule::kMoments & kVotes) != 0) {
+    votes = load_votes(task.moments, begin, columns, scratch.votes);
+  }
+  if constexpr ((Rule::kMoments & kSquares) != 0) {
+    squares = static_cast<const F*>(task.moments.squares) + begin;
+  }
+  if constexpr ((Rule::kMoments & kLogs) != 0) {
+    logs = static_cast<const F*>(task.moments.logs) + begin;
+  }
+  for (int64_t i = 0; i < columns; ++i) {
+    Sums<F> sums{sum[i], 0, 0, 0};
+    if constexpr ((Rule::kMoments & kVotes) != 0) sums.votes = votes[i];
+    if constexpr ((Rule::kMoments & kSquares) != 0) sums.squares = squares[i];
+    if constexpr ((Rule::kMoments & kLogs) != 0) sums.logs = logs[i];
+    use(i, rule(sums));
+  }
+}
+
+// Added up in a fixed order: eight partial sums, so that it can be vectorised.
+template <typename F>
+double add_up(const F* factors, int64_t columns) {
+  double partial[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= columns; i += 8) {
+    for (int lane = 0; lane < 8; ++lane) partial[lane] += static_cast<double>(factors[i + lane]);
+  }
+  for (; i < columns; ++i) partial[0] += static_cast<double>(factors[i]);
+  double total = 0;
+  for (int lane = 0; lane < 8; ++lane) total += partial[lane];
+  return total;
+}
+
+template <typename F, typename Rule>
+double total_factor(const ResolveTask& task, int64_t begin, int64_t end) {
+  const Rule rule(task.arguments, task.count);
+  alignas(64) F factors[kBlock];
+  double total = 0;
+  for (int64_t block = begin; block < end; block += kBlock) {
+    const int64_t columns = end - block < kBlock ? end - block : kBlock;
+    for_columns<Rule, F>(rule, task, block, columns,
+                         [&](int64_t i, const Aggregate<F>& a) { factors[i] = a.factor; });
+    total += add_up(factors, columns);
+  }
+  return total;
+}
+
+// The factor multiplies; it never selects: what is not finite shows under a factor of 0 as NaN.
+template <typename F, typename Rule>
+void resolve(const ResolveTask& task, double scale, int64_t begin, int64_t end, void* update) {
+  const Rule rule(task.arguments, task.count);
+  F* const __restrict out = static_cast<F*>(update);
+  if (scale == 1) {
+    for_columns<Rule, F>(rule, task, begin, end - begin,
+                         [&](int64_t i, const Aggregate<F>& a) { out[i] = a.factor * a.value; });
+  } else {
+    const F wide_scale = static_cast<F>(scale);
+    for_columns<Rule, F>(rule, task, begin, end - begin, [&](int64_t i, const Aggregate<F>& a) {
+      out[i] = a.factor * a.value * wide_scale;
+    });
+  }
+}
+
+template <typename... Rules>
+constexpr MomentKernels table(RuleList<Rules...>) {
+  return {
+      {accumulate<Half>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
+      {{total_factor<float, Rules>...}, {total_factor<double, Rules>...}},
+      {{resolve<float, Rules>...}, {resolve<double, Rules>...}},
+  };
+}
+
+}  // namespace
+
+namespace ANDMASK_ISA {
+extern const MomentKernels moment_kernels = table(MomentRules());
+}  // namespace ANDMASK_ISA
+
+}  // namespace andmask

@@ -1,0 +1,137 @@
+#include <torch/csrc/stable/library.h>
+
+#include <limits>
+
+#include "kernels/steps.h"
+#include "resolver.h"
+
+namespace andmask {
+namespace {
+
+using Weights = std::vector<double>;
+
+ScalarType wide_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+int64_t vote_capacity(const char* op, size_t index, const Tensor& votes) {
+  switch (votes.scalar_type()) {
+    case ScalarType::Char: return std::numeric_limits<int8_t>::max();
+    case ScalarType::Short: return std::numeric_limits<int16_t>::max();
+    case ScalarType::Int: return std::numeric_limits<int32_t>::max();
+    default: break;
+  }
+  fail(op, "expected votes[", index, "] of dtype int8, int16 or int32, but got ",
+       torch::headeronly::toString(votes.scalar_type()));
+}
+
+void check_like_grad(const char* op, const char* name, size_t index, const Tensor& moment,
+                     const Tensor& grad, int64_t skip, ScalarType wide) {
+  if (!same_shape(grad, moment, skip)) {
+    fail(op, "expected ", name, "[", index, "] of shape ", shape_text(moment),
+         skip ? " after the environments" : "", " in grads[", index, "], but got ",
+         shape_text(grad));
+  }
+  if (moment.scalar_type() != wide) {
+    fail(op, "expected ", name, "[", index, "] of dtype ", torch::headeronly::toString(wide),
+         ", but got ", torch::headeronly::toString(moment.scalar_type()));
+  }
+}
+
+void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tensors grads,
+                    int64_t count, Weights weights, bool stacked) {
+  const char* const op = "andmask::accumulate_";
+  const size_t size = grads.size();
+  const auto check_size = [&](const char* name, const Tensors& list, bool optional) {
+    check(list.size() == size || (optional && list.empty()), op, "expected ", name, " of ", size,
+          " tensors, as grads has, but got ", list.size());
+  };
+  check_size("sum", sum, false);
+  check_size("votes", votes, true);
+  check_size("squares", squares, true);
+  check_size("logs", logs, true);
+  if (size == 0) return;
+  check(!stacked || grads[0].dim() >= 1, op,
+        "expected grads[0] of shape [environments, *shape], but got a 0-dim tensor");
+  const int64_t rows = stacked ? grads[0].size(0) : 1;
+  const int64_t skip = stacked ? 1 : 0;
+  check(rows >= 1, op, "expected grads of at least 1 environment (dim 0), but got 0");
+  check(count >= 0 && count <= std::numeric_limits<int32_t>::max() - rows, op,
+        "expected count in [0, 2^31 - 1 - environments], but got ", count);
+  check(weights.empty() || weights.size() == static_cast<size_t>(rows), op, "expected ", rows,
+        " weights, one for each environment, but got ", weights.size());
+  for (double weight : weights) {
+    check(weight > 0 && weight <= std::numeric_limits<double>::max(), op,
+          "expected positive finite weights, but got ", weight);
+  }
+  std::vector<Dtype> dtypes;
+  std::vector<int64_t> sizes;
+  for (size_t i = 0; i < size; ++i) {
+    dtypes.push_back(check_dtype(op, "grads", grads[i], i));
+    const ScalarType wide = wide_type(dtypes[i]);
+    check_like_grad(op, "sum", i, sum[i], grads[i], skip, wide);
+    if (stacked && grads[i].size(0) != rows) {
+      fail(op, "expected ", rows, " environments (dim 0), as grads[0] has, in grads[", i,
+           "], but got ", grads[i].size(0));
+    }
+    if (!votes.empty()) {
+      const int64_t capacity = vote_capacity(op, i, votes[i]);
+      check_like_grad(op, "votes", i, votes[i], grads[i], skip, votes[i].scalar_type());
+      if (count + rows > capacity) {
+        fail(op, "expected votes[", i, "] wide enough for ", count + rows,
+             " environments, but got ", torch::headeronly::toString(votes[i].scalar_type()));
+      }
+    }
+    if (!squares.empty()) check_like_grad(op, "squares", i, squares[i], grads[i], skip, wide);
+    if (!logs.empty()) check_like_grad(op, "logs", i, logs[i], grads[i], skip, wide);
+    sizes.push_back(sum[i].numel());
+  }
+
+  Aligned aligned;
+  for (size_t i = 0; i < size; ++i) {
+    std::vector<Tensor*> moments = {&sum[i]};
+    for (Tensors* list : {&votes, &squares, &logs}) {
+      if (!list->empty()) moments.push_back(&(*list)[i]);
+    }
+    aligned.align(moments, {&grads[i]}, skip);
+  }
+  const MomentLists lists{sum, votes, squares, logs};
+  std::vector<AccumulateTask> tasks;
+  for (size_t i = 0; i < size; ++i) {
+    tasks.push_back({grads[i].const_data_ptr(), rows, stacked ? grads[i].stride(0) : 0,
+                     weights.empty() ? nullptr : weights.data(), count, moment_arrays(lists, i)});
+  }
+  const MomentKernels& kernels = moment_kernels(active_isa());
+  Units(sizes).parallel(rows, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
+    kernels.accumulate[static_cast<int>(dtypes[index])](tasks[index], begin, end);
+  });
+  aligned.copy_back();
+}
+
+Tensors resolve_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
+                    std::string rule, std::vector<double> arguments, bool rescale) {
+  const char* const op = "andmask::resolve";
+  MomentLists lists{sum, votes, squares, logs};
+  const Resolver resolver(op, lists, count, rule, arguments, rescale);
+  Tensors out;
+  Aligned aligned;
+  std::vector<void*> pointers;
+  for (size_t i = 0; i < sum.size(); ++i) {
+    aligned.align({}, lists.tensors(i));
+    out.push_back(torch::stable::empty_like(lists.sum[i]));
+    pointers.push_back(out[i].mutable_data_ptr());
+  }
+  const StepKernels& kernels = step_kernels(active_isa());
+  resolver.run([&](int64_t index, int64_t begin, int64_t end, const void* update) {
+    kernels.store[static_cast<int>(resolver.dtype(index))](update, pointers[index], begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace andmask
+
+STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) {
+  m.impl("accumulate_", TORCH_BOX(&andmask::accumulate_cpu));
+  m.impl("resolve", TORCH_BOX(&andmask::resolve_cpu));
+}

@@ -1,0 +1,133 @@
+#include "resolver.h"
+
+#include <limits>
+
+namespace andmask {
+namespace {
+
+template <typename... Rules>
+const std::vector<RuleInfo>& infos(RuleList<Rules...>) {
+  static const std::vector<RuleInfo> all = {
+      {Rules::kName, Rules::kArguments, Rules::kMoments, Rules::invalid}...};
+  return all;
+}
+
+void check_moment(const char* op, const char* name, const Tensors& moment, const Tensors& sum,
+                  bool needed, const std::string& rule) {
+  check(!needed || moment.size() == sum.size(), op, "expected ", name, " of ", sum.size(),
+        " tensors, as sum has (rule ", rule, " needs them), but got ", moment.size());
+  for (size_t i = 0; needed && i < sum.size(); ++i) {
+    if (!same_shape(moment[i], sum[i])) {
+      fail(op, "expected ", name, "[", i, "] of shape ", shape_text(sum[i]), ", as sum[", i,
+           "] has, but got ", shape_text(moment[i]));
+    }
+  }
+}
+
+std::vector<int64_t> sizes(const Tensors& tensors) {
+  std::vector<int64_t> result;
+  result.reserve(tensors.size());
+  for (const Tensor& tensor : tensors) result.push_back(tensor.numel());
+  return result;
+}
+
+}  // namespace
+
+const RuleInfo& rule_info(int rule) { return infos(MomentRules())[rule]; }
+
+int find_rule(const char* op, const std::string& name, const std::vector<double>& arguments) {
+  const auto& all = infos(MomentRules());
+  std::string names;
+  for (size_t index = 0; index < all.size(); ++index) {
+    const RuleInfo& rule = all[index];
+    if (name != rule.name) {
+      names += std::string(index ? ", " : "") + rule.name;
+      continue;
+    }
+    check(arguments.size() == static_cast<size_t>(rule.arguments), op, "expected ", rule.arguments,
+          " argument(s) of rule ", name, ", but got ", arguments.size());
+    const char* const invalid = rule.invalid(arguments.data());
+    std::string got;
+    for (double argument : arguments) got += " " + std::to_string(argument);
+    check(!invalid, op, invalid, " for rule ", name, ", but got", got);
+    return static_cast<int>(index);
+  }
+  fail(op, "expected a rule on moments (", names, "), but got ", name);
+}
+
+MomentArrays moment_arrays(const MomentLists& lists, int64_t index) {
+  const auto pointer = [index](const Tensors& list) {
+    return list.empty() ? nullptr : list[index].mutable_data_ptr();
+  };
+  return {pointer(lists.sum), pointer(lists.votes),
+          lists.votes.empty() ? 0 : static_cast<int>(lists.votes[index].element_size()),
+          pointer(lists.squares), pointer(lists.logs)};
+}
+
+void Aligned::align(const std::vector<Tensor*>& written, const std::vector<Tensor*>& read,
+                    int64_t skip) {
+  const Tensor& first = written.empty() ? *read.front() : *written.front();
+  bool aligned = is_dense(first);
+  for (const Tensor* tensor : written) aligned = aligned && same_layout(*tensor, first);
+  for (const Tensor* tensor : read) aligned = aligned && same_layout(*tensor, first, skip);
+  if (aligned) return;
+  for (Tensor* tensor : read) *tensor = torch::stable::contiguous(*tensor);
+  for (Tensor* tensor : written) {
+    if (tensor->is_contiguous()) continue;
+    const Tensor original = *tensor;
+    *tensor = torch::stable::contiguous(original);
+    copies_.emplace_back(original, *tensor);
+  }
+}
+
+void Aligned::copy_back() {
+  for (auto& [original, stand_in] : copies_) torch::stable::copy_(original, stand_in);
+}
+
+Resolver::Resolver(const char* op, const MomentLists& lists, int64_t count, const std::string& rule,
+                   const std::vector<double>& arguments, bool rescale)
+    : lists_(lists),
+      count_(count),
+      rule_(find_rule(op, rule, arguments)),
+      arguments_(arguments),
+      rescale_(rescale),
+      units_(sizes(lists.sum)),
+      kernels_(moment_kernels(active_isa())) {
+  check(count >= 1 && count <= std::numeric_limits<int32_t>::max(), op,
+        "expected count in [1, 2^31 - 1], but got ", count);
+  const unsigned needs = rule_info(rule_).moments;
+  check_moment(op, "votes", lists.votes, lists.sum, needs & kVotes, rule);
+  check_moment(op, "squares", lists.squares, lists.sum, needs & kSquares, rule);
+  check_moment(op, "logs", lists.logs, lists.sum, needs & kLogs, rule);
+  dtypes_.reserve(lists.sum.size());
+  for (size_t i = 0; i < lists.sum.size(); ++i) {
+    dtypes_.push_back(check_dtype(op, "sum", lists.sum[i], i));
+  }
+}
+
+std::vector<ResolveTask> Resolver::tasks() const {
+  std::vector<ResolveTask> tasks;
+  tasks.reserve(dtypes_.size());
+  for (size_t i = 0; i < dtypes_.size(); ++i) {
+    tasks.push_back({moment_arrays(lists_, i), dtypes_[i], arguments_.data(), count_});
+  }
+  return tasks;
+}
+
+std::vector<double> Resolver::scales(const std::vector<ResolveTask>& tasks) const {
+  std::vector<double> scales(tasks.size(), 1.0);
+  if (!rescale_) return scales;
+  std::vector<double> totals(units_.count());
+  units_.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
+    const auto total_factor = kernels_.total_factor[width(tasks[index].sum_dtype)][rule_];
+    totals[unit] = total_factor(tasks[index], begin, end);
+  });
+  for (size_t i = 0; i < scales.size(); ++i) {
+    double total = 0;
+    for (int64_t unit = units_.first(i); unit < units_.first(i + 1); ++unit) total += totals[unit];
+    scales[i] = inverse_density(total, static_cast<double>(lists_.sum[i].numel()));
+  }
+  return scales;
+}
+
+}  // namespace andmask

@@ -1,0 +1,122 @@
+// What the CPU ops know about torch's tensors: dtype, layout, and how a list is shared by threads.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "../checks.h"
+#include "kernels/dispatch.h"
+
+namespace andmask {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
+
+// Elements that one thread should have before a second one is worth waking.
+constexpr int64_t kGrain = 32768;
+
+// `index` in the list `name`; -1: not a list.
+inline Dtype check_dtype(const char* op, const char* name, const Tensor& tensor,
+                         int64_t index = -1) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Half: return Dtype::float16;
+    case ScalarType::BFloat16: return Dtype::bfloat16;
+    case ScalarType::Float: return Dtype::float32;
+    case ScalarType::Double: return Dtype::float64;
+    default: break;
+  }
+  std::ostringstream which;
+  which << name;
+  if (index >= 0) which << '[' << index << ']';
+  fail(op, "expected ", which.str(), " of dtype float16, bfloat16, float32 or float64, but got ",
+       torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// Memory without holes or overlaps, in any order of the dimensions: it can be gone over as one row.
+inline bool is_dense(const Tensor& tensor) {
+  if (tensor.is_contiguous() || tensor.numel() == 0) return true;
+  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.size(dim) != 1) dims.emplace_back(tensor.stride(dim), tensor.size(dim));
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : dims) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether an element of `one` lies where that of `other` does, `skip` leading dims of `one` aside.
+inline bool same_layout(const Tensor& one, const Tensor& other, int64_t skip = 0) {
+  for (int64_t dim = 0; dim < other.dim(); ++dim) {
+    if (other.size(dim) != 1 && one.stride(dim + skip) != other.stride(dim)) return false;
+  }
+  return true;
+}
+
+inline bool same_shape(const Tensor& one, const Tensor& other, int64_t skip = 0) {
+  if (one.dim() != other.dim() + skip) return false;
+  for (int64_t dim = 0; dim < other.dim(); ++dim) {
+    if (one.size(dim + skip) != other.size(dim)) return false;
+  }
+  return true;
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  std::ostringstream text;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "(") << tensor.size(dim);
+  text << (tensor.dim() ? ")" : "()");
+  return text.str();
+}
+
+// Work on a list of tensors is cut into units of at most kUnit elements, numbered through the list.
+// The cut does not depend on the number of threads, so sums per unit do not either.
+class Units {
+ public:
+  static constexpr int64_t kUnit = 16384;
+
+  explicit Units(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {
+    first_.reserve(sizes_.size() + 1);
+    first_.push_back(0);
+    for (int64_t size : sizes_) {
+      first_.push_back(first_.back() + (size + kUnit - 1) / kUnit);
+      elements_ += size;
+    }
+  }
+
+  int64_t count() const { return first_.back(); }
+
+  // The units of tensor `index` are [first(index), first(index + 1)).
+  int64_t first(int64_t index) const { return first_[index]; }
+
+  // f(tensor, unit, begin, end), the last two in elements of the tensor.
+  template <typename F>
+  void parallel(int64_t work_per_element, const F& f) const {
+    if (count() == 0) return;
+    const int64_t per_unit = std::max<int64_t>(1, elements_ * work_per_element / count());
+    const int64_t grain = std::max<int64_t>(1, kGrain / per_unit);
+    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
+      auto tensor = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        while (unit >= first_[tensor + 1]) ++tensor;
+        const int64_t from = (unit - first_[tensor]) * kUnit;
+        f(tensor, unit, from, std::min(from + kUnit, sizes_[tensor]));
+      }
+    });
+  }
+
+ private:
+  std::vector<int64_t> sizes_;
+  std::vector<int64_t> first_;
+  int64_t elements_ = 0;
+};
+
+}  // namespace andmask
