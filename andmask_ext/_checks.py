@@ -49,3 +49,11 @@ def check_bool(name: str, value: object) -> None:
     """Raise unless ``value`` is a bool."""
     if not isinstance(value, bool):
         raise TypeError(f"{name}: expected a bool, but got {type(value).__name__}")
+
+
+def check_weight(weight: object) -> None:
+    """Raise unless ``weight`` is a positive finite number."""
+    if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+        raise TypeError(f"weight: expected a number, but got {type(weight).__name__}")
+    if not 0 < weight < float("inf"):
+        raise ValueError(f"weight: expected a positive finite number, but got {weight}")

@@ -32,8 +32,8 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def(
       "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "
       "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
-      "float lr, float momentum, float dampening, float weight_decay, bool nesterov, "
-      "bool maximize, bool first_step) -> ()");
+      "float lr, float momentum, float dampening, float weight_decay, "
+      "bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) -> ()");
   m.def(
       "adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] sum, Tensor[] votes, "

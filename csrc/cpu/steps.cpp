@@ -123,8 +123,8 @@ void* pointer(const Tensors& list, int64_t index) {
 void sgd_step_cpu(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors votes,
                   Tensors squares, Tensors logs, int64_t count, std::string rule,
                   std::vector<double> arguments, bool rescale, double lr, double momentum,
-                  double dampening, double weight_decay, bool nesterov, bool maximize,
-                  bool first_step) {
+                  double dampening, double weight_decay, bool decoupled_weight_decay, bool nesterov,
+                  bool maximize, bool first_step) {
   const char* const op = "andmask::sgd_step_";
   Step step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
   step.state("momentum_buffers", momentum_buffers, /*optional=*/momentum == 0);
@@ -132,7 +132,7 @@ void sgd_step_cpu(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors
   std::vector<SgdTask> tasks;
   for (int64_t i = 0; i < step.size(); ++i) {
     tasks.push_back({step.param(i), pointer(momentum_buffers, i), lr, momentum, dampening,
-                     weight_decay, nesterov, maximize, first_step});
+                     weight_decay, decoupled_weight_decay, nesterov, maximize, first_step});
   }
   step.run(tasks, step_kernels(active_isa()).sgd);
 }

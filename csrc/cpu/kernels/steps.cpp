@@ -41,9 +41,10 @@ void store(const void* update, void* out, int64_t begin, int64_t end) {
 template <typename T>
 void sgd(const SgdTask& task, const void* update, int64_t begin, int64_t end) {
   using F = accumulate_t<T>;
-  const Sgd<F> rule{decay_of<F>(task.lr, task.weight_decay, /*decoupled=*/false, task.maximize),
-                    static_cast<F>(task.lr), static_cast<F>(task.momentum),
-                    static_cast<F>(1 - task.dampening), task.nesterov};
+  const Sgd<F> rule{
+      decay_of<F>(task.lr, task.weight_decay, task.decoupled_weight_decay, task.maximize),
+      static_cast<F>(task.lr), static_cast<F>(task.momentum), static_cast<F>(1 - task.dampening),
+      task.nesterov};
   const F* const __restrict grads = static_cast<const F*>(update);
   const int64_t columns = end - begin;
   with_params<T>(task.param, begin, columns, [&](F* __restrict params) {

@@ -13,7 +13,7 @@ struct SgdTask {
   void* param;
   void* momentum_buffer;  // null without momentum
   double lr, momentum, dampening, weight_decay;
-  bool nesterov, maximize;
+  bool decoupled_weight_decay, nesterov, maximize;
   bool first;  // the buffer does not hold anything yet
 };
 
@@ -21,7 +21,7 @@ struct AdamTask {
   void* param;
   void* exp_avg;
   void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
+  void* max_exp_avg_sq;             // null without amsgrad
   double correction1, correction2;  // of the bias: 1 - beta^step
   double lr, beta1, beta2, eps, weight_decay;
   bool decoupled_weight_decay, maximize;
