@@ -5,8 +5,19 @@ Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021.
 
 from ._library import __version__, build_info  # isort: skip  # loads the ops that others use
 from . import _fake as _fake
-from . import ops
+from . import ops, optim
 from ._backward import backward
-from .rules import AndMask
+from .moments import Moments
+from .rules import AndMask, Mean, Rule
 
-__all__ = ["AndMask", "__version__", "backward", "build_info", "ops"]
+__all__ = [
+    "AndMask",
+    "Mean",
+    "Moments",
+    "Rule",
+    "__version__",
+    "backward",
+    "build_info",
+    "ops",
+    "optim",
+]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from ._checks import check_dtype
+from ._checks import check_dtype, check_weight
+from .moments import Moments
+from .rules import Rule
 
 __all__ = ["backward"]
 
@@ -17,20 +19,27 @@ def backward(
     losses: Sequence[Tensor] | Tensor,
     rule: Callable[[Tensor], Tensor],
     params: Iterable[Tensor] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
 ) -> None:
     """Add the gradient that a rule makes of several environments to ``param.grad``.
 
     Takes the place of ``loss.backward()``. Each loss is back-propagated by itself, so the result is
     exact for any model: batch norm in training mode, tied weights, checkpointing
     (``use_reentrant=False``), autocast and ``torch.compile`` included. It costs one backward pass
-    per environment, and memory for one gradient per environment. As after ``loss.backward()``, a
-    graph is freed once its pass is done; that of a loss which shares a part with a later one stays
-    until the losses are released.
+    per environment. With a rule on moments (``rule.moments`` is not None) each gradient is added to
+    :class:`andmask_ext.Moments` and freed: the memory is that of plain training and the moments,
+    however many environments there are. Other rules need the gradients of all environments at once.
+    As after ``loss.backward()``, a graph is freed once its pass is done; that of a loss which
+    shares a part with a later one stays until the losses are released.
 
     A parameter that an environment's loss does not touch has gradient zero there, which is a vote
     for neither sign: with ``tau=1`` it will not move. A parameter that no loss touches keeps its
-    ``.grad``. A positive factor common to all losses scales the result and leaves the mask alone,
-    so ``GradScaler.scale`` may be applied to each of them. If anything raises, no ``.grad`` has
+    ``.grad``. A positive factor common to all losses scales the result of the AND-mask and leaves the
+    mask alone, so ``GradScaler.scale`` may be applied to each of them. Rules that look at
+    magnitudes otherwise (:class:`andmask_ext.SandMask`, :class:`andmask_ext.GeometricMean`) need
+    true magnitudes: give ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards.
+    If anything raises, no ``.grad`` has
     changed.
 
     Hooks: those of ``Tensor.register_hook`` see the gradient of each environment. Those of
@@ -41,18 +50,22 @@ def backward(
         losses: one scalar loss per environment: a sequence, or a tensor of shape :math:`(d,)`.
             Losses that share a part of their graph (as the elements of one tensor do) each
             back-propagate through all of it.
-        rule: maps stacked gradients ``[d, *shape]`` to one gradient ``[*shape]``, for example
-            :class:`andmask_ext.AndMask`. Called once per parameter, without gradient tracking.
+        rule: a rule such as :class:`andmask_ext.AndMask`, or any callable that maps stacked
+            gradients ``[d, *shape]`` to one gradient ``[*shape]``; it is called once per parameter,
+            without gradient tracking.
         params: the leaf tensors to give gradients to; those that do not require grad are passed
             over. Default: every leaf that the losses depend on.
+        weights: one positive factor per environment for its gradients, as if its loss had been
+            multiplied by it. Environments of n_e examples, N in all, have ``d * n_e / N`` if their
+            unmasked mean is to be the gradient of the pooled loss.
 
     Raises:
         TypeError: ``losses`` or ``params`` cannot be iterated over or hold something else than
             tensors, a gradient is sparse or of an unsupported dtype, or ``rule`` is not callable or
             returns no dense tensor.
         ValueError: there is no loss or no parameter, a loss is not scalar, does not require
-            grad or uses reentrant checkpointing, a parameter is not a leaf, or ``rule`` returns
-            another shape or device.
+            grad or uses reentrant checkpointing, a parameter is not a leaf, ``rule`` returns
+            another shape or device, or the weights are not as many as the losses or not positive.
         RuntimeError: a backward pass writes to ``.grad`` by itself, behind the back of this
             function.
 
@@ -78,22 +91,22 @@ def backward(
     if not leaves:
         raise ValueError("params: expected at least one leaf tensor that requires grad, but got 0")
 
+    factors = _check_weights(weights, len(scalars))
+
     before = [leaf.grad for leaf in leaves]
     try:
         for leaf in leaves:
             leaf.grad = None
-        stacks = _stack_grads(scalars, graphs, leaves)
+        grads = _environment_grads(scalars, graphs, leaves)
+        if isinstance(rule, Rule) and rule.moments is not None:
+            updates = _stream(rule, grads, leaves, factors)
+        else:
+            updates = _stack(rule, grads, leaves, factors)
     finally:
         for leaf, grad in zip(leaves, before, strict=True):
             leaf.grad = grad
-    del graphs
 
     with torch.no_grad():
-        updates: list[Tensor | None] = []
-        for index, leaf in enumerate(leaves):
-            stack, stacks[index] = stacks[index], None
-            updates.append(None if stack is None else _apply(rule, stack, leaf))
-            del stack
         for leaf, update in zip(leaves, updates, strict=True):
             if update is None:
                 continue
@@ -103,13 +116,15 @@ def backward(
                 leaf.grad += update
 
 
-def _stack_grads(
+Grads = tuple[Tensor | None, ...]
+
+
+def _environment_grads(
     losses: list[Tensor], graphs: list[dict[Node, None]], leaves: list[Tensor]
-) -> list[Tensor | None]:
-    """Back-propagate each loss; return ``[d, *shape]`` for each leaf that any of them touches."""
+) -> Iterator[Grads]:
+    """Back-propagate one loss after the other; yield the gradients of its environment."""
     # A graph is freed once no later loss needs it: memory stays low, and compiled models insist.
     last_users = _last_users(graphs)
-    stacks: list[Tensor | None] = [None] * len(leaves)
     for environment, (loss, graph) in enumerate(zip(losses, graphs, strict=True)):
         shared = any(last_users.get(node, 0) > environment for node in graph)
         grads = torch.autograd.grad(loss, leaves, retain_graph=shared, allow_unused=True)
@@ -119,22 +134,64 @@ def _stack_grads(
                     f"losses[{environment}]: its backward pass writes to .grad by itself (a custom "
                     "autograd.Function that calls backward?); its gradients cannot be aggregated"
                 )
-            stack = stacks[index]
-            if grad is None:
-                if stack is not None:
-                    stack[environment].zero_()
-                continue
-            if grad.layout != torch.strided:
+            if grad is not None and grad.layout != torch.strided:
                 raise TypeError(
                     f"losses[{environment}]: expected dense gradients, but got layout "
                     f"{str(grad.layout).removeprefix('torch.')} for parameter {index} of shape "
                     f"{tuple(leaf.shape)} (an embedding with sparse=True?)"
                 )
+        graph.clear()
+        yield grads
+        del grads
+
+
+def _stream(
+    rule: Rule, environments: Iterator[Grads], leaves: list[Tensor], weights: list[float]
+) -> list[Tensor | None]:
+    moments = Moments(leaves, rule.moments or ())
+    for grads, weight in zip(environments, weights, strict=True):
+        moments.add(grads, weight)
+        del grads
+    return rule.resolve(moments)
+
+
+def _stack(
+    rule: Callable[[Tensor], Tensor],
+    environments: Iterator[Grads],
+    leaves: list[Tensor],
+    weights: list[float],
+) -> list[Tensor | None]:
+    stacks: list[Tensor | None] = [None] * len(leaves)  # [d, *shape] where any loss touches it
+    for environment, (grads, weight) in enumerate(zip(environments, weights, strict=True)):
+        for index, grad in enumerate(grads):
+            stack = stacks[index]
+            if grad is None:
+                if stack is not None:
+                    stack[environment].zero_()
+                continue
             if stack is None:
-                stack = stacks[index] = grad.new_empty((len(losses), *grad.shape))
+                stack = stacks[index] = grad.new_empty((len(weights), *grad.shape))
                 stack[:environment].zero_()
-            stack[environment].copy_(grad)
-    return stacks
+            stack[environment].copy_(grad if weight == 1 else grad * weight)
+        del grads, grad
+    updates: list[Tensor | None] = []
+    with torch.no_grad():
+        for index, leaf in enumerate(leaves):
+            stack, stacks[index] = stacks[index], None
+            updates.append(None if stack is None else _apply(rule, stack, leaf))
+            del stack
+    return updates
+
+
+def _check_weights(weights: Sequence[float] | None, environments: int) -> list[float]:
+    if weights is None:
+        return [1.0] * environments
+    found = list(weights)
+    if len(found) != environments:
+        raise ValueError(f"weights: expected {environments}, one per loss, but got {len(found)}")
+    for weight in found:
+        check_weight(weight)
+    return found
 
 
 def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:

@@ -235,8 +235,9 @@ class Moments:
         self._touched[index] = True
         param = self._params[index]
         for kind, memory in self._memory.items():
-            if memory[index] is None:
-                memory[index] = torch.empty_like(param.detach(), dtype=self._dtype(kind, param))
+            kept, dtype = memory[index], self._dtype(kind, param)
+            if kept is None or kept.dtype != dtype or kept.device != param.device:
+                memory[index] = torch.empty_like(param.detach(), dtype=dtype)
             if self.count:  # else the first environment overwrites what is there
                 memory[index].fill_(self.count * _LOG_OF_ZERO if kind == "logs" else 0)  # type: ignore[union-attr]
 
@@ -397,9 +398,7 @@ class Moments:
                 f"{str(grad.layout).removeprefix('torch.')} (an embedding with sparse=True?)"
             )
         if grad.shape != shape:
-            raise ValueError(
-                f"grads[{index}]: expected shape {shape}, but got {tuple(grad.shape)}"
-            )
+            raise ValueError(f"grads[{index}]: expected shape {shape}, but got {tuple(grad.shape)}")
         if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
             raise TypeError(
                 f"grads[{index}]: expected dtype {str(param.dtype).removeprefix('torch.')}, "

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from . import ops
 from ._checks import check_bool, check_tau
+from .moments import Moments
 
-__all__ = ["AndMask"]
+__all__ = ["AndMask", "Mean", "Rule"]
+
+
+class Rule:
+    """How the gradients of the environments become one update."""
+
+    name: ClassVar[str]
+    moments: ClassVar[tuple[str, ...] | None] = None
+    rescale: bool = False
+
+    @property
+    def arguments(self) -> list[float]:
+        return []
+
+    def __call__(self, grads: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def resolve(self, moments: Moments) -> list[Tensor | None]:
+        if self.moments is None:
+            raise TypeError(
+                f"{self} needs the gradients of all environments at once: use rule(grads)"
+            )
+        return moments.resolve(self)
 
 
 @dataclass(frozen=True)
-class AndMask:
+class Mean(Rule):
+    """Mean."""
+
+    name = "mean"
+    moments = ()
+
+
+@dataclass(frozen=True)
+class AndMask(Rule):
     """Keep a coordinate of the mean gradient only where the environments agree in sign.
 
     An immutable value: compare it, hash it, pickle it, share it between threads.
@@ -45,6 +77,13 @@ class AndMask:
 
     tau: float = 1.0
     rescale: bool = False
+
+    name = "and_mask"
+    moments = ("votes",)
+
+    @property
+    def arguments(self) -> list[float]:
+        return [self.tau]
 
     def __post_init__(self) -> None:
         check_tau(self.tau)

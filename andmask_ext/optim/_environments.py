@@ -1,0 +1,556 @@
+"""What all optimizers here share: environments in, moments, one step out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .._checks import check_bool, check_dtype, check_tau, check_weight
+from ..moments import Moments
+from ..rules import AndMask, Mean, Rule
+
+# Gradients are added to the moments together, once they are as large as this: small enough to be
+# in cache still, large enough to make the cost of a call small.
+_FLUSH_BYTES = 2**19
+
+WEIGHT_DECAYS = ("before_mask", "after_mask", "decoupled")
+
+
+class MomentOptimizer(Optimizer):
+    """Base: gradients come in environments, a rule aggregates them, ``step`` applies the update.
+
+    Subclasses say what a step is in :meth:`_step_group`.
+    """
+
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler hands scale and overflow to step()
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        defaults: dict[str, Any],
+        environments: int | None,
+    ) -> None:
+        if environments is not None and (not isinstance(environments, int) or environments < 1):
+            raise ValueError(
+                f"environments: expected a positive int or None, but got {environments!r}"
+            )
+        self._expected = environments
+        self._begin()
+        super().__init__(params, defaults)
+
+    # ---- the rule of a group ----
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        rule = group["rule"]
+        return AndMask(group["tau"], group["rescale"]) if rule is None else rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: a parameter or an option of the group has another type.
+            ValueError: an option of the group lies outside its range.
+        """
+        self._require_no_environments()
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        self._moments = []
+
+    def _require_no_environments(self) -> None:
+        if self._environments:
+            raise RuntimeError(
+                "add_param_group: expected no environments since the last step, "
+                f"but got {self._environments}; call step() or zero_grad() first"
+            )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        for index, param in enumerate(group["params"]):
+            check_dtype(f"params[{index}]", param)
+        rule = group["rule"]
+        if rule is None:
+            check_tau(group["tau"])
+            check_bool("rescale", group["rescale"])
+        elif not isinstance(rule, Rule):
+            raise TypeError(
+                "rule: expected a rule such as andmask_ext.AndMask(), "
+                f"but got {rule.__name__ if isinstance(rule, type) else type(rule).__name__}"
+            )
+        elif rule.moments is None:
+            raise TypeError(
+                f"rule: expected a rule on moments, but {rule} needs the gradients of all "
+                "environments at once; use andmask_ext.backward with it"
+            )
+
+    # ---- environments ----
+
+    def environment(
+        self,
+        *,
+        weight: float = 1.0,
+        micro_batches: int | None = 1,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> _Environment:
+        """Return a context: the backward pass inside gives the gradient of one environment.
+
+        Each parameter's gradient is added to the moments, and freed, as soon as it is complete.
+        Environments accumulate until :meth:`step` or :meth:`zero_grad`. ``.grad`` is None between
+        them.
+
+        Args:
+            weight: a factor for the environment's gradient, as if its loss had been multiplied by
+                it; positive.
+            micro_batches: how many backward passes the environment consists of; their gradients add
+                up before they vote. None: any number; gradients are then consumed only at the end
+                of the context.
+            grad_scaler: the :class:`torch.amp.GradScaler` whose ``scale`` the loss goes through.
+                Gradients are unscaled before they vote or enter any sum. Call
+                ``grad_scaler.step(optimizer)`` afterwards.
+
+        Raises:
+            RuntimeError: inside another environment; after :meth:`resolve` without :meth:`step`;
+                after an environment that raised; a ``.grad`` from outside an environment is
+                present; a parameter gets more gradients than ``micro_batches``, or none of them
+                gets any.
+            ValueError: ``weight`` is not positive and finite, or ``micro_batches`` not positive.
+            TypeError: a gradient is sparse.
+        """
+        check_weight(weight)
+        if micro_batches is not None and (not isinstance(micro_batches, int) or micro_batches < 1):
+            raise ValueError(
+                f"micro_batches: expected a positive int or None, but got {micro_batches!r}"
+            )
+        return _Environment(self, weight, micro_batches, grad_scaler)
+
+    def _begin(self) -> None:
+        """Start from nothing."""
+        self._moments: list[Moments] = []  # one per group, while the groups stay as they are
+        self._slots: dict[int, tuple[int, int]] = {}  # id of a parameter -> group, index in it
+        self._hooks: dict[int, Any] = {}
+        self._current: _Environment | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Forget the environments; keep memory and hooks."""
+        for moments in self._moments:
+            moments.reset()
+        self._environments = 0
+        self._resolved = False
+        self._broken = False
+        self._scaler: torch.amp.GradScaler | None = None
+        self._own_grads = False  # .grad of the parameters was put there by us
+
+    def _prepare(self) -> None:
+        """Moments and hooks for the groups as they are now."""
+        if self._environments == 0:
+            kinds = [self._rule(group).moments for group in self.param_groups]
+            if [tuple(m.kinds) for m in self._moments] != [
+                tuple(k for k in ("votes", "squares", "logs") if k in (kind or ()))
+                for kind in kinds
+            ]:
+                self._moments = [
+                    Moments(group["params"], kind or ())
+                    for group, kind in zip(self.param_groups, kinds, strict=True)
+                ]
+                self._slots = {
+                    id(param): (g, i)
+                    for g, group in enumerate(self.param_groups)
+                    for i, param in enumerate(group["params"])
+                }
+        if len(self._hooks) < len(self._slots):
+            hook = _Hook(self)
+            for group in self.param_groups:
+                for param in group["params"]:
+                    if param.requires_grad and id(param) not in self._hooks:
+                        self._hooks[id(param)] = param.register_post_accumulate_grad_hook(hook)
+
+    def _enter(self, environment: _Environment) -> None:
+        if self._current is not None:
+            raise RuntimeError("environment: expected no environment inside another")
+        if self._broken:
+            raise RuntimeError(
+                "environment: an environment raised an exception before it was complete; "
+                "call zero_grad() to start the step again"
+            )
+        if self._resolved:
+            raise RuntimeError(
+                f"environment: {self._environments} environments are left over from a step that "
+                "was skipped after resolve(); call zero_grad() to drop them, or step()"
+            )
+        if self._environments and self._scaler is not environment.grad_scaler:
+            raise RuntimeError("environment: expected the same grad_scaler in all environments")
+        for group in self.param_groups:
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    if not self._own_grads:
+                        raise RuntimeError(
+                            f"environment: parameter {index} of shape {tuple(param.shape)} has a "
+                            ".grad from outside of an environment; call zero_grad() first"
+                        )
+                    param.grad = None
+        self._own_grads = False
+        self._prepare()
+        self._scaler = environment.grad_scaler
+        self._current = environment
+
+    def _leave(self) -> None:
+        """Close an environment that is complete."""
+        for moments in self._moments:
+            moments.end_environment()
+        self._environments += 1
+        if self._scaler is not None:
+            # GradScaler looks for overflow in .grad; it sees the sums, where every one shows.
+            for group, moments in zip(self.param_groups, self._moments, strict=True):
+                for param, total in zip(group["params"], moments.sum, strict=True):
+                    if total is not None:
+                        param.grad = total if total.dtype == param.dtype else total.to(param.dtype)
+            self._own_grads = True
+
+    # ---- from moments to parameters ----
+
+    def _require_environments(self, caller: str) -> None:
+        if self._current is not None:
+            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+        if self._broken:
+            raise RuntimeError(
+                f"{caller}: an environment raised an exception before it was complete; "
+                "call zero_grad() to start the step again"
+            )
+        if self._environments == 0:
+            raise RuntimeError(
+                f"{caller}: expected at least one environment since the last step, but got 0; "
+                "put each backward pass inside `with optimizer.environment():`"
+            )
+        if self._expected is not None and self._environments != self._expected:
+            raise RuntimeError(
+                f"{caller}: expected {self._expected} environments since the last step, but got "
+                f"{self._environments} (left over from a skipped step? call zero_grad() to drop "
+                "them)"
+            )
+
+    @torch.no_grad()
+    def resolve(self) -> None:
+        """Write the aggregated gradients to ``.grad``, to be looked at or clipped before step().
+
+        ``step`` then uses ``.grad``. The order is: environments, ``resolve``, (with a ``GradScaler``
+        ``grad_scaler.unscale_(optimizer)``, as after any scaled backward pass), clipping, step. A
+        parameter that no environment has touched keeps ``.grad = None``.
+
+        Raises:
+            RuntimeError: there is no environment, or not as many as ``environments``, or one of
+                them raised.
+        """
+        self._require_environments("resolve")
+        if not self._resolved:
+            self._write_grads(1.0 if self._scaler is None else self._scaler.get_scale())
+            self._resolved = True
+
+    def _write_grads(self, scale: float) -> None:
+        for group, moments in zip(self.param_groups, self._moments, strict=True):
+            updates = self._rule(group).resolve(moments)
+            present = [update for update in updates if update is not None]
+            if present and scale != 1:
+                torch._foreach_mul_(present, scale)
+            for param, update in zip(group["params"], updates, strict=True):
+                param.grad = update
+        self._own_grads = True
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Aggregate the environments and update the parameters, in one pass over memory.
+
+        Args:
+            closure: runs the environments again and returns a loss, which is returned.
+
+        Raises:
+            RuntimeError: there is no environment since the last step, or not as many as
+                ``environments``, or one of them raised, or a ``GradScaler`` was used otherwise
+                than :meth:`environment` says.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._require_environments("step")
+        if self._overflow():
+            self._forget_and_clear()
+            return loss
+        self._update()
+        own = self._own_grads
+        self._forget()
+        self._own_grads = own
+        return loss
+
+    def _update(self) -> None:
+        """Move the parameters of all groups."""
+        for group, moments in zip(self.param_groups, self._moments, strict=True):
+            indices = moments.touched
+            if self._resolved:
+                indices = [i for i in indices if group["params"][i].grad is not None]
+            if not indices:
+                continue
+            params = [group["params"][i] for i in indices]
+            if self._resolved:
+                grads = [param.grad for param in params]
+                arguments: tuple[Any, ...] = (grads, [], [], [], 1, Mean.name, [], False)
+            else:
+                arguments = moments.arguments(self._rule(group), indices)
+            self._step_group(group, params, arguments)
+            torch.autograd.graph.increment_version(params)
+
+    def _step_group(
+        self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
+    ) -> None:
+        """Move parameters by what the rule makes of moments: ``arguments`` of the native ops."""
+        raise NotImplementedError
+
+    def _overflow(self) -> bool:
+        """Settle with GradScaler; whether any environment overflowed."""
+        found_inf = getattr(self, "found_inf", None)
+        scale = getattr(self, "grad_scale", None)
+        if found_inf is None:
+            if self._scaler is not None and self._resolved:
+                raise RuntimeError(
+                    "step: resolve() left scaled gradients in .grad: call grad_scaler.step(optimizer)"
+                )
+            return False
+        if self._scaler is None:
+            raise RuntimeError(
+                "step: expected `with optimizer.environment(grad_scaler=scaler):` around the "
+                "backward passes of losses that a GradScaler has scaled"
+            )
+        if float(found_inf) != 0:
+            return True
+        if self._resolved:
+            if scale is not None:  # grad_scaler.unscale_ was not called
+                grads = [p.grad for group in self.param_groups for p in group["params"]]
+                torch._foreach_mul_([g for g in grads if g is not None], 1 / float(scale))
+        elif scale is None:
+            raise RuntimeError(
+                "step: expected optimizer.resolve() before grad_scaler.unscale_(optimizer): "
+                "there are no gradients to unscale yet"
+            )
+        return False
+
+    def _forget_and_clear(self) -> None:
+        own = self._own_grads
+        self._forget()
+        if own:
+            Optimizer.zero_grad(self, set_to_none=True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all environments since the last step, and set ``.grad`` to None.
+
+        Args:
+            set_to_none: accepted for compatibility; ``.grad`` is None between environments anyhow.
+        """
+        if self._current is not None:
+            raise RuntimeError("zero_grad: expected to be called outside of an environment")
+        self._forget()
+        super().zero_grad(set_to_none=True)
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as :meth:`torch.optim.Optimizer.state_dict`.
+
+        Environments since the last step are part of it, so that a run can be resumed between two
+        of them.
+        """
+        state = super().state_dict()
+        if self._environments:
+            state["environments"] = self._pending()
+        return state
+
+    def _pending(self) -> dict[str, Any]:
+        if self._resolved or self._broken or self._scaler is not None:
+            raise RuntimeError(
+                "state_dict: expected to be called before the first environment or after step(), "
+                "but got a step that is resolved, broken or scaled half-way"
+            )
+        return {
+            "count": self._environments,
+            "moments": [moments.state_dict() for moments in self._moments],
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        States of the corresponding ``torch.optim`` classes load as well; options that they lack
+        keep this optimizer's values. State that is wider than its 16-bit parameter stays so.
+        """
+        defaults = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.param_groups
+        ]
+        self._forget()
+        super().load_state_dict(state_dict)
+        for group, default in zip(self.param_groups, defaults, strict=True):
+            for key, value in default.items():
+                group.setdefault(key, value)
+        load_wide_state(self, state_dict)
+        self._moments = []
+        pending = state_dict.get("environments")
+        if pending is not None:
+            self._load_pending(pending)
+
+    def _load_pending(self, pending: dict[str, Any]) -> None:
+        self._prepare()
+        for moments, saved in zip(self._moments, pending["moments"], strict=True):
+            moments.load_state_dict(saved)
+        self._environments = pending["count"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = {**super().__getstate__(), "_expected": self._expected}
+        if self._environments:
+            state["_pending_environments"] = self._pending()
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pending = state.pop("_pending_environments", None)
+        if "_hooks" not in self.__dict__:  # unpickled or copied, not loading a state dict
+            self._begin()
+        super().__setstate__(state)
+        if pending is not None:
+            self._load_pending(pending)
+
+
+def load_wide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Load float32 state of 16-bit parameters again: torch has rounded it to their dtype."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for param, index in zip(params, ids, strict=True):
+        if param.dtype not in (torch.float16, torch.bfloat16):
+            continue
+        for key, value in state_dict["state"].get(index, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                wide = value.detach().to(param.device, torch.float32, copy=True)
+                optimizer.state[param][key] = wide
+
+
+def zeros_like_wide(param: Tensor) -> Tensor:
+    """Return state for a parameter: float32, or float64 for float64, in its layout."""
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return torch.zeros_like(param.detach(), dtype=wide)
+
+
+class _Hook:
+    """Hands a complete gradient to the environment that is open, if one is.
+
+    It holds no strong reference to the optimizer, and copies and pickles as nothing that matters.
+    """
+
+    def __init__(self, optimizer: MomentOptimizer | None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, param: Tensor) -> None:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None and optimizer._current is not None:
+            optimizer._current.receive(param)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
+        return _Hook, (None,)
+
+
+class _Environment:
+    """The context of one environment."""
+
+    def __init__(
+        self,
+        optimizer: MomentOptimizer,
+        weight: float,
+        micro_batches: int | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.grad_scaler = grad_scaler
+        self._optimizer = optimizer
+        self._weight = weight
+        self._micro_batches = micro_batches
+        self._received: dict[int, int] = {}  # id of a parameter -> backward passes
+        self._waiting: dict[int, tuple[list[int], list[Tensor], list[Tensor]]] = {}
+        self._bytes = 0
+
+    def __enter__(self) -> None:
+        if self._received or self._optimizer._current is self:
+            raise RuntimeError("environment: expected a new context for each environment")
+        self._optimizer._enter(self)
+        if self.grad_scaler is not None:
+            self._weight /= self.grad_scaler.get_scale()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        optimizer = self._optimizer
+        optimizer._current = None
+        optimizer._broken = True  # until all below has gone well
+        if kind is not None:
+            return
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:  # fewer passes than micro_batches, or set by hand
+                    self._take(param)
+        self._flush()
+        if not self._received:
+            raise RuntimeError(
+                "environment: expected a backward pass inside that reaches a parameter of this "
+                "optimizer, but none did"
+            )
+        optimizer._leave()
+        optimizer._broken = False
+
+    def receive(self, param: Tensor) -> None:
+        """Take note of one backward pass; take the gradient if it was the last."""
+        passes = self._received.get(id(param), 0) + 1
+        self._received[id(param)] = passes
+        if self._micro_batches is None:
+            return
+        if passes > self._micro_batches:
+            raise RuntimeError(
+                f"environment: expected {self._micro_batches} backward pass(es) to reach a "
+                f"parameter of shape {tuple(param.shape)}, but got one more; say how many there "
+                "are with environment(micro_batches=...), or None for any number (as with "
+                "reentrant checkpointing)"
+            )
+        if passes == self._micro_batches:
+            self._take(param)
+
+    def _take(self, param: Tensor) -> None:
+        grad = param.grad
+        assert grad is not None
+        param.grad = None
+        self._received.setdefault(id(param), 0)
+        group, index = self._optimizer._slots[id(param)]
+        indices, params, grads = self._waiting.setdefault(group, ([], [], []))
+        indices.append(index)
+        params.append(param)
+        grads.append(grad)
+        self._bytes += grad.nbytes
+        if self._bytes >= _FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        for number, (indices, params, grads) in self._waiting.items():
+            group = self._optimizer.param_groups[number]
+            decay = group.get("weight_decay", 0.0)
+            if decay and group.get("weight_decay_mode") == "before_mask":
+                sign = -1.0 if group["maximize"] else 1.0
+                with torch.no_grad():
+                    torch._foreach_add_(
+                        grads, [p.detach() for p in params], alpha=sign * decay / self._weight
+                    )
+            self._optimizer._moments[number].add_some(indices, grads, self._weight)
+        self._waiting.clear()
+        self._bytes = 0

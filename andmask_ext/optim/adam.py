@@ -1,0 +1,187 @@
+"""Adam and AdamW on aggregated gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import Rule
+from ._checks import check_betas, check_lr, check_range, check_weight_decay, decay_after_mask
+from ._environments import MomentOptimizer, zeros_like_wide
+
+__all__ = ["AndMaskAdam", "AndMaskAdamW"]
+
+
+class AndMaskAdam(MomentOptimizer):
+    r"""Adam on what the environments agree on.
+
+    The update of :class:`torch.optim.Adam` with the aggregated gradient in the place of the mean
+    one; one pass over memory resolves the moments and updates. The mask precedes Adam's averages,
+    as in the authors' code: a coordinate that is masked now still moves by its momentum.
+
+    State (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``) is named as in torch.optim and
+    loads from there; it is float32 for 16-bit parameters.
+
+    Args:
+        params: parameters or dicts of groups.
+        lr: learning rate; a number or a tensor.
+        betas: decay rates of the averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: factor of the L2 penalty, or of the decay.
+        amsgrad: use the largest average of squares so far (Reddi et al. 2018).
+        maximize: ascend.
+        tau: agreement threshold of the AND-mask in [0, 1].
+        rescale: divide each parameter's update by its share of kept coordinates.
+        rule: a rule on moments in the place of ``AndMask(tau, rescale)``. For a group of biases or
+            norms that is to be left out of the vote: ``rule=andmask_ext.Mean()``.
+        weight_decay_mode: ``"after_mask"``, ``"before_mask"`` or ``"decoupled"``: see
+            :class:`AndMaskSGD`.
+        environments: if given, ``step`` raises where another number came since the last step.
+
+    Raises:
+        TypeError: an option has another type, or the rule needs whole columns.
+        ValueError: an option lies outside its range.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = am.optim.AndMaskAdam([weight], lr=0.1, tau=1.0)
+        >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
+        ...     with optimizer.environment():
+        ...         (weight * x).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.9000, 1.0000])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3;
+        Kingma and Ba, *Adam*, ICLR 2015.
+    """
+
+    _default_mode = "after_mask"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        tau: float = 1.0,
+        rescale: bool = False,
+        rule: Rule | None = None,
+        weight_decay_mode: str | None = None,
+        environments: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "tau": tau,
+            "rescale": rescale,
+            "rule": rule,
+            "weight_decay_mode": weight_decay_mode or self._default_mode,
+        }
+        super().__init__(params, defaults, environments)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_lr(group["lr"])
+        check_betas(group["betas"], 2)
+        check_range("eps", group["eps"], 0.0)
+        check_weight_decay(group)
+
+    def _step_group(
+        self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
+    ) -> None:
+        states = [self._state(param, group["amsgrad"]) for param in params]
+        largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
+        torch.ops.andmask.adam_step_.default(
+            params,
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            largest,
+            [state["step"] for state in states],
+            *arguments,
+            lr=float(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            eps=float(group["eps"]),
+            weight_decay=float(decay_after_mask(group)),
+            decoupled_weight_decay=group["weight_decay_mode"] == "decoupled",
+            maximize=group["maximize"],
+        )
+
+    def _state(self, param: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = zeros_like_wide(param)
+            state["exp_avg_sq"] = zeros_like_wide(param)
+        if amsgrad and "max_exp_avg_sq" not in state:
+            state["max_exp_avg_sq"] = zeros_like_wide(param)
+        return state
+
+
+class AndMaskAdamW(AndMaskAdam):
+    r"""AdamW on what the environments agree on: :class:`AndMaskAdam` with decoupled decay.
+
+    The update of :class:`torch.optim.AdamW` with the aggregated gradient in the place of the mean
+    one. All parameters, masked or not, shrink by ``lr * weight_decay``.
+
+    Args:
+        params: parameters or dicts of groups.
+        lr: learning rate; a number or a tensor.
+        betas: decay rates of the averages of the gradient and of its square.
+        eps: added to the denominator.
+        weight_decay: factor of the decay.
+        amsgrad: use the largest average of squares so far.
+        maximize: ascend.
+        tau: agreement threshold of the AND-mask in [0, 1].
+        rescale: divide each parameter's update by its share of kept coordinates.
+        rule: a rule on moments in the place of ``AndMask(tau, rescale)``.
+        weight_decay_mode: as for :class:`AndMaskAdam`; default ``"decoupled"``.
+        environments: if given, ``step`` raises where another number came since the last step.
+
+    Raises:
+        TypeError: an option has another type, or the rule needs whole columns.
+        ValueError: an option lies outside its range.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = am.optim.AndMaskAdamW([weight], lr=0.1, tau=1.0)
+        >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
+        ...     with optimizer.environment():
+        ...         (weight * x).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8990, 0.9990])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3;
+        Loshchilov and Hutter, *Decoupled weight decay regularization*, ICLR 2019.
+    """
+
+    _default_mode = "decoupled"
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)

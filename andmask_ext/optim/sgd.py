@@ -1,0 +1,136 @@
+"""Stochastic gradient descent on aggregated gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..rules import Rule
+from ._checks import check_lr, check_range, check_weight_decay, decay_after_mask
+from ._environments import MomentOptimizer, zeros_like_wide
+
+__all__ = ["AndMaskSGD"]
+
+
+class AndMaskSGD(MomentOptimizer):
+    r"""SGD on what the environments agree on.
+
+    The update of :class:`torch.optim.SGD` with the aggregated gradient in the place of the mean
+    one. Options are those of a param group, so each group may have its own.
+
+    Args:
+        params: parameters or dicts of groups.
+        lr: learning rate; a number or a tensor.
+        momentum: factor of the momentum buffer.
+        dampening: for momentum.
+        weight_decay: factor of the L2 penalty, or of the decay.
+        nesterov: Nesterov momentum; needs a momentum and no dampening.
+        maximize: ascend.
+        tau: agreement threshold of the AND-mask in [0, 1].
+        rescale: divide each parameter's update by its share of kept coordinates.
+        rule: a rule on moments in the place of ``AndMask(tau, rescale)``. For a group of biases or
+            norms that is to be left out of the vote: ``rule=andmask_ext.Mean()``.
+        weight_decay_mode: ``"after_mask"`` adds ``weight_decay * param`` to the aggregated
+            gradient, so coordinates without agreement shrink too (as the paper's authors advise);
+            ``"before_mask"`` adds it to the gradient of each environment, where it takes part in
+            the vote; ``"decoupled"`` shrinks the parameter itself by ``lr * weight_decay``.
+        environments: if given, ``step`` raises where another number came since the last step.
+
+    Raises:
+        TypeError: an option has another type, or the rule needs whole columns.
+        ValueError: an option lies outside its range.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = am.optim.AndMaskSGD([weight], lr=0.1, tau=1.0)
+        >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
+        ...     with optimizer.environment():
+        ...         (weight * x).sum().backward()
+        >>> optimizer.step()
+        >>> weight.data
+        tensor([0.8000, 1.0000])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        tau: float = 1.0,
+        rescale: bool = False,
+        rule: Rule | None = None,
+        weight_decay_mode: str = "after_mask",
+        environments: int | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "tau": tau,
+            "rescale": rescale,
+            "rule": rule,
+            "weight_decay_mode": weight_decay_mode,
+        }
+        super().__init__(params, defaults, environments)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_lr(group["lr"])
+        check_range("momentum", group["momentum"], 0.0)
+        check_range("dampening", group["dampening"], float("-inf"))
+        check_weight_decay(group)
+        if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
+            raise ValueError(
+                "nesterov: expected a momentum and no dampening, but got "
+                f"momentum={group['momentum']}, dampening={group['dampening']}"
+            )
+
+    def _step_group(
+        self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
+    ) -> None:
+        momentum = float(group["momentum"])
+        started = [self.state[p].get("momentum_buffer") is not None for p in params]
+        for first in (True, False):
+            chosen = [i for i, has in enumerate(started) if has is not first]
+            if momentum == 0:
+                chosen = list(range(len(params))) if first else []
+            if not chosen:
+                continue
+            buffers = [self._buffer(params[i]) for i in chosen] if momentum else []
+            lists = [[moment[i] for i in chosen] if moment else [] for moment in arguments[:4]]
+            torch.ops.andmask.sgd_step_.default(
+                [params[i] for i in chosen],
+                buffers,
+                *lists,
+                *arguments[4:],
+                lr=float(group["lr"]),
+                momentum=momentum,
+                dampening=float(group["dampening"]),
+                weight_decay=float(decay_after_mask(group)),
+                decoupled_weight_decay=group["weight_decay_mode"] == "decoupled",
+                nesterov=group["nesterov"],
+                maximize=group["maximize"],
+                first_step=first,
+            )
+
+    def _buffer(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = zeros_like_wide(param)
+        buffer: Tensor = state["momentum_buffer"]
+        return buffer

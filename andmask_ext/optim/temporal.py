@@ -1,0 +1,174 @@
+"""The AND-mask over time: one environment per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .._checks import check_bool, check_dtype, check_tau
+from ._checks import check_betas, check_lr, check_range
+from ._environments import load_wide_state, zeros_like_wide
+
+__all__ = ["TemporalAndMaskAdam"]
+
+
+class TemporalAndMaskAdam(Optimizer):
+    r"""Adam that moves a coordinate only while the signs of its recent gradients agree.
+
+    An ordinary loop with one backward pass per step, each on another environment (or batch). With
+    gradient g: :math:`m \leftarrow \beta_1 m + (1-\beta_1) g`,
+    :math:`v \leftarrow \beta_2 v + (1-\beta_2) g^2`,
+    :math:`a \leftarrow \beta_3 a + (1-\beta_3)\,\mathrm{sign}(g)`,
+    :math:`b = 1[|a| \ge \tau]`, :math:`\theta \leftarrow \theta - \alpha\,(m \odot b) /
+    (\sqrt v + \epsilon)`. As printed in the paper, there is no bias correction by default: a starts
+    at zero, so with a large :math:`\beta_3` nothing moves in the first steps. The comparison
+    forgives rounding of 1e-6. A zero gradient votes for neither sign.
+
+    The paper's best setting on CoinRun: lr .0078, beta1 .21, beta3 .79, tau .36, weight decay .057.
+
+    Args:
+        params: parameters or dicts of groups.
+        lr: learning rate; a number or a tensor.
+        betas: (beta1, beta2, beta3).
+        eps: added to the denominator.
+        weight_decay: factor of the L2 penalty, or of the decay. The penalty enters the averages of
+            the gradient, not the vote.
+        tau: agreement threshold in [0, 1].
+        decoupled_weight_decay: shrink all parameters by ``lr * weight_decay`` instead, as AdamW.
+        bias_correction: divide m, v and a by ``1 - beta^step`` each. With ``tau=0`` this is Adam.
+        maximize: ascend.
+
+    Raises:
+        TypeError: an option has another type, or a gradient is sparse.
+        ValueError: an option lies outside its range.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+        >>> optimizer = am.optim.TemporalAndMaskAdam([weight], lr=0.1, betas=(0.5, 0.5, 0.5), tau=0.7)
+        >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
+        ...     optimizer.zero_grad()
+        ...     (weight * x).sum().backward()
+        ...     optimizer.step()
+        >>> weight.data
+        tensor([0.9198, 1.0000])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, appendix B.6.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        tau: float = 0.5,
+        decoupled_weight_decay: bool = False,
+        bias_correction: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "tau": tau,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "bias_correction": bias_correction,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            TypeError: a parameter or an option of the group has another type.
+            ValueError: an option of the group lies outside its range.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @staticmethod
+    def _check_group(group: dict[str, Any]) -> None:
+        check_lr(group["lr"])
+        check_betas(group["betas"], 3)
+        check_range("eps", group["eps"], 0.0)
+        check_range("weight_decay", group["weight_decay"], 0.0)
+        check_tau(group["tau"])
+        for name in ("decoupled_weight_decay", "bias_correction", "maximize"):
+            check_bool(name, group[name])
+        for index, param in enumerate(group["params"]):
+            check_dtype(f"params[{index}]", param)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Update the parameters by their ``.grad``.
+
+        Args:
+            closure: computes the gradients again and returns a loss, which is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            for index, param in enumerate(group["params"]):
+                if param.grad is not None and param.grad.layout != torch.strided:
+                    raise TypeError(
+                        f"params[{index}].grad: expected a dense tensor, but got layout "
+                        f"{str(param.grad.layout).removeprefix('torch.')}"
+                    )
+            states = [self._state(param) for param in params]
+            torch.ops.andmask.temporal_adam_step_.default(
+                params,
+                *[
+                    [state[key] for state in states]
+                    for key in ("exp_avg", "exp_avg_sq", "sign_avg")
+                ],
+                [state["step"] for state in states],
+                [param.grad for param in params],
+                tau=float(group["tau"]),
+                lr=float(group["lr"]),
+                beta1=float(group["betas"][0]),
+                beta2=float(group["betas"][1]),
+                beta3=float(group["betas"][2]),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                decoupled_weight_decay=group["decoupled_weight_decay"],
+                maximize=group["maximize"],
+                bias_correction=group["bias_correction"],
+            )
+            torch.autograd.graph.increment_version(params)
+        return loss
+
+    def _state(self, param: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            for key in ("exp_avg", "exp_avg_sq", "sign_avg"):
+                state[key] = zeros_like_wide(param)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        State that is wider than its 16-bit parameter stays so.
+        """
+        super().load_state_dict(state_dict)
+        load_wide_state(self, state_dict)
