@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -21,3 +23,42 @@ def _agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> T
 
 torch.library.register_fake("andmask::masked_mean", _masked_mean)
 torch.library.register_fake("andmask::agreement_mask", _agreement_mask)
+
+
+# ---- moments: lists in, lists changed; checks are the kernels' ----
+
+
+def _accumulate_(
+    sum: list[Tensor],
+    votes: list[Tensor],
+    squares: list[Tensor],
+    logs: list[Tensor],
+    grads: list[Tensor],
+    count: int,
+    weights: Sequence[float] = (),
+    stacked: bool = False,
+) -> None:
+    return None
+
+
+def _resolve(
+    sum: list[Tensor],
+    votes: list[Tensor],
+    squares: list[Tensor],
+    logs: list[Tensor],
+    count: int,
+    rule: str,
+    arguments: Sequence[float],
+    rescale: bool = False,
+) -> list[Tensor]:
+    return [torch.empty_like(total) for total in sum]
+
+
+def _step_(*args: object, **kwargs: object) -> None:
+    return None
+
+
+torch.library.register_fake("andmask::accumulate_", _accumulate_)
+torch.library.register_fake("andmask::resolve", _resolve)
+for _name in ("sgd_step_", "adam_step_", "temporal_adam_step_"):
+    torch.library.register_fake(f"andmask::{_name}", _step_)
