@@ -16,7 +16,7 @@ __all__ = ["backward"]
 
 
 def backward(
-    losses: Sequence[Tensor] | Tensor,
+    losses: Iterable[Tensor] | Tensor,
     rule: Callable[[Tensor], Tensor],
     params: Iterable[Tensor] | None = None,
     *,
@@ -35,8 +35,8 @@ def backward(
 
     A parameter that an environment's loss does not touch has gradient zero there, which is a vote
     for neither sign: with ``tau=1`` it will not move. A parameter that no loss touches keeps its
-    ``.grad``. A positive factor common to all losses scales the result of the AND-mask and leaves the
-    mask alone, so ``GradScaler.scale`` may be applied to each of them. Rules that look at
+    ``.grad``. A positive factor common to all losses scales the result of the AND-mask and leaves
+    the mask alone, so ``GradScaler.scale`` may be applied to each of them. Rules that look at
     magnitudes otherwise (:class:`andmask_ext.SandMask`, :class:`andmask_ext.GeometricMean`) need
     true magnitudes: give ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards.
     If anything raises, no ``.grad`` has
@@ -47,9 +47,10 @@ def backward(
     ``DistributedDataParallel`` and FSDP: every process would go its own way.
 
     Args:
-        losses: one scalar loss per environment: a sequence, or a tensor of shape :math:`(d,)`.
-            Losses that share a part of their graph (as the elements of one tensor do) each
-            back-propagate through all of it.
+        losses: one scalar loss per environment: a sequence, a tensor of shape :math:`(d,)`, or an
+            iterator. Losses of a sequence may share a part of their graph; each back-propagates
+            through all of it. An iterator is asked for a loss only when the one before has been
+            back-propagated, so that only one graph is in memory at a time; it needs ``params``.
         rule: a rule such as :class:`andmask_ext.AndMask`, or any callable that maps stacked
             gradients ``[d, *shape]`` to one gradient ``[*shape]``; it is called once per parameter,
             without gradient tracking.
@@ -84,24 +85,37 @@ def backward(
         raise TypeError(f"rule: expected a callable, but got {type(rule).__name__}")
     if isinstance(rule, type):
         raise TypeError(f"rule: expected a rule such as {rule.__name__}(), but got the class")
-    scalars = _check_losses(losses)
-    graphs = [_nodes(loss) for loss in scalars]
-    _check_graphs(graphs)
-    leaves = _leaves(graphs) if params is None else _check_params(params, "params")
+    if isinstance(losses, Iterator):
+        if params is None:
+            raise ValueError("params: expected the leaf tensors, as losses is an iterator")
+        environments = _one_after_the_other(losses)
+        leaves = _check_params(params, "params")
+    else:
+        scalars = _check_losses(losses)
+        graphs = [_nodes(loss) for loss in scalars]
+        _check_graphs(graphs)
+        leaves = _leaves(graphs) if params is None else _check_params(params, "params")
+        # A graph is freed once no later loss needs it: compiled models insist on that.
+        environments = zip(scalars, _shared(graphs), strict=True)
+        if weights is not None and len(weights) != len(scalars):
+            raise ValueError(
+                f"weights: expected {len(scalars)}, one per loss, but got {len(weights)}"
+            )
+        del graphs
     if not leaves:
         raise ValueError("params: expected at least one leaf tensor that requires grad, but got 0")
-
-    factors = _check_weights(weights, len(scalars))
+    for weight in weights or ():
+        check_weight(weight)
 
     before = [leaf.grad for leaf in leaves]
     try:
         for leaf in leaves:
             leaf.grad = None
-        grads = _environment_grads(scalars, graphs, leaves)
+        grads = _weighted(_environment_grads(environments, leaves), weights)
         if isinstance(rule, Rule) and rule.moments is not None:
-            updates = _stream(rule, grads, leaves, factors)
+            updates = _stream(rule, grads, leaves)
         else:
-            updates = _stack(rule, grads, leaves, factors)
+            updates = _stack(rule, grads, leaves)
     finally:
         for leaf, grad in zip(leaves, before, strict=True):
             leaf.grad = grad
@@ -119,15 +133,20 @@ def backward(
 Grads = tuple[Tensor | None, ...]
 
 
+def _one_after_the_other(losses: Iterator[Tensor]) -> Iterator[tuple[Tensor, bool]]:
+    for index, loss in enumerate(losses):
+        _check_loss(loss, index)
+        _check_graphs([_nodes(loss)], index)
+        yield loss, False
+
+
 def _environment_grads(
-    losses: list[Tensor], graphs: list[dict[Node, None]], leaves: list[Tensor]
+    losses: Iterable[tuple[Tensor, bool]], leaves: list[Tensor]
 ) -> Iterator[Grads]:
     """Back-propagate one loss after the other; yield the gradients of its environment."""
-    # A graph is freed once no later loss needs it: memory stays low, and compiled models insist.
-    last_users = _last_users(graphs)
-    for environment, (loss, graph) in enumerate(zip(losses, graphs, strict=True)):
-        shared = any(last_users.get(node, 0) > environment for node in graph)
-        grads = torch.autograd.grad(loss, leaves, retain_graph=shared, allow_unused=True)
+    for environment, (loss, keep_graph) in enumerate(losses):
+        grads = torch.autograd.grad(loss, leaves, retain_graph=keep_graph, allow_unused=True)
+        del loss
         for index, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
             if leaf.grad is not None:
                 raise RuntimeError(
@@ -140,16 +159,31 @@ def _environment_grads(
                     f"{str(grad.layout).removeprefix('torch.')} for parameter {index} of shape "
                     f"{tuple(leaf.shape)} (an embedding with sparse=True?)"
                 )
-        graph.clear()
         yield grads
+        del grads, grad
+
+
+def _weighted(
+    environments: Iterator[Grads], weights: Sequence[float] | None
+) -> Iterator[tuple[Grads, float]]:
+    count = 0
+    for grads in environments:
+        if weights is not None and count == len(weights):
+            raise ValueError(f"weights: expected one per loss, but got only {count}")
+        yield grads, 1.0 if weights is None else weights[count]
+        count += 1
         del grads
+    if count == 0:
+        raise ValueError("losses: expected at least one loss, but got 0")
+    if weights is not None and count < len(weights):
+        raise ValueError(f"weights: expected {count}, one per loss, but got {len(weights)}")
 
 
 def _stream(
-    rule: Rule, environments: Iterator[Grads], leaves: list[Tensor], weights: list[float]
+    rule: Rule, environments: Iterator[tuple[Grads, float]], leaves: list[Tensor]
 ) -> list[Tensor | None]:
     moments = Moments(leaves, rule.moments or ())
-    for grads, weight in zip(environments, weights, strict=True):
+    for grads, weight in environments:
         moments.add(grads, weight)
         del grads
     return rule.resolve(moments)
@@ -157,44 +191,28 @@ def _stream(
 
 def _stack(
     rule: Callable[[Tensor], Tensor],
-    environments: Iterator[Grads],
+    environments: Iterator[tuple[Grads, float]],
     leaves: list[Tensor],
-    weights: list[float],
 ) -> list[Tensor | None]:
-    stacks: list[Tensor | None] = [None] * len(leaves)  # [d, *shape] where any loss touches it
-    for environment, (grads, weight) in enumerate(zip(environments, weights, strict=True)):
-        for index, grad in enumerate(grads):
-            stack = stacks[index]
-            if grad is None:
-                if stack is not None:
-                    stack[environment].zero_()
-                continue
-            if stack is None:
-                stack = stacks[index] = grad.new_empty((len(weights), *grad.shape))
-                stack[:environment].zero_()
-            stack[environment].copy_(grad if weight == 1 else grad * weight)
+    columns: list[list[Tensor | None]] = [[] for _ in leaves]  # per parameter: d gradients
+    for grads, weight in environments:
+        for column, grad in zip(columns, grads, strict=True):
+            column.append(grad if grad is None or weight == 1 else grad * weight)
         del grads, grad
     updates: list[Tensor | None] = []
     with torch.no_grad():
-        for index, leaf in enumerate(leaves):
-            stack, stacks[index] = stacks[index], None
-            updates.append(None if stack is None else _apply(rule, stack, leaf))
+        for column, leaf in zip(columns, leaves, strict=True):
+            if all(grad is None for grad in column):
+                updates.append(None)
+                continue
+            stack = torch.stack([torch.zeros_like(leaf) if g is None else g for g in column])
+            column.clear()
+            updates.append(_apply(rule, stack, leaf))
             del stack
     return updates
 
 
-def _check_weights(weights: Sequence[float] | None, environments: int) -> list[float]:
-    if weights is None:
-        return [1.0] * environments
-    found = list(weights)
-    if len(found) != environments:
-        raise ValueError(f"weights: expected {environments}, one per loss, but got {len(found)}")
-    for weight in found:
-        check_weight(weight)
-    return found
-
-
-def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
+def _check_losses(losses: Iterable[Tensor] | Tensor) -> list[Tensor]:
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
             raise ValueError(
@@ -208,17 +226,19 @@ def _check_losses(losses: Sequence[Tensor] | Tensor) -> list[Tensor]:
     if not scalars:
         raise ValueError("losses: expected at least one loss, but got 0")
     for index, loss in enumerate(scalars):
-        if not isinstance(loss, Tensor):
-            raise TypeError(f"losses[{index}]: expected a Tensor, but got {type(loss).__name__}")
-        if loss.numel() != 1:
-            raise ValueError(
-                f"losses[{index}]: expected a scalar, but got shape {tuple(loss.shape)}"
-            )
-        if not loss.requires_grad:
-            raise ValueError(
-                f"losses[{index}]: expected a loss that requires grad, but got one without a graph"
-            )
+        _check_loss(loss, index)
     return scalars
+
+
+def _check_loss(loss: object, index: int) -> None:
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"losses[{index}]: expected a Tensor, but got {type(loss).__name__}")
+    if loss.numel() != 1:
+        raise ValueError(f"losses[{index}]: expected a scalar, but got shape {tuple(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"losses[{index}]: expected a loss that requires grad, but got one without a graph"
+        )
 
 
 def _check_params(params: Iterable[Tensor], name: str) -> list[Tensor]:
@@ -261,9 +281,9 @@ def _nodes(loss: Tensor) -> dict[Node, None]:
     return found
 
 
-def _check_graphs(graphs: list[dict[Node, None]]) -> None:
+def _check_graphs(graphs: list[dict[Node, None]], first: int = 0) -> None:
     """Refuse what would hide parameters: they would get no gradient, and nobody would notice."""
-    for index, graph in enumerate(graphs):
+    for index, graph in enumerate(graphs, first):
         if any(node.name() == "CheckpointFunctionBackward" for node in graph):
             raise ValueError(
                 f"losses[{index}]: expected checkpoint(..., use_reentrant=False), but got "
@@ -276,14 +296,18 @@ def _leaves(graphs: list[dict[Node, None]]) -> list[Tensor]:
     return _check_params([n.variable for n in nodes if hasattr(n, "variable")], "leaves of losses")
 
 
-def _last_users(graphs: list[dict[Node, None]]) -> dict[Node, int]:
-    """For every node that holds saved tensors, the last environment that goes through it."""
-    return {
+def _shared(graphs: list[dict[Node, None]]) -> list[bool]:
+    """Whether a later loss goes through any node of a graph that holds saved tensors."""
+    last_users = {
         node: environment
         for environment, graph in enumerate(graphs)
         for node in graph
         if not hasattr(node, "variable")
     }
+    return [
+        any(last_users.get(node, 0) > environment for node in graph)
+        for environment, graph in enumerate(graphs)
+    ]
 
 
 def _apply(rule: Callable[[Tensor], Tensor], stack: Tensor, leaf: Tensor) -> Tensor:

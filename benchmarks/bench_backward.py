@@ -1,77 +1,108 @@
-"""andmask_ext.backward against the d plain backward passes it contains, and the authors' loop.
+"""Training with d environments against the d plain backward passes it contains, and its peers.
 
 python benchmarks/bench_backward.py --quick
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-import torch.nn.functional as F
 from common import Row, measure, parser, peak_memory, run
-from torch import Tensor, nn
+from models import environments, loss
+from torch import nn
 
 import andmask_ext as am
 
-RULE = am.AndMask(tau=0.6, rescale=True)
+TAU = 0.6
+PLAIN = "d plain backward passes"
 
 
-def mlp(width: int) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
-    )
-
-
-def contestants(width: int, environments: int, batch: int) -> dict[str, object]:
-    torch.manual_seed(0)
-    model = mlp(width)
-    params = list(model.parameters())
-    data = [
-        (torch.randn(batch, width), torch.randint(0, 10, (batch,))) for _ in range(environments)
-    ]
-
-    def losses() -> list[Tensor]:
-        return [F.cross_entropy(model(x), y) for x, y in data]
-
-    def ours() -> None:
-        model.zero_grad()
-        am.backward(losses(), RULE, params)
+def contestants(model: nn.Module, data: list) -> dict[str, Callable[[], object]]:
+    params = [param for param in model.parameters() if param.requires_grad]
+    optimizer = am.optim.AndMaskSGD(params, tau=TAU)
 
     def plain() -> None:
-        model.zero_grad()
-        for loss in losses():
-            loss.backward()
+        for param in params:
+            param.grad = None
+        for batch in data:
+            loss(model, batch).backward()
+
+    def backward() -> None:
+        for param in params:
+            param.grad = None
+        am.backward([loss(model, batch) for batch in data], am.AndMask(TAU), params)
+
+    def streaming() -> None:
+        optimizer.zero_grad()
+        for batch in data:
+            with optimizer.environment():
+                loss(model, batch).backward()
+        optimizer.resolve()
 
     def authors() -> None:
-        model.zero_grad()
-        columns = [torch.autograd.grad(loss, params) for loss in losses()]
+        columns = [torch.autograd.grad(loss(model, batch), params) for batch in data]
         for param, grads in zip(params, zip(*columns, strict=True), strict=True):
             stacked = torch.stack(grads)
-            mask = (stacked.sign().mean(0).abs() >= RULE.tau).to(stacked.dtype)
-            param.grad = mask * stacked.mean(0) / (1e-10 + mask.mean())
+            mask = (stacked.sign().mean(0).abs() >= TAU).to(stacked.dtype)
+            param.grad = mask * stacked.mean(0)
 
-    return {"andmask": ours, "authors' loop": authors, "d plain backward passes": plain}
+    found: dict[str, Callable[[], object]] = {
+        "optimizer.environment": streaming,
+        "am.backward": backward,
+        "authors' loop": authors,
+        PLAIN: plain,
+    }
+    try:
+        import torchjd
+    except ImportError:
+        print("  (TorchJD is not installed: `pip install torchjd` to have it measured)")
+    else:
+        from torchjd.aggregation import Mean
+
+        def jacobian() -> None:  # with the cheapest of its aggregators
+            for param in params:
+                param.grad = None
+            torchjd.autojac.backward(
+                [loss(model, batch) for batch in data], inputs=params, parallel_chunk_size=1
+            )
+            torchjd.autojac.jac_to_grad(params, Mean())
+
+        found["TorchJD"] = jacobian
+    return found
 
 
-def case(width: int, environments: int, batch: int) -> list[Row]:
-    functions = contestants(width, environments, batch)
-    parameters = sum(p.numel() for p in mlp(width).parameters())
+def case(model: str, count: int, memory: bool) -> list[Row]:
+    network, data = environments(model, count)
+    functions = contestants(network, data)
+    parameters = sum(p.numel() for p in network.parameters())
+    examples = len(data[0][1])
     rows = measure(
-        f"MLP {width}, {environments} x {batch}",
+        f"{model}, {parameters / 1e6:.2f} M parameters, {count} x {examples}",
         functions,
-        bytes_moved=4 * parameters * environments,
-        yardstick="d plain backward passes",
+        bytes_moved=4 * parameters * count,
+        yardstick=PLAIN,
     )
-    for name, function in functions.items():
-        print(f"  extra memory, {name}: {peak_memory(function) / 2**20:.1f} MiB")
+    if memory:
+        for name, function in functions.items():
+            peak = peak_memory(function)
+            print(
+                f"  extra memory, {name}: {peak / 2**20:.1f} MiB, {peak / parameters:.1f} bytes a "
+                "parameter"
+            )
     return rows
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
-    sizes = [(256, 32, 128), (1024, 8, 16), (1024, 8, 128), (1024, 64, 16)]
+    sizes = [("MLP", 8), ("CNN", 8), ("transformer", 8), ("MLP", 64), ("transformer", 32)]
     if options.quick:
-        sizes = sizes[:2]
-    run(options, [lambda size=size: case(*size) for size in sizes])
+        sizes = sizes[:3]
+    last = options.threads[-1]
+    run(
+        options,
+        [lambda size=size: case(*size, memory=torch.get_num_threads() == last) for size in sizes],
+    )
 
 
 if __name__ == "__main__":

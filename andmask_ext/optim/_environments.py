@@ -28,6 +28,7 @@ class MomentOptimizer(Optimizer):
     Subclasses say what a step is in :meth:`_step_group`.
     """
 
+    _moments: list[Moments]
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands scale and overflow to step()
 
     def __init__(
@@ -133,7 +134,7 @@ class MomentOptimizer(Optimizer):
 
     def _begin(self) -> None:
         """Start from nothing."""
-        self._moments: list[Moments] = []  # one per group, while the groups stay as they are
+        self._moments = []  # one per group, while the groups stay as they are
         self._slots: dict[int, tuple[int, int]] = {}  # id of a parameter -> group, index in it
         self._hooks: dict[int, Any] = {}
         self._current: _Environment | None = None
@@ -265,7 +266,7 @@ class MomentOptimizer(Optimizer):
         self._own_grads = True
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Aggregate the environments and update the parameters, in one pass over memory.
 
         Args:

@@ -113,7 +113,7 @@ class TemporalAndMaskAdam(Optimizer):
             check_dtype(f"params[{index}]", param)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters by their ``.grad``.
 
         Args:
