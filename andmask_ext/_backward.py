@@ -186,7 +186,7 @@ def _stream(
     for grads, weight in environments:
         moments.add(grads, weight)
         del grads
-    return rule.resolve(moments)
+    return moments.resolve_and_release(rule)
 
 
 def _stack(

@@ -54,11 +54,11 @@ def _resolve(
     return [torch.empty_like(total) for total in sum]
 
 
-def _step_(*args: object, **kwargs: object) -> None:
+def _in_place(*args: object, **kwargs: object) -> None:
     return None
 
 
 torch.library.register_fake("andmask::accumulate_", _accumulate_)
 torch.library.register_fake("andmask::resolve", _resolve)
-for _name in ("sgd_step_", "adam_step_", "temporal_adam_step_"):
-    torch.library.register_fake(f"andmask::{_name}", _step_)
+for _name in ("resolve_", "sgd_step_", "adam_step_", "temporal_adam_step_"):
+    torch.library.register_fake(f"andmask::{_name}", _in_place)

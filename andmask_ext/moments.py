@@ -295,6 +295,19 @@ class Moments:
             resolved[index] = update.to(self._params[index].dtype)
         return resolved
 
+    def resolve_and_release(self, rule: Rule) -> list[Tensor | None]:
+        """Like :meth:`resolve`, in the memory of the sums where it can be; then start anew."""
+        indices = self.touched
+        arguments = self.arguments(rule, indices)
+        with torch.no_grad():
+            torch.ops.andmask.resolve_.default(*arguments)
+        resolved: list[Tensor | None] = [None] * len(self._params)
+        for index, update in zip(indices, arguments[0], strict=True):
+            resolved[index] = update.to(self._params[index].dtype)
+            self._memory["sum"][index] = None
+        self.reset()
+        return resolved
+
     # ---- bookkeeping ----
 
     def reset(self) -> None:

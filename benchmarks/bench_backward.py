@@ -31,7 +31,7 @@ def contestants(model: nn.Module, data: list) -> dict[str, Callable[[], object]]
     def backward() -> None:
         for param in params:
             param.grad = None
-        am.backward([loss(model, batch) for batch in data], am.AndMask(TAU), params)
+        am.backward((loss(model, batch) for batch in data), am.AndMask(TAU), params)
 
     def streaming() -> None:
         optimizer.zero_grad()

@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def(
       "resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
       "float[] arguments, bool rescale=False) -> Tensor[]");
+  m.def(  // the same, written over the sums
+      "resolve_(Tensor(a!)[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
+      "str rule, float[] arguments, bool rescale=False) -> ()");
   // One optimizer step on the gradients that a rule makes of moments, in one pass over memory.
   m.def(
       "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "

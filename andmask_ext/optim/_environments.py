@@ -242,9 +242,9 @@ class MomentOptimizer(Optimizer):
     def resolve(self) -> None:
         """Write the aggregated gradients to ``.grad``, to be looked at or clipped before step().
 
-        ``step`` then uses ``.grad``. The order is: environments, ``resolve``, (with a ``GradScaler``
-        ``grad_scaler.unscale_(optimizer)``, as after any scaled backward pass), clipping, step. A
-        parameter that no environment has touched keeps ``.grad = None``.
+        ``step`` then uses ``.grad``. The order is: environments, ``resolve``, (with a
+        ``GradScaler`` ``grad_scaler.unscale_(optimizer)``, as after any scaled backward pass),
+        clipping, step. A parameter that no environment has touched keeps ``.grad = None``.
 
         Raises:
             RuntimeError: there is no environment, or not as many as ``environments``, or one of
@@ -321,7 +321,8 @@ class MomentOptimizer(Optimizer):
         if found_inf is None:
             if self._scaler is not None and self._resolved:
                 raise RuntimeError(
-                    "step: resolve() left scaled gradients in .grad: call grad_scaler.step(optimizer)"
+                    "step: resolve() left scaled gradients in .grad; "
+                    "call grad_scaler.step(optimizer)"
                 )
             return False
         if self._scaler is None:

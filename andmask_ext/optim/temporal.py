@@ -49,7 +49,8 @@ class TemporalAndMaskAdam(Optimizer):
     Example:
         >>> import torch, andmask_ext as am
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
-        >>> optimizer = am.optim.TemporalAndMaskAdam([weight], lr=0.1, betas=(0.5, 0.5, 0.5), tau=0.7)
+        >>> betas = (0.5, 0.5, 0.5)
+        >>> optimizer = am.optim.TemporalAndMaskAdam([weight], lr=0.1, betas=betas, tau=0.7)
         >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
         ...     optimizer.zero_grad()
         ...     (weight * x).sum().backward()

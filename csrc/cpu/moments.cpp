@@ -108,24 +108,42 @@ void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, T
   aligned.copy_back();
 }
 
-Tensors resolve_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
-                    std::string rule, std::vector<double> arguments, bool rescale) {
-  const char* const op = "andmask::resolve";
-  MomentLists lists{sum, votes, squares, logs};
-  const Resolver resolver(op, lists, count, rule, arguments, rescale);
-  Tensors out;
-  Aligned aligned;
+// Block by block a sum is read before its update is written: `out` may be the sums themselves.
+void resolve_to(const Resolver& resolver, const Tensors& out) {
   std::vector<void*> pointers;
-  for (size_t i = 0; i < sum.size(); ++i) {
-    aligned.align({}, lists.tensors(i));
-    out.push_back(torch::stable::empty_like(lists.sum[i]));
-    pointers.push_back(out[i].mutable_data_ptr());
-  }
+  for (const Tensor& tensor : out) pointers.push_back(tensor.mutable_data_ptr());
   const StepKernels& kernels = step_kernels(active_isa());
   resolver.run([&](int64_t index, int64_t begin, int64_t end, const void* update) {
     kernels.store[static_cast<int>(resolver.dtype(index))](update, pointers[index], begin, end);
   });
+}
+
+Tensors resolve_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
+                    std::string rule, std::vector<double> arguments, bool rescale) {
+  MomentLists lists{sum, votes, squares, logs};
+  const Resolver resolver("andmask::resolve", lists, count, rule, arguments, rescale);
+  Tensors out;
+  Aligned aligned;
+  for (size_t i = 0; i < sum.size(); ++i) {
+    aligned.align({}, lists.tensors(i));
+    out.push_back(torch::stable::empty_like(lists.sum[i]));
+  }
+  resolve_to(resolver, out);
   return out;
+}
+
+void resolve_in_place_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
+                          std::string rule, std::vector<double> arguments, bool rescale) {
+  MomentLists lists{sum, votes, squares, logs};
+  const Resolver resolver("andmask::resolve_", lists, count, rule, arguments, rescale);
+  Aligned aligned;
+  for (size_t i = 0; i < sum.size(); ++i) {
+    std::vector<Tensor*> read = lists.tensors(i);
+    read.erase(read.begin());
+    aligned.align({&lists.sum[i]}, read);
+  }
+  resolve_to(resolver, lists.sum);
+  aligned.copy_back();
 }
 
 }  // namespace
@@ -134,4 +152,5 @@ Tensors resolve_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, i
 STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) {
   m.impl("accumulate_", TORCH_BOX(&andmask::accumulate_cpu));
   m.impl("resolve", TORCH_BOX(&andmask::resolve_cpu));
+  m.impl("resolve_", TORCH_BOX(&andmask::resolve_in_place_cpu));
 }
