@@ -4,6 +4,7 @@ One or more backward passes inside ``with optimizer.environment():`` for each en
 ``optimizer.step()``. All are :class:`torch.optim.Optimizer` subclasses.
 """
 
+from ._environments import MomentOptimizer
 from .adam import AndMaskAdam, AndMaskAdamW
 from .sgd import AndMaskSGD
 from .temporal import TemporalAndMaskAdam
@@ -14,5 +15,6 @@ __all__ = [
     "AndMaskAdamW",
     "AndMaskSGD",
     "EnvironmentOptimizer",
+    "MomentOptimizer",
     "TemporalAndMaskAdam",
 ]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-import andmask_ext as am
 from andmask_ext.studies.records import RunFiles
 from andmask_ext.studies.spirals import PAPER, RELEASED, Settings, build_model, train
 from andmask_ext.studies.spirals.training import batches, build_optimizer, train_epoch
@@ -111,42 +110,53 @@ def test_batches_show_every_example_once_and_keep_labels_with_inputs():
 
 
 def test_a_step_of_plain_training_is_a_step_on_the_pooled_batch():
-    inputs, labels = one_step(TINY)
-    model, expected = build_model(TINY, 0), build_model(TINY, 0)
-    train_epoch(model, build_optimizer(TINY, model), iter([(inputs, labels)]), None)
+    settings = replace(TINY, method="mean")
+    inputs, labels = one_step(settings)
+    model, expected = build_model(settings, 0), build_model(settings, 0)
+    train_epoch(model, build_optimizer(settings, model), iter([(inputs, labels)]))
     binary_cross_entropy_with_logits(expected(inputs.flatten(0, 1)), labels.flatten()).backward()
-    build_optimizer(TINY, expected).step()
+    build_optimizer(settings, expected).step()
     for one, two in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "sgd"])
 def test_weights_without_agreement_shrink(optimizer):
-    settings = replace(TINY, optimizer=optimizer, lr=1e-3, l2=1e-2)
+    settings = replace(TINY, optimizer=optimizer, lr=1e-3, l2=1e-2, tau=1.0)
     inputs, labels = one_step(settings)
     model = build_model(settings, 0)
     before = [p.detach().clone() for p in model.parameters()]
-    twice = torch.stack((inputs[0], inputs[0])), torch.stack((labels[0], labels[0]))
-
-    def nothing(grads):
-        return torch.zeros_like(grads[0])
-
-    train_epoch(model, build_optimizer(settings, model), iter([twice]), nothing)
-    for old, new in zip(before, model.parameters(), strict=True):
-        large = old.abs() > 0.005
+    # The same examples with opposite labels: the gradients of the first layers mostly disagree.
+    twice = torch.stack((inputs[0], inputs[0])), torch.stack((labels[0], 1 - labels[0]))
+    disagree = [
+        torch.stack(grads).sign().sum(0).abs() < 2
+        for grads in zip(
+            *(
+                torch.autograd.grad(
+                    binary_cross_entropy_with_logits(model(x), y), list(model.parameters())
+                )
+                for x, y in zip(*twice, strict=True)
+            ),
+            strict=True,
+        )
+    ]
+    assert sum(int(mask.sum()) for mask in disagree) > 100
+    train_epoch(model, build_optimizer(settings, model), iter([twice]))
+    for old, new, mask in zip(before, model.parameters(), disagree, strict=True):
+        large = (old.abs() > 0.005) & mask
         assert (new.abs() < old.abs())[large].all()
 
 
 def test_the_rule_is_applied_to_the_gradients_of_the_environments():
     inputs, labels = one_step(TINY)
-    settings = replace(TINY, optimizer="sgd", lr=1.0, l2=0.0)
+    settings = replace(TINY, optimizer="sgd", lr=1.0, l2=0.0, tau=1.0, rescale=False)
     model = build_model(settings, 0)
     start = [p.detach().clone() for p in model.parameters()]
     grads = [
         torch.autograd.grad(binary_cross_entropy_with_logits(model(x), y), list(model.parameters()))
         for x, y in zip(inputs, labels, strict=True)
     ]
-    train_epoch(model, build_optimizer(settings, model), iter([(inputs, labels)]), am.AndMask(1.0))
+    train_epoch(model, build_optimizer(settings, model), iter([(inputs, labels)]))
     for old, new, *own in zip(start, model.parameters(), *grads, strict=True):
         stacked = torch.stack(own)
         agreed = (stacked.sign().sum(0).abs() == 3).float()

@@ -1,8 +1,8 @@
 """Train one network on the spirals, by the AND-mask or in the ordinary way.
 
-The lesson is :func:`train_epoch`: ordinary training pools the environments into one batch and calls
-``loss.backward()``; the AND-mask keeps one loss for each environment and calls
-``andmask_ext.backward(losses, rule)``. Nothing else differs.
+The lesson is :func:`train_epoch`: ordinary training pools the environments into one batch; the
+AND-mask has an optimizer of its own, and a backward pass for each environment inside
+``with optimizer.environment():``. Nothing else differs.
 """
 
 from __future__ import annotations
@@ -74,28 +74,28 @@ def build_model(settings: Settings, seed: int) -> nn.Sequential:
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer.
+    """Build the optimizer: a stock one for ordinary training, else its AND-mask counterpart.
 
-    Its L2 penalty is added by the optimizer to the gradient that it finds, thus *after* the mask
-    and before Adam's moments: weights without agreement shrink. The authors have it there too.
+    The L2 penalty is added to the aggregated gradient, thus *after* the mask and before Adam's
+    moments: weights without agreement shrink. The authors have it there too.
 
     Args:
-        settings: gives optimizer, learning rate and L2 penalty.
+        settings: gives method, optimizer, learning rate and L2 penalty.
         model: what to train.
 
     Returns:
-        A stock torch optimizer.
+        The optimizer of all parameters.
     """
+    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.l2}
     if settings.optimizer == "adam":
-        return torch.optim.Adam(
-            model.parameters(),
-            lr=settings.lr,
-            betas=(0.9, settings.beta2),
-            weight_decay=settings.l2,
-        )
-    return torch.optim.SGD(
-        model.parameters(), lr=settings.lr, momentum=0.9, weight_decay=settings.l2
-    )
+        options["betas"] = (0.9, settings.beta2)
+    else:
+        options["momentum"] = 0.9
+    if settings.method == "mean":
+        stock = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
+        return stock(model.parameters(), **options)
+    masked = am.optim.AndMaskAdam if settings.optimizer == "adam" else am.optim.AndMaskSGD
+    return masked(model.parameters(), **options, tau=settings.tau, rescale=settings.rescale)
 
 
 def batches(
@@ -127,38 +127,36 @@ def train_epoch(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     steps: Iterator[tuple[Tensor, Tensor]],
-    rule: am.AndMask | None,
 ) -> tuple[float, float]:
     """Train for one epoch.
 
     Args:
         model: network to train.
-        optimizer: any torch optimizer of its parameters.
+        optimizer: one of :mod:`andmask_ext.optim`, or a stock one for ordinary training.
         steps: inputs [d, b, f] and labels [d, b] of each step.
-        rule: how environments are brought together; None for ordinary training.
 
     Returns:
         Training accuracy and mean loss during the epoch.
     """
-    losses_seen, hits = [], []
+    losses, hits = [], []
     for inputs, labels in steps:
         optimizer.zero_grad()
-        if rule is None:
-            logits = model(inputs.flatten(0, 1)).view_as(labels)
-            losses = [binary_cross_entropy_with_logits(logits, labels)]
-            losses[0].backward()
+        if isinstance(optimizer, am.optim.MomentOptimizer):
+            for x, y in zip(inputs, labels, strict=True):
+                with optimizer.environment():
+                    logits = model(x)
+                    loss = binary_cross_entropy_with_logits(logits, y)
+                    loss.backward()
+                losses.append(loss.detach())
+                hits.append(((logits > 0) == (y > 0.5)).double().mean())
         else:
-            outputs = [model(x) for x in inputs]
-            losses = [
-                binary_cross_entropy_with_logits(output, y)
-                for output, y in zip(outputs, labels, strict=True)
-            ]
-            am.backward(losses, rule, params=model.parameters())
-            logits = torch.stack(outputs)
+            logits = model(inputs.flatten(0, 1)).view_as(labels)
+            loss = binary_cross_entropy_with_logits(logits, labels)
+            loss.backward()
+            losses.append(loss.detach())
+            hits.append(((logits > 0) == (labels > 0.5)).double().mean())
         optimizer.step()
-        losses_seen.append(torch.stack(losses).detach().mean())
-        hits.append(((logits > 0) == (labels > 0.5)).double().mean())
-    return torch.stack(hits).mean().item(), torch.stack(losses_seen).mean().item()
+    return torch.stack(hits).mean().item(), torch.stack(losses).mean().item()
 
 
 @torch.no_grad()
@@ -204,7 +202,6 @@ def train(
     test = torch.from_numpy(data.test_inputs), torch.from_numpy(data.test_labels)
     model = build_model(settings, seed)
     optimizer = build_optimizer(settings, model)
-    rule = None if settings.method == "mean" else am.AndMask(settings.tau, settings.rescale)
 
     history, seconds = History(), 0.0
     if state := files.read_checkpoint():
@@ -219,7 +216,7 @@ def train(
             group["lr"] = lr
         shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
         steps = batches(inputs, labels, settings.batch, shuffle)
-        train_accuracy, loss = train_epoch(model, optimizer, steps, rule)
+        train_accuracy, loss = train_epoch(model, optimizer, steps)
         history.train_accuracy.append(train_accuracy)
         history.loss.append(loss)
         history.test_accuracy.append(accuracy(model, *test))
