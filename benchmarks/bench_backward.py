@@ -93,6 +93,25 @@ def case(model: str, count: int, memory: bool) -> list[Row]:
     return rows
 
 
+def memory_over_environments() -> None:
+    """Peak memory over the number of environments: a line for each contestant."""
+    counts = (4, 16, 64, 256)
+    print(
+        "\nextra memory in MiB, MLP, 16 examples per environment, d = "
+        + ", ".join(map(str, counts))
+    )
+    peaks: dict[str, list[str]] = {}
+    for count in counts:
+        network, data = environments("MLP", 8)
+        repeated = [data[i % 8] for i in range(count)]
+        for name, function in contestants(network, repeated).items():
+            if count > 16 and name in ("authors' loop", "TorchJD"):
+                continue  # gigabytes, minutes
+            peaks.setdefault(name, []).append(f"{peak_memory(function) / 2**20:.0f}")
+    for name, found in peaks.items():
+        print(f"  {name:28}" + ", ".join(found))
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
     sizes = [("MLP", 8), ("CNN", 8), ("transformer", 8), ("MLP", 64), ("transformer", 32)]

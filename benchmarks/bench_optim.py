@@ -1,4 +1,4 @@
-"""optimizer.step(), resolving included, against the fused step of torch.optim on the same parameters.
+"""optimizer.step(), resolving included, against the fused step of torch.optim.
 
 python benchmarks/bench_optim.py --quick
 """
