@@ -46,7 +46,10 @@ test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
 .PHONY: bench
 bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python benchmarks/bench_masked_mean.py
+	$(BIN)/python benchmarks/bench_rules.py
+	$(BIN)/python benchmarks/bench_moments.py
 	$(BIN)/python benchmarks/bench_backward.py
+	$(BIN)/python benchmarks/bench_optim.py
 
 .PHONY: lint
 lint: $(READY)  ## ruff, mypy --strict, clang-format
