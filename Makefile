@@ -74,7 +74,7 @@ sanitize: $(READY)  ## the kernel tests under ASan and UBSan
 	$(BIN)/cmake --build build/sanitize --target _harness
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ANDMASK_HARNESS_DIR=build/sanitize \
-	  $(BIN)/python -m pytest tests/native/test_masked_mean_kernels.py
+	  $(BIN)/python -m pytest tests/native/test_*_kernels.py tests/native/test_elementary.py
 
 .PHONY: clean
 clean:  ## remove builds (not .venv, not runs)

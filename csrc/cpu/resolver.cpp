@@ -12,14 +12,28 @@ const std::vector<RuleInfo>& infos(RuleList<Rules...>) {
   return all;
 }
 
+// A list of moments is empty, or as long as the sums, of their shapes and of the right dtype.
 void check_moment(const char* op, const char* name, const Tensors& moment, const Tensors& sum,
                   bool needed, const std::string& rule) {
-  check(!needed || moment.size() == sum.size(), op, "expected ", name, " of ", sum.size(),
-        " tensors, as sum has (rule ", rule, " needs them), but got ", moment.size());
-  for (size_t i = 0; needed && i < sum.size(); ++i) {
+  if (moment.empty() && !needed) return;
+  check(moment.size() == sum.size(), op, "expected ", name, " of ", sum.size(),
+        " tensors, as sum has", needed ? " (rule " + rule + " needs them)" : std::string(),
+        ", but got ", moment.size());
+  const bool votes = std::string(name) == "votes";
+  for (size_t i = 0; i < sum.size(); ++i) {
     if (!same_shape(moment[i], sum[i])) {
       fail(op, "expected ", name, "[", i, "] of shape ", shape_text(sum[i]), ", as sum[", i,
            "] has, but got ", shape_text(moment[i]));
+    }
+    const ScalarType dtype = moment[i].scalar_type();
+    const bool right =
+        votes ? dtype == ScalarType::Char || dtype == ScalarType::Short || dtype == ScalarType::Int
+              : dtype == (sum[i].scalar_type() == ScalarType::Double ? ScalarType::Double
+                                                                     : ScalarType::Float);
+    if (!right) {
+      fail(op, "expected ", name, "[", i, "] of dtype ",
+           votes ? "int8, int16 or int32" : "float32, or float64 where sum is", ", but got ",
+           torch::headeronly::toString(dtype));
     }
   }
 }
