@@ -93,35 +93,83 @@ def case(model: str, count: int, memory: bool) -> list[Row]:
     return rows
 
 
-def memory_over_environments() -> None:
-    """Peak memory over the number of environments: a line for each contestant."""
-    counts = (4, 16, 64, 256)
+COUNTS = (4, 16, 64, 256)
+
+
+def memory_over_environments() -> dict[str, list[float]]:
+    """Peak memory in MiB over the number of environments, for each contestant."""
     print(
         "\nextra memory in MiB, MLP, 16 examples per environment, d = "
-        + ", ".join(map(str, counts))
+        + ", ".join(map(str, COUNTS))
     )
-    peaks: dict[str, list[str]] = {}
-    for count in counts:
+    peaks: dict[str, list[float]] = {}
+    for count in COUNTS:
         network, data = environments("MLP", 8)
         repeated = [data[i % 8] for i in range(count)]
         for name, function in contestants(network, repeated).items():
             if count > 16 and name in ("authors' loop", "TorchJD"):
                 continue  # gigabytes, minutes
-            peaks.setdefault(name, []).append(f"{peak_memory(function) / 2**20:.0f}")
+            peaks.setdefault(name, []).append(peak_memory(function) / 2**20)
     for name, found in peaks.items():
-        print(f"  {name:28}" + ", ".join(found))
+        print(f"  {name:28}" + ", ".join(f"{peak:.0f}" for peak in found))
+    return peaks
+
+
+COLORS = ["#0072B2", "#56B4E9", "#D55E00", "#999999", "#E69F00"]  # Okabe-Ito
+
+
+def draw(rows: list[Row], peaks: dict[str, list[float]], path: str) -> None:
+    """Time for the three models with 8 environments, and memory over environments."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if ", 8 x" in row.case and row.threads == rows[-1].threads]
+    names = list(peaks)
+    models = list(dict.fromkeys(row.case for row in rows))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    for number, (name, color) in enumerate(zip(names, COLORS, strict=False)):
+        ratios = [
+            next(r.ratio for r in rows if (r.case, r.contestant) == (model, name))
+            for model in models
+        ]
+        places = [i + (number - (len(names) - 1) / 2) * 0.16 for i in range(len(models))]
+        bars = left.bar(places, ratios, 0.15, color=color, label=name)
+        left.bar_label(bars, fmt="%.2f", fontsize=6.5, rotation=90, padding=2)
+        right.plot(COUNTS[: len(peaks[name])], peaks[name], "o-", color=color, label=name)
+    left.set_xticks(range(len(models)), [model.split(",")[0] for model in models])
+    left.set(yscale="log", ylim=(0.7, 20), ylabel="time / d plain backward passes")
+    left.axhline(1, color="black", linewidth=0.6)
+    left.set_title("8 environments", fontsize=10)
+    right.set(xscale="log", yscale="log", xlabel="environments", ylabel="extra memory (MiB)")
+    right.set_xticks(COUNTS, [str(count) for count in COUNTS])
+    right.minorticks_off()
+    right.grid(alpha=0.25)
+    right.set_title("MLP, 2.1 M parameters, 16 examples per environment", fontsize=10)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncols=5, frameon=False, fontsize=8)
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args()
+    arguments = parser(__doc__.splitlines()[0])
+    arguments.add_argument("--figure", metavar="PATH", help="draw time and memory")
+    options = arguments.parse_args()
     sizes = [("MLP", 8), ("CNN", 8), ("transformer", 8), ("MLP", 64), ("transformer", 32)]
     if options.quick:
         sizes = sizes[:3]
     last = options.threads[-1]
-    run(
+    rows = run(
         options,
         [lambda size=size: case(*size, memory=torch.get_num_threads() == last) for size in sizes],
     )
+    if options.figure or not options.quick:
+        peaks = memory_over_environments()
+        if options.figure:
+            draw(rows, peaks, options.figure)
+            print(f"figure  {options.figure}")
 
 
 if __name__ == "__main__":
