@@ -8,13 +8,39 @@ from . import _fake as _fake
 from . import ops, optim
 from ._backward import backward
 from .moments import Moments
-from .rules import AndMask, Mean, Rule
+from .rules import (
+    AgreementRandom,
+    AgreementSum,
+    AndMask,
+    FedILC,
+    GeometricMean,
+    MaskedAverage,
+    Mean,
+    Median,
+    MedianOfThree,
+    Rule,
+    SandMask,
+    SignDropout,
+    TrimmedMean,
+    WinsorizedMean,
+)
 
 __all__ = [
+    "AgreementRandom",
+    "AgreementSum",
     "AndMask",
+    "FedILC",
+    "GeometricMean",
+    "MaskedAverage",
     "Mean",
+    "Median",
+    "MedianOfThree",
     "Moments",
     "Rule",
+    "SandMask",
+    "SignDropout",
+    "TrimmedMean",
+    "WinsorizedMean",
     "__version__",
     "backward",
     "build_info",

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._library import RULES
+
 _masked_mean = torch.ops.andmask.masked_mean.default
 _agreement_mask = torch.ops.andmask.agreement_mask.default
 
@@ -77,3 +79,71 @@ def masked_mean_for_transforms(grads: Tensor, tau: float, rescale: bool) -> Tens
     linear = (mask * grads.to(mask.dtype).mean(0)).to(grads.dtype)
     value: Tensor = _masked_mean(constant, tau, rescale)
     return value + (linear - linear.detach())
+
+
+# ---- aggregate: rules of all kinds, without derivatives ----
+
+_aggregate = torch.ops.andmask.aggregate.default
+
+
+def _aggregate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.rule = inputs[1]
+
+
+def _no_derivative(rule: object) -> NotImplementedError:
+    return NotImplementedError(
+        f"andmask::aggregate: rule {rule} has no derivative; detach grads, or aggregate them under "
+        "torch.no_grad() (and_mask has one in andmask::masked_mean)"
+    )
+
+
+def _aggregate_backward(ctx: Any, grad: Tensor) -> None:
+    raise _no_derivative(ctx.rule)
+
+
+torch.library.register_autograd(
+    "andmask::aggregate", _aggregate_backward, setup_context=_aggregate_context
+)
+
+
+def _aggregate_vmap(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    grads: Tensor,
+    rule: str,
+    arguments: list[float],
+    rescale: bool = False,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, int]:
+    grads_dim, noise_dim = in_dims[0], in_dims[4] if len(in_dims) > 4 else None
+    size = info.batch_size
+    # The batch becomes the first dimension of the shape.
+    if grads_dim is None:
+        grads = grads.unsqueeze(1).expand(-1, size, *grads.shape[1:])
+    else:
+        grads = grads.movedim(grads_dim, 1)
+    if noise is not None:
+        noise = (
+            noise.expand(size, *noise.shape) if noise_dim is None else noise.movedim(noise_dim, 0)
+        )
+    if size and (rescale or RULES[rule].per_tensor):
+        samples = [
+            _aggregate(sample, rule, arguments, rescale, None if noise is None else noise[index])
+            for index, sample in enumerate(grads.unbind(1))
+        ]
+        return torch.stack(samples), 0
+    return _aggregate(grads, rule, arguments, rescale, noise), 0
+
+
+torch.library.register_vmap("andmask::aggregate", _aggregate_vmap)
+
+
+def refuse_derivative(grads: Tensor, rule: object) -> None:
+    """Raise inside transforms that would lose the derivative, or complain of something else."""
+    if not inside_transform():
+        return
+    tracked = torch._C._are_functorch_transforms_active() and (
+        torch._C._functorch.is_gradtrackingtensor(grads) and grads.requires_grad
+    )
+    if tracked or torch.autograd.forward_ad.unpack_dual(grads).tangent is not None:
+        raise _no_derivative(rule)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,6 +45,14 @@ def check_tau(tau: object) -> None:
         raise TypeError(f"tau: expected a Python number in [0, 1], but got {type(tau).__name__}")
     if not 0 <= tau <= 1:
         raise ValueError(f"tau: expected a number in [0, 1], but got {tau}")
+
+
+def check_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
+    """Raise unless ``value`` is a Python number for which ``holds`` is true."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {expected}, but got {type(value).__name__}")
+    if not holds(value):
+        raise ValueError(f"{name}: expected {expected}, but got {value}")
 
 
 def check_bool(name: str, value: object) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_grads, check_tau
+from ._library import RULES
 
 
 def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
@@ -23,6 +24,37 @@ def _agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> T
 
 torch.library.register_fake("andmask::masked_mean", _masked_mean)
 torch.library.register_fake("andmask::agreement_mask", _agreement_mask)
+
+
+def _aggregate(
+    grads: Tensor,
+    rule: str,
+    arguments: Sequence[float],
+    rescale: bool = False,
+    noise: Tensor | None = None,
+) -> Tensor:
+    check_grads(grads)
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, but got {rule}")
+    expected = RULES[rule]
+    if len(arguments) != expected.arguments:
+        raise ValueError(
+            f"arguments: expected {expected.arguments} for rule {rule}, but got {len(arguments)}"
+        )
+    if rescale and not expected.rescales:
+        raise ValueError(f"rescale: expected False for rule {rule}, but got True")
+    if (noise is not None) != expected.noise:
+        raise ValueError(
+            f"noise: expected {'a tensor' if expected.noise else 'None'} for rule {rule}"
+        )
+    if noise is not None and noise.shape != grads.shape[1:]:
+        raise ValueError(
+            f"noise: expected shape {tuple(grads.shape[1:])}, but got {tuple(noise.shape)}"
+        )
+    return grads.new_empty(grads.shape[1:])
+
+
+torch.library.register_fake("andmask::aggregate", _aggregate)
 
 
 # ---- moments: lists in, lists changed; checks are the kernels' ----

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -28,6 +29,26 @@ def _load() -> None:
 
 
 _load()
+
+
+class RuleFacts(NamedTuple):
+    """What the native library says of one of its rules."""
+
+    arguments: int
+    noise: bool  # takes random numbers
+    rescales: bool  # has a mask to rescale by
+    per_tensor: bool  # a coordinate depends on others of its tensor
+
+
+def _rules() -> dict[str, RuleFacts]:
+    lines = [line.split() for line in torch.ops.andmask._rule_table().splitlines()]
+    return {
+        name: RuleFacts(int(arguments), *(flag == "1" for flag in flags))
+        for name, arguments, *flags in lines
+    }
+
+
+RULES = _rules()
 
 
 def build_info() -> dict[str, str | int]:

@@ -156,7 +156,10 @@ class Moments:
         if not given:
             raise ValueError("grads: expected at least one tensor, but got None only")
         first = grads[given[0]]
-        assert first is not None
+        if not isinstance(first, Tensor):
+            raise TypeError(
+                f"grads[{given[0]}]: expected a Tensor, but got {type(first).__name__}"
+            )
         environments = first.shape[0] if first.dim() else 0
         if environments == 0:
             raise ValueError("grads: expected at least 1 environment (dim 0), but got 0")
@@ -289,7 +292,7 @@ class Moments:
         indices = self.touched
         arguments = self.arguments(rule, indices)
         with torch.no_grad():
-            updates = torch.ops.andmask.resolve.default(*arguments)
+            updates = torch.ops.andmask.resolve.default(*arguments) if indices else []
         resolved: list[Tensor | None] = [None] * len(self._params)
         for index, update in zip(indices, updates, strict=True):
             resolved[index] = update.to(self._params[index].dtype)
@@ -299,8 +302,9 @@ class Moments:
         """Like :meth:`resolve`, in the memory of the sums where it can be; then start anew."""
         indices = self.touched
         arguments = self.arguments(rule, indices)
-        with torch.no_grad():
-            torch.ops.andmask.resolve_.default(*arguments)
+        if indices:
+            with torch.no_grad():
+                torch.ops.andmask.resolve_.default(*arguments)
         resolved: list[Tensor | None] = [None] * len(self._params)
         for index, update in zip(indices, arguments[0], strict=True):
             resolved[index] = update.to(self._params[index].dtype)

@@ -10,9 +10,28 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
-__all__ = ["agreement_mask", "masked_mean", "vote_threshold", "votes"]
+__all__ = [
+    "agreement_mask",
+    "agreement_random",
+    "agreement_sum",
+    "and_mask",
+    "fed_ilc",
+    "geometric_mean",
+    "masked_average",
+    "masked_mean",
+    "mean",
+    "median",
+    "median_of_three",
+    "sand_mask",
+    "sign_dropout",
+    "trimmed_mean",
+    "vote_threshold",
+    "votes",
+    "winsorized_mean",
+]
 
 
 def votes(grads: Tensor) -> Tensor:
@@ -40,3 +59,105 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
 def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
     """Multiply the mean over environments by the mask: NaN and infinities come through."""
     return agreement_mask(grads, tau, rescale) * grads.double().mean(0)
+
+
+# ---- the rules, by the names of the native library ----
+
+
+def nan_if_not_finite(grads: Tensor) -> Tensor:
+    """Return 0, or NaN where any environment is not finite; added so that no rule hides it."""
+    return (grads.double() * 0).sum(0)
+
+
+def mean(grads: Tensor) -> Tensor:
+    """Average over environments."""
+    return grads.double().mean(0)
+
+
+def and_mask(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
+    """Do what :func:`masked_mean` does."""
+    return masked_mean(grads, tau, rescale)
+
+
+def geometric_mean(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
+    """Multiply mask, sign of the mean, and geometric mean of the magnitudes."""
+    grads = grads.double()
+    magnitude = (grads.abs() + 1e-10).log().mean(0).exp()
+    return agreement_mask(grads, tau, rescale) * grads.mean(0).sign() * magnitude
+
+
+def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Tensor:
+    """Mask smoothly: tanh of the agreement beyond tau, times k, over the variance."""
+    grads = grads.double()
+    environments = grads.shape[0]
+    agreement = votes(grads).abs() / environments
+    variance = grads.new_full(grads.shape[1:], 1e-17) if environments == 1 else grads.var(0)
+    mask = (k * (agreement - tau) / variance.nan_to_num(nan=1e-17)).tanh().clamp(min=0)
+    mask = mask.nan_to_num(nan=1e-17)
+    if rescale and mask.numel() > 0:
+        mask = mask / (1e-10 + mask.mean())
+    return mask * grads.mean(0)
+
+
+def masked_average(grads: Tensor, tau: float) -> Tensor:
+    """Weight the mean by the agreement where that is below tau."""
+    agreement = votes(grads).abs().double() / grads.shape[0]
+    kept = agreement_mask(grads, tau) == 1
+    return torch.where(kept, 1.0, agreement) * grads.double().mean(0)
+
+
+def agreement_sum(grads: Tensor) -> Tensor:
+    """Sum where all environments agree."""
+    return agreement_mask(grads, 1.0) * grads.double().sum(0)
+
+
+def agreement_random(grads: Tensor, noise: Tensor) -> Tensor:
+    """Sum where all environments agree; elsewhere noise times the mean size of those sums."""
+    total = grads.double().sum(0)
+    kept = agreement_mask(grads, 1.0) == 1
+    size = total[kept].abs().mean() if kept.any() else 0.0
+    return torch.where(kept, total, noise.double() * size) + nan_if_not_finite(grads)
+
+
+def sign_dropout(grads: Tensor, noise: Tensor) -> Tensor:
+    """Sum the gradients of one sign: the positive ones where their share is above the noise."""
+    grads, noise = grads.double(), noise.double()
+    positive = (1 + grads.sum(0) / grads.abs().sum(0)) / 2
+    kept = (positive > noise) * (grads > 0) + (positive < noise) * (grads < 0)
+    return (grads * kept).sum(0) + nan_if_not_finite(grads)
+
+
+def median(grads: Tensor) -> Tensor:
+    """Take the value in the middle, or the mean of the two."""
+    ranked = grads.double().sort(0).values
+    last = grads.shape[0] - 1
+    return (ranked[last // 2] + ranked[last - last // 2]) / 2 + nan_if_not_finite(grads)
+
+
+def trimmed_mean(grads: Tensor, b: float) -> Tensor:
+    """Average all but the b largest and the b smallest."""
+    ranked = grads.double().sort(0).values
+    return ranked[int(b) : grads.shape[0] - int(b)].mean(0) + nan_if_not_finite(grads)
+
+
+def winsorized_mean(grads: Tensor, c: float) -> Tensor:
+    """Average what is clipped to the percentiles c and 100 - c."""
+    grads = grads.double()
+    low, high = grads.quantile(c / 100, 0), grads.quantile(1 - c / 100, 0)
+    return torch.minimum(torch.maximum(grads, low), high).mean(0) + nan_if_not_finite(grads)
+
+
+def median_of_three(grads: Tensor) -> Tensor:
+    """Take the median of the means of three groups."""
+    return median(torch.stack([group.double().mean(0) for group in grads.tensor_split(3)]))
+
+
+def fed_ilc(grads: Tensor, tau: float) -> Tensor:
+    """Mask the difference of the two signs' geometric means, each weighted by how many it is of."""
+    grads = grads.double()
+    sides = []
+    for side in (grads, -grads):
+        count = (side > 0).sum(0)
+        logs = torch.where(side > 0, side, 1.0).log().sum(0)
+        sides.append(count / grads.shape[0] * (logs / count.clamp(min=1)).exp())
+    return agreement_mask(grads, tau) * (sides[0] - sides[1]) + nan_if_not_finite(grads)

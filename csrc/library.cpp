@@ -48,6 +48,10 @@ STABLE_TORCH_LIBRARY(andmask, m) {
       "Tensor(d!)[] sign_avgs, Tensor(e!)[] steps, Tensor[] grads, *, float tau, float lr, "
       "float beta1, float beta2, float beta3, float eps, float weight_decay, "
       "bool decoupled_weight_decay, bool maximize, bool bias_correction) -> ()");
+  m.def(
+      "aggregate(Tensor grads, str rule, float[] arguments, bool rescale=False, "
+      "Tensor? noise=None) -> Tensor");
+  m.def("_rule_table() -> str");
   m.def("_native_info() -> str");
 }
 

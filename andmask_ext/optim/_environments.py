@@ -532,6 +532,12 @@ class _Environment:
     def _take(self, param: Tensor) -> None:
         grad = param.grad
         assert grad is not None
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"environment: expected a dense gradient for a parameter of shape "
+                f"{tuple(param.shape)}, but got layout {str(grad.layout).removeprefix('torch.')} "
+                "(an embedding with sparse=True?)"
+            )
         param.grad = None
         self._received.setdefault(id(param), 0)
         group, index = self._optimizer._slots[id(param)]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_bool
 from ..rules import Rule
 from ._checks import check_betas, check_lr, check_range, check_weight_decay, decay_after_mask
 from ._environments import MomentOptimizer, zeros_like_wide
@@ -99,6 +100,8 @@ class AndMaskAdam(MomentOptimizer):
         check_betas(group["betas"], 2)
         check_range("eps", group["eps"], 0.0)
         check_weight_decay(group)
+        for name in ("amsgrad", "maximize"):
+            check_bool(name, group[name])
 
     def _step_group(
         self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]

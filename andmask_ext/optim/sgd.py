@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._checks import check_bool
 from ..rules import Rule
 from ._checks import check_lr, check_range, check_weight_decay, decay_after_mask
 from ._environments import MomentOptimizer, zeros_like_wide
@@ -94,6 +95,8 @@ class AndMaskSGD(MomentOptimizer):
         check_range("momentum", group["momentum"], 0.0)
         check_range("dampening", group["dampening"], float("-inf"))
         check_weight_decay(group)
+        for name in ("nesterov", "maximize"):
+            check_bool(name, group[name])
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             raise ValueError(
                 "nesterov: expected a momentum and no dampening, but got "

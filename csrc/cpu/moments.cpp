@@ -36,6 +36,7 @@ void check_like_grad(const char* op, const char* name, size_t index, const Tenso
     fail(op, "expected ", name, "[", index, "] of dtype ", torch::headeronly::toString(wide),
          ", but got ", torch::headeronly::toString(moment.scalar_type()));
   }
+  check_writable(op, name, index, moment);
 }
 
 void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tensors grads,
@@ -123,19 +124,21 @@ Tensors resolve_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, i
   MomentLists lists{sum, votes, squares, logs};
   const Resolver resolver("andmask::resolve", lists, count, rule, arguments, rescale);
   Tensors out;
+  for (const Tensor& total : sum) out.push_back(torch::stable::empty_like(total));
+  Tensors written = out;
   Aligned aligned;
-  for (size_t i = 0; i < sum.size(); ++i) {
-    aligned.align({}, lists.tensors(i));
-    out.push_back(torch::stable::empty_like(lists.sum[i]));
-  }
-  resolve_to(resolver, out);
+  for (size_t i = 0; i < sum.size(); ++i) aligned.align({&written[i]}, lists.tensors(i));
+  resolve_to(resolver, written);
+  aligned.copy_back();
   return out;
 }
 
 void resolve_in_place_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
                           std::string rule, std::vector<double> arguments, bool rescale) {
   MomentLists lists{sum, votes, squares, logs};
-  const Resolver resolver("andmask::resolve_", lists, count, rule, arguments, rescale);
+  const char* const op = "andmask::resolve_";
+  const Resolver resolver(op, lists, count, rule, arguments, rescale);
+  for (size_t i = 0; i < sum.size(); ++i) check_writable(op, "sum", i, sum[i]);
   Aligned aligned;
   for (size_t i = 0; i < sum.size(); ++i) {
     std::vector<Tensor*> read = lists.tensors(i);

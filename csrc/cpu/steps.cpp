@@ -32,6 +32,7 @@ class Step {
     for (size_t i = 0; i < params_.size(); ++i) {
       const Dtype dtype = check_dtype(op, "params", params_[i], i);
       dtypes_.push_back(dtype);
+      check_writable(op, "params", i, params_[i]);
       if (!same_shape(params_[i], moments_.sum[i])) {
         fail(op, "expected sum[", i, "] of shape ", shape_text(params_[i]), ", as params[", i,
              "] has, but got ", shape_text(moments_.sum[i]));
@@ -58,6 +59,7 @@ class Step {
         fail(op_, "expected ", name, "[", i, "] of dtype ", torch::headeronly::toString(wide),
              ", but got ", torch::headeronly::toString(list[i].scalar_type()));
       }
+      check_writable(op_, name, i, list[i]);
     }
     states_.push_back(&list);
     return list;

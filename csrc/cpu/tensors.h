@@ -54,6 +54,16 @@ inline bool is_dense(const Tensor& tensor) {
   return true;
 }
 
+// What is written to must not be an expanded tensor.
+inline void check_writable(const char* op, const char* name, int64_t index, const Tensor& tensor) {
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0) continue;
+    fail(op, "expected ", name, "[", index,
+         "] whose elements lie apart, but got an expanded "
+         "tensor; clone() it");
+  }
+}
+
 // Whether an element of `one` lies where that of `other` does, `skip` leading dims of `one` aside.
 inline bool same_layout(const Tensor& one, const Tensor& other, int64_t skip = 0) {
   for (int64_t dim = 0; dim < other.dim(); ++dim) {

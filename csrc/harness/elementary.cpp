@@ -6,6 +6,7 @@
 #include <string>
 
 #include "../math/elementary.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 

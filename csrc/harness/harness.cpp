@@ -10,6 +10,7 @@
 
 #include "../cpu/kernels/masked_mean.h"
 #include "../math/agreement.h"
+#include "bindings.h"
 
 namespace py = pybind11;
 
@@ -26,6 +27,8 @@ std::vector<std::string> isas() {
   return names;
 }
 
+}  // namespace
+
 Isa parse_isa(const std::string& wanted) {
   for (Isa isa : kIsas) {
     if (wanted == name(isa) && isa <= best_isa()) return isa;
@@ -33,7 +36,6 @@ Isa parse_isa(const std::string& wanted) {
   throw std::invalid_argument("isa: this machine has no " + wanted);
 }
 
-// numpy has no bfloat16: its bits come as uint16.
 Dtype parse_dtype(const py::array& array) {
   if (py::isinstance<py::array_t<uint16_t>>(array)) return Dtype::bfloat16;
   if (py::isinstance<py::array_t<float>>(array)) return Dtype::float32;
@@ -41,6 +43,8 @@ Dtype parse_dtype(const py::array& array) {
   if (array.dtype().kind() == 'f' && array.itemsize() == 2) return Dtype::float16;
   throw std::invalid_argument("grads: expected float16, float32, float64, or bfloat16 as uint16");
 }
+
+namespace {
 
 py::array wide_like(const py::array& grads, int64_t columns) {
   return parse_dtype(grads) == Dtype::float64 ? py::array(py::array_t<double>(columns))
@@ -104,4 +108,7 @@ PYBIND11_MODULE(_harness, m) {
   });
   m.def("inverse_density",
         [](double kept, double count) { return andmask::inverse_density(kept, count); });
+  andmask::bind_aggregate(m);
+  andmask::bind_elementary(m);
+  andmask::bind_moments(m);
 }

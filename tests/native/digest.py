@@ -7,11 +7,74 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 
 import andmask_ext as am
+
+RULES = {
+    "mean": [],
+    "and_mask": [0.6],
+    "geometric_mean": [0.3],
+    "sand_mask": [0.3, 2.0],
+    "masked_average": [0.6],
+    "agreement_sum": [],
+}
+ops = torch.ops.andmask
+
+
+def bits(tensors: list[torch.Tensor]) -> bytes:
+    """Which of two NaN a sum or a step keeps is not said: all NaN are one here."""
+    return b"".join(
+        t.where(t == t, torch.nan).contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        if t.is_floating_point()
+        else t.numpy().tobytes()
+        for t in tensors
+    )
+
+
+def moments_and_steps(
+    grads: list[torch.Tensor], params: list[torch.Tensor], vote_type: torch.dtype
+) -> Iterator[bytes]:
+    """What the list ops make of the stacked gradients of several parameters."""
+    count = len(grads[0])
+    wide = [torch.float64 if g.dtype == torch.float64 else torch.float32 for g in grads]
+    kinds = [
+        [
+            torch.empty(g.shape[1:], dtype=vote_type if votes else w)
+            for g, w in zip(grads, wide, strict=True)
+        ]
+        for votes in (False, True, False, False)
+    ]
+    weights = [0.5 + e / count for e in range(count)]
+    ops.accumulate_(*kinds, grads, 0, weights, True)
+    for kind in kinds:
+        yield bits(kind)
+    for rule, arguments in RULES.items():
+        for rescale in (False, True):
+            yield bits(ops.resolve(*kinds, count, rule, arguments, rescale))
+    finite = [[t.nan_to_num(0, 1, -1) if t.is_floating_point() else t for t in k] for k in kinds]
+    rule = (*finite, count, "and_mask", [0.6], True)
+    state = [[torch.zeros_like(t) for t in kinds[0]] for _ in range(3)]
+    steps = [torch.zeros(()) for _ in params]
+    decay = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
+    for first in (True, False):
+        options = {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "first_step": first}
+        ops.sgd_step_(params, state[0], *rule, **options, **decay)
+    yield bits(params) + bits(state[0])
+    betas = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
+    for _ in range(2):
+        ops.adam_step_(params, *state, steps, *rule, **betas, **decay)
+    yield bits(params) + bits([t for kind in state for t in kind])
+    options = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
+    for kind in state:
+        for tensor in kind:
+            tensor.zero_()
+    for _ in range(2):
+        ops.temporal_adam_step_(params, *state, steps, finite[0], **options, **betas, **decay)
+    yield bits(params) + bits([t for kind in state for t in kind])
 
 
 def main(threads: int) -> None:
@@ -41,6 +104,28 @@ def main(threads: int) -> None:
                 for op in (torch.ops.andmask.masked_mean, torch.ops.andmask.agreement_mask):
                     out = op(grads, tau, rescale)
                     digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
+    for count, vote_type in [
+        (1, torch.int8),
+        (3, torch.int8),
+        (130, torch.int16),
+        (5, torch.int32),
+    ]:
+        sizes = [1, 700, 20_000 if count < 100 else 900, 65]
+        dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float16]
+        grads, params = [], []
+        for size, dtype in zip(sizes, dtypes, strict=True):
+            mixed = rng.standard_normal((count, size))
+            mixed = np.where(
+                rng.random((count, size)) < 0.02, rng.choice(special, (count, size)), mixed
+            )
+            grads.append(torch.from_numpy(mixed).to(dtype))
+            params.append(torch.from_numpy(rng.standard_normal(size)).to(dtype))
+        for part in moments_and_steps(grads, params, vote_type):
+            digest.update(part)
+        for part in moments_and_steps(
+            [g.double() for g in grads], [p.double() for p in params], vote_type
+        ):
+            digest.update(part)
     print(am.build_info()["isa"], digest.hexdigest())
 
 

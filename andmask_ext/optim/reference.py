@@ -1,0 +1,220 @@
+"""The specification of the optimizers: float64 and plain PyTorch, written to be read.
+
+Each follows one parameter. ``step`` takes the stacked gradients of its environments
+``[d, *shape]`` (those of :class:`TemporalAndMaskAdam`: one gradient ``[*shape]``) and returns the
+parameter after it. Tests compare the native optimizers with these, step by step; nothing else uses
+them.
+
+Reference:
+    Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3 and
+    appendix B.6.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..reference import masked_mean
+
+__all__ = ["AndMaskAdam", "AndMaskAdamW", "AndMaskSGD", "TemporalAndMaskAdam"]
+
+
+class _EnvironmentOptimizer:
+    """One parameter, its weight decay, and the rule that makes one gradient of several."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float,
+        weight_decay: float,
+        weight_decay_mode: str,
+        maximize: bool,
+        tau: float,
+        rescale: bool,
+        rule: Callable[[Tensor], Tensor] | None,
+    ) -> None:
+        self.param = param.detach().double().clone()
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.weight_decay_mode = weight_decay_mode
+        self.maximize = maximize
+        self.rule = rule or (lambda grads: masked_mean(grads, tau, rescale))
+
+    def aggregate(self, grads: Tensor) -> Tensor:
+        """Return the gradient to descend along, after the decay that comes with it."""
+        grads = grads.detach().double()
+        if self.maximize:
+            grads = -grads
+        if self.weight_decay_mode == "before_mask":  # the penalty is in every environment's loss
+            return self.rule(grads + self.weight_decay * self.param)
+        grad = self.rule(grads)
+        if self.weight_decay_mode == "after_mask":  # the penalty has no environment
+            return grad + self.weight_decay * self.param
+        self.param -= self.lr * self.weight_decay * self.param  # "decoupled"
+        return grad
+
+
+class AndMaskSGD(_EnvironmentOptimizer):
+    """:class:`andmask_ext.optim.AndMaskSGD` for one parameter."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        tau: float = 1.0,
+        rescale: bool = False,
+        rule: Callable[[Tensor], Tensor] | None = None,
+        weight_decay_mode: str = "after_mask",
+    ) -> None:
+        super().__init__(param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule)
+        self.momentum, self.dampening, self.nesterov = momentum, dampening, nesterov
+        self.buffer: Tensor | None = None
+
+    def step(self, grads: Tensor) -> Tensor:
+        """Take one step; ``grads`` are stacked."""
+        grad = self.aggregate(grads)
+        if self.buffer is None:
+            self.buffer = grad.clone()
+        else:
+            self.buffer = self.momentum * self.buffer + (1 - self.dampening) * grad
+        if self.momentum == 0:
+            self.param -= self.lr * grad
+        elif self.nesterov:
+            self.param -= self.lr * (grad + self.momentum * self.buffer)
+        else:
+            self.param -= self.lr * self.buffer
+        return self.param
+
+
+class AndMaskAdam(_EnvironmentOptimizer):
+    """:class:`andmask_ext.optim.AndMaskAdam` for one parameter."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        tau: float = 1.0,
+        rescale: bool = False,
+        rule: Callable[[Tensor], Tensor] | None = None,
+        weight_decay_mode: str = "after_mask",
+    ) -> None:
+        super().__init__(param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule)
+        self.betas, self.eps, self.amsgrad = betas, eps, amsgrad
+        self.steps = 0
+        self.exp_avg = torch.zeros_like(self.param)
+        self.exp_avg_sq = torch.zeros_like(self.param)
+        self.max_exp_avg_sq = torch.zeros_like(self.param)
+
+    def step(self, grads: Tensor) -> Tensor:
+        """Take one step; ``grads`` are stacked."""
+        grad = self.aggregate(grads)
+        beta1, beta2 = self.betas
+        self.steps += 1
+        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * grad
+        self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * grad.square()
+        self.max_exp_avg_sq = torch.maximum(self.max_exp_avg_sq, self.exp_avg_sq)
+        second = self.max_exp_avg_sq if self.amsgrad else self.exp_avg_sq
+        mean = self.exp_avg / (1 - beta1**self.steps)
+        size = (second / (1 - beta2**self.steps)).sqrt()
+        self.param -= self.lr * mean / (size + self.eps)
+        return self.param
+
+
+class AndMaskAdamW(AndMaskAdam):
+    """:class:`andmask_ext.optim.AndMaskAdamW` for one parameter."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        tau: float = 1.0,
+        rescale: bool = False,
+        rule: Callable[[Tensor], Tensor] | None = None,
+        weight_decay_mode: str = "decoupled",
+    ) -> None:
+        super().__init__(
+            param,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            tau=tau,
+            rescale=rescale,
+            rule=rule,
+            weight_decay_mode=weight_decay_mode,
+        )
+
+
+class TemporalAndMaskAdam:
+    """:class:`andmask_ext.optim.TemporalAndMaskAdam` for one parameter."""
+
+    def __init__(
+        self,
+        param: Tensor,
+        lr: float = 1e-3,
+        betas: tuple[float, float, float] = (0.9, 0.999, 0.9),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        tau: float = 0.5,
+        decoupled_weight_decay: bool = False,
+        bias_correction: bool = False,
+        maximize: bool = False,
+    ) -> None:
+        self.param = param.detach().double().clone()
+        self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
+        self.tau, self.maximize = tau, maximize
+        self.decoupled_weight_decay = decoupled_weight_decay
+        self.bias_correction = bias_correction
+        self.steps = 0
+        self.exp_avg = torch.zeros_like(self.param)
+        self.exp_avg_sq = torch.zeros_like(self.param)
+        self.sign_avg = torch.zeros_like(self.param)
+
+    def step(self, grad: Tensor) -> Tensor:
+        """Take one step; ``grad`` is the gradient of one environment."""
+        beta1, beta2, beta3 = self.betas
+        self.steps += 1
+        grad = grad.detach().double()
+        vote = (grad > 0).double() - (grad < 0).double()
+        self.sign_avg = beta3 * self.sign_avg + (1 - beta3) * vote
+        if self.maximize:
+            grad = -grad
+        if self.decoupled_weight_decay:
+            self.param -= self.lr * self.weight_decay * self.param
+        else:
+            grad = grad + self.weight_decay * self.param
+        self.exp_avg = beta1 * self.exp_avg + (1 - beta1) * grad
+        self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * grad.square()
+
+        mean, square, agreement = self.exp_avg, self.exp_avg_sq, self.sign_avg
+        if self.bias_correction:
+            mean = mean / (1 - beta1**self.steps)
+            square = square / (1 - beta2**self.steps)
+            agreement = agreement / (1 - beta3**self.steps)
+        mask = (agreement.abs() >= self.tau - 1e-6).double()
+        self.param -= self.lr * mean * mask / (square.sqrt() + self.eps)
+        return self.param

@@ -1,0 +1,93 @@
+"""Rules for gradients in conflict that sum rather than average, two of them at random."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._base import Rule, wide_dtype
+
+
+@dataclass(frozen=True)
+class AgreementSum(Rule):
+    r"""The sum of the gradients where all environments agree in sign, else 0.
+
+    .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| = d] \cdot \sum_e g_e
+
+    This is :class:`AndMask` with ``tau=1`` times the number of environments.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> andmask_ext.AgreementSum()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        tensor([4., 0.])
+
+    Reference:
+        Agr-Sum in Mansilla et al., *Domain generalization via gradient surgery*, ICCV 2021.
+    """
+
+    name = "agreement_sum"
+    moments = ("votes",)
+
+
+@dataclass(frozen=True)
+class AgreementRandom(Rule):
+    r"""The sum where all environments agree in sign; elsewhere normal noise of the sums' size.
+
+    The noise of a parameter is scaled by the mean of :math:`|\sum_e g_e|` over its coordinates
+    that agree, and is 0 if none do. It comes from torch's global generator.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> _ = torch.manual_seed(0)
+        >>> andmask_ext.AgreementRandom()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        tensor([ 4.0000, -1.1737])
+
+    Reference:
+        Agr-Rand in Mansilla et al., *Domain generalization via gradient surgery*, ICCV 2021.
+    """
+
+    name = "agreement_random"
+
+    def _noise(self, grads: Tensor) -> Tensor:
+        return torch.randn(grads.shape[1:], dtype=wide_dtype(grads), device=grads.device)
+
+
+@dataclass(frozen=True)
+class SignDropout(Rule):
+    r"""GradDrop: keep the gradients of one sign, drawn with the probability of its share.
+
+    .. math:: \sum_e g_e \left(\mathbb{1}[P > U] \mathbb{1}[g_e > 0] +
+        \mathbb{1}[P < U] \mathbb{1}[g_e < 0]\right), \quad
+        P = \tfrac12 \left(1 + \frac{\sum_e g_e}{\sum_e |g_e|}\right)
+
+    U is uniform in [0, 1), from torch's global generator, for each coordinate anew.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> _ = torch.manual_seed(0)
+        >>> andmask_ext.SignDropout()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        tensor([ 4., -2.])
+
+    Reference:
+        Chen et al., *Just pick a sign: optimizing deep multitask models with gradient sign
+        dropout*, NeurIPS 2020.
+    """
+
+    name = "sign_dropout"
+
+    def _noise(self, grads: Tensor) -> Tensor:
+        return torch.rand(grads.shape[1:], dtype=wide_dtype(grads), device=grads.device)

@@ -1,0 +1,175 @@
+"""Means that some environments cannot pull away: ranks decide which gradients count."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import check_grads, check_number
+from ._base import Rule
+
+
+@dataclass(frozen=True)
+class Mean(Rule):
+    r"""The plain mean over environments :math:`\bar g`: what training on the pooled data does.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> andmask_ext.Mean()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        tensor([2., 1.])
+    """
+
+    name = "mean"
+    moments = ()
+
+
+@dataclass(frozen=True)
+class Median(Rule):
+    """The median of each coordinate; of an even number of environments, the middle two's mean.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> andmask_ext.Median()(torch.tensor([[1.0, 5.0], [2.0, -6.0], [300.0, 7.0]]))
+        tensor([2., 5.])
+
+    Reference:
+        Median-based stochastic gradient descent, arXiv 2003.07422.
+    """
+
+    name = "median"
+
+
+@dataclass(frozen=True)
+class MedianOfThree(Rule):
+    """The median of three means: of the first, the second and the last third of the environments.
+
+    Where three does not divide their number, the first groups are larger by one. Less noisy than
+    :class:`Median`, and fast; one environment that has gone astray spoils one group only.
+
+    Raises:
+        ValueError: on call, if there are fewer than three environments.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> grads = torch.tensor([1.0, 3.0, 3.0, 5.0, 900.0])  # groups: 1, 3 and 3, 5 and 900
+        >>> andmask_ext.MedianOfThree()(grads)
+        tensor(4.)
+
+    Reference:
+        M3 in arXiv 2003.07422.
+    """
+
+    name = "median"  # of the means
+
+    def __call__(self, grads: Tensor) -> Tensor:
+        """Aggregate stacked gradients; see :meth:`Rule.__call__`."""
+        check_grads(grads)
+        if grads.shape[0] < 3:
+            raise ValueError(
+                f"grads: MedianOfThree expected at least 3 environments, but got {grads.shape[0]}"
+            )
+        mean = Mean()
+        # Rounding of the means to 16 bits changes nothing: it keeps their order.
+        return super().__call__(torch.stack([mean(part) for part in grads.tensor_split(3)]))
+
+
+@dataclass(frozen=True)
+class TrimmedMean(Rule):
+    """Drop the b largest and the b smallest gradients of each coordinate; average the rest.
+
+    Args:
+        b: how many to drop at each end; fewer than half the environments. 0 is the plain mean.
+
+    Raises:
+        TypeError: ``b`` is not an int.
+        ValueError: ``b`` is negative; on call, if there are no more than ``2 * b`` environments.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> rule = andmask_ext.TrimmedMean(b=1)
+        >>> rule(torch.tensor([[1.0, 5.0], [2.0, -6.0], [300.0, 7.0], [4.0, 6.0]]))
+        tensor([3.0000, 5.5000])
+
+    Reference:
+        Yin et al., *Byzantine-robust distributed learning: towards optimal statistical rates*, ICML
+        2018.
+    """
+
+    b: int = 1
+
+    name = "trimmed_mean"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.b, bool) or not isinstance(self.b, int):
+            raise TypeError(f"b: expected an int, but got {type(self.b).__name__}")
+        if self.b < 0:
+            raise ValueError(f"b: expected an int of at least 0, but got {self.b}")
+
+    @property
+    def arguments(self) -> list[float]:
+        return [float(self.b)]
+
+    def _check_environments(self, environments: int) -> None:
+        if environments <= 2 * self.b:
+            raise ValueError(
+                f"grads: TrimmedMean(b={self.b}) expected more than {2 * self.b} environments, "
+                f"but got {environments}"
+            )
+
+
+@dataclass(frozen=True)
+class WinsorizedMean(Rule):
+    """Clip each coordinate to its percentiles c and 100 - c over environments; then average.
+
+    Percentiles lie between the values of two environments, linearly, as in ``numpy.percentile``.
+
+    Args:
+        c: per cent, in [0, 50]. 0 is the plain mean, 50 the median.
+
+    Raises:
+        TypeError: ``c`` is not a number.
+        ValueError: ``c`` lies outside [0, 50].
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> rule = andmask_ext.WinsorizedMean(c=25.0)
+        >>> rule(torch.tensor([1.0, 2.0, 3.0, 4.0, 900.0]))  # as of 2, 2, 3, 4, 4
+        tensor(3.)
+
+    Reference:
+        arXiv 2002.10657.
+    """
+
+    c: float = 10.0
+
+    name = "winsorized_mean"
+
+    def __post_init__(self) -> None:
+        check_number("c", self.c, "a number in [0, 50]", lambda c: 0 <= c <= 50)
+        object.__setattr__(self, "c", float(self.c))
+
+    @property
+    def arguments(self) -> list[float]:
+        return [self.c]

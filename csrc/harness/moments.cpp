@@ -1,0 +1,176 @@
+// Kernels of moments and of optimizer steps on numpy arrays, for tests.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../cpu/kernels/moments.h"
+#include "../cpu/kernels/steps.h"
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace andmask {
+namespace {
+
+using Array = std::optional<py::array>;
+
+void* pointer(const Array& array) {
+  return array ? const_cast<py::array&>(*array).mutable_data() : nullptr;
+}
+
+MomentArrays arrays(const py::array& sum, const Array& votes, const Array& squares,
+                    const Array& logs) {
+  return {pointer(sum), pointer(votes), votes ? static_cast<int>(votes->itemsize()) : 0,
+          pointer(squares), pointer(logs)};
+}
+
+template <typename... Rules>
+int rule_index(const std::string& wanted, RuleList<Rules...>) {
+  const std::vector<std::string> names = {Rules::kName...};
+  for (size_t index = 0; index < names.size(); ++index) {
+    if (names[index] == wanted) return static_cast<int>(index);
+  }
+  throw std::invalid_argument("rule: there is no " + wanted);
+}
+
+// Calls f(begin, end) for [0, splits[0]), [splits[0], splits[1]), ... as threads would.
+template <typename F>
+void in_parts(const std::vector<int64_t>& splits, int64_t columns, const F& f) {
+  int64_t begin = 0;
+  for (int64_t end : splits) {
+    f(begin, end);
+    begin = end;
+  }
+  f(begin, columns);
+}
+
+// Adds the rows of `grads` to the moments, in place.
+void accumulate(const std::string& isa, const py::array& grads, int64_t count, const py::array& sum,
+                const Array& votes, const Array& squares, const Array& logs,
+                const std::vector<double>& weights, const std::vector<int64_t>& splits) {
+  if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
+  const AccumulateTask task{grads.data(),
+                            grads.shape(0),
+                            grads.strides(0) / grads.itemsize(),
+                            weights.empty() ? nullptr : weights.data(),
+                            count,
+                            arrays(sum, votes, squares, logs)};
+  const auto kernel =
+      moment_kernels(parse_isa(isa)).accumulate[static_cast<int>(parse_dtype(grads))];
+  in_parts(splits, grads.shape(1), [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
+}
+
+// The update in the wide type, and the sum of the rule's factors.
+py::tuple resolve(const std::string& isa, const std::string& rule,
+                  const std::vector<double>& arguments, int64_t count, const py::array& sum,
+                  const Array& votes, const Array& squares, const Array& logs, double scale,
+                  const std::vector<int64_t>& splits) {
+  const Dtype dtype = parse_dtype(sum);
+  const ResolveTask task{arrays(sum, votes, squares, logs), dtype, arguments.data(), count};
+  const int width = static_cast<int>(dtype == Dtype::float64 ? Width::float64 : Width::float32);
+  const int index = rule_index(rule, MomentRules());
+  const MomentKernels& kernels = moment_kernels(parse_isa(isa));
+  const int64_t columns = sum.shape(0);
+  py::array update = dtype == Dtype::float64 ? py::array(py::array_t<double>(columns))
+                                             : py::array(py::array_t<float>(columns));
+  double total = 0;
+  in_parts(splits, columns, [&](int64_t begin, int64_t end) {
+    total += kernels.total_factor[width][index](task, begin, end);
+    for (int64_t block = begin; block < end; block += kUpdateBlock) {
+      const int64_t stop = std::min(block + kUpdateBlock, end);
+      char* const out = static_cast<char*>(update.mutable_data()) + block * update.itemsize();
+      kernels.resolve[width][index](task, scale, block, stop, out);
+    }
+  });
+  return py::make_tuple(update, total);
+}
+
+// kernel(update of the block, begin, end), block by block.
+template <typename F>
+void in_blocks(const py::array& update, const F& kernel) {
+  const int64_t columns = update.shape(0);
+  for (int64_t begin = 0; begin < columns; begin += kUpdateBlock) {
+    const int64_t end = std::min(begin + kUpdateBlock, columns);
+    kernel(static_cast<const char*>(update.data()) + begin * update.itemsize(), begin, end);
+  }
+}
+
+void store(const std::string& isa, const py::array& update, py::array out) {
+  const auto kernel = step_kernels(parse_isa(isa)).store[static_cast<int>(parse_dtype(out))];
+  in_blocks(update, [&](const void* block, int64_t begin, int64_t end) {
+    kernel(block, out.mutable_data(), begin, end);
+  });
+}
+
+void sgd(const std::string& isa, py::array param, const Array& momentum_buffer,
+         const py::array& update, double lr, double momentum, double dampening, double weight_decay,
+         bool decoupled_weight_decay, bool nesterov, bool maximize, bool first) {
+  const SgdTask task{param.mutable_data(), pointer(momentum_buffer), lr,       momentum, dampening,
+                     weight_decay,         decoupled_weight_decay,   nesterov, maximize, first};
+  const auto kernel = step_kernels(parse_isa(isa)).sgd[static_cast<int>(parse_dtype(param))];
+  in_blocks(update, [&](const void* block, int64_t begin, int64_t end) {
+    kernel(task, block, begin, end);
+  });
+}
+
+// With `sign_avg`: the temporal AND-mask.
+void adam(const std::string& isa, py::array param, const Array& exp_avg, const Array& exp_avg_sq,
+          const Array& max_exp_avg_sq, const Array& sign_avg, const py::array& update,
+          const std::vector<double>& corrections, double lr, const std::vector<double>& betas,
+          double eps, double weight_decay, bool decoupled_weight_decay, bool maximize, double tau) {
+  const AdamTask task{param.mutable_data(),
+                      pointer(exp_avg),
+                      pointer(exp_avg_sq),
+                      pointer(max_exp_avg_sq),
+                      corrections.at(0),
+                      corrections.at(1),
+                      lr,
+                      betas.at(0),
+                      betas.at(1),
+                      eps,
+                      weight_decay,
+                      decoupled_weight_decay,
+                      maximize};
+  const int dtype = static_cast<int>(parse_dtype(param));
+  const StepKernels& kernels = step_kernels(parse_isa(isa));
+  in_blocks(update, [&](const void* block, int64_t begin, int64_t end) {
+    if (sign_avg) {
+      const TemporalAdamTask temporal{task, pointer(sign_avg), betas.at(2), corrections.at(2), tau};
+      kernels.temporal_adam[dtype](temporal, block, begin, end);
+    } else {
+      kernels.adam[dtype](task, block, begin, end);
+    }
+  });
+}
+
+}  // namespace
+
+void bind_moments(py::module_& m) {
+  const std::vector<int64_t> whole;
+  m.def("accumulate", &accumulate, py::arg("isa"), py::arg("grads"), py::arg("count"),
+        py::arg("sum"), py::arg("votes") = py::none(), py::arg("squares") = py::none(),
+        py::arg("logs") = py::none(), py::arg("weights") = std::vector<double>(),
+        py::arg("splits") = whole);
+  m.def("resolve", &resolve, py::arg("isa"), py::arg("rule"), py::arg("arguments"),
+        py::arg("count"), py::arg("sum"), py::arg("votes") = py::none(),
+        py::arg("squares") = py::none(), py::arg("logs") = py::none(), py::arg("scale") = 1.0,
+        py::arg("splits") = whole);
+  m.def("store", &store);
+  m.def("sgd", &sgd, py::arg("isa"), py::arg("param"), py::arg("momentum_buffer"),
+        py::arg("update"), py::arg("lr"), py::arg("momentum") = 0.0, py::arg("dampening") = 0.0,
+        py::arg("weight_decay") = 0.0, py::arg("decoupled_weight_decay") = false,
+        py::arg("nesterov") = false, py::arg("maximize") = false, py::arg("first") = false);
+  m.def("adam", &adam, py::arg("isa"), py::arg("param"), py::arg("exp_avg"), py::arg("exp_avg_sq"),
+        py::arg("max_exp_avg_sq"), py::arg("sign_avg"), py::arg("update"), py::arg("corrections"),
+        py::arg("lr"), py::arg("betas"), py::arg("eps") = 1e-8, py::arg("weight_decay") = 0.0,
+        py::arg("decoupled_weight_decay") = false, py::arg("maximize") = false,
+        py::arg("tau") = 0.0);
+}
+
+}  // namespace andmask
