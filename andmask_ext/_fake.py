@@ -47,9 +47,11 @@ def _aggregate(
         raise ValueError(
             f"noise: expected {'a tensor' if expected.noise else 'None'} for rule {rule}"
         )
-    if noise is not None and noise.shape != grads.shape[1:]:
+    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    if noise is not None and (noise.shape != grads.shape[1:] or noise.dtype != wide):
         raise ValueError(
-            f"noise: expected shape {tuple(grads.shape[1:])}, but got {tuple(noise.shape)}"
+            f"noise: expected {wide} of shape {tuple(grads.shape[1:])}, "
+            f"but got {noise.dtype} of shape {tuple(noise.shape)}"
         )
     return grads.new_empty(grads.shape[1:])
 

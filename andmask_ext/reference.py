@@ -90,10 +90,10 @@ def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Ten
     """Mask smoothly: tanh of the agreement beyond tau, times k, over the variance."""
     grads = grads.double()
     environments = grads.shape[0]
-    agreement = votes(grads).abs() / environments
-    variance = grads.new_full(grads.shape[1:], 1e-17) if environments == 1 else grads.var(0)
-    mask = (k * (agreement - tau) / variance.nan_to_num(nan=1e-17)).tanh().clamp(min=0)
-    mask = mask.nan_to_num(nan=1e-17)
+    agreement = votes(grads).abs().double() / environments
+    squares = (grads - grads.mean(0)).square().sum(0)
+    variance = squares / (environments - 1) if environments > 1 else torch.tensor(1e-17)
+    mask = (k * (agreement - tau) / variance).tanh().clamp(min=0).nan_to_num(nan=1e-17)
     if rescale and mask.numel() > 0:
         mask = mask / (1e-10 + mask.mean())
     return mask * grads.mean(0)
@@ -141,10 +141,16 @@ def trimmed_mean(grads: Tensor, b: float) -> Tensor:
 
 
 def winsorized_mean(grads: Tensor, c: float) -> Tensor:
-    """Average what is clipped to the percentiles c and 100 - c."""
-    grads = grads.double()
-    low, high = grads.quantile(c / 100, 0), grads.quantile(1 - c / 100, 0)
-    return torch.minimum(torch.maximum(grads, low), high).mean(0) + nan_if_not_finite(grads)
+    """Average what is clipped to the percentiles c and 100 - c, with linear interpolation."""
+    ranked = grads.double().sort(0).values
+    last = grads.shape[0] - 1
+    position = c / 100 * last
+    rank, fraction = int(position), position % 1
+    upper = min(rank + 1, last)
+    low = ranked[rank] * (1 - fraction) + ranked[upper] * fraction
+    high = ranked[last - rank] * (1 - fraction) + ranked[last - upper] * fraction
+    clipped = torch.minimum(torch.maximum(ranked, low), high)
+    return clipped.mean(0) + nan_if_not_finite(grads)
 
 
 def median_of_three(grads: Tensor) -> Tensor:
@@ -157,7 +163,7 @@ def fed_ilc(grads: Tensor, tau: float) -> Tensor:
     grads = grads.double()
     sides = []
     for side in (grads, -grads):
-        count = (side > 0).sum(0)
+        count = (side > 0).sum(0).double()
         logs = torch.where(side > 0, side, 1.0).log().sum(0)
         sides.append(count / grads.shape[0] * (logs / count.clamp(min=1)).exp())
     return agreement_mask(grads, tau) * (sides[0] - sides[1]) + nan_if_not_finite(grads)

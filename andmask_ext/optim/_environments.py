@@ -130,6 +130,8 @@ class MomentOptimizer(Optimizer):
             raise ValueError(
                 f"micro_batches: expected a positive int or None, but got {micro_batches!r}"
             )
+        if grad_scaler is not None and not grad_scaler.is_enabled():
+            grad_scaler = None
         return _Environment(self, weight, micro_batches, grad_scaler)
 
     def _begin(self) -> None:
@@ -149,6 +151,7 @@ class MomentOptimizer(Optimizer):
         self._broken = False
         self._scaler: torch.amp.GradScaler | None = None
         self._own_grads = False  # .grad of the parameters was put there by us
+        self._shown: list[tuple[Tensor, int]] = []  # to GradScaler, in .grad; and their versions
 
     def _prepare(self) -> None:
         """Moments and hooks for the groups as they are now."""
@@ -189,6 +192,8 @@ class MomentOptimizer(Optimizer):
             )
         if self._environments and self._scaler is not environment.grad_scaler:
             raise RuntimeError("environment: expected the same grad_scaler in all environments")
+        if self._environments:
+            self._require_untouched("environment")
         for group in self.param_groups:
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
@@ -209,11 +214,15 @@ class MomentOptimizer(Optimizer):
             moments.end_environment()
         self._environments += 1
         if self._scaler is not None:
-            # GradScaler looks for overflow in .grad; it sees the sums, where every one shows.
+            # GradScaler looks for overflow in .grad; it sees the sums, where every one shows. A sum
+            # may be beyond float16 where the mean is not: of it, only whether it is finite.
+            self._shown = []
             for group, moments in zip(self.param_groups, self._moments, strict=True):
                 for param, total in zip(group["params"], moments.sum, strict=True):
                     if total is not None:
-                        param.grad = total if total.dtype == param.dtype else total.to(param.dtype)
+                        same = total.dtype == param.dtype
+                        param.grad = total if same else (total * 0).to(param.dtype)
+                        self._shown.append((param.grad, param.grad._version))
             self._own_grads = True
 
     # ---- from moments to parameters ----
@@ -238,6 +247,17 @@ class MomentOptimizer(Optimizer):
                 "them)"
             )
 
+    def _require_untouched(self, caller: str) -> None:
+        """The sums that GradScaler sees in .grad are still what the environments made them."""
+        states = getattr(self._scaler, "_per_optimizer_states", {})
+        unscaled = getattr(states.get(id(self), {}).get("stage"), "name", None) == "UNSCALED"
+        if unscaled or any(grad._version != version for grad, version in self._shown):
+            raise RuntimeError(
+                f"{caller}: .grad has been changed since the last environment; expected "
+                "optimizer.resolve() before grad_scaler.unscale_(optimizer) and clipping; "
+                "call zero_grad() and grad_scaler.update() to start the step again"
+            )
+
     @torch.no_grad()
     def resolve(self) -> None:
         """Write the aggregated gradients to ``.grad``, to be looked at or clipped before step().
@@ -252,6 +272,7 @@ class MomentOptimizer(Optimizer):
         """
         self._require_environments("resolve")
         if not self._resolved:
+            self._require_untouched("resolve")
             self._write_grads(1.0 if self._scaler is None else self._scaler.get_scale())
             self._resolved = True
 
@@ -281,8 +302,14 @@ class MomentOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._require_environments("step")
-        if self._overflow():
+        try:
+            self._require_environments("step")
+            overflow = self._overflow()
+        except RuntimeError:
+            for name in ("grad_scale", "found_inf"):  # GradScaler would trip over them later
+                self.__dict__.pop(name, None)
+            raise
+        if overflow:
             self._forget_and_clear()
             return loss
         self._update()
@@ -319,9 +346,9 @@ class MomentOptimizer(Optimizer):
         found_inf = getattr(self, "found_inf", None)
         scale = getattr(self, "grad_scale", None)
         if found_inf is None:
-            if self._scaler is not None and self._resolved:
+            if self._scaler is not None:
                 raise RuntimeError(
-                    "step: resolve() left scaled gradients in .grad; "
+                    "step: the losses were scaled, and only the GradScaler notices an overflow; "
                     "call grad_scaler.step(optimizer)"
                 )
             return False

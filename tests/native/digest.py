@@ -22,6 +22,13 @@ RULES = {
     "masked_average": [0.6],
     "agreement_sum": [],
 }
+COLUMN_RULES = {
+    "median": [],
+    "winsorized_mean": [15.0],
+    "fed_ilc": [0.4],
+    "sign_dropout": [],
+    "agreement_random": [],
+}
 ops = torch.ops.andmask
 
 
@@ -104,6 +111,12 @@ def main(threads: int) -> None:
                 for op in (torch.ops.andmask.masked_mean, torch.ops.andmask.agreement_mask):
                     out = op(grads, tau, rescale)
                     digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
+            noise = torch.from_numpy(rng.random(shape[1]))
+            noise = noise if dtype == torch.float64 else noise.float()
+            for rule, arguments in {**RULES, **COLUMN_RULES}.items():
+                random = noise if rule in ("sign_dropout", "agreement_random") else None
+                rescale = rule in RULES and rule != "mean"
+                digest.update(bits([ops.aggregate(grads, rule, arguments, rescale, random)]))
     for count, vote_type in [
         (1, torch.int8),
         (3, torch.int8),
