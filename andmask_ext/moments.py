@@ -157,9 +157,7 @@ class Moments:
             raise ValueError("grads: expected at least one tensor, but got None only")
         first = grads[given[0]]
         if not isinstance(first, Tensor):
-            raise TypeError(
-                f"grads[{given[0]}]: expected a Tensor, but got {type(first).__name__}"
-            )
+            raise TypeError(f"grads[{given[0]}]: expected a Tensor, but got {type(first).__name__}")
         environments = first.shape[0] if first.dim() else 0
         if environments == 0:
             raise ValueError("grads: expected at least 1 environment (dim 0), but got 0")

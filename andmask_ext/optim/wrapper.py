@@ -7,7 +7,7 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..rules import AndMask, Rule
-from ._environments import MomentOptimizer
+from ._environments import MomentOptimizer, _Environment
 
 __all__ = ["EnvironmentOptimizer"]
 
@@ -62,6 +62,12 @@ class EnvironmentOptimizer(MomentOptimizer):
     def _share(self) -> None:
         self.param_groups = self.optimizer.param_groups
         self.state = self.optimizer.state
+        for group in self.param_groups:
+            group.setdefault("rule", self.defaults["rule"])
+
+    def _enter(self, environment: _Environment) -> None:
+        self._share()  # a state may have been loaded into the wrapped optimizer itself
+        super()._enter(environment)
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         rule: Rule = group["rule"]
