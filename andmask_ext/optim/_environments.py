@@ -248,7 +248,7 @@ class MomentOptimizer(Optimizer):
             )
 
     def _require_untouched(self, caller: str) -> None:
-        """The sums that GradScaler sees in .grad are still what the environments made them."""
+        """Raise unless the sums that GradScaler sees in .grad are what the environments made."""
         states = getattr(self._scaler, "_per_optimizer_states", {})
         unscaled = getattr(states.get(id(self), {}).get("stage"), "name", None) == "UNSCALED"
         if unscaled or any(grad._version != version for grad, version in self._shown):

@@ -105,17 +105,6 @@ void check_noise(const NamedRule& rule, const std::optional<Tensor>& noise, cons
   }
 }
 
-// Whether each environment's gradient lies contiguous in memory, however far apart they are.
-bool rows_are_contiguous(const Tensor& grads) {
-  int64_t expected = 1;
-  for (int64_t dim = grads.dim() - 1; dim >= 1; --dim) {
-    if (grads.size(dim) == 1) continue;
-    if (grads.stride(dim) != expected) return false;
-    expected *= grads.size(dim);
-  }
-  return true;
-}
-
 // ---- the two kinds of rules ----
 
 struct Call {

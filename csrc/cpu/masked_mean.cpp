@@ -14,17 +14,6 @@ namespace {
 // Columns are shared out in whole cache lines of output.
 constexpr int64_t kColumnUnit = 64;
 
-// Whether each environment's gradient lies contiguous in memory, however far apart they are.
-bool rows_are_contiguous(const Tensor& grads) {
-  int64_t expected = 1;
-  for (int64_t dim = grads.dim() - 1; dim >= 1; --dim) {
-    if (grads.size(dim) == 1) continue;
-    if (grads.stride(dim) != expected) return false;
-    expected *= grads.size(dim);
-  }
-  return true;
-}
-
 template <typename F>
 void parallel_columns(int64_t columns, int64_t work_per_column, const F& f) {
   const int64_t units = (columns + kColumnUnit - 1) / kColumnUnit;

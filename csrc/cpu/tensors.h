@@ -64,6 +64,17 @@ inline void check_writable(const char* op, const char* name, int64_t index, cons
   }
 }
 
+// Whether each environment's gradient lies contiguous in memory, however far apart they are.
+inline bool rows_are_contiguous(const Tensor& grads) {
+  int64_t expected = 1;
+  for (int64_t dim = grads.dim() - 1; dim >= 1; --dim) {
+    if (grads.size(dim) == 1) continue;
+    if (grads.stride(dim) != expected) return false;
+    expected *= grads.size(dim);
+  }
+  return true;
+}
+
 // Whether an element of `one` lies where that of `other` does, `skip` leading dims of `one` aside.
 inline bool same_layout(const Tensor& one, const Tensor& other, int64_t skip = 0) {
   for (int64_t dim = 0; dim < other.dim(); ++dim) {
