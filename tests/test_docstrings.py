@@ -8,17 +8,22 @@ import inspect
 import pytest
 
 import andmask_ext
-from andmask_ext import _backward, _library, ops, reference, rules
+from andmask_ext import _backward, _library, moments, ops, optim, reference, rules
+from andmask_ext.optim import adam, sgd, temporal, wrapper
+from andmask_ext.optim import reference as optim_reference
+
+EXAMPLES = [_backward, _library, adam, moments, ops, rules, sgd, temporal, wrapper]
+PUBLIC = [andmask_ext, moments, ops, optim, optim_reference, reference, rules]
 
 
-@pytest.mark.parametrize("module", [_backward, _library, ops, rules], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: m.__name__)
 def test_examples(module: object) -> None:
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
 
 
-@pytest.mark.parametrize("module", [andmask_ext, ops, reference, rules], ids=lambda m: m.__name__)
+@pytest.mark.parametrize("module", PUBLIC, ids=lambda m: m.__name__)
 def test_every_public_name_has_a_docstring(module: object) -> None:
     for name in module.__all__:
         value = getattr(module, name)
