@@ -56,7 +56,7 @@ class TemporalAndMaskAdam(Optimizer):
         ...     (weight * x).sum().backward()
         ...     optimizer.step()
         >>> weight.data
-        tensor([0.9198, 1.0000])
+        tensor([0.9197, 1.0000])
 
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, appendix B.6.
