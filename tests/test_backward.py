@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import andmask_ext as am
@@ -231,6 +232,99 @@ def test_any_callable_is_a_rule() -> None:
     weight = torch.ones(2, requires_grad=True)
     am.backward([(weight * k).sum() for k in (1.0, 2.0, 9.0)], lambda grads: grads.median(0).values)
     assert weight.grad.tolist() == [2.0, 2.0]
+
+
+# ---- streaming ----
+
+STREAMED = [
+    am.Mean(),
+    am.AndMask(0.6),
+    RULE,
+    am.GeometricMean(0.6),
+    am.SandMask(0.4, k=1.0),
+    am.MaskedAverage(0.6),
+    am.AgreementSum(),
+]
+
+
+@pytest.mark.parametrize("rule", STREAMED, ids=str)
+@pytest.mark.parametrize("lazy", [False, True])
+def test_streaming_equals_stacking(rule: am.Rule, lazy: bool) -> None:
+    one, data = mlp(nn.BatchNorm1d(8)), batches(6)
+    other = copy.deepcopy(one)
+    weights = [1.0, 0.5, 2.0, 1.5, 0.25]
+    losses = (F.cross_entropy(one(x), y) for x, y in data)
+    am.backward(losses if lazy else list(losses), rule, one.parameters(), weights=weights)
+    am.backward(  # a plain callable gets the stack
+        [w * F.cross_entropy(other(x), y) for w, (x, y) in zip(weights, data, strict=True)],
+        lambda grads: rule(grads),
+        other.parameters(),
+    )
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("environments", [4, 40])
+def test_gradients_are_freed_one_by_one(environments: int) -> None:
+    """Memory does not grow with the environments, unless the rule needs all of them."""
+    weight = torch.ones(1000, requires_grad=True)
+
+    def most_alive(rule: object) -> int:
+        seen: list[StorageWeakRef] = []
+        most = 0
+
+        def look(grad: Tensor) -> None:
+            nonlocal most
+            seen.append(StorageWeakRef(grad.untyped_storage()))
+            most = max(most, sum(not storage.expired() for storage in seen))
+
+        handle = weight.register_hook(look)
+        losses = ((weight * torch.randn(1000)).sum() for _ in range(environments))
+        am.backward(losses, rule, [weight])
+        handle.remove()
+        return most
+
+    assert most_alive(am.AndMask(0.6)) <= 2
+    assert most_alive(am.Median()) == environments
+
+
+def test_an_iterator_is_asked_when_the_loss_before_is_done() -> None:
+    weight = torch.ones(2, requires_grad=True)
+    order: list[str] = []
+    weight.register_hook(lambda grad: order.append("backward"))
+
+    def losses():
+        for factor in (1.0, 2.0):
+            order.append("loss")
+            yield (weight * factor).sum()
+
+    am.backward(losses(), am.AndMask(), [weight])
+    assert order == ["loss", "backward", "loss", "backward"]
+    assert weight.grad.tolist() == [1.5, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("losses", "kwargs", "message"),
+    [
+        (lambda: iter(good_losses()), {"params": None}, "params: expected the leaf tensors"),
+        (lambda: iter([]), {}, "losses: expected at least one loss, but got 0"),
+        (lambda: iter(good_losses()), {"weights": [1.0]}, "weights: expected one per loss"),
+        (lambda: iter(good_losses()), {"weights": [1.0] * 3}, "weights: expected 2, .* but got 3"),
+        (lambda: good_losses(), {"weights": [1.0]}, "weights: expected 2"),
+        (
+            lambda: good_losses(),
+            {"weights": [1.0, 0.0]},
+            "weight: expected a positive finite number",
+        ),
+        (lambda: good_losses(), {"weights": [1.0, float("nan")]}, "weight: expected a positive"),
+        (lambda: iter([torch.ones(())]), {}, r"losses\[0\]: .* requires grad"),
+    ],
+)
+def test_errors_of_iterators_and_weights(losses, kwargs, message) -> None:
+    LEAF.grad = None
+    with pytest.raises(ValueError, match=message):
+        am.backward(losses(), RULE, **{"params": [LEAF], **kwargs})
+    assert LEAF.grad is None
 
 
 # ---- errors ----
