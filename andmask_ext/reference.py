@@ -27,6 +27,7 @@ __all__ = [
     "median_of_three",
     "sand_mask",
     "sign_dropout",
+    "smooth_mask",
     "trimmed_mean",
     "vote_threshold",
     "votes",
@@ -83,20 +84,25 @@ def geometric_mean(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
     """Multiply mask, sign of the mean, and geometric mean of the magnitudes."""
     grads = grads.double()
     magnitude = (grads.abs() + 1e-10).log().mean(0).exp()
-    return agreement_mask(grads, tau, rescale) * grads.mean(0).sign() * magnitude
+    return agreement_mask(grads, tau, rescale) * grads.sum(0).sign() * magnitude
 
 
-def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Tensor:
-    """Mask smoothly: tanh of the agreement beyond tau, times k, over the variance."""
+def smooth_mask(grads: Tensor, tau: float, k: float) -> Tensor:
+    """Return tanh of the agreement beyond tau, times k, over the variance; what is NaN is 1e-17."""
     grads = grads.double()
     environments = grads.shape[0]
     agreement = votes(grads).abs().double() / environments
     squares = (grads - grads.mean(0)).square().sum(0)
     variance = squares / (environments - 1) if environments > 1 else torch.tensor(1e-17)
-    mask = (k * (agreement - tau) / variance).tanh().clamp(min=0).nan_to_num(nan=1e-17)
+    return (k * (agreement - tau) / variance).tanh().clamp(min=0).nan_to_num(nan=1e-17)
+
+
+def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Tensor:
+    """Multiply the mean by the smooth mask, divided by its own mean if ``rescale``."""
+    mask = smooth_mask(grads, tau, k)
     if rescale and mask.numel() > 0:
         mask = mask / (1e-10 + mask.mean())
-    return mask * grads.mean(0)
+    return mask * grads.double().mean(0)
 
 
 def masked_average(grads: Tensor, tau: float) -> Tensor:

@@ -280,3 +280,20 @@ def test_what_is_not_finite_shows_everywhere(dtype: torch.dtype, rule: str, valu
             c.after("temporal", grads=[grads[row : row + 1]]).params[0],
         ):
             assert torch.equal(result.isfinite(), finite)
+
+
+# ---- rescale ----
+
+
+@dtypes
+def test_rescale_counts_the_whole_of_each_parameter(dtype: torch.dtype) -> None:
+    """Also of large ones, which are worked on in pieces, and not of its neighbours in the list."""
+    shapes = [(5,), (40_000,), (300,), (20_001,)]
+    c = case(dtype, shapes=shapes)
+    plain = c.after("resolve", rescale=False).result
+    for shape, grads, found, value in zip(shapes, c.grads, c.resolve(), plain, strict=True):
+        votes = (grads > 0).sum(0) - (grads < 0).sum(0)
+        kept = int((votes.abs() >= 2).sum())  # tau = .6 of 3
+        expected = value.double() / (1e-10 + kept / shape[0])
+        rtol = 2 * torch.finfo(dtype).eps  # both are rounded
+        torch.testing.assert_close(found.double(), expected, rtol=rtol, atol=1e-6)

@@ -135,6 +135,8 @@ def test_frozen_unfrozen_and_unused_parameters(make: Any) -> None:
         for _ in range(2):
             with optimizer.environment():
                 (used + frozen).sum().backward()
+                assert used.grad is None  # taken already: of those unfrozen later too
+                assert frozen.grad is None
         optimizer.resolve()
         assert unused.grad is None
         optimizer.step()
