@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -14,10 +12,8 @@ from torch.optim import Optimizer
 from .._checks import check_bool, check_dtype, check_tau, check_weight
 from ..moments import Moments
 from ..rules import AndMask, Mean, Rule
-
-# Gradients are added to the moments together, once they are as large as this: small enough to be
-# in cache still, large enough to make the cost of a call small.
-_FLUSH_BYTES = 2**19
+from ._context import Environment, Hook
+from ._state import load_wide_state
 
 WEIGHT_DECAYS = ("before_mask", "after_mask", "decoupled")
 
@@ -65,7 +61,6 @@ class MomentOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        self._moments = []
 
     def _require_no_environments(self) -> None:
         if self._environments:
@@ -100,7 +95,7 @@ class MomentOptimizer(Optimizer):
         weight: float = 1.0,
         micro_batches: int | None = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
-    ) -> _Environment:
+    ) -> Environment:
         """Return a context: the backward pass inside gives the gradient of one environment.
 
         Each parameter's gradient is added to the moments, and freed, as soon as it is complete.
@@ -132,14 +127,14 @@ class MomentOptimizer(Optimizer):
             )
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
-        return _Environment(self, weight, micro_batches, grad_scaler)
+        return Environment(self, weight, micro_batches, grad_scaler)
 
     def _begin(self) -> None:
         """Start from nothing."""
         self._moments = []  # one per group, while the groups stay as they are
         self._slots: dict[int, tuple[int, int]] = {}  # id of a parameter -> group, index in it
         self._hooks: dict[int, Any] = {}
-        self._current: _Environment | None = None
+        self._current: Environment | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -171,13 +166,13 @@ class MomentOptimizer(Optimizer):
                     for i, param in enumerate(group["params"])
                 }
         if len(self._hooks) < len(self._slots):
-            hook = _Hook(self)
+            hook = Hook(self)
             for group in self.param_groups:
                 for param in group["params"]:
                     if param.requires_grad and id(param) not in self._hooks:
                         self._hooks[id(param)] = param.register_post_accumulate_grad_hook(hook)
 
-    def _enter(self, environment: _Environment) -> None:
+    def _enter(self, environment: Environment) -> None:
         if self._current is not None:
             raise RuntimeError("environment: expected no environment inside another")
         if self._broken:
@@ -452,140 +447,3 @@ class MomentOptimizer(Optimizer):
         super().__setstate__(state)
         if pending is not None:
             self._load_pending(pending)
-
-
-def load_wide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load float32 state of 16-bit parameters again: torch has rounded it to their dtype."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-    for param, index in zip(params, ids, strict=True):
-        if param.dtype not in (torch.float16, torch.bfloat16):
-            continue
-        for key, value in state_dict["state"].get(index, {}).items():
-            if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                wide = value.detach().to(param.device, torch.float32, copy=True)
-                optimizer.state[param][key] = wide
-
-
-def zeros_like_wide(param: Tensor) -> Tensor:
-    """Return state for a parameter: float32, or float64 for float64, in its layout."""
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(param.detach(), dtype=wide)
-
-
-class _Hook:
-    """Hands a complete gradient to the environment that is open, if one is.
-
-    It holds no strong reference to the optimizer, and copies and pickles as nothing that matters.
-    """
-
-    def __init__(self, optimizer: MomentOptimizer | None) -> None:
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-
-    def __call__(self, param: Tensor) -> None:
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer._current is not None:
-            optimizer._current.receive(param)
-
-    def __reduce__(self) -> tuple[type[_Hook], tuple[None]]:
-        return _Hook, (None,)
-
-
-class _Environment:
-    """The context of one environment."""
-
-    def __init__(
-        self,
-        optimizer: MomentOptimizer,
-        weight: float,
-        micro_batches: int | None,
-        grad_scaler: torch.amp.GradScaler | None,
-    ) -> None:
-        self.grad_scaler = grad_scaler
-        self._optimizer = optimizer
-        self._weight = weight
-        self._micro_batches = micro_batches
-        self._received: dict[int, int] = {}  # id of a parameter -> backward passes
-        self._waiting: dict[int, tuple[list[int], list[Tensor], list[Tensor]]] = {}
-        self._bytes = 0
-
-    def __enter__(self) -> None:
-        if self._received or self._optimizer._current is self:
-            raise RuntimeError("environment: expected a new context for each environment")
-        self._optimizer._enter(self)
-        if self.grad_scaler is not None:
-            self._weight /= self.grad_scaler.get_scale()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        optimizer = self._optimizer
-        optimizer._current = None
-        optimizer._broken = True  # until all below has gone well
-        if kind is not None:
-            return
-        for group in optimizer.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:  # fewer passes than micro_batches, or set by hand
-                    self._take(param)
-        self._flush()
-        if not self._received:
-            raise RuntimeError(
-                "environment: expected a backward pass inside that reaches a parameter of this "
-                "optimizer, but none did"
-            )
-        optimizer._leave()
-        optimizer._broken = False
-
-    def receive(self, param: Tensor) -> None:
-        """Take note of one backward pass; take the gradient if it was the last."""
-        passes = self._received.get(id(param), 0) + 1
-        self._received[id(param)] = passes
-        if self._micro_batches is None:
-            return
-        if passes > self._micro_batches:
-            raise RuntimeError(
-                f"environment: expected {self._micro_batches} backward pass(es) to reach a "
-                f"parameter of shape {tuple(param.shape)}, but got one more; say how many there "
-                "are with environment(micro_batches=...), or None for any number (as with "
-                "reentrant checkpointing)"
-            )
-        if passes == self._micro_batches:
-            self._take(param)
-
-    def _take(self, param: Tensor) -> None:
-        grad = param.grad
-        assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"environment: expected a dense gradient for a parameter of shape "
-                f"{tuple(param.shape)}, but got layout {str(grad.layout).removeprefix('torch.')} "
-                "(an embedding with sparse=True?)"
-            )
-        param.grad = None
-        self._received.setdefault(id(param), 0)
-        group, index = self._optimizer._slots[id(param)]
-        indices, params, grads = self._waiting.setdefault(group, ([], [], []))
-        indices.append(index)
-        params.append(param)
-        grads.append(grad)
-        self._bytes += grad.nbytes
-        if self._bytes >= _FLUSH_BYTES:
-            self._flush()
-
-    def _flush(self) -> None:
-        for number, (indices, params, grads) in self._waiting.items():
-            group = self._optimizer.param_groups[number]
-            decay = group.get("weight_decay", 0.0)
-            if decay and group.get("weight_decay_mode") == "before_mask":
-                sign = -1.0 if group["maximize"] else 1.0
-                with torch.no_grad():
-                    torch._foreach_add_(
-                        grads, [p.detach() for p in params], alpha=sign * decay / self._weight
-                    )
-            self._optimizer._moments[number].add_some(indices, grads, self._weight)
-        self._waiting.clear()
-        self._bytes = 0

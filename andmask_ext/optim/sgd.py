@@ -11,7 +11,8 @@ from torch import Tensor
 from .._checks import check_bool
 from ..rules import Rule
 from ._checks import check_lr, check_range, check_weight_decay, decay_after_mask
-from ._environments import MomentOptimizer, zeros_like_wide
+from ._environments import MomentOptimizer
+from ._state import zeros_like_wide
 
 __all__ = ["AndMaskSGD"]
 

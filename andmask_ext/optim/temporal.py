@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dtype, check_tau
 from ._checks import check_betas, check_lr, check_range
-from ._environments import load_wide_state, zeros_like_wide
+from ._state import load_wide_state, zeros_like_wide
 
 __all__ = ["TemporalAndMaskAdam"]
 

@@ -7,7 +7,8 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..rules import AndMask, Rule
-from ._environments import MomentOptimizer, _Environment
+from ._context import Environment
+from ._environments import MomentOptimizer
 
 __all__ = ["EnvironmentOptimizer"]
 
@@ -65,7 +66,7 @@ class EnvironmentOptimizer(MomentOptimizer):
         for group in self.param_groups:
             group.setdefault("rule", self.defaults["rule"])
 
-    def _enter(self, environment: _Environment) -> None:
+    def _enter(self, environment: Environment) -> None:
         self._share()  # a state may have been loaded into the wrapped optimizer itself
         super()._enter(environment)
 
@@ -92,7 +93,6 @@ class EnvironmentOptimizer(MomentOptimizer):
             self._check_group(param_group)
             self._require_no_environments()
             self.optimizer.add_param_group(param_group)
-            self._moments = []
             return
         super().add_param_group(param_group)
 

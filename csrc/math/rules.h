@@ -66,19 +66,24 @@ struct Mean {
   }
 };
 
-// Parascandolo et al. 2021, sec. 2.3.
-struct AndMask {
-  static constexpr const char* kName = "and_mask";
+// Rules whose one argument is the threshold of a vote.
+struct Voting {
   static constexpr int kArguments = 1;  // tau
-  static constexpr unsigned kMoments = kSum | kVotes;
   static const char* invalid(const double* args) { return invalid_tau(args[0]); }
 
   double count;
   int32_t threshold;
 
-  AndMask(const double* args, int64_t environments)
+  Voting(const double* args, int64_t environments)
       : count(static_cast<double>(environments)),
         threshold(static_cast<int32_t>(vote_threshold(args[0], environments))) {}
+};
+
+// Parascandolo et al. 2021, sec. 2.3.
+struct AndMask : Voting {
+  static constexpr const char* kName = "and_mask";
+  static constexpr unsigned kMoments = kSum | kVotes;
+  using Voting::Voting;
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
@@ -88,18 +93,10 @@ struct AndMask {
 
 // The authors' released code: the mask on the geometric mean of magnitudes, with the sign of the
 // mean.
-struct GeometricMean {
+struct GeometricMean : Voting {
   static constexpr const char* kName = "geometric_mean";
-  static constexpr int kArguments = 1;  // tau
   static constexpr unsigned kMoments = kSum | kVotes | kLogs;
-  static const char* invalid(const double* args) { return invalid_tau(args[0]); }
-
-  double count;
-  int32_t threshold;
-
-  GeometricMean(const double* args, int64_t environments)
-      : count(static_cast<double>(environments)),
-        threshold(static_cast<int32_t>(vote_threshold(args[0], environments))) {}
+  using Voting::Voting;
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
@@ -136,18 +133,10 @@ struct SandMask {
 };
 
 // Gradient masked averaging: Tenison et al. 2022 (arXiv 2201.11986).
-struct MaskedAverage {
+struct MaskedAverage : Voting {
   static constexpr const char* kName = "masked_average";
-  static constexpr int kArguments = 1;  // tau
   static constexpr unsigned kMoments = kSum | kVotes;
-  static const char* invalid(const double* args) { return invalid_tau(args[0]); }
-
-  double count;
-  int32_t threshold;
-
-  MaskedAverage(const double* args, int64_t environments)
-      : count(static_cast<double>(environments)),
-        threshold(static_cast<int32_t>(vote_threshold(args[0], environments))) {}
+  using Voting::Voting;
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
