@@ -7,6 +7,7 @@ from ._library import __version__, build_info  # isort: skip  # loads the ops th
 from . import _fake as _fake
 from . import ops, optim
 from ._backward import backward
+from .agreement import Agreement
 from .moments import Moments
 from .rules import (
     AgreementRandom,
@@ -26,6 +27,7 @@ from .rules import (
 )
 
 __all__ = [
+    "Agreement",
     "AgreementRandom",
     "AgreementSum",
     "AndMask",

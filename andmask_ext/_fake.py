@@ -94,5 +94,12 @@ def _in_place(*args: object, **kwargs: object) -> None:
 
 torch.library.register_fake("andmask::accumulate_", _accumulate_)
 torch.library.register_fake("andmask::resolve", _resolve)
-for _name in ("resolve_", "sgd_step_", "adam_step_", "temporal_adam_step_"):
+for _name in (
+    "accumulate_outer_",
+    "accumulate_convolution_",
+    "resolve_",
+    "sgd_step_",
+    "adam_step_",
+    "temporal_adam_step_",
+):
     torch.library.register_fake(f"andmask::{_name}", _in_place)

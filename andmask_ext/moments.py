@@ -193,16 +193,35 @@ class Moments:
         self._accumulate(indices, grads, [] if weight == 1 else [weight], 0)
         self._open.update(indices)
 
+    def open_memory(self, indices: Sequence[int], environments: int) -> list[list[Any]]:
+        """Return the moments of some parameters, ready for so many environments more.
+
+        For producers that add several environments to a parameter themselves, before
+        :meth:`end_environments`. With ``count`` 0 what the moments hold is to be ignored.
+        """
+        if not self._open.isdisjoint(indices):
+            raise RuntimeError("expected each parameter once in an environment, but got one twice")
+        self._widen_votes(self.count + environments)
+        for index in indices:
+            self._touch(index)
+        self._open.update(indices)
+        return self._lists(indices)
+
     def end_environment(self) -> None:
         """End the environment: what has not come is zero."""
-        if self.kinds not in ((), ("votes",)):  # zeros change neither the sum nor the votes
-            missing = [
-                i for i, touched in enumerate(self._touched) if touched and i not in self._open
-            ]
-            zeros = [torch.zeros_like(self._params[i].detach()) for i in missing]
-            self._accumulate(missing, zeros, [], 0)
+        self.end_environments(1)
+
+    def end_environments(self, environments: int) -> None:
+        """End environments that were added together: what has not come is zero in all of them."""
+        for _ in range(environments):
+            if self.kinds not in ((), ("votes",)):  # zeros change neither the sum nor the votes
+                missing = [
+                    i for i, touched in enumerate(self._touched) if touched and i not in self._open
+                ]
+                zeros = [torch.zeros_like(self._params[i].detach()) for i in missing]
+                self._accumulate(missing, zeros, [], 0)
+            self.count += 1
         self._open.clear()
-        self.count += 1
 
     def _accumulate(
         self, indices: Sequence[int], grads: Sequence[Tensor], weights: list[float], stacked: int

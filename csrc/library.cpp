@@ -25,6 +25,18 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def(
       "accumulate_(Tensor(a!)[] sum, Tensor(b!)[] votes, Tensor(c!)[] squares, Tensor(d!)[] logs, "
       "Tensor[] grads, int count, float[] weights=[], bool stacked=False) -> ()");
+  // Moments of weight gradients W_e = sum of d a^T over the rows of environment e, which are not
+  // given, but the activations a and the gradients d of the outputs. Environment e has examples
+  // order[offsets[e]:offsets[e + 1]]; None: 0, 1, 2, ...
+  m.def(
+      "accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, Tensor(d!)? logs, "
+      "Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, int count, "
+      "float[] weights=[]) -> ()");
+  m.def(
+      "accumulate_convolution_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
+      "Tensor(d!)? logs, Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, "
+      "int count, int[] stride, int[] padding, int[] dilation, int groups, "
+      "float[] weights=[]) -> ()");
   m.def(
       "resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
       "float[] arguments, bool rescale=False) -> Tensor[]");

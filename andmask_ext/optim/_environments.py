@@ -203,11 +203,11 @@ class MomentOptimizer(Optimizer):
         self._scaler = environment.grad_scaler
         self._current = environment
 
-    def _leave(self) -> None:
-        """Close an environment that is complete."""
+    def _leave(self, environments: int = 1) -> None:
+        """Close environments that are complete."""
         for moments in self._moments:
-            moments.end_environment()
-        self._environments += 1
+            moments.end_environments(environments)
+        self._environments += environments
         if self._scaler is not None:
             # GradScaler looks for overflow in .grad; it sees the sums, where every one shows. A sum
             # may be beyond float16 where the mean is not: of it, only whether it is finite.

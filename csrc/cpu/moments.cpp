@@ -59,8 +59,9 @@ void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, T
   check(rows >= 1, op, "expected grads of at least 1 environment (dim 0), but got 0");
   check(count >= 0 && count <= std::numeric_limits<int32_t>::max() - rows, op,
         "expected count in [0, 2^31 - 1 - environments], but got ", count);
+  if (weights.size() == 1) weights.resize(rows, weights[0]);
   check(weights.empty() || weights.size() == static_cast<size_t>(rows), op, "expected ", rows,
-        " weights, one for each environment, but got ", weights.size());
+        " weights, one for each environment, or one for all, but got ", weights.size());
   for (double weight : weights) {
     check(weight > 0 && weight <= std::numeric_limits<double>::max(), op,
           "expected positive finite weights, but got ", weight);

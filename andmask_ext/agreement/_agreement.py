@@ -1,0 +1,305 @@
+"""One backward pass for all environments."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_dtype
+from ..moments import Moments
+from ..optim._environments import MomentOptimizer
+from ..rules import Rule
+from ._batch import Watch
+from ._groups import Environments, Groups, activate, check_environments, make_groups
+from ._plan import Plan
+from ._report import Report, make_report
+from ._run import BackwardMode, Run
+from ._session import Record, Target
+
+__all__ = ["Agreement"]
+
+
+class Agreement:
+    r"""Aggregate the gradients of all environments of a batch in one ordinary backward pass.
+
+    Inside the context, write a plain training step: one forward pass for the whole batch, one
+    ``loss.backward()``. The gradient of a parameter is then that of ``rule`` over the environments
+    :math:`L_e`, the mean losses of their examples, as if each had had a backward pass of its own.
+    No gradient per environment is kept: sums and votes are taken while the backward pass runs.
+
+    How it is done: ``backward`` inside the context reads the autograd graph and finds every node
+    that joins a parameter with data. The backward pass runs without computing gradients of
+    parameters; when the gradient of such a node's output arrives, the votes of the node's
+    parameters are computed from it and from what the node has saved. No module is wrapped, and no
+    use of a parameter can be missed. At the first pass of each structure, one more backward pass
+    with the gradients of half of the environments proves that environments do not mix and shows
+    where in each tensor the batch lies.
+
+    Args:
+        model: the model that is called inside the context.
+        rule: a rule on moments, as ``AndMask(tau=0.8)``: ``.grad`` holds the aggregated gradient
+            after the context. Or an optimizer of :mod:`andmask_ext.optim` on the same parameters:
+            its rules are used, and its ``step()`` resolves and updates in one pass.
+        params: the parameters to aggregate; None: all of ``model`` that require gradients (for an
+            optimizer, all of its own). Others get their plain gradients.
+        batch_dim: which dimension of the model's inputs and outputs is the batch.
+        loss_reduction: ``"mean"`` or ``"sum"``: whether the loss is the mean over the examples of
+            the batch or their sum. The result is the same: that of :math:`L_e`.
+        keep_moments: keep the moments of the last context, for metrics, instead of writing the
+            gradients over them. (With an optimizer they are kept until its step.)
+
+    Raises:
+        TypeError: an argument has another type, or the rule needs the gradients of all environments
+            at once.
+        ValueError: there is no parameter, or another value of ``loss_reduction``.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> agreement = am.Agreement(model, am.AndMask(tau=1.0))
+        >>> with agreement():  # each example is an environment
+        ...     model(torch.tensor([[1.0, -2.0], [3.0, 4.0]])).mean().backward()
+        >>> model.weight.grad
+        tensor([[2., 0.]])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: Rule | MomentOptimizer,
+        params: Iterable[Tensor] | None = None,
+        *,
+        batch_dim: int = 0,
+        loss_reduction: str = "mean",
+        keep_moments: bool = False,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
+        if loss_reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"loss_reduction: expected 'mean' or 'sum', but got {loss_reduction!r}"
+            )
+        if not isinstance(batch_dim, int) or batch_dim < 0:
+            raise ValueError(f"batch_dim: expected a dimension from 0 on, but got {batch_dim!r}")
+        self._model: nn.Module | None = model
+        self._rule = rule
+        self._optimizer = rule if isinstance(rule, MomentOptimizer) else None
+        self._check_rule()
+        self._params = self._choose(params)
+        self._batch_dim = batch_dim
+        self._reduction = loss_reduction
+        self._keep = keep_moments
+        self._moments: list[Moments] = []
+        if self._optimizer is None:
+            self._moments = [Moments(self._params, rule.moments or ())]  # type: ignore[union-attr]
+        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self._plans: dict[Any, Plan] = {}
+        self._records: dict[int, Record] = {}
+        self._run: Run | None = None
+        self._open = False  # there are environments that have not been resolved
+
+    def _check_rule(self) -> None:
+        rule = self._rule
+        if self._optimizer is not None:
+            for group in self._optimizer.param_groups:
+                if group.get("weight_decay") and group.get("weight_decay_mode") == "before_mask":
+                    raise ValueError(
+                        "rule: expected an optimizer whose weight decay comes after the mask or is "
+                        "decoupled, but got weight_decay_mode='before_mask', which changes the "
+                        "gradient of each environment; use optimizer.environment()"
+                    )
+            return
+        if not isinstance(rule, Rule):
+            got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
+            raise TypeError(
+                "rule: expected a rule such as andmask_ext.AndMask() or an optimizer of "
+                f"andmask_ext.optim, but got {got}"
+            )
+        if rule.moments is None:
+            raise TypeError(
+                f"rule: expected a rule on moments, but {rule} needs the gradients of all "
+                "environments at once; use andmask_ext.backward with it"
+            )
+
+    def _choose(self, params: Iterable[Tensor] | None) -> list[Tensor]:
+        assert self._model is not None
+        if self._optimizer is not None:
+            own = [p for group in self._optimizer.param_groups for p in group["params"]]
+            if params is not None and {id(p) for p in params} != {id(p) for p in own}:
+                raise ValueError(
+                    "params: expected None or the parameters of the optimizer, but got others"
+                )
+            chosen = own
+        else:
+            chosen = list(self._model.parameters() if params is None else params)
+        seen: dict[int, Tensor] = {}
+        for index, param in enumerate(chosen):
+            if not isinstance(param, Tensor):
+                raise TypeError(
+                    f"params[{index}]: expected a Tensor, but got {type(param).__name__}"
+                )
+            check_dtype(f"params[{index}]", param)
+            if params is not None and not (param.is_leaf and param.requires_grad):
+                raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
+            if param.requires_grad or params is None:
+                seen[id(param)] = param
+        if not seen:
+            raise ValueError("params: expected at least one parameter, but got none")
+        return list(seen.values())
+
+    # ---- the context ----
+
+    @contextmanager
+    def __call__(
+        self,
+        environments: Environments = None,
+        *,
+        resolve: bool = True,
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Iterator[None]:
+        """Return the context of a training step.
+
+        Each backward pass inside adds the environments of one batch. With a rule, ``.grad`` is
+        written (added to what was there) at the end of the context; until then it is None.
+        If anything raises inside, gradients are left as they were.
+
+        Args:
+            environments: None: each example of the batch is an environment. An int d: d equal
+                groups of consecutive examples. An int64 tensor ``[batch]``: the environment of each
+                example, numbered from 0 without gaps; they may have different sizes.
+            resolve: False: leave ``.grad`` as it is, and let the next context add to the same
+                environments: for micro-batches that each hold whole environments. With an optimizer
+                environments add up until ``step()`` in any case.
+            grad_scaler: the :class:`torch.amp.GradScaler` whose ``scale`` the loss goes through.
+
+        Raises:
+            RuntimeError: at ``backward``: environments mix, or the model is compiled; at the end:
+                there was no backward pass, or one that was not seen.
+            TypeError: ``environments`` has another type.
+            ValueError: examples cannot be split like that, or an environment has none.
+        """
+        check_environments(environments)
+        if self._model is None:
+            raise RuntimeError("Agreement: expected to be used before detach()")
+        if self._run is not None:
+            raise RuntimeError("Agreement: expected no context inside another of the same object")
+        if grad_scaler is not None and not grad_scaler.is_enabled():
+            grad_scaler = None
+        kept = {id(p): (p, p.grad) for p in (*self._model.parameters(), *self._params)}
+        run = self._begin(environments, grad_scaler)
+        for param, _ in kept.values():
+            param.grad = None
+        complete = False
+        self._run = run
+        try:
+            with BackwardMode(run), activate(environments), run.watch:
+                yield
+            run.require_complete(self._name)
+            complete = True
+        finally:
+            self._run = None
+            fresh = {key: param.grad for key, (param, _) in kept.items()}
+            for param, grad in kept.values():
+                param.grad = grad
+            if not complete:
+                self._abandon(run)
+        tracked = {id(param) for param in self._params}
+        for key, (param, grad) in kept.items():
+            new = fresh[key]
+            if new is not None and key not in tracked:
+                param.grad = new if grad is None else grad.add_(new)
+        self._end(run, resolve)
+
+    def _begin(self, environments: Environments, scaler: torch.amp.GradScaler | None) -> Run:
+        assert self._model is not None
+        if self._optimizer is not None:
+            optimizer = self._optimizer
+        watch = Watch(self._model, self._batch_dim)
+        run = Run(self, environments, watch, scaler, self._reduction, self._plans, self._records)
+        if self._optimizer is None:
+            if not self._open:
+                self._moments[0].reset()
+            targets = [
+                Target(param, self._moments[0], index) for index, param in enumerate(self._params)
+            ]
+        else:
+            optimizer._enter(run)  # type: ignore[arg-type]
+            targets = []
+            for param in self._params:
+                group, index = optimizer._slots[id(param)]
+                targets.append(Target(param, optimizer._moments[group], index))
+        run.targets = targets
+        return run
+
+    def _abandon(self, run: Run) -> None:
+        """An exception: forget the environments of this context."""
+        if self._optimizer is not None:
+            self._optimizer._current = None
+            if run.started:
+                if self._optimizer._environments:
+                    self._optimizer._broken = True
+                else:
+                    self._optimizer._forget()
+        elif run.started:
+            self._moments[0].reset()
+            self._open = False
+
+    def _end(self, run: Run, resolve: bool) -> None:
+        if self._optimizer is not None:
+            self._optimizer._current = None
+            self._optimizer._leave(0)
+            return
+        self._open = not resolve
+        if not resolve:
+            return
+        moments, rule = self._moments[0], self._rule
+        assert isinstance(rule, Rule)
+        with torch.no_grad():
+            updates = rule.resolve(moments) if self._keep else moments.resolve_and_release(rule)
+            if run.scale != 1:
+                torch._foreach_mul_([u for u in updates if u is not None], run.scale)
+            for param, update in zip(self._params, updates, strict=True):
+                if update is not None:
+                    param.grad = update if param.grad is None else param.grad.add_(update)
+
+    def _name(self, param: Tensor) -> str:
+        return self._names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+
+    # ---- looking at it ----
+
+    @property
+    def moments(self) -> list[Moments]:
+        """The moments of the last context: one object, or one for each group of the optimizer.
+
+        Raises:
+            RuntimeError: with a rule and ``keep_moments=False`` they became the gradients.
+        """
+        if self._optimizer is not None:
+            return self._optimizer._moments
+        if not self._keep and not self._open:
+            raise RuntimeError(
+                "moments: expected keep_moments=True: the gradients have been written over them"
+            )
+        return self._moments
+
+    def report(self) -> Report:
+        """Return how each parameter was treated in the last backward passes. Print it."""
+        return make_report(
+            [(self._name(param), param) for param in self._params], self._records
+        )
+
+    def detach(self) -> None:
+        """Let go of the model, the memory of the moments and all that was learnt of the model."""
+        if self._run is not None:
+            raise RuntimeError("detach: expected to be called outside of the context")
+        self._model = None
+        self._params, self._moments, self._names = [], [], {}
+        self._plans.clear()
+        self._records.clear()

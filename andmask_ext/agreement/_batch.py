@@ -1,0 +1,103 @@
+"""Watching calls of the model: how large the batch is, and which tensors came out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import (
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Go through all tensors in nested lists, tuples, dicts and dataclass-like objects."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from tensors_in(one)
+    elif isinstance(value, (list, tuple)):
+        for one in value:
+            yield from tensors_in(one)
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
+        for one in vars(value).values():
+            if isinstance(one, (Tensor, list, tuple, dict)):
+                yield from tensors_in(one)
+
+
+class Watch:
+    """Hooks on all modules while the context is open; nothing is attached to the model itself.
+
+    Attributes:
+        examples: the size of the batch in the last call of the model, or of one of its parts that
+            was called from outside of it; None: there was no call.
+        inputs, outputs: the tensors that these calls took and returned since :meth:`clear`.
+    """
+
+    def __init__(self, model: nn.Module, batch_dim: int) -> None:
+        self._members = {id(module) for module in model.modules()}
+        self._batch_dim = batch_dim
+        self._depth = 0
+        self._handles: list[Any] = []
+        self.examples: int | None = None
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+
+    def __enter__(self) -> None:
+        self._handles = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, with_kwargs=True),
+        ]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget inputs and outputs."""
+        self.inputs, self.outputs = [], []
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._members:
+            self._depth += 1
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if id(module) not in self._members:
+            return
+        self._depth -= 1
+        if self._depth or not torch.is_grad_enabled():
+            return
+        inputs = list(tensors_in((args, kwargs)))
+        for tensor in inputs:
+            if tensor.dim() > self._batch_dim:
+                self.examples = tensor.shape[self._batch_dim]
+                break
+        self.inputs += inputs
+        self.outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
+
+    def anchors(self, examples: int) -> list[Tensor]:
+        """Return the outputs that hold the batch."""
+        return [
+            one
+            for one in self.outputs
+            if one.dim() > self._batch_dim
+            and one.shape[self._batch_dim] == examples
+            and one.is_floating_point()
+        ]
+
+    def axis_mask(self, anchor: Tensor, active: Tensor) -> Tensor:
+        """Return a mask that broadcasts over an anchor: its examples that are active."""
+        shape = [1] * anchor.dim()
+        shape[self._batch_dim] = len(active)
+        return active.to(anchor.device).view(shape)

@@ -1,0 +1,171 @@
+"""Where the examples of a batch lie in a tensor, and how that is found out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._groups import Groups
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One axis of a tensor is [before, examples, after] in one, in row-major order.
+
+    Rows [batch, tokens] flattened have before = 1, after = tokens; rows [tokens, batch] have
+    before = tokens, after = 1.
+    """
+
+    axis: int
+    before: int
+    after: int
+
+    def split(self, tensor: Tensor, examples: int) -> Tensor:
+        """Return a view in which ``axis`` is three: before, examples, after."""
+        shape = tensor.shape
+        return tensor.reshape(
+            *shape[: self.axis], self.before, examples, self.after, *shape[self.axis + 1 :]
+        )
+
+    def present(self, delta: Tensor, examples: int) -> Tensor:
+        """Return for each example whether the tensor has anything but zeros there."""
+        nonzero = (delta != 0).movedim(self.axis, 0).reshape(delta.shape[self.axis], -1).any(1)
+        return nonzero.view(self.before, examples, self.after).any(2).any(0)
+
+    def rows(self, matrix: Tensor, examples: int) -> Tensor:
+        """Return ``[examples, rows of each, columns]`` of a matrix with examples in its rows."""
+        split = matrix.reshape(self.before, examples, self.after, matrix.shape[1])
+        return split.transpose(0, 1).reshape(examples, self.before * self.after, matrix.shape[1])
+
+
+def candidates(shape: Sequence[int], examples: int, axes: Sequence[int] | None) -> list[Layout]:
+    """Return all places where a batch may lie, the most usual ones first."""
+    found = []
+    for axis in range(len(shape)) if axes is None else axes:
+        if axis >= len(shape) or shape[axis] == 0 or shape[axis] % examples:
+            continue
+        factor = shape[axis] // examples
+        befores = [b for b in range(1, factor + 1) if factor % b == 0]
+        befores = [1, *befores[:0:-1]] if len(befores) > 1 else befores
+        found += [Layout(axis, before, factor // before) for before in befores]
+    return found
+
+
+class Evidence:
+    """Candidates for the layout of one node that the gradients seen so far leave.
+
+    The cotangent of a probe is zero for the examples of some environments. Where rows do not mix,
+    gradients are zero there too, and not everywhere else.
+    """
+
+    def __init__(self, shape: Sequence[int], examples: int, axes: Sequence[int] | None) -> None:
+        self.left = candidates(shape, examples, axes)
+        self.examples = examples
+        self.seen = False  # any gradient that is not zero
+        self.active = 0  # examples that were alive in probes so far
+        self._score = [0] * len(self.left)
+
+    def add(self, delta: Tensor, active: Tensor) -> None:
+        """Take note of the gradient of one probe, in which the examples ``active`` are alive."""
+        left, score = [], []
+        active = active.to(delta.device)
+        for layout, before in zip(self.left, self._score, strict=True):
+            present = layout.present(delta, self.examples)
+            if not bool((present & ~active).any()):
+                left.append(layout)
+                score.append(before + int(present.sum()))
+        self.left, self._score = left, score
+        self.seen = self.seen or bool((delta != 0).any())
+        self.active += int(active.sum())
+
+    @property
+    def clear(self) -> bool:
+        """Whether one candidate explains a gradient in every example that was alive."""
+        return not self.left or (len(self.best) == 1 and max(self._score) == self.active)
+
+    @property
+    def best(self) -> list[Layout]:
+        """The candidates that explain most; several: the probes could not tell."""
+        top = max(self._score, default=0)
+        return [one for one, score in zip(self.left, self._score, strict=True) if score == top]
+
+
+def environment_sum(
+    tensor: Tensor, layout: Layout, groups: Groups, shape: Sequence[int]
+) -> Tensor | None:
+    """Sum a tensor over everything but environments and the dimensions of a broadcast operand.
+
+    Args:
+        tensor: of the shape of the result of a broadcast.
+        layout: where the batch lies in it.
+        groups: the environments.
+        shape: of the operand that was broadcast to the tensor's shape.
+
+    Returns:
+        ``[environments, *shape]`` in the dtype that sums are taken in; None where the operand
+        varies along the axis of the batch.
+    """
+    aligned = (1,) * (tensor.dim() - len(shape)) + tuple(shape)
+    if aligned[layout.axis] != 1:
+        return None
+    equal = groups.size is not None
+    count, size = (groups.environments, groups.size or 1) if equal else (groups.examples, 1)
+    sizes, kept = [], [1]
+    environment = 0
+    for axis, (full, own) in enumerate(zip(tensor.shape, aligned, strict=True)):
+        if axis == layout.axis:
+            environment = len(sizes) + 1
+            sizes += [layout.before, count, size * layout.after]
+            continue
+        if own != 1:
+            kept.append(len(sizes))
+        sizes.append(full)
+    kept[0] = environment
+    split = tensor.reshape(sizes)
+    summed = [dim for dim in range(split.dim()) if dim not in kept and sizes[dim] != 1]
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    if summed:
+        split = split.sum(summed, keepdim=True, dtype=wide)
+    # What is left beside the environment are the operand's own dimensions, in its order.
+    result = split.movedim(environment, 0).reshape(count, *shape)
+    return result if equal else sum_by_id(result, groups)
+
+
+def sum_by_id(by_example: Tensor, groups: Groups) -> Tensor:
+    """Sum ``[examples, ...]`` to ``[environments, ...]``."""
+    wide = torch.float64 if by_example.dtype == torch.float64 else torch.float32
+    result = by_example.new_zeros(groups.environments, *by_example.shape[1:], dtype=wide)
+    return result.index_add_(0, groups.ids.to(by_example.device), by_example.to(wide))
+
+
+def pick(evidence: Evidence | None, shape: Sequence[int], examples: int, axes: Sequence[int] | None,
+         trivial: bool) -> Layout | None:  # fmt: skip
+    """Return the layout of a tensor, or None if that is not certain.
+
+    Args:
+        evidence: what probes have shown of it; None: nothing.
+        shape: of the tensor.
+        examples: in the batch.
+        axes: where the batch can be at all, for a node of this type.
+        trivial: there is one environment only: any layout will do.
+    """
+    allowed = candidates(shape, examples, axes)
+    if trivial or len(allowed) == 1 and evidence is None:
+        return allowed[0] if allowed else None
+    if evidence is None:
+        return None
+    if not evidence.seen:  # all zeros: they vote for nothing, wherever they lie
+        return allowed[0] if allowed else None
+    best = evidence.best
+    if len(best) == 1:
+        return best[0]
+    # Layouts of the same rows with axes of size 1 between them are one.
+    different = {
+        (math.prod(shape[: one.axis]) * one.before, math.prod(shape[one.axis + 1 :]) * one.after)
+        for one in best
+    }
+    return best[0] if len(different) == 1 else None

@@ -1,0 +1,45 @@
+"""How each parameter was treated."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ._session import Record
+
+
+@dataclass(frozen=True)
+class Line:
+    """One parameter: its name, shape, how often it was used, and by which path."""
+
+    name: str
+    shape: tuple[int, ...]
+    uses: int
+    path: str
+
+
+class Report(tuple[Line, ...]):
+    """One :class:`Line` per parameter; printed as a table."""
+
+    def __str__(self) -> str:
+        rows = [("parameter", "shape", "uses", "path")]
+        rows += [(one.name, str(one.shape), str(one.uses), one.path) for one in self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
+            for row in rows
+        )
+
+
+def make_report(
+    params: Sequence[tuple[str, Tensor]], records: Mapping[int, Record]
+) -> Report:
+    """Return the report on parameters, by their names."""
+    lines = []
+    for number, (name, param) in enumerate(params):
+        record = records.get(number)
+        path = "no gradient" if record is None else "; ".join(record.paths)
+        lines.append(Line(name, tuple(param.shape), 0 if record is None else record.uses, path))
+    return Report(lines)
