@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from .._checks import check_dtype
 from ..moments import Moments
 from ..optim._environments import MomentOptimizer
-from ..rules import Rule
+from ..rules import AndMask, Rule
 from ._batch import Watch
-from ._groups import Environments, Groups, activate, check_environments, make_groups
+from ._groups import Environments, activate, check_environments
 from ._plan import Plan
 from ._report import Report, make_report
 from ._run import BackwardMode, Run
 from ._session import Record, Target
+from ._verify import Verification, compare, sample, take, undisturbed
 
 __all__ = ["Agreement"]
 
@@ -294,6 +295,55 @@ class Agreement:
         return make_report(
             [(self._name(param), param) for param in self._params], self._records
         )
+
+    def verify(
+        self,
+        batch: Any,
+        loss_fn: Callable[[nn.Module, Any], Tensor],
+        environments: Environments = None,
+        *,
+        most: int = 8,
+    ) -> Verification:
+        """Compare with the exact loop, one forward and backward pass per environment.
+
+        The first thing to do with a new model. Gradients, buffers and modes of the model are left
+        as they were, and so are the moments; dropout is switched off meanwhile.
+
+        Args:
+            batch: what ``loss_fn`` takes: a tensor, or tensors in tuples, lists and dicts. Every
+                tensor in it whose dimension ``batch_dim`` has the size of the batch is split.
+            loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch (or the sum, with
+                ``loss_reduction="sum"``).
+            environments: as for the context.
+            most: how many of the environments to compare: the first ones.
+
+        Returns:
+            The deviation of each parameter; ``.passed`` says whether all agree up to rounding.
+
+        Raises:
+            ValueError: ``batch`` holds no tensors, or cannot be split into the environments.
+        """
+        check_environments(environments)
+        if self._model is None or self._run is not None:
+            raise RuntimeError("verify: expected no context that is open, and no detach() before")
+        model, params = self._model, [p for p in self._params if p.requires_grad]
+        chosen, groups = sample(batch, self._batch_dim, environments, most)
+        trial = Agreement(
+            model, AndMask(), params, batch_dim=self._batch_dim,
+            loss_reduction=self._reduction, keep_moments=True,
+        )  # fmt: skip
+
+        def losses() -> Iterator[Callable[[], Tensor]]:
+            for environment in range(groups.environments):
+                members = groups.members(environment)
+                part = take(chosen, members, self._batch_dim, groups.examples)
+                factor = 1 if self._reduction == "mean" else 1 / len(members)
+                yield lambda part=part, factor=factor: loss_fn(model, part) * factor
+
+        with undisturbed(model), torch.enable_grad():
+            with trial(groups.ids):
+                loss_fn(model, chosen).backward()
+            return compare([self._name(p) for p in params], params, trial.moments[0], losses())
 
     def detach(self) -> None:
         """Let go of the model, the memory of the moments and all that was learnt of the model."""

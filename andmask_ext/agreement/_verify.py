@@ -1,0 +1,166 @@
+"""Comparing with the exact loop over environments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ..moments import Moments
+from ._batch import tensors_in
+from ._groups import Environments, Groups, make_groups
+
+# How much of the largest gradient of a parameter rounding may change.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one parameter is from the exact loop.
+
+    Attributes:
+        name: of the parameter.
+        sums: the largest difference of a sum, as a share of the parameter's largest gradient.
+        votes: the number of coordinates whose votes differ, other than those where a gradient is so
+            small that its sign is a matter of rounding.
+        coordinates: of the parameter.
+        tolerance: what ``sums`` may be, for the parameter's dtype.
+    """
+
+    name: str
+    sums: float
+    votes: int
+    coordinates: int
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the parameter agrees with the loop."""
+        return self.sums <= self.tolerance and self.votes == 0
+
+
+class Verification(tuple[Deviation, ...]):
+    """One :class:`Deviation` per parameter, the largest first; printed as a table."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether all parameters agree with the loop."""
+        return all(one.passed for one in self)
+
+    def __str__(self) -> str:
+        width = max(len(one.name) for one in self)
+        lines = [f"{'parameter'.ljust(width)}  deviation of sums  votes that differ"]
+        lines += [
+            f"{one.name.ljust(width)}  {one.sums:17.1e}  {one.votes} of {one.coordinates}"
+            f"{'' if one.passed else '  <- differs'}"
+            for one in self
+        ]
+        worst = "all agree with the loop" if self.passed else "NOT ALL AGREE WITH THE LOOP"
+        return "\n".join([*lines, f"{len(self)} parameters: {worst}"])
+
+
+def sample(
+    batch: Any, batch_dim: int, environments: Environments, most: int
+) -> tuple[Any, Groups]:
+    """Return the examples of at most so many environments, and their partition."""
+    sizes = [t.shape[batch_dim] for t in tensors_in(batch) if t.dim() > batch_dim]
+    if not sizes:
+        raise ValueError("batch: expected tensors that hold the batch, but found none")
+    groups = make_groups(environments, sizes[0])
+    if groups.environments <= most:
+        return batch, groups
+    members = [groups.members(environment) for environment in range(most)]
+    ids = torch.arange(most).repeat_interleave(torch.tensor([len(one) for one in members]))
+    chosen = take(batch, torch.cat(members), batch_dim, sizes[0])
+    return chosen, make_groups(ids, len(ids))
+
+
+def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
+    """Return some examples of a batch: of every tensor whose batch dimension has its size."""
+    if isinstance(batch, Tensor):
+        if batch.dim() > batch_dim and batch.shape[batch_dim] == size:
+            return batch.index_select(batch_dim, examples.to(batch.device))
+        if batch_dim > 0 and batch.dim() == 1 and len(batch) == size:  # labels
+            return batch[examples.to(batch.device)]
+        return batch
+    if isinstance(batch, dict):
+        return {key: take(one, examples, batch_dim, size) for key, one in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        taken = [take(one, examples, batch_dim, size) for one in batch]
+        return type(batch)(*taken) if hasattr(batch, "_fields") else type(batch)(taken)
+    return batch
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Without dropout, and with gradients, buffers and modes as they were afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    grads = [(param, param.grad) for param in model.parameters()]
+    try:
+        for module, training in modes:
+            # The statistics of a batch are part of the model; recurrent layers without dropout
+            # need their training mode for a backward pass on some devices.
+            keep = isinstance(module, _NormBase) or (
+                isinstance(module, nn.RNNBase) and not module.dropout
+            )
+            module.training = training and keep
+        for param, _ in grads:
+            param.grad = None
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+        for param, grad in grads:
+            param.grad = grad
+
+
+def compare(
+    names: list[str],
+    params: list[Tensor],
+    ours: Moments,
+    environments: Iterator[Callable[[], Tensor]],
+) -> Verification:
+    """Run the loop, one loss after the other, and compare its moments with ours."""
+    exact = Moments(params, ("votes",))
+    doubtful = [torch.zeros_like(param, dtype=torch.int32) for param in params]
+    largest = [0.0] * len(params)
+    for loss in environments:
+        for param in params:
+            param.grad = None
+        loss().backward()
+        grads = [param.grad for param in params]
+        for index, grad in enumerate(grads):
+            if grad is not None and grad.numel():
+                peak = float(grad.abs().max())
+                largest[index] += peak
+                doubtful[index] += grad.abs() <= _TOLERANCE[grad.dtype] * peak
+        exact.add([None if grad is None else grad.detach() for grad in grads])
+    total = max(largest)
+    found = []
+    for index, (name, param) in enumerate(zip(names, params, strict=True)):
+        pairs = []
+        for kind in ("sum", "votes"):
+            values = [getattr(moments, kind)[index] for moments in (ours, exact)]
+            pairs.append([torch.zeros_like(param) if v is None else v for v in values])
+        (sum_a, sum_b), (votes_a, votes_b) = pairs
+        # A gradient that is zero but for rounding is measured by those of other parameters.
+        scale = max(largest[index], 1e-6 * total) or 1.0
+        sums = float((sum_a.double() - sum_b.double()).abs().max()) / scale if param.numel() else 0
+        noise = largest[index] <= 1e-6 * total and _TOLERANCE[param.dtype] > 1e-6
+        apart = (votes_a.long() - votes_b.long()).abs() > 2 * doubtful[index]
+        found.append(
+            Deviation(
+                name, sums, 0 if noise else int(apart.sum()), param.numel(),
+                _TOLERANCE[param.dtype],
+            )
+        )  # fmt: skip
+    return Verification(sorted(found, key=lambda one: (one.passed, -one.votes, -one.sums)))
