@@ -14,7 +14,7 @@ from ..moments import Moments
 from ..optim._environments import MomentOptimizer
 from ..rules import AndMask, Rule
 from ._batch import Watch
-from ._groups import Environments, activate, check_environments
+from ._groups import Environments, Groups, activate, check_environments, make_groups
 from ._plan import Plan
 from ._report import Report, make_report
 from ._run import BackwardMode, Run
@@ -94,6 +94,7 @@ class Agreement:
         self._optimizer = rule if isinstance(rule, MomentOptimizer) else None
         self._check_rule()
         self._params = self._choose(params)
+        self._leaves = list({id(p): p for p in (*model.parameters(), *self._params)}.values())
         self._batch_dim = batch_dim
         self._reduction = loss_reduction
         self._keep = keep_moments
@@ -104,6 +105,7 @@ class Agreement:
         self._plans: dict[Any, Plan] = {}
         self._records: dict[int, Record] = {}
         self._run: Run | None = None
+        self._last_groups: tuple[Any, Groups] | None = None
         self._open = False  # there are environments that have not been resolved
 
     def _check_rule(self) -> None:
@@ -193,7 +195,7 @@ class Agreement:
             raise RuntimeError("Agreement: expected no context inside another of the same object")
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
-        kept = {id(p): (p, p.grad) for p in (*self._model.parameters(), *self._params)}
+        kept = {id(p): (p, p.grad) for p in self._leaves}
         run = self._begin(environments, grad_scaler)
         for param, _ in kept.values():
             param.grad = None
@@ -269,6 +271,14 @@ class Agreement:
             for param, update in zip(self._params, updates, strict=True):
                 if update is not None:
                     param.grad = update if param.grad is None else param.grad.add_(update)
+
+    def _groups(self, environments: Environments, examples: int) -> Groups:
+        if isinstance(environments, Tensor):
+            return make_groups(environments, examples)
+        key = (environments, examples)
+        if self._last_groups is None or self._last_groups[0] != key:
+            self._last_groups = (key, make_groups(environments, examples))
+        return self._last_groups[1]
 
     def _name(self, param: Tensor) -> str:
         return self._names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
@@ -350,6 +360,6 @@ class Agreement:
         if self._run is not None:
             raise RuntimeError("detach: expected to be called outside of the context")
         self._model = None
-        self._params, self._moments, self._names = [], [], {}
+        self._params, self._leaves, self._moments, self._names = [], [], [], {}
         self._plans.clear()
         self._records.clear()

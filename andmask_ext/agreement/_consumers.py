@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
-from torch.utils import checkpoint
 
-from ._graph import Operand, shape_of
+from ._graph import Operand
 from ._groups import Groups
 from ._layout import Layout, environment_sum
+from ._nodes import saved
 from ._uses import (
     Convolution,
     Lookup,
@@ -26,23 +26,6 @@ from ._uses import (
 )
 
 _NO_PADDING = (2**64 - 1, -1)
-
-
-class _KeepHandles(dict[int, Any]):
-    """The handles of a checkpointed tensor: it can be unpacked by us and by its node."""
-
-    def __setitem__(self, task: int, handle: Any) -> None:
-        if handle is not None:
-            super().__setitem__(task, handle)
-
-
-def saved(node: Node, name: str) -> Any:
-    """Return what a node saved for its backward pass."""
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    if raw is not None and isinstance(raw.data, checkpoint._Holder):
-        raw.data.handles = _KeepHandles(raw.data.handles)
-    value = getattr(node, f"_saved_{name}")
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -337,7 +320,7 @@ def axes_of(name: str) -> tuple[int, ...] | None:
 
 def make_use(at: Arrival, name: str, operand: Operand, root: Node) -> Use:
     """Return the use of an operand, by the formula of the node's type or by calling the node."""
-    shape = shape_of(root, operand.output)
+    shape = operand.shape
     if name in FORMULAS and at.deltas[0] is not None:
         use = FORMULAS[name][0](at, operand.edge, shape)
         if use is not None:

@@ -7,39 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from torch import Tensor
 from torch.autograd.graph import Node
+
+from ._chain import VIEWS, element_order
+from ._nodes import leaf, shape_of
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
-# What these nodes make of parameters carries no batch: nothing but their inputs enters them.
-CASTS = ("ToCopyBackward0",)
-SAME_ORDER = (
-    "AliasBackward0",
-    "CloneBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
-)
-TRANSPOSES = ("TBackward0",)
-_OTHER_VIEWS = (
-    "PermuteBackward0",
-    "SelectBackward0",
-    "SliceBackward0",
-    "SplitBackward0",
-    "SplitWithSizesBackward0",
-    "TransposeBackward0",
-    "TransposeBackward1",
-    "UnbindBackward0",
-    "UnsafeSplitBackward0",
-)
-VIEWS = frozenset((*CASTS, *SAME_ORDER, *TRANSPOSES, *_OTHER_VIEWS))
-
-# Nodes that read data which autograd does not see as an input (indices), or that make new rows.
+# Nodes that read data which autograd does not see as an input (indices), or make new rows.
 LOOKUPS = {  # and the name of the indices
     "EmbeddingBackward0": "indices",
     "EmbeddingBagBackward0": "indices",
@@ -59,15 +34,20 @@ class Operand:
         edge: which of the node's inputs.
         root: the index of the node that made it.
         output: which of that node's outputs.
+        shape: of the input.
         chain: the indices of the nodes from there down to one parameter, the parameter's own
             included; empty where there are several parameters, or a node with several inputs.
+        order: "same" if the input has the elements of the parameter in its order, "transposed" if
+            it is its transpose, else None.
         params: the parameters (their numbers among those tracked).
     """
 
     edge: int
     root: int
     output: int
+    shape: tuple[int, ...]
     chain: tuple[int, ...]
+    order: str | None
     params: tuple[int, ...]
 
 
@@ -82,31 +62,28 @@ class Graph:
 
     def __init__(self, roots: Iterable[Node], tracked: Mapping[int, int]) -> None:
         self.nodes: list[Node] = []
-        nexts: list[tuple[tuple[Node | None, int], ...]] = []
+        nexts = []
         index: dict[Node, int] = {}
         stack = list(roots)[::-1]
         while stack:
             node = stack.pop()
             if node in index:
                 continue
-            index[node] = len(self.nodes)
+            index[node] = len(index)
             self.nodes.append(node)
             following = node.next_functions
             nexts.append(following)
-            for successor, _ in reversed(following):
+            for successor, _ in following[::-1]:
                 if successor is not None and successor not in index:
                     stack.append(successor)
-        self.edges = [
-            tuple(None if node is None else (index[node], output) for node, output in following)
+        self.edges: list[tuple[tuple[int, int] | None, ...]] = [
+            tuple([None if node is None else (index[node], output) for node, output in following])
             for following in nexts
         ]
-        self.names: list[str | tuple[str, int | None]] = []
-        for node in self.nodes:
-            name = node.name()
-            if name == ACCUMULATE:
-                self.names.append((name, tracked.get(id(leaf(node)))))
-            else:
-                self.names.append(name)
+        self.names: list[str | tuple[str, int | None]] = [
+            node.name() if node.next_functions else _leaf_name(node, tracked)
+            for node in self.nodes
+        ]
 
     @cached_property
     def signature(self) -> Any:
@@ -153,16 +130,19 @@ class Graph:
         entry = self.edges[index][edge]
         assert entry is not None
         root, output = entry
+        shape = shape_of(self.nodes[root], output)
         chain: list[int] = []
         at: int | None = root
         while at is not None:
             chain.append(at)
-            if self.param(at) is not None:
-                return Operand(edge, root, output, tuple(chain), (self.param(at) or 0,))
+            param = self.param(at)
+            if param is not None:
+                order = element_order(shape, [self.nodes[i] for i in chain])
+                return Operand(edge, root, output, shape, tuple(chain), order, (param,))
             following = self.edges[at]
             at = following[0][0] if len(following) == 1 and following[0] else None
         params = sorted({p for i in self.below(root) if (p := self.param(i)) is not None})
-        return Operand(edge, root, output, (), tuple(params))
+        return Operand(edge, root, output, shape, (), None, tuple(params))
 
     def below(self, index: int) -> set[int]:
         """Return the indices of a node and of all that it depends on."""
@@ -176,12 +156,6 @@ class Graph:
         return seen
 
 
-def leaf(node: Node) -> Tensor:
-    """Return the tensor that an AccumulateGrad node is of."""
-    variable: Tensor = node.variable  # type: ignore[attr-defined]
-    return variable
-
-
-def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
-    """Return the shape of one output of a node in the forward pass."""
-    return tuple(int(size) for size in node._input_metadata[output].shape)
+def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int | None]:
+    name = node.name()
+    return (name, tracked.get(id(leaf(node)))) if name == ACCUMULATE else name

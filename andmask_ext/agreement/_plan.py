@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._consumers import FORMULAS, axes_of, saved
-from ._graph import LOOKUPS, Graph, Operand, shape_of
+from ._consumers import FORMULAS, axes_of
+from ._graph import LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
+from ._nodes import saved, shape_of
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"
@@ -37,8 +38,8 @@ class Consumer:
     operands: tuple[Operand, ...]
     layouts: tuple[Layout | None, ...]
 
-    def layouts_now(self, node: Node, examples: int) -> tuple[Layout | None, ...] | None:
-        """Return the layouts for a graph of other sizes; None: they have to be found anew."""
+    def at(self, node: Node, examples: int) -> Consumer | None:
+        """Return this consumer in a graph of other sizes; None: it has to be found anew."""
         now: list[Layout | None] = []
         for output, layout in enumerate(self.layouts):
             if layout is not None:
@@ -53,7 +54,7 @@ class Consumer:
                         else Layout(layout.axis, factor, 1)
                     )
             now.append(layout)
-        return tuple(now)
+        return replace(self, layouts=tuple(now))
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
+
+    def at(self, nodes: Sequence[Node], examples: int) -> Plan | None:
+        """Return this plan for a graph of other sizes; None: it has to be made anew."""
+        consumers = [one.at(nodes[one.index], examples) for one in self.consumers]
+        found = tuple(one for one in consumers if one is not None)
+        return replace(self, consumers=found) if len(found) == len(consumers) else None
 
 
 def suspects(graph: Graph) -> list[int]:

@@ -14,9 +14,10 @@ from torch.overrides import TorchFunctionMode
 
 from ._batch import Watch
 from ._consumers import Arrival, axes_of, make_use
-from ._graph import Graph, leaf, shape_of
-from ._groups import Environments, Groups, make_groups
+from ._graph import Graph
+from ._groups import Environments, Groups
 from ._layout import Evidence
+from ._nodes import leaf, shape_of
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, storage, suspects
 from ._session import Record, Session, Target
 
@@ -202,7 +203,7 @@ class Run:
                 "its first input tells the size of the batch; or give the environment of each "
                 "example as an int64 tensor"
             )
-        return make_groups(environments, examples)
+        return self._owner._groups(environments, examples)
 
     def _weights(self, groups: Groups) -> list[float]:
         factor = (groups.examples if self._reduction == "mean" else 1.0) / self.scale
@@ -214,19 +215,23 @@ class Run:
         """Return what to do with a graph, after probes if it is new."""
         groups = self._groups
         assert groups is not None
-        key = (graph.signature, groups.environments, groups.examples)
-        plan = self._plans.get(key)
-        if plan is None or not all(
-            c.layouts_now(graph.nodes[c.index], groups.examples) for c in plan.consumers
-        ):
-            self._plans.pop(key, None)
+        structure = (graph.signature, groups.environments, groups.examples)
+        sizes = tuple(tensor.shape for tensor in self.watch.inputs)
+        plan = self._plans.get((structure, sizes)) if sizes else None
+        if plan is not None:
+            return plan
+        plan = self._plans.get(structure)
+        plan = None if plan is None else plan.at(graph.nodes, groups.examples)
+        if plan is None:
             if self._session is None:
                 self._find_evidence(graph, groups)
             evidence = self._evidence.get(graph.signature, {})
             inputs = {storage(tensor) for tensor in self.watch.inputs}
             plan = make_plan(graph, groups, evidence, self._batch_norms(), inputs)
-            if plan.certain:
-                self._plans[key] = plan
+        if plan.certain:
+            self._plans[structure] = plan
+            if sizes and self._session is None:
+                self._plans[structure, sizes] = plan
         return plan
 
     def _batch_norms(self) -> list[str]:
@@ -276,16 +281,14 @@ class Run:
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
             if busy:  # the node is being called by a use
                 return
-            layouts = consumer.layouts_now(node, groups.examples)
-            assert layouts is not None
             busy.append(True)
             try:
-                at = Arrival(node, deltas, layouts, groups)
+                at = Arrival(node, deltas, consumer.layouts, groups)
                 none = all(delta is None for delta in deltas)
                 for operand in consumer.operands:
-                    nodes = [graph.nodes[i] for i in operand.chain or (operand.root,)]
-                    use = None if none else make_use(at, consumer.name, operand, nodes[0])
-                    session.add(use, operand, nodes)
+                    root = graph.nodes[operand.root]
+                    use = None if none else make_use(at, consumer.name, operand, root)
+                    session.add(use, operand, graph)
             finally:
                 busy.pop()
 

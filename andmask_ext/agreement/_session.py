@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from ..moments import Moments
-from ._consumers import saved
-from ._graph import CASTS, SAME_ORDER, TRANSPOSES, Operand, shape_of
+from ._chain import pull_back
+from ._graph import Graph, Operand
 from ._groups import Groups
 from ._uses import Convolution, Lookup, OneByOne, Outer, Stacked, Use, add_up
 
 # Gradients of several environments are held only in buffers of at most this size.
 SCRATCH_BYTES = 32 << 20
+# Small gradients wait for each other: a call into the native library costs microseconds.
+_FLUSH_BYTES = 256 << 10
 
 
 @dataclass
@@ -41,48 +43,12 @@ class Record:
 class _Entry:
     use: Use
     operand: Operand
-    nodes: Sequence[Node]
+    graph: Graph
 
-
-def pull_back(tensor: Tensor, chain: Sequence[Node], lead: int) -> Tensor | None:
-    """Bring a gradient from the end of a chain of views to its beginning.
-
-    Args:
-        tensor: ``lead`` dimensions, then those of the chain's end.
-        chain: the nodes; the first made the operand, the last is the parameter's leaf.
-        lead: 0 or 1; with 0 the result is a view, or None where that cannot be.
-
-    Returns:
-        None where the chain has nodes that are not permutations of all elements.
-    """
-    for node, following in zip(chain, chain[1:], strict=False):
-        name = node.name()
-        if name in CASTS:
-            continue
-        if name in SAME_ORDER:
-            shape = (*tensor.shape[:lead], *shape_of(following))
-            try:
-                tensor = tensor.reshape(shape) if lead else tensor.view(shape)
-            except RuntimeError:
-                return None
-        elif name in TRANSPOSES:
-            tensor = tensor.transpose(lead, lead + 1) if tensor.dim() == lead + 2 else tensor
-        elif name in ("TransposeBackward0", "TransposeBackward1"):
-            dims = [int(saved(node, f"dim{i}")) for i in (0, 1)]
-            own = tensor.dim() - lead
-            # dimensions are saved as unsigned numbers
-            first, second = (lead + (dim if dim < own else dim - 2**64) % own for dim in dims)
-            tensor = tensor.transpose(first, second)
-        elif name == "PermuteBackward0":
-            own = tensor.dim() - lead
-            dims = [(d if d < own else d - 2**64) % own for d in map(int, saved(node, "dims"))]
-            inverse = [0] * own
-            for position, dim in enumerate(dims):
-                inverse[dim] = position
-            tensor = tensor.permute(*range(lead), *(lead + i for i in inverse))
-        else:
-            return None
-    return tensor
+    @property
+    def nodes(self) -> list[Node]:
+        """From the node that made the operand down to the parameter's leaf."""
+        return [self.graph.nodes[i] for i in self.operand.chain or (self.operand.root,)]
 
 
 class Session:
@@ -112,13 +78,15 @@ class Session:
         self._expected: dict[int, int] = {}
         self._entries: dict[int, list[_Entry]] = {}
         self._done: set[int] = set()
+        self._waiting: dict[int, tuple[list[Target], list[Tensor]]] = {}
+        self._bytes = 0
 
     def expect(self, params: Sequence[int]) -> None:
         """Announce one use of some parameters."""
         for param in params:
             self._expected[param] = self._expected.get(param, 0) + 1
 
-    def add(self, use: Use | None, operand: Operand, nodes: Sequence[Node]) -> None:
+    def add(self, use: Use | None, operand: Operand, graph: Graph) -> None:
         """Take one use of an operand; None: its gradient is zero."""
         for param in operand.params:
             if param in self._done:
@@ -131,7 +99,7 @@ class Session:
                 # Its node is released before the last use comes.
                 use = Stacked(use.stacked(0, self._groups.environments), use.shape, use.path)
             if use is not None:
-                self._entries.setdefault(param, []).append(_Entry(use, operand, nodes))
+                self._entries.setdefault(param, []).append(_Entry(use, operand, graph))
             self._expected[param] -= 1
             if self._expected[param] == 0 and not self._deferred:
                 self._complete(param)
@@ -140,6 +108,7 @@ class Session:
         """Treat all parameters that are left."""
         for param in list(self._entries):
             self._complete(param)
+        self._flush()
 
     # ---- one parameter ----
 
@@ -173,9 +142,8 @@ class Session:
         )  # fmt: skip
 
     def _add_single(self, target: Target, entry: _Entry) -> bool:
-        use = entry.use
-        contiguous = target.param.is_contiguous()
-        if isinstance(use, Convolution) and contiguous and _pulled_strides(entry) == _contiguous(use.shape):
+        use, same = entry.use, entry.operand.order == "same"
+        if isinstance(use, Convolution) and same and target.param.is_contiguous():
             memory = [None if m is None else m.view(use.shape) for m in self._memory(target)]
             torch.ops.andmask.accumulate_convolution_.default(
                 *memory, use.images, use.grads, use.groups.order, use.groups.offsets,
@@ -184,19 +152,34 @@ class Session:
             )  # fmt: skip
             return True
         if isinstance(use, Stacked):
-            grads = pull_back(use.grads, entry.nodes, 1) if entry.operand.chain else None
+            grads: Tensor | None = use.grads
+            if not same or use.shape != target.param.shape:
+                grads = pull_back(use.grads, entry.nodes, 1) if entry.operand.chain else None
             if grads is None:
                 return False
-            lists = target.moments.open_memory([target.index], self._groups.environments)
-            torch.ops.andmask.accumulate_.default(
-                *lists, [grads], target.moments.count, self._weights, True
-            )
+            indices, waiting = self._waiting.setdefault(id(target.moments), ([], []))
+            indices.append(target)
+            waiting.append(grads)
+            self._bytes += grads.nbytes
+            if self._bytes >= _FLUSH_BYTES:
+                self._flush()
             return True
-        direct = isinstance(use, Lookup) and target.moments.kinds in ((), ("votes",))
-        if direct and entry.operand.chain and len(entry.nodes) == 1:
-            self._add_lookup(target, use)  # type: ignore[arg-type]
+        if isinstance(use, Lookup) and same and target.moments.kinds in ((), ("votes",)):
+            self._add_lookup(target, use)
             return True
         return False
+
+    def _flush(self) -> None:
+        """Add the gradients that have been waiting for others, in one call."""
+        for targets, grads in self._waiting.values():
+            moments = targets[0].moments
+            indices = [target.index for target in targets]
+            lists = moments.open_memory(indices, self._groups.environments)
+            torch.ops.andmask.accumulate_.default(
+                *lists, grads, moments.count, self._weights, True
+            )
+        self._waiting.clear()
+        self._bytes = 0
 
     def _add_lookup(self, target: Target, use: Lookup) -> None:
         total, votes = self._memory(target)[:2]
@@ -243,33 +226,16 @@ class Session:
         ])  # fmt: skip
 
 
-def _contiguous(shape: Sequence[int]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
-
-
-def _pulled_strides(entry: _Entry) -> tuple[int, ...] | None:
-    """Return where elements of the parameter lie in a contiguous gradient of the operand."""
-    if not entry.operand.chain:
-        return None
-    pulled = pull_back(torch.empty(entry.use.shape, device="meta"), entry.nodes, 0)
-    return None if pulled is None else pulled.stride()
-
-
 def _as_outer(entries: Sequence[_Entry], param: Tensor) -> Outer | None:
     """Return all uses as one sum of outer products in the parameter's own order, if they are."""
     parts: list[Outer] = []
     if not param.is_contiguous():
         return None
     for entry in entries:
-        if not isinstance(entry.use, Outer):
+        if not isinstance(entry.use, Outer) or entry.operand.order is None:
             return None
-        outer, strides = entry.use, _pulled_strides(entry)
-        if strides == _contiguous(param.shape):
-            parts.append(outer)
-        elif param.dim() == 2 and strides == (1, param.shape[0]):
-            parts.append(outer.transposed())
-        else:
-            return None
+        same = entry.operand.order == "same"
+        parts.append(entry.use if same else entry.use.transposed())
         if {parts[-1].grads.dtype, parts[-1].activations.dtype} != {parts[0].grads.dtype}:
             return None
     if len(parts) == 1:
