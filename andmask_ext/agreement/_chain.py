@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,84 +12,146 @@ from torch.autograd.graph import Node
 
 from ._nodes import saved, shape_of
 
-# What these nodes make of parameters carries no batch: nothing but their inputs enters them.
-_CASTS = ("ToCopyBackward0",)
-_SAME_ORDER = (
-    "AliasBackward0",
-    "CloneBackward0",
-    "ReshapeAliasBackward0",
-    "SqueezeBackward0",
-    "SqueezeBackward1",
-    "SqueezeBackward2",
-    "UnsafeViewBackward0",
-    "UnsqueezeBackward0",
-    "ViewBackward0",
-)
-_TRANSPOSES = ("TBackward0",)
-_OTHER_VIEWS = (
-    "PermuteBackward0",
-    "SelectBackward0",
-    "SliceBackward0",
-    "SplitBackward0",
-    "SplitWithSizesBackward0",
-    "TransposeBackward0",
-    "TransposeBackward1",
-    "UnbindBackward0",
-    "UnsafeSplitBackward0",
-)
-VIEWS = frozenset((*_CASTS, *_SAME_ORDER, *_TRANSPOSES, *_OTHER_VIEWS))
 
-# Nodes that read data which autograd does not see as an input (indices), or that make new rows.
+@dataclass(frozen=True)
+class View:
+    """Where the elements of a view lie in a contiguous parameter.
 
-
-def pull_back(tensor: Tensor, chain: Sequence[Node], lead: int) -> Tensor | None:
-    """Bring a gradient from the end of a chain of views to its beginning.
-
-    Args:
-        tensor: ``lead`` dimensions, then those of the chain's end.
-        chain: the nodes; the first made the operand, the last is the parameter's leaf.
-        lead: 0 or 1; with 0 the result is a view, or None where that cannot be.
-
-    Returns:
-        None where the chain has nodes that are not permutations of all elements.
+    Attributes:
+        size: of the view.
+        stride: from one element of it to the next, in each dimension.
+        offset: of its first element.
+        full: whether it has all elements of the parameter.
+        order: "same" if it has them in the parameter's order, "transposed" if it is its transpose,
+            else None.
     """
-    for node, following in zip(chain, chain[1:], strict=False):
-        name = node.name()
-        if name in _CASTS:
-            continue
-        if name in _SAME_ORDER:
-            shape = (*tensor.shape[:lead], *shape_of(following))
-            try:
-                tensor = tensor.reshape(shape) if lead else tensor.view(shape)
-            except RuntimeError:
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    full: bool
+    order: str | None
+
+    def of(self, memory: Tensor, lead: int = 0) -> Tensor:
+        """Return this view of contiguous memory; the first ``lead`` dimensions are kept."""
+        if lead == 0 and self.order == "same":
+            return memory.view(self.size)
+        return memory.as_strided(
+            (*memory.shape[:lead], *self.size),
+            (*memory.stride()[:lead], *self.stride),
+            memory.storage_offset() + self.offset,
+        )
+
+    @property
+    def interval(self) -> tuple[int, int] | None:
+        """The elements [begin, end) of the parameter that it consists of, if it is a block."""
+        dims = sorted((s, n) for s, n in zip(self.stride, self.size, strict=True) if n != 1)
+        expected = 1
+        for stride, size in dims:
+            if stride != expected:
                 return None
-        elif name in _TRANSPOSES:
-            tensor = tensor.transpose(lead, lead + 1) if tensor.dim() == lead + 2 else tensor
-        elif name in ("TransposeBackward0", "TransposeBackward1"):
-            dims = [int(saved(node, f"dim{i}")) for i in (0, 1)]
-            own = tensor.dim() - lead
-            # dimensions are saved as unsigned numbers
-            first, second = (lead + (dim if dim < own else dim - 2**64) % own for dim in dims)
-            tensor = tensor.transpose(first, second)
-        elif name == "PermuteBackward0":
-            own = tensor.dim() - lead
-            dims = [(d if d < own else d - 2**64) % own for d in map(int, saved(node, "dims"))]
-            inverse = [0] * own
-            for position, dim in enumerate(dims):
-                inverse[dim] = position
-            tensor = tensor.permute(*range(lead), *(lead + i for i in inverse))
-        else:
-            return None
+            expected *= size
+        return self.offset, self.offset + math.prod(self.size)
+
+
+def _plain(tensor: Tensor, node: Node, output: int) -> Tensor:
     return tensor
 
 
-def element_order(shape: Sequence[int], chain: Sequence[Node]) -> str | None:
-    """Return how the elements of the chain's end lie: in the order of the parameter ("same"), in
-    that of its transpose ("transposed"), or otherwise (None).
+def _reshaped(tensor: Tensor, node: Node, output: int) -> Tensor:
+    return tensor.view(shape_of(node, output))
+
+
+def _signed(tensor: Tensor, dim: int) -> int:
+    return int(dim) if dim < 2**63 else int(dim) - 2**64  # nodes keep dimensions unsigned
+
+
+def _transposed(tensor: Tensor, node: Node, output: int) -> Tensor:
+    first, second = (_signed(tensor, saved(node, name)) for name in ("dim0", "dim1"))
+    return tensor.transpose(first, second)
+
+
+def _permuted(tensor: Tensor, node: Node, output: int) -> Tensor:
+    return tensor.permute([_signed(tensor, dim) for dim in saved(node, "dims")])
+
+
+def _sliced(tensor: Tensor, node: Node, output: int) -> Tensor:
+    dim, start, step = (
+        _signed(tensor, saved(node, name)) for name in ("dim", "start", "step")
+    )
+    end = min(int(saved(node, "end")), tensor.shape[dim])
+    sliced: Tensor = torch.ops.aten.slice.Tensor(tensor, dim, start, end, step)
+    return sliced
+
+
+def _selected(tensor: Tensor, node: Node, output: int) -> Tensor:
+    return tensor.select(
+        _signed(tensor, saved(node, "dim")), _signed(tensor, saved(node, "index"))
+    )
+
+
+def _split(tensor: Tensor, node: Node, output: int) -> Tensor:
+    dim = _signed(tensor, saved(node, "dim"))
+    return tensor.split(int(saved(node, "split_size")), dim)[output]
+
+
+def _split_with_sizes(tensor: Tensor, node: Node, output: int) -> Tensor:
+    dim = _signed(tensor, saved(node, "dim"))
+    return tensor.split([int(size) for size in saved(node, "split_sizes")], dim)[output]
+
+
+def _unbound(tensor: Tensor, node: Node, output: int) -> Tensor:
+    return tensor.unbind(_signed(tensor, saved(node, "dim")))[output]
+
+
+# What these nodes make of parameters carries no batch: nothing but their input enters them.
+VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
+    "AliasBackward0": _plain,
+    "CloneBackward0": _plain,
+    "PermuteBackward0": _permuted,
+    "ReshapeAliasBackward0": _reshaped,
+    "SelectBackward0": _selected,
+    "SliceBackward0": _sliced,
+    "SplitBackward0": _split,
+    "SplitWithSizesBackward0": _split_with_sizes,
+    "SqueezeBackward0": _reshaped,
+    "SqueezeBackward1": _reshaped,
+    "SqueezeBackward2": _reshaped,
+    "TBackward0": lambda tensor, node, output: tensor.t(),
+    "ToCopyBackward0": _plain,
+    "TransposeBackward0": _transposed,
+    "TransposeBackward1": _transposed,
+    "UnbindBackward0": _unbound,
+    "UnsafeSplitBackward0": _split,
+    "UnsafeViewBackward0": _reshaped,
+    "UnsqueezeBackward0": _reshaped,
+    "ViewBackward0": _reshaped,
+}
+
+
+def view_through(chain: Sequence[tuple[Node, int]], shape: Sequence[int]) -> View | None:
+    """Return what a chain of nodes makes of a parameter, if it is a view.
+
+    Args:
+        chain: the nodes from the parameter's side on, each with the output that is used.
+        shape: of the parameter.
     """
-    pulled = pull_back(torch.empty(shape, device="meta"), chain, 0)
-    if pulled is None:
-        return None
-    if pulled.is_contiguous():
-        return "same"
-    return "transposed" if pulled.dim() == 2 and pulled.t().is_contiguous() else None
+    tensor = torch.empty(shape, device="meta")
+    for node, output in chain:
+        replay = VIEWS.get(node.name())
+        if replay is None:
+            return None
+        try:
+            tensor = replay(tensor, node, output)
+        except (AttributeError, RuntimeError):  # nothing saved to replay it from, or a copy
+            return None
+    full = tensor.numel() == math.prod(shape)
+    order = None
+    if full:
+        if tensor.is_contiguous():
+            order = "same"
+        elif tensor.dim() == 2 and tensor.t().is_contiguous():
+            order = "transposed"
+    return View(
+        tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), full, order
+    )

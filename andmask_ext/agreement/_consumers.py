@@ -19,6 +19,7 @@ from ._uses import (
     Lookup,
     OneByOne,
     Outer,
+    OuterBatch,
     Stacked,
     Use,
     groups_of_axis,
@@ -93,9 +94,16 @@ def _mm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
 
 
 def _bmm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
+    layout = at.layout
     if at.delta.shape[0] != 1:
-        return None
-    delta, layout = at.delta[0], at.layout
+        if edge != 1 or layout.axis != 1:
+            return None
+        factors = [
+            torch.stack([layout.rows(one, at.groups.examples) for one in factor])
+            for factor in (at.saved("self"), at.delta)
+        ]
+        return OuterBatch(*factors, at.groups, shape)
+    delta = at.delta[0]
     if edge == 1 and layout.axis == 1:
         rows = Layout(0, layout.before, layout.after)
         moved = Arrival(at.node, (delta,), (rows,), at.groups)

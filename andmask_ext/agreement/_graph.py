@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.autograd.graph import Node
 
-from ._chain import VIEWS, element_order
+from ._chain import VIEWS, View, view_through
 from ._nodes import leaf, shape_of
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
@@ -35,10 +35,7 @@ class Operand:
         root: the index of the node that made it.
         output: which of that node's outputs.
         shape: of the input.
-        chain: the indices of the nodes from there down to one parameter, the parameter's own
-            included; empty where there are several parameters, or a node with several inputs.
-        order: "same" if the input has the elements of the parameter in its order, "transposed" if
-            it is its transpose, else None.
+        view: if it is a view of one parameter, where its elements lie in that.
         params: the parameters (their numbers among those tracked).
     """
 
@@ -46,8 +43,7 @@ class Operand:
     root: int
     output: int
     shape: tuple[int, ...]
-    chain: tuple[int, ...]
-    order: str | None
+    view: View | None
     params: tuple[int, ...]
 
 
@@ -131,18 +127,18 @@ class Graph:
         assert entry is not None
         root, output = entry
         shape = shape_of(self.nodes[root], output)
-        chain: list[int] = []
-        at: int | None = root
+        chain: list[tuple[Node, int]] = []
+        at: tuple[int, int] | None = entry
         while at is not None:
-            chain.append(at)
-            param = self.param(at)
+            param = self.param(at[0])
             if param is not None:
-                order = element_order(shape, [self.nodes[i] for i in chain])
-                return Operand(edge, root, output, shape, tuple(chain), order, (param,))
-            following = self.edges[at]
-            at = following[0][0] if len(following) == 1 and following[0] else None
+                view = view_through(chain[::-1], leaf(self.nodes[at[0]]).shape)
+                return Operand(edge, root, output, shape, view, (param,))
+            chain.append((self.nodes[at[0]], at[1]))
+            following = self.edges[at[0]]
+            at = following[0] if len(following) == 1 else None
         params = sorted({p for i in self.below(root) if (p := self.param(i)) is not None})
-        return Operand(edge, root, output, shape, (), None, tuple(params))
+        return Operand(edge, root, output, shape, None, tuple(params))
 
     def below(self, index: int) -> set[int]:
         """Return the indices of a node and of all that it depends on."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge
 
 from ..moments import Moments
-from ._chain import pull_back
+from ._chain import View
 from ._graph import Graph, Operand
 from ._groups import Groups
 from ._uses import Convolution, Lookup, OneByOne, Outer, Stacked, Use, add_up
@@ -44,11 +45,6 @@ class _Entry:
     use: Use
     operand: Operand
     graph: Graph
-
-    @property
-    def nodes(self) -> list[Node]:
-        """From the node that made the operand down to the parameter's leaf."""
-        return [self.graph.nodes[i] for i in self.operand.chain or (self.operand.root,)]
 
 
 class Session:
@@ -122,52 +118,88 @@ class Session:
         record.uses = len(entries)
         record.paths = sorted({entry.use.path for entry in entries})
         with torch.no_grad():
-            outer = _as_outer(entries, target.param)
-            if outer is not None:
-                self._add_outer(target, outer)
-            elif len(entries) > 1 or not self._add_single(target, entries[0]):
+            if not self._add_directly(target, entries):
                 self._add_in_chunks(target, entries, param)
                 record.paths.append("gradients of a few environments at a time")
+
+    def _add_directly(self, target: Target, entries: list[_Entry]) -> bool:
+        """Add uses that nothing has to be added to before they vote."""
+        entries = _joined(entries)
+        covered = _covered(entries, target.param)
+        if covered is None:
+            return False
+        if covered < target.param.numel() and target.moments.kinds not in ((), ("votes",)):
+            return False  # zeros change other moments, too
+        for entry in entries:
+            if not self._is_direct(target, entry):
+                return False
+        if len(entries) == 1 and isinstance(entries[0].use, Stacked) and entries[0].operand.view:
+            self._wait(target, entries[0].use, entries[0].operand.view)
+            return True
+        memory = self._memory(target)
+        if covered < target.param.numel() and target.moments.count == 0:
+            for one in memory:
+                if one is not None:
+                    one.zero_()
+        for entry in entries:
+            view = entry.operand.view
+            assert view is not None
+            self._add(target, [None if one is None else view.of(one) for one in memory], entry.use)
+        return True
+
+    def _is_direct(self, target: Target, entry: _Entry) -> bool:
+        use, view = entry.use, entry.operand.view
+        assert view is not None
+        if isinstance(use, Outer):
+            return _is_matrix(view, use)
+        if isinstance(use, Convolution):
+            return view.order == "same"
+        if isinstance(use, Lookup):
+            return view.order == "same" and target.moments.kinds in ((), ("votes",))
+        return isinstance(use, Stacked)
 
     def _memory(self, target: Target) -> list[Tensor | None]:
         lists = target.moments.open_memory([target.index], self._groups.environments)
         return [one[0] if one else None for one in lists]
 
-    def _add_outer(self, target: Target, outer: Outer) -> None:
-        shape = outer.grads.shape[2], outer.activations.shape[2]
-        memory = [None if one is None else one.view(shape) for one in self._memory(target)]
-        torch.ops.andmask.accumulate_outer_.default(
-            *memory, outer.activations, outer.grads, outer.groups.order, outer.groups.offsets,
-            target.moments.count, self._weights,
-        )  # fmt: skip
-
-    def _add_single(self, target: Target, entry: _Entry) -> bool:
-        use, same = entry.use, entry.operand.order == "same"
-        if isinstance(use, Convolution) and same and target.param.is_contiguous():
-            memory = [None if m is None else m.view(use.shape) for m in self._memory(target)]
+    def _add(self, target: Target, memory: list[Tensor | None], use: Use) -> None:
+        count = target.moments.count
+        if isinstance(use, Outer):
+            shape = use.grads.shape[2], use.activations.shape[2]
+            matrices = [None if one is None else one.view(shape) for one in memory]
+            if matrices[0].stride(0) == 1 and shape[1] > 1:  # type: ignore[union-attr]
+                use = use.transposed()
+                matrices = [None if one is None else one.t() for one in matrices]
+            torch.ops.andmask.accumulate_outer_.default(
+                *matrices, use.activations, use.grads, use.groups.order, use.groups.offsets,
+                count, self._weights,
+            )  # fmt: skip
+        elif isinstance(use, Convolution):
             torch.ops.andmask.accumulate_convolution_.default(
                 *memory, use.images, use.grads, use.groups.order, use.groups.offsets,
-                target.moments.count, use.stride, use.padding, use.dilation, use.channel_groups,
-                self._weights,
+                count, use.stride, use.padding, use.dilation, use.channel_groups, self._weights,
             )  # fmt: skip
-            return True
-        if isinstance(use, Stacked):
-            grads: Tensor | None = use.grads
-            if not same or use.shape != target.param.shape:
-                grads = pull_back(use.grads, entry.nodes, 1) if entry.operand.chain else None
-            if grads is None:
-                return False
-            indices, waiting = self._waiting.setdefault(id(target.moments), ([], []))
-            indices.append(target)
-            waiting.append(grads)
-            self._bytes += grads.nbytes
-            if self._bytes >= _FLUSH_BYTES:
-                self._flush()
-            return True
-        if isinstance(use, Lookup) and same and target.moments.kinds in ((), ("votes",)):
-            self._add_lookup(target, use)
-            return True
-        return False
+        elif isinstance(use, Lookup):
+            self._add_lookup(memory, use, count)
+        else:
+            assert isinstance(use, Stacked)
+            torch.ops.andmask.accumulate_.default(
+                *[[] if one is None else [one] for one in memory], [use.grads], count,
+                self._weights, True,
+            )  # fmt: skip
+
+    def _wait(self, target: Target, use: Stacked, view: View) -> None:
+        if view.size == target.param.shape:
+            grads = use.grads
+        else:
+            grads = use.grads.new_empty(len(use.grads), *target.param.shape)
+            view.of(grads, 1).copy_(use.grads)
+        targets, waiting = self._waiting.setdefault(id(target.moments), ([], []))
+        targets.append(target)
+        waiting.append(grads)
+        self._bytes += grads.nbytes
+        if self._bytes >= _FLUSH_BYTES:
+            self._flush()
 
     def _flush(self) -> None:
         """Add the gradients that have been waiting for others, in one call."""
@@ -181,12 +213,12 @@ class Session:
         self._waiting.clear()
         self._bytes = 0
 
-    def _add_lookup(self, target: Target, use: Lookup) -> None:
-        total, votes = self._memory(target)[:2]
+    def _add_lookup(self, memory: list[Tensor | None], use: Lookup, count: int) -> None:
+        total, votes = memory[:2]
         gradients, lines, environments = use.segments()
-        for memory in (total, votes):
-            if memory is not None and target.moments.count == 0:
-                memory.zero_()
+        for one in (total, votes):
+            if one is not None and count == 0:
+                one.zero_()
         if votes is not None:
             signs = (gradients > 0).to(votes.dtype) - (gradients < 0).to(votes.dtype)
             votes.index_add_(0, lines, signs)
@@ -212,37 +244,66 @@ class Session:
             )
 
     def _gradients(self, entry: _Entry, param: Tensor, begin: int, end: int) -> Tensor:
-        stacked = entry.use.stacked(begin, end)
-        if entry.operand.chain:
-            pulled = pull_back(stacked, entry.nodes, 1)
-            if pulled is not None:
-                return pulled
-        root = entry.nodes[0]
-        metadata = root._input_metadata[entry.operand.output]
-        edge = GradientEdge(root, entry.operand.output)
+        stacked, operand = entry.use.stacked(begin, end), entry.operand
+        if operand.view is not None:
+            if operand.view.order == "same":
+                return stacked.reshape(end - begin, *param.shape)
+            gradients = stacked.new_zeros(end - begin, *param.shape)
+            operand.view.of(gradients, 1).copy_(stacked)
+            return gradients
+        root = entry.graph.nodes[operand.root]
+        edge = GradientEdge(root, operand.output)
+        dtype = root._input_metadata[operand.output].dtype
         return torch.stack([
-            torch.autograd.grad([edge], [param], [grad.to(metadata.dtype)], True)[0]
-            for grad in stacked
+            torch.autograd.grad([edge], [param], [grad.to(dtype)], True)[0] for grad in stacked
         ])  # fmt: skip
 
 
-def _as_outer(entries: Sequence[_Entry], param: Tensor) -> Outer | None:
-    """Return all uses as one sum of outer products in the parameter's own order, if they are."""
-    parts: list[Outer] = []
+def _is_matrix(view: View, use: Outer) -> bool:
+    """Return whether a view of the moments is a matrix that the native op can add to."""
+    if view.order is not None:
+        return True
+    memory = torch.empty_strided(view.size, view.stride, device="meta")
+    try:
+        return 1 in memory.view(use.grads.shape[2], use.activations.shape[2]).stride()
+    except RuntimeError:
+        return False
+
+
+def _joined(entries: list[_Entry]) -> list[_Entry]:
+    """Join outer products that belong to one view of a parameter: they are one, of more rows."""
+    first = entries[0]
+    if len(entries) == 1 or not all(
+        isinstance(entry.use, Outer) and entry.operand.view == first.operand.view
+        for entry in entries
+    ):
+        return entries
+    uses = [entry.use for entry in entries if isinstance(entry.use, Outer)]
+    if len({use.grads.dtype for use in uses}) > 1:
+        return entries
+    joined = Outer(
+        torch.cat([use.activations for use in uses], 1),
+        torch.cat([use.grads for use in uses], 1),
+        uses[0].groups,
+        uses[0].shape,
+    )
+    return [_Entry(joined, first.operand, first.graph)]
+
+
+def _covered(entries: Sequence[_Entry], param: Tensor) -> int | None:
+    """Return how many elements of a parameter are used, if no two uses share one."""
     if not param.is_contiguous():
         return None
-    for entry in entries:
-        if not isinstance(entry.use, Outer) or entry.operand.order is None:
+    views = [entry.operand.view for entry in entries]
+    if len(views) == 1 and views[0] is not None:
+        return param.numel() if views[0].full else math.prod(views[0].size)
+    intervals = []
+    for view in views:
+        interval = None if view is None else view.interval
+        if interval is None:
             return None
-        same = entry.operand.order == "same"
-        parts.append(entry.use if same else entry.use.transposed())
-        if {parts[-1].grads.dtype, parts[-1].activations.dtype} != {parts[0].grads.dtype}:
-            return None
-    if len(parts) == 1:
-        return parts[0]
-    return Outer(
-        torch.cat([part.activations for part in parts], 1),
-        torch.cat([part.grads for part in parts], 1),
-        parts[0].groups,
-        parts[0].shape,
-    )
+        intervals.append(interval)
+    intervals.sort()
+    if any(one[1] > two[0] for one, two in zip(intervals, intervals[1:], strict=False)):
+        return None
+    return sum(end - begin for begin, end in intervals)

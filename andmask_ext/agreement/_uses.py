@@ -74,6 +74,34 @@ class Outer(Use):
 
 
 @dataclass
+class OuterBatch(Use):
+    """A batch of sums of outer products, one for each matrix of an operand ``[matrices, I, O]``.
+
+    Attributes:
+        activations: ``[matrices, examples, rows of each, I]``.
+        grads: ``[matrices, examples, rows of each, O]``.
+    """
+
+    activations: Tensor
+    grads: Tensor
+    groups: Groups
+    shape: tuple[int, ...]
+
+    path = "batches of outer products"
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        gradients = []
+        for environment in range(begin, end):
+            members = self.groups.members(environment)
+            rows, grads = (
+                factor[:, members].flatten(1, 2).to(wide_dtype(factor))
+                for factor in (self.activations, self.grads)
+            )
+            gradients.append(torch.bmm(rows.transpose(1, 2), grads))
+        return torch.stack(gradients)
+
+
+@dataclass
 class Convolution(Use):
     """Gradients of the weight of a convolution with zero padding.
 
