@@ -95,6 +95,7 @@ class Agreement:
         self._check_rule()
         self._params = self._choose(params)
         self._leaves = list({id(p): p for p in (*model.parameters(), *self._params)}.values())
+        self._members = {id(module) for module in model.modules()}
         self._batch_dim = batch_dim
         self._reduction = loss_reduction
         self._keep = keep_moments
@@ -224,7 +225,7 @@ class Agreement:
         assert self._model is not None
         if self._optimizer is not None:
             optimizer = self._optimizer
-        watch = Watch(self._model, self._batch_dim)
+        watch = Watch(self._members, self._batch_dim)
         run = Run(self, environments, watch, scaler, self._reduction, self._plans, self._records)
         if self._optimizer is None:
             if not self._open:

@@ -33,14 +33,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Watch:
     """Hooks on all modules while the context is open; nothing is attached to the model itself.
 
+    Args:
+        members: the ids of the model's modules, itself among them.
+        batch_dim: which dimension of inputs and outputs is the batch.
+
     Attributes:
         examples: the size of the batch in the last call of the model, or of one of its parts that
             was called from outside of it; None: there was no call.
         inputs, outputs: the tensors that these calls took and returned since :meth:`clear`.
     """
 
-    def __init__(self, model: nn.Module, batch_dim: int) -> None:
-        self._members = {id(module) for module in model.modules()}
+    def __init__(self, members: set[int], batch_dim: int) -> None:
+        self._members = members
         self._batch_dim = batch_dim
         self._depth = 0
         self._handles: list[Any] = []

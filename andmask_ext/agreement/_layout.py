@@ -38,6 +38,8 @@ class Layout:
 
     def rows(self, matrix: Tensor, examples: int) -> Tensor:
         """Return ``[examples, rows of each, columns]`` of a matrix with examples in its rows."""
+        if self.before == 1:
+            return matrix.reshape(examples, self.after, matrix.shape[1])
         split = matrix.reshape(self.before, examples, self.after, matrix.shape[1])
         return split.transpose(0, 1).reshape(examples, self.before * self.after, matrix.shape[1])
 
@@ -109,6 +111,9 @@ def environment_sum(
         ``[environments, *shape]`` in the dtype that sums are taken in; None where the operand
         varies along the axis of the batch.
     """
+    if layout.axis == 0 and groups.size == len(tensor) // groups.examples == 1:
+        if tensor.shape[1:] == torch.Size(shape):
+            return tensor
     aligned = (1,) * (tensor.dim() - len(shape)) + tuple(shape)
     if aligned[layout.axis] != 1:
         return None

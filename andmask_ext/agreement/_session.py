@@ -102,9 +102,10 @@ class Session:
 
     def finish(self) -> None:
         """Treat all parameters that are left."""
-        for param in list(self._entries):
-            self._complete(param)
-        self._flush()
+        with torch.no_grad():  # as it is while the engine runs
+            for param in list(self._entries):
+                self._complete(param)
+            self._flush()
 
     # ---- one parameter ----
 
@@ -114,13 +115,11 @@ class Session:
         if not entries:
             return
         target = self._targets[param]
-        record = self._records.setdefault(param, Record())
-        record.uses = len(entries)
-        record.paths = sorted({entry.use.path for entry in entries})
-        with torch.no_grad():
-            if not self._add_directly(target, entries):
-                self._add_in_chunks(target, entries, param)
-                record.paths.append("gradients of a few environments at a time")
+        paths = sorted({entry.use.path for entry in entries})
+        record = self._records[param] = Record(len(entries), paths)
+        if not self._add_directly(target, entries):
+            self._add_in_chunks(target, entries, param)
+            record.paths.append("gradients of a few environments at a time")
 
     def _add_directly(self, target: Target, entries: list[_Entry]) -> bool:
         """Add uses that nothing has to be added to before they vote."""
