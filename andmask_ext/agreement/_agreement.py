@@ -14,6 +14,7 @@ from ..moments import Moments
 from ..optim._environments import MomentOptimizer
 from ..rules import AndMask, Rule
 from ._batch import Watch
+from ._constants import Constants
 from ._groups import Environments, Groups, activate, check_environments, make_groups
 from ._plan import Plan
 from ._report import Report, make_report
@@ -36,9 +37,9 @@ class Agreement:
     that joins a parameter with data. The backward pass runs without computing gradients of
     parameters; when the gradient of such a node's output arrives, the votes of the node's
     parameters are computed from it and from what the node has saved. No module is wrapped, and no
-    use of a parameter can be missed. At the first pass of each structure, one more backward pass
-    with the gradients of half of the environments proves that environments do not mix and shows
-    where in each tensor the batch lies.
+    use of a parameter can be missed. At the first pass of each structure a few
+    more, in which the gradient of each environment is multiplied by a power of two of its own, prove
+    that environments do not mix, and show where in each tensor the batch lies.
 
     Args:
         model: the model that is called inside the context.
@@ -50,13 +51,17 @@ class Agreement:
         batch_dim: which dimension of the model's inputs and outputs is the batch.
         loss_reduction: ``"mean"`` or ``"sum"``: whether the loss is the mean over the examples of
             the batch or their sum. The result is the same: that of :math:`L_e`.
+        prove: ``"auto"``: prove that environments do not mix, at the first backward pass of each
+            structure, and again where indices pick other rows; refuse a model for which there is
+            no proof (one that returns only its loss, say). ``"once"``: not again for other
+            indices. ``"never"``: no proof; accept what can be treated in one way only.
         keep_moments: keep the moments of the last context, for metrics, instead of writing the
             gradients over them. (With an optimizer they are kept until its step.)
 
     Raises:
         TypeError: an argument has another type, or the rule needs the gradients of all environments
             at once.
-        ValueError: there is no parameter, or another value of ``loss_reduction``.
+        ValueError: there is no parameter, or an option has another value.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -79,6 +84,7 @@ class Agreement:
         *,
         batch_dim: int = 0,
         loss_reduction: str = "mean",
+        prove: str = "auto",
         keep_moments: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -87,6 +93,8 @@ class Agreement:
             raise ValueError(
                 f"loss_reduction: expected 'mean' or 'sum', but got {loss_reduction!r}"
             )
+        if prove not in ("auto", "once", "never"):
+            raise ValueError(f"prove: expected 'auto', 'once' or 'never', but got {prove!r}")
         if not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(f"batch_dim: expected a dimension from 0 on, but got {batch_dim!r}")
         self._model: nn.Module | None = model
@@ -98,6 +106,7 @@ class Agreement:
         self._members = {id(module) for module in model.modules()}
         self._batch_dim = batch_dim
         self._reduction = loss_reduction
+        self._prove = prove
         self._keep = keep_moments
         self._moments: list[Moments] = []
         if self._optimizer is None:
@@ -196,29 +205,20 @@ class Agreement:
             raise RuntimeError("Agreement: expected no context inside another of the same object")
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
-        kept = {id(p): (p, p.grad) for p in self._leaves}
-        run = self._begin(environments, grad_scaler)
-        for param, _ in kept.values():
-            param.grad = None
+        before = [(leaf, leaf.grad) for leaf in self._leaves]
+        run = self._run = self._begin(environments, grad_scaler)
         complete = False
-        self._run = run
         try:
             with BackwardMode(run), activate(environments), run.watch:
                 yield
-            run.require_complete(self._name)
+            run.require_complete()
             complete = True
         finally:
             self._run = None
-            fresh = {key: param.grad for key, (param, _) in kept.items()}
-            for param, grad in kept.values():
-                param.grad = grad
             if not complete:
+                for leaf, grad in before:
+                    leaf.grad = grad
                 self._abandon(run)
-        tracked = {id(param) for param in self._params}
-        for key, (param, grad) in kept.items():
-            new = fresh[key]
-            if new is not None and key not in tracked:
-                param.grad = new if grad is None else grad.add_(new)
         self._end(run, resolve)
 
     def _begin(self, environments: Environments, scaler: torch.amp.GradScaler | None) -> Run:
@@ -226,7 +226,10 @@ class Agreement:
         if self._optimizer is not None:
             optimizer = self._optimizer
         watch = Watch(self._members, self._batch_dim)
-        run = Run(self, environments, watch, scaler, self._reduction, self._plans, self._records)
+        run = Run(
+            self, environments, watch, Constants(self._model), scaler, self._reduction,
+            self._plans, self._records,
+        )  # fmt: skip
         if self._optimizer is None:
             if not self._open:
                 self._moments[0].reset()

@@ -8,10 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+
+from ._groups import PerEnvironment
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -30,6 +33,13 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
                 yield from tensors_in(one)
 
 
+def uses_batch(module: _BatchNorm) -> bool:
+    """Return whether a layer takes statistics over all environments."""
+    return (module.training or module.running_mean is None) and not isinstance(
+        module, PerEnvironment
+    )
+
+
 class Watch:
     """Hooks on all modules while the context is open; nothing is attached to the model itself.
 
@@ -38,8 +48,9 @@ class Watch:
         batch_dim: which dimension of inputs and outputs is the batch.
 
     Attributes:
-        examples: the size of the batch in the last call of the model, or of one of its parts that
-            was called from outside of it; None: there was no call.
+        sizes: those of the batch in calls of the model, or of parts of it that were called from
+            outside, since :meth:`clear`.
+        batch_norms: the modules that took statistics of the batch since :meth:`clear`.
         inputs, outputs: the tensors that these calls took and returned since :meth:`clear`.
     """
 
@@ -48,14 +59,15 @@ class Watch:
         self._batch_dim = batch_dim
         self._depth = 0
         self._handles: list[Any] = []
-        self.examples: int | None = None
+        self.sizes: set[int] = set()
+        self.batch_norms: list[nn.Module] = []
         self.inputs: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
     def __enter__(self) -> None:
         self._handles = [
             register_module_forward_pre_hook(self._before),
-            register_module_forward_hook(self._after, with_kwargs=True),
+            register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
         ]
 
     def __exit__(
@@ -69,23 +81,31 @@ class Watch:
         self.clear()
 
     def clear(self) -> None:
-        """Forget inputs and outputs."""
+        """Forget what was seen."""
+        self.batch_norms = []
+        self.sizes = set()
         self.inputs, self.outputs = [], []
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._members:
             self._depth += 1
+            if isinstance(module, _BatchNorm) and uses_batch(module):
+                self.batch_norms.append(module)
 
-    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        """Take note of what a module took and returned: keyword arguments and output, or, after an
+        exception, the output only.
+        """
         if id(module) not in self._members:
             return
         self._depth -= 1
-        if self._depth or not torch.is_grad_enabled():
+        if self._depth or not torch.is_grad_enabled() or len(rest) < 2:
             return
+        kwargs, output = rest
         inputs = list(tensors_in((args, kwargs)))
         for tensor in inputs:
             if tensor.dim() > self._batch_dim:
-                self.examples = tensor.shape[self._batch_dim]
+                self.sizes.add(tensor.shape[self._batch_dim])
                 break
         self.inputs += inputs
         self.outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
@@ -100,8 +120,8 @@ class Watch:
             and one.is_floating_point()
         ]
 
-    def axis_mask(self, anchor: Tensor, active: Tensor) -> Tensor:
-        """Return a mask that broadcasts over an anchor: its examples that are active."""
+    def along_batch(self, by_example: Tensor, anchor: Tensor) -> Tensor:
+        """Return one value per example so that it broadcasts over an anchor."""
         shape = [1] * anchor.dim()
-        shape[self._batch_dim] = len(active)
-        return active.to(anchor.device).view(shape)
+        shape[self._batch_dim] = len(by_example)
+        return by_example.to(anchor).view(shape)

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import Node
 
 from ._graph import Operand
 from ._groups import Groups
 from ._layout import Layout, environment_sum
-from ._nodes import saved
+from ._nodes import aside, call_node, saved
 from ._uses import (
     Convolution,
     Lookup,
@@ -326,32 +326,40 @@ def axes_of(name: str) -> tuple[int, ...] | None:
     return FORMULAS[name][1] if name in FORMULAS else None
 
 
-def make_use(at: Arrival, name: str, operand: Operand, root: Node) -> Use:
+def make_use(at: Arrival, name: str, operand: Operand) -> Use:
     """Return the use of an operand, by the formula of the node's type or by calling the node."""
-    shape = operand.shape
-    if name in FORMULAS and at.deltas[0] is not None:
-        use = FORMULAS[name][0](at, operand.edge, shape)
+    delta = at.deltas[0]
+    if name in FORMULAS and delta is not None and not delta.is_complex():
+        use = FORMULAS[name][0](at, operand.edge, operand.shape)
         if use is not None:
             return use
-    return _one_by_one(at, name, GradientEdge(root, operand.output), shape)
+    return _one_by_one(at, name, operand)
 
 
-def _one_by_one(at: Arrival, name: str, target: GradientEdge, shape: tuple[int, ...]) -> Use:
-    outputs, deltas, environments = [], [], []
-    for output, (delta, layout) in enumerate(zip(at.deltas, at.layouts, strict=True)):
-        if delta is not None and layout is not None:
-            outputs.append(GradientEdge(at.node, output))
-            deltas.append(delta)
-            environments.append(_environments(layout, at.groups, delta))
+def _one_by_one(at: Arrival, name: str, operand: Operand) -> Use:
+    environments = [
+        None if delta is None or layout is None else _environments(layout, at.groups, delta)
+        for delta, layout in zip(at.deltas, at.layouts, strict=True)
+    ]
+    some = next(delta for delta in at.deltas if delta is not None)
 
-    def gradient(environment: int) -> Tensor:
+    def gradients(begin: int, end: int) -> list[Tensor]:
         # The formula is linear in the deltas: with those of one environment only, it gives the
         # gradient of that environment.
-        alone = [
-            torch.where(ids == environment, delta, torch.zeros_like(delta))
-            for ids, delta in zip(environments, deltas, strict=True)
-        ]
-        (result,) = torch.autograd.grad(outputs, [target], alone, True, allow_unused=True)
-        return deltas[0].new_zeros(shape) if result is None else result.detach()
+        found = []
 
-    return OneByOne(gradient, shape, f"{name}, once per environment")
+        def body() -> None:
+            for environment in range(begin, end):
+                alone = [
+                    None
+                    if delta is None or ids is None
+                    else torch.where(ids == environment, delta, torch.zeros_like(delta))
+                    for ids, delta in zip(environments, at.deltas, strict=True)
+                ]
+                gradient = call_node(at.node, alone)[operand.edge]
+                found.append(some.new_zeros(operand.shape) if gradient is None else gradient)
+
+        aside(body)
+        return found
+
+    return OneByOne(gradients, operand.shape, f"{name}, once per environment")

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from ._chain import VIEWS, View, view_through
-from ._nodes import leaf, shape_of
+from ._nodes import leaf, saved, shape_of
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
 # Nodes that read data which autograd does not see as an input (indices), or make new rows.
-LOOKUPS = {  # and the name of the indices
-    "EmbeddingBackward0": "indices",
-    "EmbeddingBagBackward0": "indices",
-    "GatherBackward0": "index",
-    "IndexBackward0": "indices",
-    "IndexSelectBackward0": "index",
-    "TakeBackward0": "index",
-}
-_HIDDEN_DATA = (*LOOKUPS, "ExpandBackward0", "RepeatBackward0")
+LOOKUPS = (
+    "EmbeddingBackward0",
+    "EmbeddingBagBackward0",
+    "GatherBackward0",
+    "IndexBackward0",
+    "IndexSelectBackward0",
+    "TakeBackward0",
+)
+_HIDDEN_DATA = (
+    *LOOKUPS, "ExpandBackward0", "MaskedFillBackward0", "MaskedFillBackward1",
+    "MaskedSelectBackward0", "RepeatBackward0", "WhereBackward0",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,15 +55,17 @@ class Graph:
 
     Attributes:
         nodes: the nodes.
+        roots: the indices of the roots.
         edges: for each node, one entry per input: None, or (index of a node, its output).
         names: for each node, its type; for a leaf that is tracked, with the parameter's number.
     """
 
     def __init__(self, roots: Iterable[Node], tracked: Mapping[int, int]) -> None:
+        roots = list(roots)
         self.nodes: list[Node] = []
         nexts = []
         index: dict[Node, int] = {}
-        stack = list(roots)[::-1]
+        stack = roots[::-1]
         while stack:
             node = stack.pop()
             if node in index:
@@ -72,6 +77,7 @@ class Graph:
             for successor, _ in following[::-1]:
                 if successor is not None and successor not in index:
                     stack.append(successor)
+        self.roots = [index[root] for root in roots]
         self.edges: list[tuple[tuple[int, int] | None, ...]] = [
             tuple([None if node is None else (index[node], output) for node, output in following])
             for following in nexts
@@ -81,10 +87,32 @@ class Graph:
             for node in self.nodes
         ]
 
-    @cached_property
-    def signature(self) -> Any:
-        """What two graphs of the same structure on the same parameters have in common."""
-        return tuple(zip(self.names, self.edges, strict=True))
+    def structure(self, examples: int, contents: bool) -> Any:
+        """Return what tells graphs apart that have to be treated differently.
+
+        Which nodes there are and how they are joined; the arguments of views; in which dimensions
+        of reshaped tensors a batch of ``examples`` fits; and, with ``contents``, which rows are
+        picked by indices. Sizes and the values of data are not in it.
+        """
+        tokens = [
+            _token(node, examples, contents and not self._is_lookup(index))
+            if type(node) in _TOKENS or type(node) not in _PLAIN
+            else None
+            for index, node in enumerate(self.nodes)
+        ]
+        return tuple(self.names), tuple(self.edges), tuple(tokens)
+
+    def _is_lookup(self, index: int) -> bool:
+        """Return whether a node reads from a view of a parameter, and not from data."""
+        entry = self.edges[index][0] if self.edges[index] else None
+        while entry is not None:
+            name = self.names[entry[0]]
+            if isinstance(name, tuple):
+                return name[1] is not None
+            if name not in VIEWS:
+                return False
+            entry = self.edges[entry[0]][0]
+        return False
 
     def param(self, index: int) -> int | None:
         """Return the number of the tracked parameter that a node is the leaf of."""
@@ -155,3 +183,53 @@ class Graph:
 def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int | None]:
     name = node.name()
     return (name, tracked.get(id(leaf(node)))) if name == ACCUMULATE else name
+
+
+# Arguments that say what a node does to the order of its elements.
+_STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "offset", "shifts", "start",
+           "step", "training")  # fmt: skip
+# Indices by which rows are picked or put.
+_CONTENTS = ("index", "indices", "mask")
+_PICKING = (
+    "GatherBackward0", "IndexAddBackward0", "IndexBackward0", "IndexCopyBackward0",
+    "IndexPutBackward0", "IndexReduceBackward0", "IndexSelectBackward0", "MaskedScatterBackward0",
+    "MaskedSelectBackward0", "ScatterAddBackward0", "ScatterBackward0", "ScatterBackward1",
+    "ScatterReduceBackward0", "TakeBackward0",
+)  # fmt: skip
+_RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
+
+# By the type of a node: the names of its arguments that belong to the structure; types without.
+_TOKENS: dict[type, tuple[str, ...]] = {}
+_PLAIN: set[type] = set()
+
+
+def _token(node: Node, examples: int, contents: bool) -> Any:
+    kind, name = type(node), node.name()
+    if kind not in _TOKENS:
+        present = [one for one in _STATIC if hasattr(kind, f"_saved_{one}")]
+        present += [
+            one for one in _CONTENTS if name in _PICKING and hasattr(kind, f"_saved_{one}")
+        ]
+        if not present and name not in _RESHAPES:
+            _PLAIN.add(kind)
+            return None
+        _TOKENS[kind] = tuple(dict.fromkeys(present))
+    if name in _RESHAPES:
+        return tuple(
+            "batch" if size == examples else size % examples == 0 for size in shape_of(node)
+        )
+    values = []
+    for one in _TOKENS[kind]:
+        value = saved(node, one)
+        if name in _PICKING and one in _CONTENTS:
+            tensors = value if isinstance(value, (tuple, list)) else [value]
+            values += [_content(tensor) if contents else None for tensor in tensors]
+        elif isinstance(value, (int, tuple)):
+            values.append(value)
+    return tuple(values)
+
+
+def _content(tensor: Tensor | None) -> Any:
+    if not isinstance(tensor, Tensor):
+        return tensor
+    return tuple(tensor.shape), hash(tensor.detach().cpu().contiguous().numpy().tobytes())

@@ -140,3 +140,7 @@ def active_groups(examples: int) -> Groups | None:
     """Return the partition of a batch in the context that is active; None: there is none."""
     environments = _active.get()
     return None if isinstance(environments, str) else make_groups(environments, examples)
+
+
+class PerEnvironment:
+    """Mixed into layers whose statistics are taken in each environment (see active_groups)."""

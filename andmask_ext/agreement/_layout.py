@@ -31,10 +31,9 @@ class Layout:
             *shape[: self.axis], self.before, examples, self.after, *shape[self.axis + 1 :]
         )
 
-    def present(self, delta: Tensor, examples: int) -> Tensor:
-        """Return for each example whether the tensor has anything but zeros there."""
-        nonzero = (delta != 0).movedim(self.axis, 0).reshape(delta.shape[self.axis], -1).any(1)
-        return nonzero.view(self.before, examples, self.after).any(2).any(0)
+    def spread(self, by_example: Tensor) -> Tensor:
+        """Return for each entry along ``axis`` the value of its example."""
+        return by_example.repeat_interleave(self.after).repeat(self.before)
 
     def rows(self, matrix: Tensor, examples: int) -> Tensor:
         """Return ``[examples, rows of each, columns]`` of a matrix with examples in its rows."""
@@ -58,42 +57,47 @@ def candidates(shape: Sequence[int], examples: int, axes: Sequence[int] | None) 
 
 
 class Evidence:
-    """Candidates for the layout of one node that the gradients seen so far leave.
+    """Candidates for the layout of one node's output, and which of them its gradients leave.
 
-    The cotangent of a probe is zero for the examples of some environments. Where rows do not mix,
-    gradients are zero there too, and not everywhere else.
+    In probes after the first, the cotangents of each environment are multiplied by a power of two
+    of its own. Where environments do not mix, that multiplies all gradients that belong to them by
+    the same power, exactly; where they do, it does not.
     """
 
     def __init__(self, shape: Sequence[int], examples: int, axes: Sequence[int] | None) -> None:
         self.left = candidates(shape, examples, axes)
-        self.examples = examples
         self.seen = False  # any gradient that is not zero
-        self.active = 0  # examples that were alive in probes so far
-        self._score = [0] * len(self.left)
+        self._examples = examples
+        self._first: dict[int, Tensor] = {}  # by axis: the magnitudes of the first probe
 
-    def add(self, delta: Tensor, active: Tensor) -> None:
-        """Take note of the gradient of one probe, in which the examples ``active`` are alive."""
-        left, score = [], []
-        active = active.to(delta.device)
-        for layout, before in zip(self.left, self._score, strict=True):
-            present = layout.present(delta, self.examples)
-            if not bool((present & ~active).any()):
-                left.append(layout)
-                score.append(before + int(present.sum()))
-        self.left, self._score = left, score
-        self.seen = self.seen or bool((delta != 0).any())
-        self.active += int(active.sum())
+    def add(self, delta: Tensor, factors: Tensor | None) -> None:
+        """Take note of the gradient of one probe.
 
-    @property
-    def clear(self) -> bool:
-        """Whether one candidate explains a gradient in every example that was alive."""
-        return not self.left or (len(self.best) == 1 and max(self._score) == self.active)
-
-    @property
-    def best(self) -> list[Layout]:
-        """The candidates that explain most; several: the probes could not tell."""
-        top = max(self._score, default=0)
-        return [one for one, score in zip(self.left, self._score, strict=True) if score == top]
+        Args:
+            delta: the gradient.
+            factors: of each example; None: this is the first probe.
+        """
+        for axis in {layout.axis for layout in self.left}:
+            other = [dim for dim in range(delta.dim()) if dim != axis]
+            magnitudes = delta.detach().abs()
+            if other:
+                magnitudes = magnitudes.sum(other, dtype=torch.float64)
+            magnitudes = magnitudes.double().cpu()
+            if factors is None:
+                self._first[axis] = magnitudes
+                self.seen = self.seen or bool((magnitudes != 0).any())
+                continue
+            if axis not in self._first:
+                continue
+            self.left = [
+                layout
+                for layout in self.left
+                if layout.axis != axis
+                or torch.allclose(
+                    magnitudes, self._first[axis] * layout.spread(factors), rtol=0.02, atol=0.0,
+                    equal_nan=True,
+                )
+            ]
 
 
 def environment_sum(
@@ -147,30 +151,30 @@ def sum_by_id(by_example: Tensor, groups: Groups) -> Tensor:
     return result.index_add_(0, groups.ids.to(by_example.device), by_example.to(wide))
 
 
-def pick(evidence: Evidence | None, shape: Sequence[int], examples: int, axes: Sequence[int] | None,
-         trivial: bool) -> Layout | None:  # fmt: skip
-    """Return the layout of a tensor, or None if that is not certain.
+def pick(
+    evidence: Evidence | None,
+    shape: Sequence[int],
+    examples: int,
+    axes: Sequence[int] | None,
+    trivial: bool,
+) -> tuple[Layout | None, bool]:
+    """Return the layout of a tensor, None if there is none, and whether it is the only one.
 
     Args:
-        evidence: what probes have shown of it; None: nothing.
+        evidence: what probes have shown of it; None: there were none.
         shape: of the tensor.
         examples: in the batch.
         axes: where the batch can be at all, for a node of this type.
         trivial: there is one environment only: any layout will do.
     """
-    allowed = candidates(shape, examples, axes)
-    if trivial or len(allowed) == 1 and evidence is None:
-        return allowed[0] if allowed else None
-    if evidence is None:
-        return None
-    if not evidence.seen:  # all zeros: they vote for nothing, wherever they lie
-        return allowed[0] if allowed else None
-    best = evidence.best
-    if len(best) == 1:
-        return best[0]
-    # Layouts of the same rows with axes of size 1 between them are one.
+    left = candidates(shape, examples, axes) if trivial or evidence is None else evidence.left
+    if not left:
+        return None, True
+    # Where the gradients of a graph leave several, these have no gradients that they would treat
+    # differently; another graph of the same structure might.
     different = {
         (math.prod(shape[: one.axis]) * one.before, math.prod(shape[one.axis + 1 :]) * one.after)
-        for one in best
+        for one in left
     }
-    return best[0] if len(different) == 1 else None
+    alone = len(different) == 1
+    return (left[0] if trivial or alone or evidence is not None else None), trivial or alone

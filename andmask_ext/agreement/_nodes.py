@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node
 from torch.utils import checkpoint
 
 
@@ -30,8 +32,73 @@ class _KeepHandles(dict[int, Any]):
 
 def saved(node: Node, name: str) -> Any:
     """Return what a node saved for its backward pass."""
-    raw = getattr(node, f"_raw_saved_{name}", None)
-    if raw is not None and isinstance(raw.data, checkpoint._Holder):
-        raw.data.handles = _KeepHandles(raw.data.handles)
+    keep_checkpoints(node, name)
     value = getattr(node, f"_saved_{name}")
     return value.detach() if isinstance(value, Tensor) else value
+
+
+def keep_checkpoints(node: Node, name: str) -> None:
+    """Let a saved tensor be unpacked more than once where it is checkpointed."""
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    for one in raw if isinstance(raw, (tuple, list)) else (raw,):
+        if one is not None and isinstance(one.data, checkpoint._Holder):
+            one.data.handles = _KeepHandles(one.data.handles)
+
+
+def saved_tensors(node: Node) -> list[Tensor]:
+    """Return all tensors that a node of a native function has saved."""
+    found = []
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            keep_checkpoints(node, name.removeprefix("_saved_"))
+            value = getattr(node, name)
+            for one in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(one, Tensor):
+                    found.append(one)
+    return found
+
+
+def call_node(node: Node, deltas: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of a node's inputs, from those of its outputs.
+
+    The node is not released: it can be called again. Hooks do not run.
+    """
+    apply = getattr(node, "apply", node)  # a Python function's node is called otherwise
+    result = apply(*deltas)
+    return result if isinstance(result, tuple) else (result,)
+
+
+class _Aside(torch.autograd.Function):
+    """Runs something in a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, start: Tensor, body: Callable[[], None]) -> Tensor:  # noqa: D102
+        ctx.body = body
+        return start.clone()
+
+    @staticmethod
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+        ctx.body()
+        return delta, None
+
+
+def aside(body: Callable[[], None]) -> None:
+    """Run ``body`` where nodes that are called compute the gradients of all their inputs.
+
+    Inside a backward pass with ``inputs`` they compute only those that it needs.
+    """
+    with torch.enable_grad():
+        end = _Aside.apply(torch.zeros((), requires_grad=True), body)
+    torch.autograd.backward(end)
+
+
+def has_hooks(node: Node, output: int) -> bool:
+    """Return whether hooks of a tensor change the gradient of a node's output."""
+    metadata = node._input_metadata[output]
+    edge = GradientEdge(node, output)
+    ones = torch.ones(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
+    try:
+        (seen,) = torch.autograd.grad([edge], [edge], [ones], retain_graph=True)
+    except Exception:  # a hook has raised
+        return True
+    return not torch.equal(seen, ones)

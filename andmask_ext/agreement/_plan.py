@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import Tensor
 from torch.autograd.graph import Node
 
+from ._constants import Constants
 from ._consumers import FORMULAS, axes_of
 from ._graph import LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
-from ._nodes import saved, shape_of
+from ._nodes import has_hooks, leaf, saved_tensors, shape_of
 
-_BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"
 _COMPILED = "CompiledFunctionBackward"
 
@@ -31,15 +31,18 @@ class Consumer:
         name: its type.
         operands: its inputs that are made of parameters only.
         layouts: where the batch lies in each of its outputs; None: nowhere.
+        unseen: no probe has seen a gradient here; there must be none.
     """
 
     index: int
     name: str
     operands: tuple[Operand, ...]
     layouts: tuple[Layout | None, ...]
+    unseen: bool = False
 
-    def at(self, node: Node, examples: int) -> Consumer | None:
+    def at(self, graph: Graph, examples: int) -> Consumer | None:
         """Return this consumer in a graph of other sizes; None: it has to be found anew."""
+        node = graph.nodes[self.index]
         now: list[Layout | None] = []
         for output, layout in enumerate(self.layouts):
             if layout is not None:
@@ -54,7 +57,8 @@ class Consumer:
                         else Layout(layout.axis, factor, 1)
                     )
             now.append(layout)
-        return replace(self, layouts=tuple(now))
+        operands = tuple(graph.operand(self.index, one.edge) for one in self.operands)
+        return replace(self, operands=operands, layouts=tuple(now))
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,9 @@ class Plan:
     deferred: bool
     certain: bool
 
-    def at(self, nodes: Sequence[Node], examples: int) -> Plan | None:
+    def at(self, graph: Graph, examples: int) -> Plan | None:
         """Return this plan for a graph of other sizes; None: it has to be made anew."""
-        consumers = [one.at(nodes[one.index], examples) for one in self.consumers]
+        consumers = [one.at(graph, examples) for one in self.consumers]
         found = tuple(one for one in consumers if one is not None)
         return replace(self, consumers=found) if len(found) == len(consumers) else None
 
@@ -105,8 +109,8 @@ def make_plan(
     graph: Graph,
     groups: Groups,
     evidences: Evidences,
-    batch_norms: Sequence[str],
-    inputs: set[int],
+    constants: Constants,
+    prove: bool,
 ) -> Plan:
     """Decide what each node of a graph is.
 
@@ -114,8 +118,8 @@ def make_plan(
         graph: of a backward pass.
         groups: the environments.
         evidences: what probes have shown.
-        batch_norms: names of the modules that would use statistics of the batch.
-        inputs: the memory that the model's inputs lie in (see :func:`storage`).
+        constants: what is known not to be data.
+        prove: refuse what no probe has reached.
 
     Raises:
         RuntimeError: it cannot be done exactly.
@@ -130,50 +134,55 @@ def make_plan(
             weight[index] = name[1] is not None
             if not weight[index]:
                 leaves.append(index)
+            elif leaf(node)._backward_hooks:
+                _refuse_hooks(node, "a parameter")
             continue
-        _refuse(node, name, batch_norms, groups)
+        _refuse_compiled(name)
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if not any(below):
             continue
         evidence = evidences.get(index)
         if all(below) and (
             not graph.may_carry_batch(index)
-            or (not trivial and _is_weight(graph, index, groups, evidence, inputs))
+            or (not trivial and _is_weight(graph, index, groups, evidence, constants))
         ):
             weight[index] = True
+            for output in range(len(graph.nodes[index]._input_metadata)):
+                _refuse_hooks(graph.nodes[index], name, output)
             continue
-        certain &= evidence is None or all(one.seen for one in evidence)
-        layouts = _layouts(graph, index, groups, evidence, trivial)
+        layouts, alone = _layouts(graph, index, groups, evidence, prove)
+        certain &= alone
         operands = tuple(
             graph.operand(index, edge)
             for edge, entry in enumerate(graph.edges[index])
             if entry and weight[entry[0]]
         )
-        consumers.append(Consumer(index, name, operands, layouts))
+        unseen = evidence is not None and not any(one.seen for one in evidence)
+        consumers.append(Consumer(index, name, operands, layouts, unseen and not trivial))
+    for root in graph.roots:
+        if weight[root]:
+            raise RuntimeError(
+                "Agreement: a term of the loss is made of parameters only: it belongs to no "
+                "environment; use weight_decay, or add its gradient outside of the context"
+            )
     return Plan(tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain)
 
 
-def _refuse(node: Node, name: str, batch_norms: Sequence[str], groups: Groups) -> None:
+def _refuse_hooks(node: Node, name: str, output: int | None = None) -> None:
+    if output is None or has_hooks(node, output):
+        raise RuntimeError(
+            f"Agreement: {name} has a hook (Tensor.register_hook), which would have to change the "
+            "gradient of each environment; remove it, or use andmask_ext.backward"
+        )
+
+
+def _refuse_compiled(name: str) -> None:
     if name == _COMPILED:
         raise RuntimeError(
             "Agreement: the model, or a part of it, was compiled with torch.compile: what its "
             "backward pass does to parameters cannot be seen; call the module that was compiled "
             "(model._orig_mod) inside the context, or use andmask_ext.backward"
         )
-    if name in _BATCH_NORMS and (name != _BATCH_NORMS[0] or saved(node, "training")):
-        if groups.environments == 1 or shape_of(node)[0] == 1:  # instance norm has a batch of 1
-            return
-        where = ", ".join(batch_norms) or "torch.nn.functional.batch_norm"
-        raise RuntimeError(
-            f"Agreement: {where} in training mode takes statistics over all environments; "
-            "convert the model with andmask_ext.nn.convert_batchnorm(model), which takes them in "
-            "each environment, or use andmask_ext.backward with one forward pass per environment"
-        )
-
-
-def storage(tensor: Tensor) -> int:
-    """Return the address of the memory that a tensor is a view of."""
-    return tensor.untyped_storage().data_ptr()
 
 
 def _shapes(node: Node) -> list[tuple[int, ...]]:
@@ -185,7 +194,7 @@ def _is_weight(
     index: int,
     groups: Groups,
     evidence: list[Evidence] | None,
-    inputs: set[int],
+    constants: Constants,
 ) -> bool:
     """Return whether a node makes something of parameters that carries no batch."""
     node, name = graph.nodes[index], graph.names[index]
@@ -193,27 +202,37 @@ def _is_weight(
     shapes = _shapes(node)
     if not any(candidates(shape, groups.examples, axes_of(name)) for shape in shapes):
         return True
-    if evidence is not None and any(one.seen for one in evidence):
-        rows = any(one.left for one in evidence if one.seen)
-        return not rows and _is_constant(graph, index, shapes[0], inputs)
-    return evidence is None and _is_arithmetic(graph, index, shapes[0])
+    constant = _is_constant(graph, index, shapes[0], constants)
+    if evidence is None or not any(one.seen for one in evidence):
+        return constant and name not in LOOKUPS
+    if not any(one.left for one in evidence if one.seen):
+        return constant
+    # Its gradients look like rows of the batch. What looks up constant lines may be rows (token
+    # types, say); arithmetic with a constant cannot.
+    return constant and name in _KEEPING
 
 
-def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], inputs: set[int]) -> bool:
-    """Return whether what enters a node beside parameters is not the batch."""
-    name = graph.names[index]
-    if name in LOOKUPS:
-        indices = saved(graph.nodes[index], LOOKUPS[name])  # type: ignore[index]
-        tensors = indices if isinstance(indices, (list, tuple)) else [indices]
-        return not any(t is not None and storage(t) in inputs for t in tensors)
-    return name in ("ExpandBackward0", "RepeatBackward0") or _is_arithmetic(graph, index, shape)
+# Arithmetic that saves both its operands.
+_KEEPING = frozenset((
+    "AddmmBackward0", "BmmBackward0", "DivBackward0", "DotBackward0", "MmBackward0",
+    "MulBackward0", "MvBackward0",
+))  # fmt: skip
+_FILLING = frozenset(("MaskedFillBackward0", "MaskedFillBackward1", "WhereBackward0"))
 
 
-def _is_arithmetic(graph: Graph, index: int, shape: tuple[int, ...]) -> bool:
-    """Return whether a node joins a parameter with a constant of the same shape: a mask, say."""
-    if graph.names[index] not in ("AddBackward0", "DivBackward0", "MulBackward0", "SubBackward0"):
+def _is_constant(
+    graph: Graph, index: int, shape: tuple[int, ...], constants: Constants
+) -> bool:
+    """Return whether what enters a node beside parameters is known not to be the batch."""
+    name, node = graph.names[index], graph.nodes[index]
+    if name in ("ExpandBackward0", "RepeatBackward0"):
+        return True
+    if name in ("AddBackward0", "SubBackward0"):  # with a constant of the same shape
+        return [shape_of(graph.nodes[e[0]], e[1]) for e in graph.edges[index] if e] == [shape]
+    whole = name in LOOKUPS or name in _KEEPING
+    if not (whole or (name in _FILLING and None not in graph.edges[index])):
         return False
-    return [shape_of(graph.nodes[e[0]], e[1]) for e in graph.edges[index] if e] == [shape]
+    return all(one.requires_grad or one in constants for one in saved_tensors(node))
 
 
 def _layouts(
@@ -221,28 +240,40 @@ def _layouts(
     index: int,
     groups: Groups,
     evidence: list[Evidence] | None,
-    trivial: bool,
-) -> tuple[Layout | None, ...]:
-    name = graph.names[index]
+    prove: bool,
+) -> tuple[tuple[Layout | None, ...], bool]:
+    """Return where the batch lies in each output, and whether that holds for other gradients."""
+    name, node = graph.names[index], graph.nodes[index]
     assert isinstance(name, str)
+    trivial = groups.environments == 1
     layouts: list[Layout | None] = []
-    for output, shape in enumerate(_shapes(graph.nodes[index])):
+    certain = True
+    for output, shape in enumerate(_shapes(node)):
         seen = None if evidence is None else evidence[output]
-        layout = pick(seen, shape, groups.examples, axes_of(name), trivial)
+        layout, alone = pick(seen, shape, groups.examples, axes_of(name), trivial)
         layouts.append(layout)
-        if layout is not None or (output > 0 and (seen is None or not seen.seen)):
-            continue
-        if seen is not None and seen.seen and not seen.left:
+        certain &= alone and (seen is None or seen.seen)
+        if output > 0 and (seen is None or not seen.seen):
+            continue  # not used
+        if layout is None and seen is not None and candidates(shape, groups.examples, None):
             raise RuntimeError(
                 f"Agreement: environments mix in the model: the gradient at {name} (output of "
                 f"shape {shape}) depends on examples of other environments, or its rows are not "
                 f"those of the batch of {groups.examples}; use andmask_ext.backward, with one "
                 "forward pass per environment"
             )
-        raise RuntimeError(
-            f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
-            f"output of {name}, of shape {shape}; expected a model whose output holds the batch "
-            "in dimension batch_dim, and which is called inside the context; "
-            "or use andmask_ext.backward"
-        )
-    return tuple(layouts)
+        if layout is None and math.prod(shape) == 1:
+            raise RuntimeError(
+                f"Agreement: a term of the loss is made of parameters only (it enters at {name}): "
+                "it belongs to no environment; use weight_decay, or add its gradient outside of "
+                "the context"
+            )
+        if layout is None or (prove and seen is None and not trivial):
+            raise RuntimeError(
+                f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
+                f"output of {name}, of shape {shape}; expected a model that is called inside the "
+                "context and returns what the loss is made of, with the batch in dimension "
+                "batch_dim; or say prove='never' if environments do not mix and shapes leave one "
+                "possibility; or use andmask_ext.backward"
+            )
+    return tuple(layouts), certain

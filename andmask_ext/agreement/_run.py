@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ._batch import Watch
+from ._constants import Constants
 from ._consumers import Arrival, axes_of, make_use
 from ._graph import Graph
 from ._groups import Environments, Groups
 from ._layout import Evidence
 from ._nodes import leaf, shape_of
-from ._plan import CHECKPOINT, Consumer, Plan, make_plan, storage, suspects
+from ._plan import CHECKPOINT, Consumer, Plan, make_plan, suspects
 from ._session import Record, Session, Target
 
 if TYPE_CHECKING:
@@ -61,7 +61,10 @@ class BackwardMode(TorchFunctionMode):
         if func in _RECURRENT:
             with _without_fused_kernels():
                 return func(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, (Tensor, tuple)):
+            self._run.constants.watch(result, args, kwargs)
+        return result
 
 
 def _call_backward(
@@ -116,12 +119,14 @@ class Run:
         owner: Agreement,
         environments: Environments,
         watch: Watch,
+        constants: Constants,
         grad_scaler: torch.amp.GradScaler | None,
         reduction: str,
         plans: dict[Any, Plan],
         records: dict[int, Record],
     ) -> None:
         self.watch = watch
+        self.constants = constants
         self.grad_scaler = grad_scaler
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
@@ -133,7 +138,8 @@ class Run:
         self._tracked = {id(param): number for number, param in enumerate(owner._params)}
         self._session: Session | None = None
         self._evidence: dict[Any, dict[int, list[Evidence]]] = {}
-        self._probe: Tensor | None = None  # the examples that are active, while a probe runs
+        self._probing = False
+        self._factors: Tensor | None = None  # of the examples, in this probe
         self._groups: Groups | None = None
         self._passes = 0
         self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
@@ -147,22 +153,19 @@ class Run:
             "was not seen; expected loss.backward() in the thread of the context"
         )
 
-    def require_complete(self, name: Callable[[Tensor], str]) -> None:
-        """Raise unless there was a backward pass and none that was not seen."""
+    def require_complete(self) -> None:
+        """Raise unless there was a backward pass."""
         if self._passes == 0:
             raise RuntimeError(
                 "Agreement: expected a backward pass inside the context, but there was none"
             )
-        for target in self.targets:
-            if target.param.grad is not None:
-                self.receive(target.param)
 
     # ---- one backward pass ----
 
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
         """Run a backward pass: plain gradients for what is not tracked, moments for the rest."""
         graph = Graph([_node(root) for root in roots], self._tracked)
-        if self._probe is not None:
+        if self._probing:
             self._probe_pass(graph, roots, grads, True, inner=True)
         elif self._session is not None:  # inside another: reentrant checkpointing
             self._pass(graph, self._plan(graph), roots, grads, retain_graph, self._session)
@@ -173,6 +176,8 @@ class Run:
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
         groups = self._groups = self._make_groups()
+        if groups.environments > 1:
+            self._refuse_batch_norms()
         plan = self._plan(graph)
         self.watch.clear()
         session = Session(
@@ -180,11 +185,22 @@ class Run:
         )
         self._session = session
         self.started = True
+        others = [leaf(graph.nodes[index]) for index in plan.leaves]
+        before = [other.grad for other in others]
         try:
+            for other in others:
+                other.grad = None
             self._pass(graph, plan, roots, grads, retain_graph, session)
             session.finish()
+        except BaseException:
+            for other, grad in zip(others, before, strict=True):
+                other.grad = grad
+            raise
         finally:
             self._session = None
+        for other, grad in zip(others, before, strict=True):
+            if grad is not None:  # not in place: the context may still fail
+                other.grad = grad if other.grad is None else grad + other.grad
         for moments in {id(t.moments): t.moments for t in self.targets}.values():
             moments.end_environments(groups.environments)
         optimizer = self._owner._optimizer
@@ -193,16 +209,22 @@ class Run:
         self._passes += 1
 
     def _make_groups(self) -> Groups:
-        environments = self._environments
-        examples = self.watch.examples
+        environments, sizes = self._environments, self.watch.sizes
         if isinstance(environments, Tensor):
-            examples = environments.shape[0] if examples is None else examples
-        if examples is None:
+            return self._owner._groups(environments, environments.shape[0])
+        if not sizes:
             raise RuntimeError(
                 "Agreement: expected the model to be called inside the context, before backward: "
                 "its first input tells the size of the batch; or give the environment of each "
                 "example as an int64 tensor"
             )
+        if len(sizes) > 1:
+            raise RuntimeError(
+                "Agreement: parts of the model were called with batches of different sizes: "
+                f"{', '.join(map(str, sorted(sizes)))}; give the environment of each example as an "
+                "int64 tensor"
+            )
+        (examples,) = sizes
         return self._owner._groups(environments, examples)
 
     def _weights(self, groups: Groups) -> list[float]:
@@ -215,33 +237,41 @@ class Run:
         """Return what to do with a graph, after probes if it is new."""
         groups = self._groups
         assert groups is not None
-        structure = (graph.signature, groups.environments, groups.examples)
+        prove = self._owner._prove
+        signature = graph.structure(groups.examples, prove == "auto")
+        structure = (signature, groups.environments, groups.examples)
         sizes = tuple(tensor.shape for tensor in self.watch.inputs)
         plan = self._plans.get((structure, sizes)) if sizes else None
         if plan is not None:
             return plan
         plan = self._plans.get(structure)
-        plan = None if plan is None else plan.at(graph.nodes, groups.examples)
+        plan = None if plan is None else plan.at(graph, groups.examples)
         if plan is None:
             if self._session is None:
-                self._find_evidence(graph, groups)
-            evidence = self._evidence.get(graph.signature, {})
-            inputs = {storage(tensor) for tensor in self.watch.inputs}
-            plan = make_plan(graph, groups, evidence, self._batch_norms(), inputs)
+                self._find_evidence(graph, groups, signature)
+            evidence = self._evidence.get(signature, {})
+            plan = make_plan(graph, groups, evidence, self.constants, prove != "never")
         if plan.certain:
             self._plans[structure] = plan
             if sizes and self._session is None:
                 self._plans[structure, sizes] = plan
         return plan
 
-    def _batch_norms(self) -> list[str]:
+    def _refuse_batch_norms(self) -> None:
+        modules = self.watch.batch_norms
         model = self._owner._model
-        assert model is not None
-        return [
-            f"{name or type(module).__name__} ({type(module).__name__})"
+        if not modules or model is None:
+            return
+        names = [
+            f"{name or 'the model'} ({type(module).__name__})"
             for name, module in model.named_modules()
-            if isinstance(module, _BatchNorm) and module.training
+            if any(module is one for one in modules)
         ]
+        raise RuntimeError(
+            f"Agreement: {', '.join(names)} takes statistics over all environments; convert the "
+            "model with andmask_ext.nn.convert_batchnorm(model), which takes them in each "
+            "environment, or use andmask_ext.backward with one forward pass per environment"
+        )
 
     def _pass(
         self,
@@ -285,9 +315,14 @@ class Run:
             try:
                 at = Arrival(node, deltas, consumer.layouts, groups)
                 none = all(delta is None for delta in deltas)
+                if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
+                    raise RuntimeError(
+                        f"Agreement: {consumer.name} has a gradient that does not come through the "
+                        "outputs of the model, so that it cannot be proved that environments do "
+                        "not mix there; return what the loss is made of from the model"
+                    )
                 for operand in consumer.operands:
-                    root = graph.nodes[operand.root]
-                    use = None if none else make_use(at, consumer.name, operand, root)
+                    use = None if none else make_use(at, consumer.name, operand)
                     session.add(use, operand, graph)
             finally:
                 busy.pop()
@@ -325,30 +360,38 @@ class Run:
 
     # ---- probes ----
 
-    def _find_evidence(self, graph: Graph, groups: Groups) -> None:
-        anchors = self.watch.anchors(groups.examples)
-        if groups.environments == 1 or not anchors:
-            return
+    def _find_evidence(self, graph: Graph, groups: Groups, signature: Any) -> None:
+        """Run backward passes from the model's outputs, as :class:`Evidence` wants them."""
         self._evidence = {}
+        anchors = self.watch.anchors(groups.examples)
+        if groups.environments == 1 or not anchors or self._owner._prove == "never":
+            return
         generator = torch.Generator().manual_seed(0)
-        half = torch.randperm(groups.environments, generator=generator) % 2 == 0
         probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
-        own = {node: index for index, node in enumerate(graph.nodes)}
-        for chosen in (half, ~half):
-            active = chosen[groups.ids]
-            grads = []
-            for anchor in anchors:
-                noise = torch.randn(anchor.shape, generator=generator).to(anchor)
-                grads.append(noise * self.watch.axis_mask(anchor, active))
-            self._probe = active
+        noise = [torch.randn(one.shape, generator=generator).to(one) for one in anchors]
+        powers = 8 if any(one.dtype == torch.float16 for one in anchors) else 16
+        found: dict[int, list[Evidence]] = {}
+        for round in range(3):
+            self._factors = None
+            grads = noise
+            if round:
+                places = torch.randperm(groups.environments, generator=generator)
+                self._factors = torch.pow(2.0, places % powers).double()[groups.ids]
+                grads = [
+                    one * self.watch.along_batch(self._factors, anchor)
+                    for one, anchor in zip(noise, anchors, strict=True)
+                ]
+            self._probing = True
             try:
                 found = self._probe_pass(probe, anchors, grads, True, inner=False)
             finally:
-                self._probe = None
-            evidence = {own[probe.nodes[i]]: e for i, e in found.items() if probe.nodes[i] in own}
-            self._evidence[graph.signature] = evidence
-            if all(one.clear for seen in evidence.values() for one in seen):
-                break
+                self._probing = False
+        own = {node: index for index, node in enumerate(graph.nodes)}
+        self._evidence[signature] = {
+            own[probe.nodes[index]]: seen
+            for index, seen in found.items()
+            if probe.nodes[index] in own
+        }
 
     def _probe_pass(
         self,
@@ -358,16 +401,17 @@ class Run:
         retain_graph: bool,
         inner: bool,
     ) -> dict[int, list[Evidence]]:
-        groups, active = self._groups, self._probe
-        assert groups is not None and active is not None
-        found = self._evidence.setdefault(graph.signature, {})
+        groups, factors = self._groups, self._factors
+        assert groups is not None
+        signature = graph.structure(groups.examples, self._owner._prove == "auto")
+        found = self._evidence.setdefault(signature, {})
         handles, inputs = [], []
 
         def watch(index: int, node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
             def hook(deltas: tuple[Tensor | None, ...]) -> None:
                 for evidence, delta in zip(found[index], deltas, strict=True):
                     if delta is not None:
-                        evidence.add(delta, active)
+                        evidence.add(delta, factors)
 
             return hook
 

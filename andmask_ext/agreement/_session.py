@@ -191,7 +191,7 @@ class Session:
         if view.size == target.param.shape:
             grads = use.grads
         else:
-            grads = use.grads.new_empty(len(use.grads), *target.param.shape)
+            grads = use.grads.new_zeros(len(use.grads), *target.param.shape)
             view.of(grads, 1).copy_(use.grads)
         targets, waiting = self._waiting.setdefault(id(target.moments), ([], []))
         targets.append(target)

@@ -191,12 +191,12 @@ class Lookup(Use):
 class OneByOne(Use):
     """Any function: its backward formula, called once for each environment."""
 
-    gradient: Callable[[int], Tensor]
+    gradients: Callable[[int, int], list[Tensor]]
     shape: tuple[int, ...]
     path: str
 
     def stacked(self, begin: int, end: int) -> Tensor:
-        return torch.stack([self.gradient(environment) for environment in range(begin, end)])
+        return torch.stack(self.gradients(begin, end))
 
 
 def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
