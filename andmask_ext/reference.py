@@ -8,16 +8,22 @@ Reference:
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "accumulate_convolution",
+    "accumulate_outer",
     "agreement_mask",
     "agreement_random",
     "agreement_sum",
     "and_mask",
+    "convolution_gradients",
     "fed_ilc",
     "geometric_mean",
     "masked_average",
@@ -25,6 +31,8 @@ __all__ = [
     "mean",
     "median",
     "median_of_three",
+    "moments",
+    "outer_gradients",
     "sand_mask",
     "sign_dropout",
     "smooth_mask",
@@ -173,3 +181,96 @@ def fed_ilc(grads: Tensor, tau: float) -> Tensor:
         logs = torch.where(side > 0, side, 1.0).log().sum(0)
         sides.append(count / grads.shape[0] * (logs / count.clamp(min=1)).exp())
     return agreement_mask(grads, tau) * (sides[0] - sides[1]) + nan_if_not_finite(grads)
+
+
+# ---- moments ----
+
+
+class Moments(NamedTuple):
+    """What rules are functions of, and what ``accumulate_`` and its like add to."""
+
+    sum: Tensor
+    votes: Tensor
+    squares: Tensor
+    logs: Tensor
+
+
+def moments(grads: Tensor, weights: Sequence[float] = ()) -> Moments:
+    """Return the moments of stacked gradients; weights multiply all but the votes."""
+    factors = grads.new_tensor(weights or [1.0], dtype=torch.float64).expand(grads.shape[0])
+    weighted = grads.double() * factors.view(-1, *[1] * (grads.dim() - 1))
+    deviations = weighted - weighted.mean(0)
+    logs = (weighted.abs() + 1e-10).log()
+    return Moments(weighted.sum(0), votes(grads), deviations.square().sum(0), logs.sum(0))
+
+
+def environments(order: Tensor | None, offsets: Tensor | None, examples: int) -> Iterator[Tensor]:
+    """Yield the examples of each environment; by default each example is one of its own."""
+    order = torch.arange(examples) if order is None else order
+    offsets = torch.arange(examples + 1) if offsets is None else offsets
+    for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        yield order[begin:end]
+
+
+def outer_gradients(
+    activations: Tensor,
+    grad_outputs: Tensor,
+    order: Tensor | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Stack the weight gradients of a linear layer: ``[environments, outputs, inputs]``."""
+    a, d = activations.double(), grad_outputs.double()
+    return torch.stack(
+        [
+            torch.einsum("bno,bni->oi", d[examples], a[examples])
+            for examples in environments(order, offsets, a.shape[0])
+        ]
+    )
+
+
+def convolution_gradients(
+    activations: Tensor,
+    grad_outputs: Tensor,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """Stack the weight gradients of a convolution: ``[environments, outputs, channels, *kernel]``.
+
+    The gradient at a tap of the kernel is the product of the gradients of the outputs with what
+    the tap sees of the padded input.
+    """
+    a, d = activations.double(), grad_outputs.double()
+    for size in padding:  # puts zeros around the first spatial dim, and makes it the last
+        zeros = a.new_zeros(*a.shape[:2], size, *a.shape[3:])
+        a = torch.cat([zeros, a, zeros], 2).movedim(2, -1)
+    a = a.unflatten(1, (groups, -1))
+    d = d.unflatten(1, (groups, -1)).flatten(3)
+    grads = a.new_zeros(a.shape[0], groups, d.shape[2], a.shape[2], *kernel)
+    for tap in itertools.product(*map(range, kernel)):
+        seen = tuple(
+            slice(
+                tap[dim] * dilation[dim],
+                tap[dim] * dilation[dim] + stride[dim] * (size - 1) + 1,
+                stride[dim],
+            )
+            for dim, size in enumerate(grad_outputs.shape[2:])
+        )
+        grads[(..., *tap)] = torch.einsum("bgol,bgcl->bgoc", d, a[(..., *seen)].flatten(3))
+    grads = grads.flatten(1, 2)
+    members = environments(order, offsets, a.shape[0])
+    return torch.stack([grads[examples].sum(0) for examples in members])
+
+
+def accumulate_outer(*args: Any, weights: Sequence[float] = ()) -> Moments:
+    """Take the moments of :func:`outer_gradients`."""
+    return moments(outer_gradients(*args), weights)
+
+
+def accumulate_convolution(*args: Any, weights: Sequence[float] = ()) -> Moments:
+    """Take the moments of :func:`convolution_gradients`."""
+    return moments(convolution_gradients(*args), weights)

@@ -357,7 +357,9 @@ def _one_by_one(at: Arrival, name: str, operand: Operand) -> Use:
                     for ids, delta in zip(environments, at.deltas, strict=True)
                 ]
                 gradient = call_node(at.node, alone)[operand.edge]
-                found.append(some.new_zeros(operand.shape) if gradient is None else gradient)
+                if gradient is None:
+                    gradient = some.new_zeros(operand.shape)
+                found.append(gradient.sum_to_size(operand.shape))  # as the engine does
 
         aside(body)
         return found

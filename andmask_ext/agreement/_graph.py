@@ -124,6 +124,16 @@ class Graph:
         name = self.names[index]
         return isinstance(name, tuple) and name[1] is None
 
+    def is_table(self, index: int) -> bool:
+        """Return whether a node's output is only looked up in."""
+        users = [
+            user
+            for user, edges in enumerate(self.edges)
+            for entry in edges
+            if entry and entry[0] == index
+        ]
+        return bool(users) and all(self.names[user] in LOOKUPS for user in users)
+
     def children_first(self) -> list[int]:
         """Return the indices of all nodes, inputs before those that use them."""
         order: list[int] = []

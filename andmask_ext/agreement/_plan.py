@@ -202,6 +202,8 @@ def _is_weight(
     shapes = _shapes(node)
     if not any(candidates(shape, groups.examples, axes_of(name)) for shape in shapes):
         return True
+    if graph.is_table(index):
+        return True
     constant = _is_constant(graph, index, shapes[0], constants)
     if evidence is None or not any(one.seen for one in evidence):
         return constant and name not in LOOKUPS
@@ -260,7 +262,8 @@ def _layouts(
                 f"Agreement: environments mix in the model: the gradient at {name} (output of "
                 f"shape {shape}) depends on examples of other environments, or its rows are not "
                 f"those of the batch of {groups.examples}; use andmask_ext.backward, with one "
-                "forward pass per environment"
+                "forward pass per environment (if it is a constant that a parameter is joined with "
+                "here, register it as a buffer)"
             )
         if layout is None and math.prod(shape) == 1:
             raise RuntimeError(
