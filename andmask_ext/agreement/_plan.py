@@ -202,9 +202,9 @@ def _is_weight(
     shapes = _shapes(node)
     if not any(candidates(shape, groups.examples, axes_of(name)) for shape in shapes):
         return True
-    if graph.is_table(index):
-        return True
     constant = _is_constant(graph, index, shapes[0], constants)
+    if constant and graph.is_table(index):
+        return True
     if evidence is None or not any(one.seen for one in evidence):
         return constant and name not in LOOKUPS
     if not any(one.left for one in evidence if one.seen):
