@@ -1,7 +1,5 @@
 #include <torch/csrc/stable/library.h>
 
-#include <limits>
-
 #include "kernels/steps.h"
 #include "resolver.h"
 
@@ -9,21 +7,6 @@ namespace andmask {
 namespace {
 
 using Weights = std::vector<double>;
-
-ScalarType wide_type(Dtype dtype) {
-  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-}
-
-int64_t vote_capacity(const char* op, size_t index, const Tensor& votes) {
-  switch (votes.scalar_type()) {
-    case ScalarType::Char: return std::numeric_limits<int8_t>::max();
-    case ScalarType::Short: return std::numeric_limits<int16_t>::max();
-    case ScalarType::Int: return std::numeric_limits<int32_t>::max();
-    default: break;
-  }
-  fail(op, "expected votes[", index, "] of dtype int8, int16 or int32, but got ",
-       torch::headeronly::toString(votes.scalar_type()));
-}
 
 void check_like_grad(const char* op, const char* name, size_t index, const Tensor& moment,
                      const Tensor& grad, int64_t skip, ScalarType wide) {
@@ -57,15 +40,8 @@ void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, T
   const int64_t rows = stacked ? grads[0].size(0) : 1;
   const int64_t skip = stacked ? 1 : 0;
   check(rows >= 1, op, "expected grads of at least 1 environment (dim 0), but got 0");
-  check(count >= 0 && count <= std::numeric_limits<int32_t>::max() - rows, op,
-        "expected count in [0, 2^31 - 1 - environments], but got ", count);
-  if (weights.size() == 1) weights.resize(rows, weights[0]);
-  check(weights.empty() || weights.size() == static_cast<size_t>(rows), op, "expected ", rows,
-        " weights, one for each environment, or one for all, but got ", weights.size());
-  for (double weight : weights) {
-    check(weight > 0 && weight <= std::numeric_limits<double>::max(), op,
-          "expected positive finite weights, but got ", weight);
-  }
+  check_count(op, count, rows);
+  check_weights(op, weights, rows);
   std::vector<Dtype> dtypes;
   std::vector<int64_t> sizes;
   for (size_t i = 0; i < size; ++i) {
@@ -77,12 +53,8 @@ void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, T
            "], but got ", grads[i].size(0));
     }
     if (!votes.empty()) {
-      const int64_t capacity = vote_capacity(op, i, votes[i]);
+      check_votes(op, i, votes[i], count + rows);
       check_like_grad(op, "votes", i, votes[i], grads[i], skip, votes[i].scalar_type());
-      if (count + rows > capacity) {
-        fail(op, "expected votes[", i, "] wide enough for ", count + rows,
-             " environments, but got ", torch::headeronly::toString(votes[i].scalar_type()));
-      }
     }
     if (!squares.empty()) check_like_grad(op, "squares", i, squares[i], grads[i], skip, wide);
     if (!logs.empty()) check_like_grad(op, "logs", i, logs[i], grads[i], skip, wide);

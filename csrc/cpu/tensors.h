@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -21,7 +22,11 @@ using Tensors = std::vector<Tensor>;
 // Elements that one thread should have before a second one is worth waking.
 constexpr int64_t kGrain = 32768;
 
-// `index` in the list `name`; -1: not a list.
+// How messages name an argument: `index` in the list `name`; -1: not a list.
+inline std::string argument(const char* name, int64_t index) {
+  return index < 0 ? name : std::string(name) + "[" + std::to_string(index) + "]";
+}
+
 inline Dtype check_dtype(const char* op, const char* name, const Tensor& tensor,
                          int64_t index = -1) {
   switch (tensor.scalar_type()) {
@@ -31,11 +36,31 @@ inline Dtype check_dtype(const char* op, const char* name, const Tensor& tensor,
     case ScalarType::Double: return Dtype::float64;
     default: break;
   }
-  std::ostringstream which;
-  which << name;
-  if (index >= 0) which << '[' << index << ']';
-  fail(op, "expected ", which.str(), " of dtype float16, bfloat16, float32 or float64, but got ",
+  fail(op, "expected ", argument(name, index),
+       " of dtype float16, bfloat16, float32 or float64, but got ",
        torch::headeronly::toString(tensor.scalar_type()));
+}
+
+// The type of the moments of gradients.
+inline ScalarType wide_type(Dtype dtype) {
+  return dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Checks the dtype of votes, and that it holds as many as there will be.
+inline void check_votes(const char* op, int64_t index, const Tensor& votes, int64_t environments) {
+  int64_t capacity = 0;
+  switch (votes.scalar_type()) {
+    case ScalarType::Char: capacity = std::numeric_limits<int8_t>::max(); break;
+    case ScalarType::Short: capacity = std::numeric_limits<int16_t>::max(); break;
+    case ScalarType::Int: capacity = std::numeric_limits<int32_t>::max(); break;
+    default:
+      fail(op, "expected ", argument("votes", index), " of dtype int8, int16 or int32, but got ",
+           torch::headeronly::toString(votes.scalar_type()));
+  }
+  if (environments > capacity) {
+    fail(op, "expected ", argument("votes", index), " wide enough for ", environments,
+         " environments, but got ", torch::headeronly::toString(votes.scalar_type()));
+  }
 }
 
 // Memory without holes or overlaps, in any order of the dimensions: it can be gone over as one row.
@@ -58,9 +83,8 @@ inline bool is_dense(const Tensor& tensor) {
 inline void check_writable(const char* op, const char* name, int64_t index, const Tensor& tensor) {
   for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
     if (tensor.stride(dim) != 0 || tensor.size(dim) <= 1 || tensor.numel() == 0) continue;
-    fail(op, "expected ", name, "[", index,
-         "] whose elements lie apart, but got an expanded "
-         "tensor; clone() it");
+    fail(op, "expected ", argument(name, index),
+         " whose elements lie apart, but got an expanded tensor; clone() it");
   }
 }
 
@@ -91,11 +115,33 @@ inline bool same_shape(const Tensor& one, const Tensor& other, int64_t skip = 0)
   return true;
 }
 
-inline std::string shape_text(const Tensor& tensor) {
+inline std::string shape_text(const std::vector<int64_t>& shape) {
   std::ostringstream text;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) text << (dim ? ", " : "(") << tensor.size(dim);
-  text << (tensor.dim() ? ")" : "()");
+  for (size_t dim = 0; dim < shape.size(); ++dim) text << (dim ? ", " : "(") << shape[dim];
+  text << (shape.empty() ? "()" : ")");
   return text.str();
+}
+
+inline std::string shape_text(const Tensor& tensor) {
+  return shape_text(std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end()));
+}
+
+// One weight is for all environments: it becomes one for each.
+inline void check_weights(const char* op, std::vector<double>& weights, int64_t environments) {
+  if (weights.size() == 1) weights.resize(environments, weights[0]);
+  check(weights.empty() || weights.size() == static_cast<size_t>(environments), op, "expected ",
+        environments, " weights, one for each environment, or one for all, but got ",
+        weights.size());
+  for (double weight : weights) {
+    check(weight > 0 && weight <= std::numeric_limits<double>::max(), op,
+          "expected positive finite weights, but got ", weight);
+  }
+}
+
+// Environments before, and those that come.
+inline void check_count(const char* op, int64_t count, int64_t environments) {
+  check(count >= 0 && count <= std::numeric_limits<int32_t>::max() - environments, op,
+        "expected count in [0, 2^31 - 1 - environments], but got ", count);
 }
 
 // Work on a list of tensors is cut into units of at most kUnit elements, numbered through the list.

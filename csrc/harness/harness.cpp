@@ -111,4 +111,6 @@ PYBIND11_MODULE(_harness, m) {
   andmask::bind_aggregate(m);
   andmask::bind_elementary(m);
   andmask::bind_moments(m);
+  andmask::bind_outer(m);
+  andmask::bind_sign_outer(m);
 }

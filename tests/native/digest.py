@@ -84,6 +84,25 @@ def moments_and_steps(
     yield bits(params) + bits([t for kind in state for t in kind])
 
 
+def weight_gradients(rng: np.random.Generator, dtype: torch.dtype) -> Iterator[bytes]:
+    """Moments of layers. Of whole numbers: elsewhere the multiply-adds of the processor show."""
+    for rows in (1, 3, 40):
+        a, d = (
+            torch.from_numpy(rng.integers(-2, 3, (30, rows, width))).to(dtype)
+            for width in (200, 70)
+        )
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        kinds = [torch.empty(70, 200, dtype=wide), torch.empty(70, 200, dtype=torch.int8)]
+        ops.accumulate_outer_(*kinds, None, None, a, d, None, None, 0, [0.5])
+        yield bits(kinds)
+        images = a.view(30, rows, 20, 10)
+        kinds = [t.view(70, -1)[:, : rows * 3].reshape(70, rows, 3, 1) for t in kinds]
+        grads = torch.from_numpy(rng.integers(-2, 3, (30, 70, 18, 10))).to(dtype)
+        window = ([1, 1], [0, 0], [1, 1], 1)
+        ops.accumulate_convolution_(*kinds, None, None, images, grads, None, None, 0, *window, [])
+        yield bits(kinds)
+
+
 def main(threads: int) -> None:
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)  # torch's own random numbers depend on the instruction set
@@ -138,6 +157,9 @@ def main(threads: int) -> None:
         for part in moments_and_steps(
             [g.double() for g in grads], [p.double() for p in params], vote_type
         ):
+            digest.update(part)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for part in weight_gradients(rng, dtype):
             digest.update(part)
     print(am.build_info()["isa"], digest.hexdigest())
 

@@ -35,7 +35,7 @@ ERRORS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"grads": [torch.zeros(0, 3, 5), torch.zeros(0, 7)]}, "at least 1 environment"),
         ({"grads": [torch.zeros(()), torch.zeros(())]}, r"grads\[0\] .* 0-dim"),
         ({"stacked": False}, r"sum\[0\] of shape \(3, 5\) in grads\[0\], but got \(3, 3, 5\)"),
-        ({"weights": [1.0]}, "3 weights, one for each environment, but got 1"),
+        ({"weights": [1.0] * 2}, "3 weights, one for each environment, or one for all, but got 2"),
         ({"weights": [1.0, 0.0, 1.0]}, "positive finite weights, but got 0"),
         ({"weights": [1.0, -2.0, 1.0]}, "positive finite weights, but got -2"),
         ({"weights": [1.0, float("nan"), 1.0]}, "positive finite weights, but got nan"),

@@ -1,0 +1,90 @@
+// How the tiles of a weight gradient are shared by threads, and the memory that each needs.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+
+#include "outer_blocks.h"
+
+namespace andmask {
+
+struct OuterRange {
+  int64_t begin, end;
+  int64_t size() const { return end - begin; }
+};
+
+// Memory of one thread, kept from one call to the next.
+class OuterScratch {
+ public:
+  // Begins anew; `bytes` for all that will be taken, each rounded up. What was not taken before is
+  // zero.
+  void reserve(int64_t bytes);
+
+  template <typename T>
+  T* take(int64_t bytes) {
+    T* const begin = reinterpret_cast<T*>(memory_.get() + used_);
+    used_ += rounded(bytes);
+    return begin;
+  }
+
+  static int64_t rounded(int64_t bytes);
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  int64_t size_ = 0;
+  int64_t used_ = 0;
+};
+
+struct OuterPlan {
+  OuterPlan(const OuterTask& task, Isa isa, int64_t threads);
+
+  OuterTask task;
+  bool lanewise;  // groups of one channel each, which the task calls channels
+  const OuterKernels& kernels;
+  const MomentKernels& moment_kernels;
+  Width width;
+  const OuterTileShape* shapes;  // of each kind
+  OuterTileShape shape;          // of the largest tile
+  OuterGeometry geometry;
+  int64_t row_tiles;  // tiles along the outputs
+  bool general;       // moments that the kernel of tiles does not know
+  int64_t longest;    // rows of an environment
+  // What the thread that calls part(index) does: these groups, columns and outputs.
+  int64_t group_parts = 1;
+  int64_t column_parts = 1;
+  int64_t row_parts = 1;
+
+  int64_t tiles() const {
+    return task.groups * static_cast<int64_t>(geometry.tiles().size()) * row_tiles;
+  }
+  // Products of a row with a tile, and how many of them a thread should have before another is
+  // worth waking.
+  int64_t work() const {
+    return (task.offsets[task.environments] - task.offsets[0]) * task.activations.rows() * tiles();
+  }
+  static constexpr int64_t kGrain = 8192;
+  int64_t parts() const { return group_parts * column_parts * row_parts; }
+  OuterRange groups(int64_t part) const;
+  OuterRange columns(int64_t part) const;
+  OuterRange rows(int64_t part) const;
+
+  int64_t wide() const { return width == Width::float64 ? 8 : 4; }
+  int64_t tile_elements() const { return shape.rows * shape.vectors * kOuterLanes; }
+  int64_t vote_bytes() const {
+    return !general ? 1 : task.moments.votes ? task.moments.vote_bytes : 0;
+  }
+  int64_t tile_bytes() const;
+
+ private:
+  void share_out(int64_t threads);
+};
+
+inline int64_t item_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+}  // namespace andmask
