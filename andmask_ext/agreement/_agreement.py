@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from ..rules import AndMask, Rule
 from ._batch import Watch
 from ._constants import Constants
 from ._groups import Environments, Groups, activate, check_environments, make_groups
+from ._mode import BackwardMode
 from ._plan import Plan
 from ._report import Report, make_report
-from ._run import BackwardMode, Run
+from ._run import Run
 from ._session import Record, Target
 from ._verify import Verification, compare, sample, take, undisturbed
 
@@ -37,9 +39,9 @@ class Agreement:
     that joins a parameter with data. The backward pass runs without computing gradients of
     parameters; when the gradient of such a node's output arrives, the votes of the node's
     parameters are computed from it and from what the node has saved. No module is wrapped, and no
-    use of a parameter can be missed. At the first pass of each structure a few
-    more, in which the gradient of each environment is multiplied by a power of two of its own, prove
-    that environments do not mix, and show where in each tensor the batch lies.
+    use of a parameter can be missed. At the first pass of each structure three more, in which the
+    gradients of each environment are multiplied by a power of two of its own, prove that
+    environments do not mix, and show where in each tensor the batch lies.
 
     Args:
         model: the model that is called inside the context.
@@ -246,7 +248,7 @@ class Agreement:
         return run
 
     def _abandon(self, run: Run) -> None:
-        """An exception: forget the environments of this context."""
+        """Forget the environments of this context, as it has raised."""
         if self._optimizer is not None:
             self._optimizer._current = None
             if run.started:
@@ -306,9 +308,7 @@ class Agreement:
 
     def report(self) -> Report:
         """Return how each parameter was treated in the last backward passes. Print it."""
-        return make_report(
-            [(self._name(param), param) for param in self._params], self._records
-        )
+        return make_report([(self._name(param), param) for param in self._params], self._records)
 
     def verify(
         self,
@@ -326,8 +326,8 @@ class Agreement:
         Args:
             batch: what ``loss_fn`` takes: a tensor, or tensors in tuples, lists and dicts. Every
                 tensor in it whose dimension ``batch_dim`` has the size of the batch is split.
-            loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch (or the sum, with
-                ``loss_reduction="sum"``).
+            loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch (with
+                ``loss_reduction="sum"`` their sum).
             environments: as for the context.
             most: how many of the environments to compare: the first ones.
 
@@ -352,7 +352,7 @@ class Agreement:
                 members = groups.members(environment)
                 part = take(chosen, members, self._batch_dim, groups.examples)
                 factor = 1 if self._reduction == "mean" else 1 / len(members)
-                yield lambda part=part, factor=factor: loss_fn(model, part) * factor
+                yield partial(_scaled_loss, loss_fn, model, part, factor)
 
         with undisturbed(model), torch.enable_grad():
             with trial(groups.ids):
@@ -367,3 +367,9 @@ class Agreement:
         self._params, self._leaves, self._moments, self._names = [], [], [], {}
         self._plans.clear()
         self._records.clear()
+
+
+def _scaled_loss(
+    loss_fn: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any, factor: float
+) -> Tensor:
+    return loss_fn(model, batch) * factor

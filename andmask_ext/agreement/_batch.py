@@ -56,7 +56,7 @@ class Watch:
 
     def __init__(self, members: set[int], batch_dim: int) -> None:
         self._members = members
-        self._batch_dim = batch_dim
+        self.batch_dim = batch_dim
         self._depth = 0
         self._handles: list[Any] = []
         self.sizes: set[int] = set()
@@ -93,9 +93,7 @@ class Watch:
                 self.batch_norms.append(module)
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
-        """Take note of what a module took and returned: keyword arguments and output, or, after an
-        exception, the output only.
-        """
+        """Take note of what a module took and returned (only that, if it has raised)."""
         if id(module) not in self._members:
             return
         self._depth -= 1
@@ -104,8 +102,8 @@ class Watch:
         kwargs, output = rest
         inputs = list(tensors_in((args, kwargs)))
         for tensor in inputs:
-            if tensor.dim() > self._batch_dim:
-                self.sizes.add(tensor.shape[self._batch_dim])
+            if tensor.dim() > self.batch_dim:
+                self.sizes.add(tensor.shape[self.batch_dim])
                 break
         self.inputs += inputs
         self.outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
@@ -115,13 +113,7 @@ class Watch:
         return [
             one
             for one in self.outputs
-            if one.dim() > self._batch_dim
-            and one.shape[self._batch_dim] == examples
+            if one.dim() > self.batch_dim
+            and one.shape[self.batch_dim] == examples
             and one.is_floating_point()
         ]
-
-    def along_batch(self, by_example: Tensor, anchor: Tensor) -> Tensor:
-        """Return one value per example so that it broadcasts over an anchor."""
-        shape = [1] * anchor.dim()
-        shape[self._batch_dim] = len(by_example)
-        return by_example.to(anchor).view(shape)

@@ -76,28 +76,26 @@ def _permuted(tensor: Tensor, node: Node, output: int) -> Tensor:
 
 
 def _sliced(tensor: Tensor, node: Node, output: int) -> Tensor:
-    dim, start, step = (
-        _signed(tensor, saved(node, name)) for name in ("dim", "start", "step")
-    )
+    dim, start, step = (_signed(tensor, saved(node, name)) for name in ("dim", "start", "step"))
     end = min(int(saved(node, "end")), tensor.shape[dim])
     sliced: Tensor = torch.ops.aten.slice.Tensor(tensor, dim, start, end, step)
     return sliced
 
 
 def _selected(tensor: Tensor, node: Node, output: int) -> Tensor:
-    return tensor.select(
-        _signed(tensor, saved(node, "dim")), _signed(tensor, saved(node, "index"))
-    )
+    return tensor.select(_signed(tensor, saved(node, "dim")), _signed(tensor, saved(node, "index")))
 
 
 def _split(tensor: Tensor, node: Node, output: int) -> Tensor:
     dim = _signed(tensor, saved(node, "dim"))
-    return tensor.split(int(saved(node, "split_size")), dim)[output]
+    part: Tensor = tensor.split(int(saved(node, "split_size")), dim)[output]
+    return part
 
 
 def _split_with_sizes(tensor: Tensor, node: Node, output: int) -> Tensor:
     dim = _signed(tensor, saved(node, "dim"))
-    return tensor.split([int(size) for size in saved(node, "split_sizes")], dim)[output]
+    part: Tensor = tensor.split([int(size) for size in saved(node, "split_sizes")], dim)[output]
+    return part
 
 
 def _unbound(tensor: Tensor, node: Node, output: int) -> Tensor:
@@ -152,6 +150,4 @@ def view_through(chain: Sequence[tuple[Node, int]], shape: Sequence[int]) -> Vie
             order = "same"
         elif tensor.dim() == 2 and tensor.t().is_contiguous():
             order = "transposed"
-    return View(
-        tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), full, order
-    )
+    return View(tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset()), full, order)

@@ -24,6 +24,7 @@ from ._uses import (
     Use,
     groups_of_axis,
     ids_of_axis,
+    wide_dtype,
 )
 
 _NO_PADDING = (2**64 - 1, -1)
@@ -98,18 +99,15 @@ def _bmm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
     if at.delta.shape[0] != 1:
         if edge != 1 or layout.axis != 1:
             return None
-        factors = [
+        inputs, grads = (
             torch.stack([layout.rows(one, at.groups.examples) for one in factor])
             for factor in (at.saved("self"), at.delta)
-        ]
-        return OuterBatch(*factors, at.groups, shape)
-    delta = at.delta[0]
+        )
+        return OuterBatch(inputs, grads, at.groups, shape)
+    delta, rows = at.delta[0], Layout(0, layout.before, layout.after)
     if edge == 1 and layout.axis == 1:
-        rows = Layout(0, layout.before, layout.after)
-        moved = Arrival(at.node, (delta,), (rows,), at.groups)
-        use = _product(moved, at.saved("self")[0], 1)
+        use = _product(Arrival(at.node, (delta,), (rows,), at.groups), at.saved("self")[0], 1)
     elif edge == 0 and layout.axis == 2:
-        rows = Layout(0, layout.before, layout.after)
         moved = Arrival(at.node, (delta.t(),), (rows,), at.groups)
         use = _product(moved, at.saved("mat2")[0].t(), 1)
         use = use.transposed() if isinstance(use, Outer) else None
@@ -128,10 +126,21 @@ def _trilinear(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
     return Outer(at.rows(pairs), at.rows(at.delta), at.groups, shape)
 
 
+def _channel_sums(at: Arrival, products: Tensor, shape: tuple[int, ...]) -> Use | None:
+    """Sum ``[examples, channels, ...]`` over positions, and over examples of an environment."""
+    if at.layout.axis != 0:
+        return None
+    wide = wide_dtype(products)
+    sums = products.flatten(2).sum(2, dtype=wide) if products.dim() > 2 else products
+    return at.summed(sums, shape[:1])
+
+
 def _convolution(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
     delta = at.delta
     if edge == 2:
-        return at.summed(delta.flatten(2).sum(2, dtype=None), shape) if at.layout.axis == 0 else None
+        return (
+            at.summed(delta.flatten(2).sum(2, dtype=None), shape) if at.layout.axis == 0 else None
+        )
     if edge != 1 or at.layout.axis != 0:
         return None
     images, grads = at.saved("input").to(delta.dtype), delta
@@ -214,7 +223,7 @@ def _group_norm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
         return None
     delta = at.delta
     if edge == 2:
-        return at.summed(delta.flatten(2).sum(2) if delta.dim() > 2 else delta, shape)
+        return _channel_sums(at, delta, shape)
     inputs = at.saved("input")
     count, channels = inputs.shape[:2]
     groups = at.saved("group")
@@ -240,7 +249,7 @@ def _batch_norm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
         mean, var = at.saved("running_mean"), at.saved("running_var")
         inputs = at.saved("input")
         delta = delta * (inputs - mean.view(view)) * (var + at.saved("eps")).rsqrt().view(view)
-    return at.summed(delta.flatten(2).sum(2) if delta.dim() > 2 else delta, shape)
+    return _channel_sums(at, delta, shape)
 
 
 def _prelu(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:

@@ -83,8 +83,7 @@ class Graph:
             for following in nexts
         ]
         self.names: list[str | tuple[str, int | None]] = [
-            node.name() if node.next_functions else _leaf_name(node, tracked)
-            for node in self.nodes
+            node.name() if node.next_functions else _leaf_name(node, tracked) for node in self.nodes
         ]
 
     def structure(self, examples: int, contents: bool) -> Any:
@@ -217,9 +216,7 @@ def _token(node: Node, examples: int, contents: bool) -> Any:
     kind, name = type(node), node.name()
     if kind not in _TOKENS:
         present = [one for one in _STATIC if hasattr(kind, f"_saved_{one}")]
-        present += [
-            one for one in _CONTENTS if name in _PICKING and hasattr(kind, f"_saved_{one}")
-        ]
+        present += [one for one in _CONTENTS if name in _PICKING and hasattr(kind, f"_saved_{one}")]
         if not present and name not in _RESHAPES:
             _PLAIN.add(kind)
             return None

@@ -72,7 +72,9 @@ def make_groups(environments: Environments, examples: int) -> Groups:
         ValueError: examples cannot be split like that, or an environment has none.
     """
     if examples < 1:
-        raise ValueError(f"environments: expected a batch of at least 1 example, but got {examples}")
+        raise ValueError(
+            f"environments: expected a batch of at least 1 example, but got {examples}"
+        )
     if environments is None or isinstance(environments, int):
         count = examples if environments is None else environments
         if examples % count:

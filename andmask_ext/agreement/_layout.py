@@ -94,7 +94,10 @@ class Evidence:
                 for layout in self.left
                 if layout.axis != axis
                 or torch.allclose(
-                    magnitudes, self._first[axis] * layout.spread(factors), rtol=0.02, atol=0.0,
+                    magnitudes,
+                    self._first[axis] * layout.spread(factors),
+                    rtol=0.02,
+                    atol=0.0,
                     equal_nan=True,
                 )
             ]
@@ -123,7 +126,8 @@ def environment_sum(
         return None
     equal = groups.size is not None
     count, size = (groups.environments, groups.size or 1) if equal else (groups.examples, 1)
-    sizes, kept = [], [1]
+    sizes: list[int] = []
+    kept = [1]
     environment = 0
     for axis, (full, own) in enumerate(zip(tensor.shape, aligned, strict=True)):
         if axis == layout.axis:

@@ -63,7 +63,7 @@ def call_node(node: Node, deltas: Sequence[Tensor | None]) -> tuple[Tensor | Non
 
     The node is not released: it can be called again. Hooks do not run.
     """
-    apply = getattr(node, "apply", node)  # a Python function's node is called otherwise
+    apply: Any = getattr(node, "apply", node)  # a Python function's node is called otherwise
     result = apply(*deltas)
     return result if isinstance(result, tuple) else (result,)
 
@@ -72,12 +72,12 @@ class _Aside(torch.autograd.Function):
     """Runs something in a backward pass of its own."""
 
     @staticmethod
-    def forward(ctx: Any, start: Tensor, body: Callable[[], None]) -> Tensor:  # noqa: D102
+    def forward(ctx: Any, start: Tensor, body: Callable[[], None]) -> Tensor:
         ctx.body = body
         return start.clone()
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:  # noqa: D102
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None]:
         ctx.body()
         return delta, None
 
@@ -88,7 +88,9 @@ def aside(body: Callable[[], None]) -> None:
     Inside a backward pass with ``inputs`` they compute only those that it needs.
     """
     with torch.enable_grad():
-        end = _Aside.apply(torch.zeros((), requires_grad=True), body)
+        end: Tensor = _Aside.apply(  # type: ignore[no-untyped-call]
+            torch.zeros((), requires_grad=True), body
+        )
     torch.autograd.backward(end)
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
 
 from ._constants import Constants
-from ._consumers import FORMULAS, axes_of
+from ._consumers import axes_of
 from ._graph import LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
@@ -222,9 +222,7 @@ _KEEPING = frozenset((
 _FILLING = frozenset(("MaskedFillBackward0", "MaskedFillBackward1", "WhereBackward0"))
 
 
-def _is_constant(
-    graph: Graph, index: int, shape: tuple[int, ...], constants: Constants
-) -> bool:
+def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], constants: Constants) -> bool:
     """Return whether what enters a node beside parameters is known not to be the batch."""
     name, node = graph.names[index], graph.nodes[index]
     if name in ("ExpandBackward0", "RepeatBackward0"):

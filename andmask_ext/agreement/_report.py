@@ -33,9 +33,7 @@ class Report(tuple[Line, ...]):
         )
 
 
-def make_report(
-    params: Sequence[tuple[str, Tensor]], records: Mapping[int, Record]
-) -> Report:
+def make_report(params: Sequence[tuple[str, Tensor]], records: Mapping[int, Record]) -> Report:
     """Return the report on parameters, by their names."""
     lines = []
     for number, (name, param) in enumerate(params):

@@ -2,103 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
-from torch.overrides import TorchFunctionMode
 
 from ._batch import Watch
 from ._constants import Constants
-from ._consumers import Arrival, axes_of, make_use
+from ._consumers import Arrival, make_use
 from ._graph import Graph
 from ._groups import Environments, Groups
-from ._layout import Evidence
-from ._nodes import leaf, shape_of
-from ._plan import CHECKPOINT, Consumer, Plan, make_plan, suspects
+from ._mode import BackwardMode
+from ._nodes import leaf
+from ._plan import CHECKPOINT, Consumer, Plan, make_plan
+from ._proof import Proof
 from ._session import Record, Session, Target
 
 if TYPE_CHECKING:
     from ._agreement import Agreement
-
-_BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
-_RECURRENT = frozenset(
-    (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
-)  # their fused kernels hide the steps from autograd
-
-
-@contextmanager
-def _without_fused_kernels() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
-
-
-class BackwardMode(TorchFunctionMode):
-    """Leads backward passes to a :class:`Run`."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__()
-        self._run = run
-        run.mode = self
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _BACKWARDS:
-            return _call_backward(self._run, *args, **(kwargs or {}))
-        if func in _RECURRENT:
-            with _without_fused_kernels():
-                return func(*args, **(kwargs or {}))
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        if isinstance(result, (Tensor, tuple)):
-            self._run.constants.watch(result, args, kwargs)
-        return result
-
-
-def _call_backward(
-    run: Run,
-    tensors: Tensor | Sequence[Tensor],
-    grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    grad_variables: Any = None,
-    inputs: Any = None,
-    *,
-    gradient: Tensor | None = None,
-) -> None:
-    if create_graph or inputs is not None or grad_variables is not None:
-        raise RuntimeError(
-            "Agreement: expected a plain loss.backward() inside the context, but got "
-            "create_graph, inputs or grad_variables"
-        )
-    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    given = gradient if gradient is not None else grad_tensors
-    grads = [given] if given is None or isinstance(given, Tensor) else list(given)
-    if len(grads) == 1 and grads[0] is None:
-        grads = [None] * len(roots)
-    for root, grad in zip(roots, grads, strict=True):
-        if grad is None and root.numel() != 1:
-            raise RuntimeError(
-                "Agreement: expected a scalar loss, or its gradient, but got an output of shape "
-                f"{tuple(root.shape)}"
-            )
-    starts = [torch.ones_like(r) if g is None else g for r, g in zip(roots, grads, strict=True)]
-    live = [(r, g) for r, g in zip(roots, starts, strict=True) if r.requires_grad]
-    if not live:
-        raise RuntimeError("Agreement: expected a loss that requires gradients, but none does")
-    run.backward([r for r, _ in live], [g.detach() for _, g in live], bool(retain_graph))
 
 
 class Run:
@@ -137,9 +60,8 @@ class Run:
         self._records = records
         self._tracked = {id(param): number for number, param in enumerate(owner._params)}
         self._session: Session | None = None
-        self._evidence: dict[Any, dict[int, list[Evidence]]] = {}
-        self._probing = False
-        self._factors: Tensor | None = None  # of the examples, in this probe
+        self._proof = Proof(self._engine)
+        self._inner = 0  # backward passes inside this one
         self._groups: Groups | None = None
         self._passes = 0
         self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
@@ -165,10 +87,12 @@ class Run:
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
         """Run a backward pass: plain gradients for what is not tracked, moments for the rest."""
         graph = Graph([_node(root) for root in roots], self._tracked)
-        if self._probing:
-            self._probe_pass(graph, roots, grads, True, inner=True)
+        if self._proof.running:
+            self._proof.inner_pass(graph, roots, grads)
         elif self._session is not None:  # inside another: reentrant checkpointing
-            self._pass(graph, self._plan(graph), roots, grads, retain_graph, self._session)
+            self._inner += 1
+            plan = self._plan(graph, self._inner)
+            self._pass(graph, plan, roots, grads, retain_graph, self._session)
         else:
             self._outer_pass(graph, roots, grads, retain_graph)
 
@@ -180,9 +104,8 @@ class Run:
             self._refuse_batch_norms()
         plan = self._plan(graph)
         self.watch.clear()
-        session = Session(
-            self.targets, groups, self._weights(groups), plan.deferred, self._records
-        )
+        self._inner = 0
+        session = Session(self.targets, groups, self._weights(groups), plan.deferred, self._records)
         self._session = session
         self.started = True
         others = [leaf(graph.nodes[index]) for index in plan.leaves]
@@ -233,13 +156,17 @@ class Run:
             return [factor / groups.size]
         return [factor / size for size in groups.sizes.tolist()]
 
-    def _plan(self, graph: Graph) -> Plan:
-        """Return what to do with a graph, after probes if it is new."""
-        groups = self._groups
+    def _plan(self, graph: Graph, inner: int = 0) -> Plan:
+        """Return what to do with a graph, after probes if it is new.
+
+        Args:
+            graph: of a backward pass.
+            inner: 0, or its number among the backward passes inside this one.
+        """
+        groups, prove = self._groups, self._owner._prove
         assert groups is not None
-        prove = self._owner._prove
         signature = graph.structure(groups.examples, prove == "auto")
-        structure = (signature, groups.environments, groups.examples)
+        structure = (signature, inner, groups.environments, groups.examples)
         sizes = tuple(tensor.shape for tensor in self.watch.inputs)
         plan = self._plans.get((structure, sizes)) if sizes else None
         if plan is not None:
@@ -247,13 +174,15 @@ class Run:
         plan = self._plans.get(structure)
         plan = None if plan is None else plan.at(graph, groups.examples)
         if plan is None:
-            if self._session is None:
-                self._find_evidence(graph, groups, signature)
-            evidence = self._evidence.get(signature, {})
+            if not inner:
+                anchors = [] if prove == "never" else self.watch.anchors(groups.examples)
+                probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
+                self._proof.find(graph, probe, anchors, self.watch.batch_dim, groups)
+            evidence = self._proof.evidence(inner)
             plan = make_plan(graph, groups, evidence, self.constants, prove != "never")
         if plan.certain:
             self._plans[structure] = plan
-            if sizes and self._session is None:
+            if sizes and not inner:
                 self._plans[structure, sizes] = plan
         return plan
 
@@ -282,14 +211,12 @@ class Run:
         retain_graph: bool,
         session: Session,
     ) -> None:
-        busy: list[bool] = []
         handles = []
         for consumer in plan.consumers:
             node = graph.nodes[consumer.index]
             for operand in consumer.operands:
                 session.expect(operand.params)
-            hook = self._hook(graph, consumer, node, session, busy)
-            handles.append(node.register_prehook(hook))
+            handles.append(node.register_prehook(self._hook(graph, consumer, node, session)))
         inputs: list[Any] = [GradientEdge(graph.nodes[c.index], 0) for c in plan.consumers]
         inputs += [leaf(graph.nodes[index]) for index in plan.leaves]
         if not inputs:
@@ -303,29 +230,23 @@ class Run:
                 handle.remove()
 
     def _hook(
-        self, graph: Graph, consumer: Consumer, node: Node, session: Session, busy: list[bool]
+        self, graph: Graph, consumer: Consumer, node: Node, session: Session
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         groups = self._groups
         assert groups is not None
 
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
-            if busy:  # the node is being called by a use
-                return
-            busy.append(True)
-            try:
-                at = Arrival(node, deltas, consumer.layouts, groups)
-                none = all(delta is None for delta in deltas)
-                if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
-                    raise RuntimeError(
-                        f"Agreement: {consumer.name} has a gradient that does not come through the "
-                        "outputs of the model, so that it cannot be proved that environments do "
-                        "not mix there; return what the loss is made of from the model"
-                    )
-                for operand in consumer.operands:
-                    use = None if none else make_use(at, consumer.name, operand)
-                    session.add(use, operand, graph)
-            finally:
-                busy.pop()
+            at = Arrival(node, deltas, consumer.layouts, groups)
+            none = all(delta is None for delta in deltas)
+            if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
+                raise RuntimeError(
+                    f"Agreement: {consumer.name} has a gradient that does not come through the "
+                    "outputs of the model, so that it cannot be proved that environments do not "
+                    "mix there; return what the loss is made of from the model"
+                )
+            for operand in consumer.operands:
+                use = None if none else make_use(at, consumer.name, operand)
+                session.add(use, operand, graph)
 
         return hook
 
@@ -357,87 +278,6 @@ class Run:
             self._dropping -= 1
             for one, grad in dropped:
                 one.grad = grad
-
-    # ---- probes ----
-
-    def _find_evidence(self, graph: Graph, groups: Groups, signature: Any) -> None:
-        """Run backward passes from the model's outputs, as :class:`Evidence` wants them."""
-        self._evidence = {}
-        anchors = self.watch.anchors(groups.examples)
-        if groups.environments == 1 or not anchors or self._owner._prove == "never":
-            return
-        generator = torch.Generator().manual_seed(0)
-        probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
-        noise = [torch.randn(one.shape, generator=generator).to(one) for one in anchors]
-        powers = 8 if any(one.dtype == torch.float16 for one in anchors) else 16
-        found: dict[int, list[Evidence]] = {}
-        for round in range(3):
-            self._factors = None
-            grads = noise
-            if round:
-                places = torch.randperm(groups.environments, generator=generator)
-                self._factors = torch.pow(2.0, places % powers).double()[groups.ids]
-                grads = [
-                    one * self.watch.along_batch(self._factors, anchor)
-                    for one, anchor in zip(noise, anchors, strict=True)
-                ]
-            self._probing = True
-            try:
-                found = self._probe_pass(probe, anchors, grads, True, inner=False)
-            finally:
-                self._probing = False
-        own = {node: index for index, node in enumerate(graph.nodes)}
-        self._evidence[signature] = {
-            own[probe.nodes[index]]: seen
-            for index, seen in found.items()
-            if probe.nodes[index] in own
-        }
-
-    def _probe_pass(
-        self,
-        graph: Graph,
-        roots: list[Tensor],
-        grads: list[Tensor],
-        retain_graph: bool,
-        inner: bool,
-    ) -> dict[int, list[Evidence]]:
-        groups, factors = self._groups, self._factors
-        assert groups is not None
-        signature = graph.structure(groups.examples, self._owner._prove == "auto")
-        found = self._evidence.setdefault(signature, {})
-        handles, inputs = [], []
-
-        def watch(index: int, node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
-            def hook(deltas: tuple[Tensor | None, ...]) -> None:
-                for evidence, delta in zip(found[index], deltas, strict=True):
-                    if delta is not None:
-                        evidence.add(delta, factors)
-
-            return hook
-
-        for index in suspects(graph):
-            node = graph.nodes[index]
-            axes = axes_of(graph.names[index])  # type: ignore[arg-type]
-            found.setdefault(
-                index,
-                [
-                    Evidence(shape_of(node, output), groups.examples, axes)
-                    for output in range(len(node._input_metadata))
-                ],
-            )
-            handles.append(node.register_prehook(watch(index, node)))
-            inputs.append(GradientEdge(node, 0))
-        if inner:
-            inputs += [
-                leaf(node) for i, node in enumerate(graph.nodes) if graph.is_untracked_leaf(i)
-            ]
-        try:
-            if inputs:
-                self._engine(graph, roots, grads, retain_graph, inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return found
 
 
 def _node(tensor: Tensor) -> Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -206,9 +207,7 @@ class Session:
             moments = targets[0].moments
             indices = [target.index for target in targets]
             lists = moments.open_memory(indices, self._groups.environments)
-            torch.ops.andmask.accumulate_.default(
-                *lists, grads, moments.count, self._weights, True
-            )
+            torch.ops.andmask.accumulate_.default(*lists, grads, moments.count, self._weights, True)
         self._waiting.clear()
         self._bytes = 0
 
@@ -303,6 +302,6 @@ def _covered(entries: Sequence[_Entry], param: Tensor) -> int | None:
             return None
         intervals.append(interval)
     intervals.sort()
-    if any(one[1] > two[0] for one, two in zip(intervals, intervals[1:], strict=False)):
+    if any(one[1] > two[0] for one, two in itertools.pairwise(intervals)):
         return None
     return sum(end - begin for begin, end in intervals)

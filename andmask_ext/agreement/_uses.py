@@ -179,9 +179,7 @@ class Lookup(Use):
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of all lines used in an environment, the lines, the environments."""
-        keys, at = torch.unique(
-            self.environments * self.shape[0] + self.lines, return_inverse=True
-        )
+        keys, at = torch.unique(self.environments * self.shape[0] + self.lines, return_inverse=True)
         sums = self.rows.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.rows))
         sums.index_add_(0, at, self.rows.to(sums.dtype))
         return sums, keys % self.shape[0], keys // self.shape[0]
@@ -200,9 +198,7 @@ class OneByOne(Use):
 
 
 def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
-    """Return the partition of everything along an axis, where several of its entries (images, say)
-    may belong to one example.
-    """
+    """Return the partition of all entries along an axis; several may belong to one example."""
     if layout.before == layout.after == 1:
         return groups
     if groups.size is not None and layout.before == 1:

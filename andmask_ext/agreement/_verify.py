@@ -64,9 +64,7 @@ class Verification(tuple[Deviation, ...]):
         return "\n".join([*lines, f"{len(self)} parameters: {worst}"])
 
 
-def sample(
-    batch: Any, batch_dim: int, environments: Environments, most: int
-) -> tuple[Any, Groups]:
+def sample(batch: Any, batch_dim: int, environments: Environments, most: int) -> tuple[Any, Groups]:
     """Return the examples of at most so many environments, and their partition."""
     sizes = [t.shape[batch_dim] for t in tensors_in(batch) if t.dim() > batch_dim]
     if not sizes:

@@ -1,0 +1,100 @@
+"""Leading backward passes inside the context to us."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ._constants import Constants
+
+
+class Backward(Protocol):
+    """What takes the place of ``torch.autograd.backward``."""
+
+    constants: Constants
+    mode: BackwardMode
+
+    def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
+        """Run a backward pass."""
+
+
+_BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
+_RECURRENT = frozenset(
+    (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
+)  # their fused kernels hide the steps from autograd
+
+
+@contextmanager
+def _without_fused_kernels() -> Iterator[None]:
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        with torch.backends.cudnn.flags(enabled=False):
+            yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
+
+
+class BackwardMode(TorchFunctionMode):
+    """Leads backward passes to a a run."""
+
+    def __init__(self, run: Backward) -> None:
+        super().__init__()
+        self._run = run
+        run.mode = self
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _BACKWARDS:
+            return _call_backward(self._run, *args, **(kwargs or {}))
+        if func in _RECURRENT:
+            with _without_fused_kernels():
+                return func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        if isinstance(result, (Tensor, tuple)):
+            self._run.constants.watch(result, args, kwargs)
+        return result
+
+
+def _call_backward(
+    run: Backward,
+    tensors: Tensor | Sequence[Tensor],
+    grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    grad_variables: Any = None,
+    inputs: Any = None,
+    *,
+    gradient: Tensor | None = None,
+) -> None:
+    if create_graph or inputs is not None or grad_variables is not None:
+        raise RuntimeError(
+            "Agreement: expected a plain loss.backward() inside the context, but got "
+            "create_graph, inputs or grad_variables"
+        )
+    roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    given = gradient if gradient is not None else grad_tensors
+    grads = [given] if given is None or isinstance(given, Tensor) else list(given)
+    if len(grads) == 1 and grads[0] is None:
+        grads = [None] * len(roots)
+    for root, grad in zip(roots, grads, strict=True):
+        if grad is None and root.numel() != 1:
+            raise RuntimeError(
+                "Agreement: expected a scalar loss, or its gradient, but got an output of shape "
+                f"{tuple(root.shape)}"
+            )
+    starts = [torch.ones_like(r) if g is None else g for r, g in zip(roots, grads, strict=True)]
+    live = [(r, g) for r, g in zip(roots, starts, strict=True) if r.requires_grad]
+    if not live:
+        raise RuntimeError("Agreement: expected a loss that requires gradients, but none does")
+    run.backward([r for r, _ in live], [g.detach() for _, g in live], bool(retain_graph))
