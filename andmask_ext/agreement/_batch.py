@@ -58,6 +58,8 @@ class Watch:
         self._members = members
         self.batch_dim = batch_dim
         self._depth = 0
+        self._stale = False  # a backward pass has been run since
+        self.paused = False  # while a backward pass runs, which may call modules
         self._handles: list[Any] = []
         self.sizes: set[int] = set()
         self.batch_norms: list[nn.Module] = []
@@ -80,21 +82,28 @@ class Watch:
             handle.remove()
         self.clear()
 
+    def passed(self) -> None:
+        """Make the next call of the model the first of another forward pass."""
+        self._stale = True
+
     def clear(self) -> None:
         """Forget what was seen."""
+        self._stale = False
         self.batch_norms = []
         self.sizes = set()
         self.inputs, self.outputs = [], []
 
     def _before(self, module: nn.Module, args: Any) -> None:
-        if id(module) in self._members:
+        if id(module) in self._members and not self.paused:
+            if self._depth == 0 and self._stale:
+                self.clear()
             self._depth += 1
             if isinstance(module, _BatchNorm) and uses_batch(module):
                 self.batch_norms.append(module)
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Take note of what a module took and returned (only that, if it has raised)."""
-        if id(module) not in self._members:
+        if id(module) not in self._members or self.paused:
             return
         self._depth -= 1
         if self._depth or not torch.is_grad_enabled() or len(rest) < 2:

@@ -14,6 +14,16 @@ def storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+_FACTORIES = frozenset((
+    "arange", "eye", "full", "linspace", "logspace", "ones", "tril_indices", "triu_indices",
+    "zeros",
+))  # fmt: skip
+_RANDOM = (
+    "bernoulli", "cauchy", "dropout", "exponential", "feature_dropout", "geometric", "log_normal",
+    "multinomial", "normal", "poisson", "rand", "rrelu", "uniform",
+)  # fmt: skip
+
+
 class Constants:
     """Parameters, buffers, and what functions have made of these or of no tensors.
 
@@ -22,22 +32,33 @@ class Constants:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.data: set[int] = set()  # where the inputs of the model lie
         self._known: set[int] | None = None
         self._kept: list[Tensor] = []  # alive, so that nothing else comes to lie there
 
-    def watch(self, result: Any, args: Any, kwargs: Any) -> None:
-        """Take note of a call."""
+    def watch(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
+        """Take note of a call of the function ``name``."""
         tensors = [result] if isinstance(result, Tensor) else result
-        if not isinstance(tensors, (tuple, list)):
-            return
         made = [one for one in tensors if isinstance(one, Tensor) and not one.requires_grad]
-        if not made or not all(one in self for one in tensors_in((args, kwargs))):
+        if not made:
             return
-        self._kept += made
-        self._memory.update(storage(one) for one in made)
+        taken = list(tensors_in((args, kwargs)))
+        known = all(one in self for one in taken) if taken else name in _FACTORIES
+        if known and not name.startswith(_RANDOM):
+            self._kept += made
+            self._memory.update(storage(one) for one in made)
+        elif taken:  # in place, perhaps: what was constant is no more
+            self._memory.difference_update(storage(one) for one in made)
+
+    def forget(self) -> None:
+        """Let go of all but parameters and buffers."""
+        self._kept = []
+        self._known = None
 
     def __contains__(self, tensor: Tensor) -> bool:
-        return isinstance(tensor, nn.Parameter) or storage(tensor) in self._memory
+        if isinstance(tensor, nn.Parameter):
+            return True
+        return storage(tensor) in self._memory and storage(tensor) not in self.data
 
     @property
     def _memory(self) -> set[int]:

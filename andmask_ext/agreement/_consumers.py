@@ -146,10 +146,14 @@ def _convolution(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
     images, grads = at.saved("input").to(delta.dtype), delta
     if at.saved("transposed"):
         images, grads = grads, images
+    spatial = delta.dim() - 2
+    stride, padding, dilation = (
+        [int(one) for one in at.saved(name)] * (spatial if len(at.saved(name)) == 1 else 1)
+        for name in ("stride", "padding", "dilation")
+    )
     return Convolution(
         images, grads, groups_of_axis(at.groups, at.layout), shape,
-        list(at.saved("stride")), list(at.saved("padding")), list(at.saved("dilation")),
-        at.saved("groups"),
+        stride, padding, dilation, at.saved("groups"),
     )  # fmt: skip
 
 
@@ -330,8 +334,26 @@ FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
 }
 
 
-def axes_of(name: str) -> tuple[int, ...] | None:
-    """Return where the batch may lie in the output of a node of this type; None: anywhere."""
+# Of matrix products: by the operand that is made of parameters.
+_PRODUCT_AXES = {
+    ("AddmmBackward0", 1): (1,),
+    ("AddmmBackward0", 2): (0,),
+    ("BmmBackward0", 0): (2,),
+    ("BmmBackward0", 1): (1,),
+    ("MmBackward0", 0): (1,),
+    ("MmBackward0", 1): (0,),
+}
+
+
+def axes_of(name: str, edge: int | None = None) -> tuple[int, ...] | None:
+    """Return where the batch may lie in the output of a node of this type; None: anywhere.
+
+    Args:
+        name: the type.
+        edge: the input that is made of parameters; None: any of them.
+    """
+    if (name, edge) in _PRODUCT_AXES:
+        return _PRODUCT_AXES[name, edge]  # type: ignore[index]
     return FORMULAS[name][1] if name in FORMULAS else None
 
 

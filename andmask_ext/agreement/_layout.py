@@ -96,7 +96,7 @@ class Evidence:
                 or torch.allclose(
                     magnitudes,
                     self._first[axis] * layout.spread(factors),
-                    rtol=0.02,
+                    rtol=1e-6,
                     atol=0.0,
                     equal_nan=True,
                 )
@@ -171,7 +171,9 @@ def pick(
         axes: where the batch can be at all, for a node of this type.
         trivial: there is one environment only: any layout will do.
     """
-    left = candidates(shape, examples, axes) if trivial or evidence is None else evidence.left
+    left = candidates(shape, examples, axes)
+    if evidence is not None and not trivial:
+        left = [layout for layout in left if layout in evidence.left]
     if not left:
         return None, True
     # Where the gradients of a graph leave several, these have no gradients that they would treat

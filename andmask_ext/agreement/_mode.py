@@ -62,7 +62,8 @@ class BackwardMode(TorchFunctionMode):
                 return func(*args, **(kwargs or {}))
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, (Tensor, tuple)):
-            self._run.constants.watch(result, args, kwargs)
+            name = getattr(func, "__name__", "")
+            self._run.constants.watch(name, result, args, kwargs)
         return result
 
 

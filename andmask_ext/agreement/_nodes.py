@@ -63,9 +63,21 @@ def call_node(node: Node, deltas: Sequence[Tensor | None]) -> tuple[Tensor | Non
 
     The node is not released: it can be called again. Hooks do not run.
     """
-    apply: Any = getattr(node, "apply", node)  # a Python function's node is called otherwise
-    result = apply(*deltas)
+    if not hasattr(node, "apply"):
+        result: Any = node(*deltas)  # type: ignore[operator]
+    else:  # the node of a Python function
+        if getattr(node, "materialize_grads", True):
+            deltas = [
+                _zeros(node, output) if delta is None else delta
+                for output, delta in enumerate(deltas)
+            ]
+        result = node.apply(*deltas)
     return result if isinstance(result, tuple) else (result,)
+
+
+def _zeros(node: Node, output: int) -> Tensor:
+    metadata = node._input_metadata[output]
+    return torch.zeros(tuple(metadata.shape), dtype=metadata.dtype, device=metadata.device)
 
 
 class _Aside(torch.autograd.Function):

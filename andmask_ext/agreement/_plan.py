@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
@@ -150,7 +150,12 @@ def make_plan(
             for output in range(len(graph.nodes[index]._input_metadata)):
                 _refuse_hooks(graph.nodes[index], name, output)
             continue
-        layouts, alone = _layouts(graph, index, groups, evidence, prove)
+        if name == CHECKPOINT:
+            raise RuntimeError(
+                "Agreement: a parameter is an argument of a function under reentrant "
+                "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        layouts, alone = _layouts(graph, index, groups, weight, evidence, prove)
         certain &= alone
         operands = tuple(
             graph.operand(index, edge)
@@ -239,6 +244,7 @@ def _layouts(
     graph: Graph,
     index: int,
     groups: Groups,
+    weight: Sequence[bool],
     evidence: list[Evidence] | None,
     prove: bool,
 ) -> tuple[tuple[Layout | None, ...], bool]:
@@ -250,7 +256,11 @@ def _layouts(
     certain = True
     for output, shape in enumerate(_shapes(node)):
         seen = None if evidence is None else evidence[output]
-        layout, alone = pick(seen, shape, groups.examples, axes_of(name), trivial)
+        axes = axes_of(name)
+        for edge, entry in enumerate(graph.edges[index]):
+            if entry and weight[entry[0]] and axes_of(name, edge) != axes:
+                axes = axes_of(name, edge)
+        layout, alone = pick(seen, shape, groups.examples, axes, trivial)
         layouts.append(layout)
         certain &= alone and (seen is None or seen.seen)
         if output > 0 and (seen is None or not seen.seen):

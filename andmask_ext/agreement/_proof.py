@@ -18,8 +18,6 @@ from ._plan import Evidences, suspects
 
 Engine = Callable[[Graph, list[Tensor], list[Tensor], bool, list[Any]], None]
 
-_ROUNDS = 3
-
 
 class Proof:
     """Backward passes from the model's outputs, as :class:`Evidence` wants them.
@@ -62,17 +60,17 @@ class Proof:
         if groups.environments == 1 or not anchors:
             return
         self._groups = groups
+        dtypes = {one.dtype for one in anchors}
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(one.shape, generator=generator).to(one) for one in anchors]
-        powers = 8 if any(one.dtype == torch.float16 for one in anchors) else 16
+        digits = _digits(groups.environments, 8 if torch.float16 in dtypes else 16)
         self.running = True
         try:
-            for number in range(_ROUNDS):
+            for powers in (None, *digits):
                 self._inner, self._factors = 0, None
                 grads = noise
-                if number:
-                    places = torch.randperm(groups.environments, generator=generator)
-                    self._factors = torch.pow(2.0, places % powers).double()[groups.ids]
+                if powers is not None:
+                    self._factors = torch.pow(2.0, powers).double()[groups.ids]
                     grads = [_along(one, batch_dim, self._factors) for one in noise]
                 self._pass(probe, anchors, grads, self._found.setdefault(0, {}), [])
         finally:
@@ -122,6 +120,18 @@ class Proof:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _digits(environments: int, base: int) -> list[Tensor]:
+    """Return the digits of the numbers of environments: any two differ in one of them."""
+    numbers = torch.arange(environments)
+    if environments <= base:
+        return [numbers * ((base - 1) // (environments - 1))]
+    digits = []
+    while bool((numbers > 0).any()):
+        digits.append(numbers % base)
+        numbers = numbers // base
+    return digits
 
 
 def _no_evidence(node: Node, name: str, examples: int) -> list[Evidence]:

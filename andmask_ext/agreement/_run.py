@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from ._batch import Watch
-from ._constants import Constants
+from ._constants import Constants, storage
 from ._consumers import Arrival, make_use
 from ._graph import Graph
 from ._groups import Environments, Groups
@@ -102,8 +102,29 @@ class Run:
         groups = self._groups = self._make_groups()
         if groups.environments > 1:
             self._refuse_batch_norms()
+        self.watch.paused = True
+        try:
+            self._paused_pass(graph, groups, roots, grads, retain_graph)
+        finally:
+            self.watch.paused = False
+        self.watch.passed()
+        self.constants.forget()
+        for moments in {id(t.moments): t.moments for t in self.targets}.values():
+            moments.end_environments(groups.environments)
+        optimizer = self._owner._optimizer
+        if optimizer is not None:
+            optimizer._environments += groups.environments
+        self._passes += 1
+
+    def _paused_pass(
+        self,
+        graph: Graph,
+        groups: Groups,
+        roots: list[Tensor],
+        grads: list[Tensor],
+        retain_graph: bool,
+    ) -> None:
         plan = self._plan(graph)
-        self.watch.clear()
         self._inner = 0
         session = Session(self.targets, groups, self._weights(groups), plan.deferred, self._records)
         self._session = session
@@ -124,16 +145,15 @@ class Run:
         for other, grad in zip(others, before, strict=True):
             if grad is not None:  # not in place: the context may still fail
                 other.grad = grad if other.grad is None else grad + other.grad
-        for moments in {id(t.moments): t.moments for t in self.targets}.values():
-            moments.end_environments(groups.environments)
-        optimizer = self._owner._optimizer
-        if optimizer is not None:
-            optimizer._environments += groups.environments
-        self._passes += 1
 
     def _make_groups(self) -> Groups:
         environments, sizes = self._environments, self.watch.sizes
         if isinstance(environments, Tensor):
+            if sizes and environments.shape[0] not in sizes:
+                raise ValueError(
+                    "environments: expected one id for each example of the batch, of "
+                    f"{', '.join(map(str, sorted(sizes)))}, but got {environments.shape[0]}"
+                )
             return self._owner._groups(environments, environments.shape[0])
         if not sizes:
             raise RuntimeError(
@@ -175,7 +195,13 @@ class Run:
         plan = None if plan is None else plan.at(graph, groups.examples)
         if plan is None:
             if not inner:
-                anchors = [] if prove == "never" else self.watch.anchors(groups.examples)
+                nodes = set(graph.nodes)
+                anchors = [
+                    one
+                    for one in self.watch.anchors(groups.examples)
+                    if prove != "never" and one.grad_fn in nodes
+                ]
+                self.constants.data = {storage(one) for one in self.watch.inputs}
                 probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
                 self._proof.find(graph, probe, anchors, self.watch.batch_dim, groups)
             evidence = self._proof.evidence(inner)

@@ -21,13 +21,14 @@ struct OuterPanel {
   int64_t round;  // channels are filled up with zeros to a multiple of this
 };
 
+// Vectors of columns of one panel.
 struct ColumnTile {
   int64_t panel;
   OuterTileKind kind;
   int64_t lane;                      // lane by lane: the first channel in the panel; else 0
   int64_t shifts[kOuterMaxVectors];  // of each vector into the panel
-  std::vector<int64_t>
-      lane_offsets;  // [vectors][kOuterLanes] into a row of the moments; -1: unused
+  // [vectors][kOuterLanes] into a row of the moments; -1: unused.
+  std::vector<int64_t> lane_offsets;
 };
 
 class OuterGeometry {

@@ -9,9 +9,7 @@ namespace {
 
 constexpr int64_t kMostEnvironments = 127;  // of which int8 can hold the votes
 
-// ---- one part ----
-
-// Whether a product or a sum of these may be subnormal, infinite or NaN.
+// Whether a sum of products of these may round to zero, overflow or be NaN.
 bool is_delicate(const MagnitudeRange& one, const MagnitudeRange& other, int64_t rows) {
   const auto exponent = [](uint64_t bits) { return static_cast<int64_t>(bits >> 23); };
   constexpr int64_t kBias = 127;
@@ -338,7 +336,7 @@ class Worker {
   int64_t size_;         // elements of all tiles
   int64_t planes_size_;  // bytes of packed grad_outputs for a row of tiles
   bool flushes_;
-  std::vector<char> sticky_;  // of each panel: what is suspended is delicate
+  std::vector<char> sticky_;  // of each group and panel: what is suspended is delicate
   std::vector<int32_t> targets_, row_offsets_;
   char* panel_;
   char* planes_;
