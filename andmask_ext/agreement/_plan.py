@@ -262,9 +262,9 @@ def _layouts(
                 axes = axes_of(name, edge)
         layout, alone = pick(seen, shape, groups.examples, axes, trivial)
         layouts.append(layout)
-        certain &= alone and (seen is None or seen.seen)
         if output > 0 and (seen is None or not seen.seen):
             continue  # not used
+        certain &= alone and (seen is None or seen.seen)
         if layout is None and seen is not None and candidates(shape, groups.examples, None):
             raise RuntimeError(
                 f"Agreement: environments mix in the model: the gradient at {name} (output of "

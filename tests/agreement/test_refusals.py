@@ -1,0 +1,333 @@
+"""What cannot be done exactly is refused, by name; and nothing has changed then."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import andmask_ext as am
+
+from .exact_loop import RULE, check
+from .layers import Function, rand
+
+IDS = torch.tensor([1, 0, 2, 1, 1, 0])
+
+
+def curved(model: nn.Module, x: Tensor) -> Tensor:
+    out = model(x)
+    return (out.sin() + 0.3 * out).mean()
+
+
+def refused(
+    message: str,
+    model: nn.Module,
+    x: Tensor,
+    environments: int | Tensor | None = None,
+    loss: Callable[..., Tensor] = curved,
+    error: type[Exception] = RuntimeError,
+    **options: object,
+) -> None:
+    model = model.double() if x.dtype != torch.float32 else model
+    marker = torch.ones(())
+    for param in model.parameters():
+        param.grad = marker.expand(param.shape).to(param.dtype).clone()
+    before = {n: p.grad for n, p in model.named_parameters()}
+    agreement = am.Agreement(model, RULE, **options)
+    for _ in range(2):  # and it has learnt nothing from being refused
+        with pytest.raises(error, match=message), agreement(environments):
+            loss(model, x).backward()
+    for name, param in model.named_parameters():
+        assert param.grad is before[name]
+        assert (param.grad == 1).all()
+
+
+# ---- environments that mix ----
+
+SHIFTED = {
+    "mean": lambda h: h - h.mean(0),
+    "standardised": lambda h: (h - h.mean(0)) / (h.std(0) + 1),
+    "softmax": lambda h: h.softmax(0),
+    "cumulative sum": lambda h: h.cumsum(0),
+    "neighbours": lambda h: h + h.roll(1, 0),
+    "reversed": lambda h: h.flip(0),
+    "swapped": lambda h: torch.cat([h[:1], h[2:3], h[1:2], h[3:]]),
+    "pairs": lambda h: h.unflatten(0, (-1, 2)).mean(1).repeat_interleave(2, 0) + h,
+    "first example": lambda h: h + h[:1],
+    "maximum": lambda h: h - h.max(0).values,
+    "attention": lambda h: (h.flatten(1) @ h.flatten(1).t()).softmax(1) @ h.flatten(1),
+    "sorted": lambda h: h.sort(0).values,
+    "weak": lambda h: h + 1e-3 * h.mean(0),
+    "weak, one way": lambda h: torch.cat([h[:1] + 1e-3 * h[3:4], h[1:]]),
+    "weak, other way": lambda h: torch.cat([h[:3], h[3:4] + 1e-3 * h[:1], h[4:]]),
+    "transposed": lambda h: h.flatten(1)[:, : len(h)].t(),
+    "reshaped": lambda h: h.flatten(1).t().reshape(h.flatten(1).shape),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (6,)], ids=str)
+@pytest.mark.parametrize("mix", SHIFTED)
+def test_mixing_is_refused(mix: str, rows: tuple[int, ...]) -> None:
+    function = SHIFTED[mix]
+    model = Function(
+        lambda s, x: s.b(function(s.a(x).tanh()).flatten(1)[:, :6]), a=nn.Linear(6, 6),
+        b=nn.Linear(6, 3),
+    )  # fmt: skip
+    refused("environments mix", model, rand(6, *rows, 6))
+    refused("environments mix", model, rand(6, *rows, 6), IDS)
+
+
+def test_mixing_within_an_environment_is_allowed() -> None:
+    model = Function(
+        lambda s, x: s.b(_centred(s.a(x).tanh())), a=nn.Linear(4, 4), b=nn.Linear(4, 3)
+    ).double()
+    check(model, curved, rand(6, 4), environments=3)
+    refused("environments mix", model, rand(6, 4))
+
+
+def _centred(h: Tensor) -> Tensor:
+    pairs = h.unflatten(0, (-1, 2))
+    return (pairs - pairs.mean(1, keepdim=True)).flatten(0, 1)
+
+
+def test_one_environment_may_mix_as_it_likes() -> None:
+    for mix in ("mean", "softmax", "reversed"):
+        model = Function(
+            lambda s, x, f=SHIFTED[mix]: s.b(f(s.a(x))), a=nn.Linear(4, 4), b=nn.Linear(4, 3)
+        ).double()
+        check(model, curved, rand(6, 4), environments=1)
+        check(model, curved, rand(1, 4))
+
+
+@pytest.mark.parametrize("count", [17, 40])
+def test_a_swap_of_any_two_of_many_examples_is_refused(count: int) -> None:
+    order = torch.arange(count)
+    model = Function(lambda s, x: s.b(s.a(x)[order]), a=nn.Linear(2, 2), b=nn.Linear(2, 2)).double()
+    x, agreement = rand(count, 2), am.Agreement(model, RULE)
+    for i in range(0, count, 3):
+        for j in range(i + 1, count, 5):
+            order[i], order[j] = j, i
+            with pytest.raises(RuntimeError, match="environments mix"), agreement():
+                curved(model, x).backward()
+            order[i], order[j] = i, j
+
+
+def test_noise_drawn_within_the_context_is_data() -> None:
+    model = Function(
+        lambda s, x: s.b(s.a(x).flip(0)), a=nn.Linear(4, 4), b=nn.Linear(4, 3)
+    ).double()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="environments mix"), am.Agreement(model, RULE)():
+            curved(model, rand(6, 4)).backward()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    other = copy.deepcopy(model)
+    torch.manual_seed(1)
+    with am.Agreement(model, RULE)():
+        curved(model, rand(6, 4)).backward()
+    torch.manual_seed(1)
+    x = rand(6, 4)
+    am.backward([curved(other, row[None]) for row in x], RULE, other.parameters())
+    torch.testing.assert_close(model[0].weight.grad, other[0].weight.grad)
+
+
+# ---- what no probe can reach ----
+
+
+def test_a_model_that_returns_only_its_loss_cannot_be_proved() -> None:
+    def forward(self: Function, x: Tensor) -> Tensor:
+        hidden = self.a(x)
+        if self.mix:
+            hidden = hidden - hidden.mean(0)
+        return self.b(hidden.tanh()).sin().mean()
+
+    model = Function(forward, a=nn.Linear(3, 5), b=nn.Linear(5, 3)).double()
+    for model.mix in (True, False):
+        refused("Agreement", model, rand(4, 3), loss=lambda m, x: m(x))
+    check(model, lambda m, x: m(x), rand(4, 3), prove="never")
+
+
+def test_an_auxiliary_loss_that_is_not_returned() -> None:
+    def forward(self: Function, x: Tensor) -> Tensor:
+        hidden = self.b(x)
+        if self.mix:
+            hidden = hidden - hidden.mean(0)
+        self.extra = hidden.square().mean()
+        return self.a(x)
+
+    model = Function(forward, a=nn.Linear(3, 5), b=nn.Linear(3, 5)).double()
+    for model.mix in (True, False):
+        refused("Agreement", model, rand(4, 3), loss=lambda m, x: curved(m, x) + m.extra)
+
+
+def test_terms_of_parameters_only() -> None:
+    for model in (nn.Linear(3, 2), nn.Linear(4, 4)):
+        x = rand(4, model.in_features)
+
+        def decayed(model: nn.Module, x: Tensor) -> Tensor:
+            return curved(model, x) + sum(p.square().sum() for p in model.parameters())
+
+        refused("parameters only", model, x, loss=decayed)
+        agreement = am.Agreement(model, RULE)
+        with pytest.raises(RuntimeError, match="parameters only"), agreement():
+            torch.autograd.backward([curved(model, x), model.weight.square().sum()])
+        with pytest.raises(RuntimeError, match="parameters only"), agreement():
+            curved(model, x)
+            model.weight.square().sum().backward()
+
+
+def test_the_first_input_is_not_the_batch() -> None:
+    for width in (3, 4, 5):
+        model = Function(lambda s, t, x: s.a(x) * t.sum(), a=nn.Linear(width, 3))
+        for batch in (4, 5, 6):
+            x = rand(batch, width)
+            refused("Agreement", model, x, loss=lambda m, x: m(torch.ones(3), x).sin().mean())
+            check(model.double(), lambda m, x: m(torch.ones(3), x).sin().mean(), x,
+                  environments=torch.arange(batch))  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (8, 4), (4, 8)])
+@pytest.mark.parametrize("width", [4, 5, 8])
+def test_two_batches_of_different_sizes_in_one_loss(sizes: tuple[int, int], width: int) -> None:
+    model = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 3))
+    other = rand(sizes[1], width)
+
+    def both(model: nn.Module, x: Tensor) -> Tensor:
+        return curved(model, x) + curved(model, other)
+
+    refused("batches of different sizes", model, rand(sizes[0], width), loss=both)
+
+
+def test_parts_called_with_other_sizes() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 3)})
+
+    def flattened(model: nn.Module, x: Tensor) -> Tensor:
+        return model["b"](model["a"](x).flatten(0, 1)).sin().mean()
+
+    refused("different sizes", model, rand(4, 2, 4), loss=flattened)
+
+
+# ---- statistics of the batch ----
+
+
+class Frozen(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.bottom = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = self.bottom(x)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), r"1 \(BatchNorm1d\)"),
+        (nn.Sequential(nn.BatchNorm1d(4, affine=False), nn.Linear(4, 2)), r"0 \(BatchNorm1d\)"),
+        (nn.Sequential(nn.Linear(4, 4).requires_grad_(False),
+                       nn.BatchNorm1d(4).requires_grad_(False), nn.Linear(4, 2)), r"1 \(BatchNorm"),
+        (Frozen(), r"bottom.1 \(BatchNorm1d\)"),
+        (nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, track_running_stats=False)).eval(),
+         r"1 \(BatchNorm1d\)"),
+        (Function(lambda s, x: F.batch_norm(s.a(x), None, None, training=True), a=nn.Linear(4, 4)),
+         "mix|batch_norm"),
+    ],
+    ids=["trained", "of the input", "frozen", "without gradients", "no running", "functional"],
+)  # fmt: skip
+def test_batch_norm_in_training_mode_is_refused_by_the_name_of_its_module(
+    model: nn.Module, name: str
+) -> None:
+    refused(name, model, rand(6, 4), 3)
+
+
+def test_batch_norm_with_running_statistics_is_exact() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 4),
+        nn.BatchNorm1d(4),
+    ).double()  # fmt: skip
+    model(rand(8, 2, 5, 5))
+    model.eval()
+    state = copy.deepcopy(model.state_dict())
+    check(model, curved, rand(6, 2, 5, 5), environments=IDS)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# ---- other things ----
+
+
+@pytest.mark.filterwarnings("ignore:Using .torch.compile:UserWarning")
+def test_a_compiled_model() -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    compiled = torch.compile(model, backend="aot_eager")
+    agreement, x = am.Agreement(model, RULE), torch.randn(6, 4)
+    with pytest.raises(RuntimeError, match=r"compiled with torch\.compile"), agreement():
+        curved(compiled, x).backward()
+    assert all(p.grad is None for p in model.parameters())
+    torch._dynamo.reset()
+
+
+def test_hooks_on_parameters_and_on_what_is_made_of_them() -> None:
+    def of(tensor: Tensor) -> Tensor:
+        tensor.register_hook(lambda grad: grad * 3)
+        return tensor
+
+    for forward in (
+        lambda s, x: x @ of(s.w.t()),
+        lambda s, x: x @ of(s.w.t().tanh()),
+        lambda s, x: x @ of(s.w.view(4, 4)[:3].t()),
+        lambda s, x: x @ (s.w.view_as(s.w) * of(s.w * 2)).t(),
+    ):
+        refused("hook", Function(forward, w=rand(4, 4)), rand(6, 4))
+    model = Function(lambda s, x: x @ s.w, w=rand(4, 4))
+    model.w.register_hook(lambda grad: grad * 3)
+    refused("hook", model, rand(6, 4))
+
+
+def test_hooks_on_data_are_heeded_once() -> None:
+    """Also where the node's formula is called once for each environment."""
+
+    def of(tensor: Tensor) -> Tensor:
+        if tensor.requires_grad:
+            tensor.register_hook(lambda grad: grad * 3)
+        return tensor
+
+    for forward in (
+        lambda s, x: of((s.w @ x.t())).t(),
+        lambda s, x: of(torch.maximum(x, s.w[0])),
+        lambda s, x: of(of(s.layer(x)).tanh() @ s.w),
+    ):
+        check(Function(forward, w=rand(4, 4), layer=nn.Linear(4, 4)).double(), curved, rand(6, 4))
+
+
+def test_module_hooks_are_heeded() -> None:
+    layer = nn.Linear(4, 4)
+    layer.register_full_backward_hook(lambda module, into, out: (into[0] * 2,))
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2)).double()
+    check(model, curved, rand(6, 4))
+
+
+def test_plain_backward_only() -> None:
+    model, x = nn.Linear(4, 2).double(), rand(6, 4)
+    agreement = am.Agreement(model, RULE)
+    for arguments in ({"create_graph": True}, {"inputs": [model.weight]}):
+        with pytest.raises(RuntimeError, match="plain loss.backward"), agreement():
+            curved(model, x).backward(**arguments)
+    with pytest.raises(RuntimeError, match="scalar loss"), agreement():
+        model(x).backward()
+    with pytest.raises(RuntimeError, match="requires gradients"), agreement():
+        curved(model, x).detach().backward()
+    assert model.weight.grad is None
+
+
+def test_sparse_embeddings() -> None:
+    model = nn.Embedding(5, 3, sparse=True).double()
+    with pytest.raises(TypeError, match="sparse=True"), am.Agreement(model, RULE)():
+        model(torch.tensor([0, 1, 2])).sin().mean().backward()
+    assert model.weight.grad is None
