@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -51,7 +52,7 @@ class Watch:
         sizes: those of the batch in calls of the model, or of parts of it that were called from
             outside, since :meth:`clear`.
         batch_norms: the modules that took statistics of the batch since :meth:`clear`.
-        inputs, outputs: the tensors that these calls took and returned since :meth:`clear`.
+        inputs: the tensors that these calls took.
     """
 
     def __init__(self, members: set[int], batch_dim: int) -> None:
@@ -64,7 +65,8 @@ class Watch:
         self.sizes: set[int] = set()
         self.batch_norms: list[nn.Module] = []
         self.inputs: list[Tensor] = []
-        self.outputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._held: list[weakref.ref[Tensor]] = []
 
     def __enter__(self) -> None:
         self._handles = [
@@ -83,15 +85,20 @@ class Watch:
         self.clear()
 
     def passed(self) -> None:
-        """Make the next call of the model the first of another forward pass."""
+        """Make the next call of the model the first of another forward pass.
+
+        Until then there may be another backward pass, if the outputs are still held elsewhere.
+        """
         self._stale = True
+        self._held = [weakref.ref(one) for one in self.outputs()]
+        self._outputs = []
 
     def clear(self) -> None:
         """Forget what was seen."""
         self._stale = False
         self.batch_norms = []
         self.sizes = set()
-        self.inputs, self.outputs = [], []
+        self.inputs, self._outputs, self._held = [], [], []
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._members and not self.paused:
@@ -115,13 +122,17 @@ class Watch:
                 self.sizes.add(tensor.shape[self.batch_dim])
                 break
         self.inputs += inputs
-        self.outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
+        self._outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
+
+    def outputs(self) -> list[Tensor]:
+        """Return the tensors that the calls since :meth:`clear` have returned."""
+        return self._outputs + [one for ref in self._held if (one := ref()) is not None]
 
     def anchors(self, examples: int) -> list[Tensor]:
         """Return the outputs that hold the batch."""
         return [
             one
-            for one in self.outputs
+            for one in self.outputs()
             if one.dim() > self.batch_dim
             and one.shape[self.batch_dim] == examples
             and one.is_floating_point()

@@ -387,7 +387,7 @@ def _one_by_one(at: Arrival, name: str, operand: Operand) -> Use:
                     else torch.where(ids == environment, delta, torch.zeros_like(delta))
                     for ids, delta in zip(environments, at.deltas, strict=True)
                 ]
-                gradient = call_node(at.node, alone)[operand.edge]
+                gradient = call_node(at.node, operand.edge, alone)
                 if gradient is None:
                     gradient = some.new_zeros(operand.shape)
                 found.append(gradient.sum_to_size(operand.shape))  # as the engine does

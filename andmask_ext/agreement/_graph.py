@@ -23,7 +23,7 @@ LOOKUPS = (
     "IndexSelectBackward0",
     "TakeBackward0",
 )
-_HIDDEN_DATA = (
+HIDDEN_DATA = (
     *LOOKUPS, "ExpandBackward0", "MaskedFillBackward0", "MaskedFillBackward1",
     "MaskedSelectBackward0", "RepeatBackward0", "WhereBackward0",
 )  # fmt: skip
@@ -156,7 +156,7 @@ class Graph:
         name = self.names[index]
         if isinstance(name, tuple) or name in VIEWS:
             return False
-        return name in _HIDDEN_DATA or None in self.edges[index]
+        return name in HIDDEN_DATA or None in self.edges[index]
 
     def operand(self, index: int, edge: int) -> Operand:
         """Describe the input of a node that is made of parameters only."""

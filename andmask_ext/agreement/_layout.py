@@ -96,7 +96,7 @@ class Evidence:
                 or torch.allclose(
                     magnitudes,
                     self._first[axis] * layout.spread(factors),
-                    rtol=1e-6,
+                    rtol=0.05 if delta.dtype == torch.float16 else 1e-6,
                     atol=0.0,
                     equal_nan=True,
                 )

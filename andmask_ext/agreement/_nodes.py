@@ -58,21 +58,23 @@ def saved_tensors(node: Node) -> list[Tensor]:
     return found
 
 
-def call_node(node: Node, deltas: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Return the gradients of a node's inputs, from those of its outputs.
+def call_node(node: Node, edge: int, deltas: Sequence[Tensor | None]) -> Tensor | None:
+    """Return the gradient of one of a node's inputs, from those of its outputs.
 
     The node is not released: it can be called again. Hooks do not run.
     """
     if not hasattr(node, "apply"):
-        result: Any = node(*deltas)  # type: ignore[operator]
-    else:  # the node of a Python function
-        if getattr(node, "materialize_grads", True):
-            deltas = [
-                _zeros(node, output) if delta is None else delta
-                for output, delta in enumerate(deltas)
-            ]
-        result = node.apply(*deltas)
-    return result if isinstance(result, tuple) else (result,)
+        gradients: Any = node(*deltas)  # type: ignore[operator]
+        return gradients[edge] if isinstance(gradients, tuple) else gradients  # type: ignore[no-any-return]
+    # The node of a Python function: it takes no None for zeros, and returns a gradient for each
+    # argument, tensor or not.
+    if getattr(node, "materialize_grads", True):
+        deltas = [_zeros(node, i) if delta is None else delta for i, delta in enumerate(deltas)]
+    gradients = node.apply(*deltas)
+    needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]  # type: ignore[attr-defined]
+    joined = [i for i, (after, _) in enumerate(node.next_functions) if after is not None]
+    argument = needed[joined.index(edge)]
+    return gradients[argument] if isinstance(gradients, tuple) else gradients  # type: ignore[no-any-return]
 
 
 def _zeros(node: Node, output: int) -> Tensor:

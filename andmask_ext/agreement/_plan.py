@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 
 from ._constants import Constants
 from ._consumers import axes_of
-from ._graph import LOOKUPS, Graph, Operand
+from ._graph import HIDDEN_DATA, LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
 from ._nodes import has_hooks, leaf, saved_tensors, shape_of
@@ -137,7 +137,6 @@ def make_plan(
             elif leaf(node)._backward_hooks:
                 _refuse_hooks(node, "a parameter")
             continue
-        _refuse_compiled(name)
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if not any(below):
             continue
@@ -181,8 +180,9 @@ def _refuse_hooks(node: Node, name: str, output: int | None = None) -> None:
         )
 
 
-def _refuse_compiled(name: str) -> None:
-    if name == _COMPILED:
+def refuse_compiled(graph: Graph) -> None:
+    """Raise if a part of a graph was compiled."""
+    if _COMPILED in graph.names:
         raise RuntimeError(
             "Agreement: the model, or a part of it, was compiled with torch.compile: what its "
             "backward pass does to parameters cannot be seen; call the module that was compiled "
@@ -208,7 +208,7 @@ def _is_weight(
     if not any(candidates(shape, groups.examples, axes_of(name)) for shape in shapes):
         return True
     constant = _is_constant(graph, index, shapes[0], constants)
-    if constant and graph.is_table(index):
+    if name in HIDDEN_DATA and graph.is_table(index):
         return True
     if evidence is None or not any(one.seen for one in evidence):
         return constant and name not in LOOKUPS

@@ -60,7 +60,7 @@ class Proof:
         if groups.environments == 1 or not anchors:
             return
         self._groups = groups
-        dtypes = {one.dtype for one in anchors}
+        dtypes = {node._input_metadata[0].dtype for node in probe.nodes}
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(one.shape, generator=generator).to(one) for one in anchors]
         digits = _digits(groups.environments, 8 if torch.float16 in dtypes else 16)

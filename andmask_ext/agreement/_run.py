@@ -16,7 +16,7 @@ from ._graph import Graph
 from ._groups import Environments, Groups
 from ._mode import BackwardMode
 from ._nodes import leaf
-from ._plan import CHECKPOINT, Consumer, Plan, make_plan
+from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
 from ._proof import Proof
 from ._session import Record, Session, Target
 
@@ -99,6 +99,7 @@ class Run:
     def _outer_pass(
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
+        refuse_compiled(graph)
         groups = self._groups = self._make_groups()
         if groups.environments > 1:
             self._refuse_batch_norms()
@@ -207,8 +208,8 @@ class Run:
             evidence = self._proof.evidence(inner)
             plan = make_plan(graph, groups, evidence, self.constants, prove != "never")
         if plan.certain:
-            self._plans[structure] = plan
-            if sizes and not inner:
+            self._plans.setdefault(structure, plan)
+            if sizes:
                 self._plans[structure, sizes] = plan
         return plan
 

@@ -10,7 +10,7 @@
 namespace andmask {
 namespace {
 
-constexpr int64_t kScratch = int64_t{16} << 20;
+constexpr int64_t kScratch = int64_t{4} << 20;
 
 int64_t panels_of(int64_t columns) { return (columns + kSignPanel - 1) / kSignPanel; }
 

@@ -156,7 +156,7 @@ def test_the_number_of_environments_is_checked() -> None:
     optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, environments=3)
     with am.Agreement(model, optimizer)(2):
         curved(model, x).backward()
-    with pytest.raises(RuntimeError, match="expected 3 environments .* but got 2"):
+    with pytest.raises(RuntimeError, match=r"expected 3 environments .* but got 2"):
         optimizer.step()
 
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 import andmask_ext as am
 
-from .exact_loop import RULE, check, compare, loop, members_of
+from .exact_loop import RULE, check, compare, loop, members_of, or_refused
 from .layers import Function, rand
 
 IDS = torch.tensor([1, 0, 2, 1, 1, 0])
@@ -83,13 +83,18 @@ def with_regions(region: Region, reentrant: bool) -> Function:
     ).double()  # fmt: skip
 
 
+# A parameter as argument of a reentrant region has a test of its own.
+KINDS = pytest.mark.parametrize(
+    ("region", "reentrant"),
+    [(r, kind) for r in REGIONS for kind in (True, False) if not (r is shared and kind)],
+    ids=lambda value: value.__name__ if callable(value) else ("not ", "")[value] + "reentrant",
+)
 # A region within a reentrant region is called without gradients at first.
 WITHIN = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
 
 
 @WITHIN
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("region", REGIONS)
+@KINDS
 @pytest.mark.parametrize("rows", [(), (6,)], ids=str)
 def test_checkpointing(region: Region, reentrant: bool, rows: tuple[int, ...]) -> None:
     model, agreement = with_regions(region, reentrant), None
@@ -100,8 +105,7 @@ def test_checkpointing(region: Region, reentrant: bool, rows: tuple[int, ...]) -
 
 
 @WITHIN
-@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
-@pytest.mark.parametrize("region", REGIONS)
+@KINDS
 def test_checkpointing_with_several_batches_in_one_context(region: Region, reentrant: bool) -> None:
     """What is computed again during a backward pass is no call of the model."""
     model = with_regions(region, reentrant)
@@ -114,6 +118,11 @@ def test_checkpointing_with_several_batches_in_one_context(region: Region, reent
     assert agreement.moments[0].count == 26
     for name, param in model.named_parameters():
         compare(name, torch.cat([g[name] for g in grads]), param.grad, RULE, 1e-10)
+
+
+def test_a_parameter_as_argument_of_a_reentrant_region_is_exact_or_refused() -> None:
+    with or_refused():
+        check(with_regions(shared, True), curved, rand(6, 4))
 
 
 def test_mixing_within_a_checkpointed_region_is_refused() -> None:
