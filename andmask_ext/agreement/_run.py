@@ -62,6 +62,7 @@ class Run:
         self._session: Session | None = None
         self._proof = Proof(self._engine)
         self._inner = 0  # backward passes inside this one
+        self._outer: Any = None  # the key of the plan of the outer one
         self._groups: Groups | None = None
         self._passes = 0
         self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
@@ -191,8 +192,12 @@ class Run:
         sizes = tuple(tensor.shape for tensor in self.watch.inputs)
         plan = self._plans.get((structure, sizes)) if sizes else None
         if plan is not None:
+            if not inner:
+                self._outer = structure, sizes
             return plan
-        plan = self._plans.get(structure)
+        # Where functions run backward passes of their own, there must be proofs for the graphs of
+        # those by then, which are not seen yet.
+        plan = None if CHECKPOINT in graph.names else self._plans.get(structure)
         plan = None if plan is None else plan.at(graph, groups.examples)
         if plan is None:
             if not inner:
@@ -207,10 +212,14 @@ class Run:
                 self._proof.find(graph, probe, anchors, self.watch.batch_dim, groups)
             evidence = self._proof.evidence(inner)
             plan = make_plan(graph, groups, evidence, self.constants, prove != "never")
+        if not inner:
+            self._outer = structure, sizes
         if plan.certain:
             self._plans.setdefault(structure, plan)
             if sizes:
                 self._plans[structure, sizes] = plan
+        elif inner:
+            self._plans.pop(self._outer, None)
         return plan
 
     def _refuse_batch_norms(self) -> None:
