@@ -11,7 +11,10 @@ from ._batch import tensors_in
 
 def storage(tensor: Tensor) -> int:
     """Return the address of the memory that a tensor is a view of."""
-    return tensor.untyped_storage().data_ptr()
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # it has none, as inside torch.vmap
+        return -1
 
 
 _FACTORIES = frozenset((
@@ -38,13 +41,15 @@ class Constants:
 
     def watch(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
         """Take note of a call of the function ``name``."""
+        if name == "__setitem__":
+            result = args[0]
         tensors = [result] if isinstance(result, Tensor) else result
         made = [one for one in tensors if isinstance(one, Tensor) and not one.requires_grad]
         if not made:
             return
         taken = list(tensors_in((args, kwargs)))
         known = all(one in self for one in taken) if taken else name in _FACTORIES
-        if known and not name.startswith(_RANDOM):
+        if known and not name.startswith(_RANDOM) and storage(made[0]) != -1:
             self._kept += made
             self._memory.update(storage(one) for one in made)
         elif taken:  # in place, perhaps: what was constant is no more

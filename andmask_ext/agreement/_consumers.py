@@ -360,7 +360,8 @@ def axes_of(name: str, edge: int | None = None) -> tuple[int, ...] | None:
 def make_use(at: Arrival, name: str, operand: Operand) -> Use:
     """Return the use of an operand, by the formula of the node's type or by calling the node."""
     delta = at.deltas[0]
-    if name in FORMULAS and delta is not None and not delta.is_complex():
+    known = name in FORMULAS and at.layouts[0] is not None
+    if known and delta is not None and not delta.is_complex():
         use = FORMULAS[name][0](at, operand.edge, operand.shape)
         if use is not None:
             return use
@@ -372,6 +373,7 @@ def _one_by_one(at: Arrival, name: str, operand: Operand) -> Use:
         None if delta is None or layout is None else _environments(layout, at.groups, delta)
         for delta, layout in zip(at.deltas, at.layouts, strict=True)
     ]
+    only = at.groups.environments == 1  # then there may be no layout
     some = next(delta for delta in at.deltas if delta is not None)
 
     def gradients(begin: int, end: int) -> list[Tensor]:
@@ -381,12 +383,14 @@ def _one_by_one(at: Arrival, name: str, operand: Operand) -> Use:
 
         def body() -> None:
             for environment in range(begin, end):
-                alone = [
-                    None
-                    if delta is None or ids is None
-                    else torch.where(ids == environment, delta, torch.zeros_like(delta))
-                    for ids, delta in zip(environments, at.deltas, strict=True)
-                ]
+                alone = list(at.deltas)
+                if not only:
+                    alone = [
+                        None
+                        if delta is None or ids is None
+                        else torch.where(ids == environment, delta, torch.zeros_like(delta))
+                        for ids, delta in zip(environments, at.deltas, strict=True)
+                    ]
                 gradient = call_node(at.node, operand.edge, alone)
                 if gradient is None:
                     gradient = some.new_zeros(operand.shape)

@@ -24,6 +24,7 @@ class Backward(Protocol):
 
 
 _BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
+_SETITEM = torch.Tensor.__setitem__
 _RECURRENT = frozenset(
     (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 )  # their fused kernels hide the steps from autograd
@@ -61,7 +62,7 @@ class BackwardMode(TorchFunctionMode):
             with _without_fused_kernels():
                 return func(*args, **(kwargs or {}))
         result = func(*args, **kwargs) if kwargs else func(*args)
-        if isinstance(result, (Tensor, tuple)):
+        if isinstance(result, (Tensor, tuple)) or func is _SETITEM:
             name = getattr(func, "__name__", "")
             self._run.constants.watch(name, result, args, kwargs)
         return result

@@ -264,6 +264,8 @@ def _layouts(
         layouts.append(layout)
         if output > 0 and (seen is None or not seen.seen):
             continue  # not used
+        if trivial:
+            continue  # all that there is belongs to the one environment
         certain &= alone and (seen is None or seen.seen)
         if layout is None and seen is not None and candidates(shape, groups.examples, None):
             raise RuntimeError(
@@ -279,7 +281,7 @@ def _layouts(
                 "it belongs to no environment; use weight_decay, or add its gradient outside of "
                 "the context"
             )
-        if layout is None or (prove and seen is None and not trivial):
+        if layout is None or (prove and seen is None):
             raise RuntimeError(
                 f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
                 f"output of {name}, of shape {shape}; expected a model that is called inside the "

@@ -298,7 +298,8 @@ class Run:
             torch.autograd.backward(roots, grads, retain_graph, inputs=inputs)
             return
         # Reentrant checkpointing allows no `inputs`: plain gradients are computed as well, and
-        # dropped. Its function runs a backward pass of its own, which the mode leads to us.
+        # dropped. Its function runs a backward pass of its own, which the mode leads to us. The
+        # graph is kept: uses wait until the pass is over.
         keep = {id(one) for one in inputs if isinstance(one, Tensor)}
         leaves = [leaf(node) for node, name in zip(graph.nodes, graph.names, strict=True)
                   if isinstance(name, tuple)]  # fmt: skip
@@ -307,7 +308,7 @@ class Run:
         try:
             with self.mode:
                 _engine_run_backward(
-                    tuple(roots), tuple(grads), retain_graph, False, (),
+                    tuple(roots), tuple(grads), True, False, (),
                     allow_unreachable=True, accumulate_grad=True,
                 )  # fmt: skip
         finally:

@@ -69,7 +69,7 @@ class Session:
     ) -> None:
         self._targets = targets
         self._groups = groups
-        self._weights = weights if len(weights) > 1 else weights * groups.environments
+        self._weights = weights
         self._deferred = deferred
         self._records = records
         self._expected: dict[int, int] = {}
@@ -221,7 +221,7 @@ class Session:
             signs = (gradients > 0).to(votes.dtype) - (gradients < 0).to(votes.dtype)
             votes.index_add_(0, lines, signs)
         assert total is not None
-        if len(set(self._weights)) > 1:
+        if len(self._weights) > 1:
             weights = torch.tensor(self._weights, dtype=total.dtype, device=total.device)
             gradients *= weights[environments].unsqueeze(1)
             total.index_add_(0, lines, gradients)
@@ -236,7 +236,7 @@ class Session:
         step = max(1, SCRATCH_BYTES // max(1, total.numel() * total.element_size()))
         for begin in range(0, count, step):
             end = min(begin + step, count)
-            weights = self._weights[begin:end]
+            weights = self._weights if len(self._weights) == 1 else self._weights[begin:end]
             torch.ops.andmask.accumulate_.default(
                 *lists, [add_up(parts, begin, end)], target.moments.count + begin, weights, True
             )
