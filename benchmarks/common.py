@@ -36,6 +36,9 @@ class Row:
     minimum: float
     gigabytes_per_second: float
     ratio: float  # median time / median time of the case's yardstick
+    megabytes: float | None = None  # peak memory, where it was measured
+    memory_ratio: float | None = None  # to that of the yardstick
+    note: str = ""  # why there are no figures
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -146,12 +149,20 @@ def run(options: argparse.Namespace, cases: Iterable[Callable[[], list[Row]]]) -
 
 def table(rows: list[Row]) -> str:
     """Return the rows of one case as aligned text."""
-    lines = [f"  {'':24}{'median':>12}{'IQR':>10}{'min':>12}{'GB/s':>8}{'ratio':>9}"]
+    memory = any(row.megabytes is not None for row in rows)
+    speed = any(row.gigabytes_per_second for row in rows)
+    lines = [f"  {'':26}{'median':>12}{'IQR':>10}{'min':>12}"]
+    lines[0] += f"{'GB/s':>8}" * speed + f"{'ratio':>9}"
+    if memory:
+        lines[0] += f"{'MiB':>9}{'ratio':>9}"
     for row in rows:
-        lines.append(
-            f"  {row.contestant:24}{_time(row.median):>12}{_time(row.iqr):>10}"
-            f"{_time(row.minimum):>12}{row.gigabytes_per_second:>8.1f}{row.ratio:>9.2f}"
-        )
+        line = f"  {row.contestant:26}"
+        if row.median:
+            line += f"{_time(row.median):>12}{_time(row.iqr):>10}{_time(row.minimum):>12}"
+            line += f"{row.gigabytes_per_second:>8.1f}" * speed + f"{row.ratio:>9.2f}"
+        if row.megabytes is not None and row.memory_ratio is not None:
+            line += f"{row.megabytes:>9.0f}{row.memory_ratio:>9.2f}"
+        lines.append(f"{line}  {row.note}".rstrip())
     return "\n".join(lines)
 
 
@@ -170,6 +181,6 @@ def _slower(rows: list[Row], name: str, tolerance: float) -> bool:
             continue
         then, now = before[row.key], row.ratio
         flag = "slower" if now > then * tolerance else "faster" if now < then / tolerance else ""
-        worse |= flag == "slower" and row.contestant == "andmask"
+        worse |= flag == "slower" and row.contestant in ("andmask", "Agreement")
         print(f"  {row.case:32}{row.threads:>2}  {row.contestant:24}{then:8.2f}{now:8.2f} {flag}")
     return worse

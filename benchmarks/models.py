@@ -37,6 +37,35 @@ def cnn() -> nn.Module:
     )
 
 
+class Residual(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+def fast_resnet() -> nn.Module:
+    """The ResNet-9 of DAWNBench's fast CIFAR-10 entries, with group norm."""
+
+    def block(before: int, after: int, *rest: nn.Module) -> nn.Module:
+        convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
+        return nn.Sequential(convolution, nn.GroupNorm(32, after), nn.ReLU(), *rest)
+
+    return nn.Sequential(
+        block(3, 64),
+        block(64, 128, nn.MaxPool2d(2)),
+        Residual(block(128, 128), block(128, 128)),
+        block(128, 256, nn.MaxPool2d(2)),
+        block(256, 512, nn.MaxPool2d(2)),
+        Residual(block(512, 512), block(512, 512)),
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(512, 10),
+    )
+
+
 class Transformer(nn.Module):
     """One block on 64 tokens of 256, and a classifier of their mean."""
 
@@ -63,6 +92,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Batch], int]] =
         lambda n: (torch.randint(0, 1000, (n, 64)), _labels(n)),
         32,
     ),
+    "ResNet-9": (fast_resnet, lambda n: (torch.randn(n, 3, 32, 32), _labels(n)), 80),
 }
 
 
