@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import RUNS, Row, measure, parser, peak_memory, run
+from common import RUNS, Row, measure, parser, peak_memory, run, status
 from models import MODELS, Batch, mlp
 from peers import EXACT, GRADIENTS, OURS, PLAIN, PLAIN_STEP, STEPS, Contestant
 from torch import nn
@@ -131,11 +131,12 @@ def case(
         print("  memory, each in a process of its own ...", flush=True)
         for row in rows:
             if row.median:
-                row.megabytes = memory_of(row.contestant, model, count, environments)
-        base = timed[yardstick].megabytes
+                row.megabytes, row.process = memory_of(row.contestant, model, count, environments)
+        base = timed[yardstick]
         for row in rows:
-            if row.megabytes is not None and base:
-                row.memory_ratio = row.megabytes / base
+            if row.megabytes and row.process and base.megabytes and base.process:
+                row.memory_ratio = row.megabytes / base.megabytes
+                row.process_ratio = row.process / base.process
     return rows
 
 
@@ -154,8 +155,12 @@ def differences(own: torch.Tensor, exact: torch.Tensor | None) -> str:
 # ---- memory ----
 
 
-def memory_of(contestant: str, model: str, examples: int, environments: int) -> float | None:
-    """Return the peak memory in MiB of one call, over that of the process with model and batch."""
+def memory_of(
+    contestant: str, model: str, examples: int, environments: int
+) -> tuple[float | None, float | None]:
+    """Return the peak memory in MiB of two steps, over that of the process with model and batch,
+    and that of the whole process.
+    """
     command = [sys.executable, "-W", "ignore", __file__, "--memory-of", contestant, model,
                str(examples), str(environments)]  # fmt: skip
     # Memory goes back to the system when it is freed, so that what counts is what is in use.
@@ -165,8 +170,9 @@ def memory_of(contestant: str, model: str, examples: int, environments: int) -> 
     )
     if done.returncode:
         print(f"  memory of {contestant}: failed: {done.stderr.strip().splitlines()[-1:]}")
-        return None
-    return float(done.stdout.split()[-1])
+        return None, None
+    over, whole = done.stdout.split()[-2:]
+    return float(over), float(whole)
 
 
 def print_memory(contestant: str, model: str, examples: int, environments: int) -> None:
@@ -176,6 +182,7 @@ def print_memory(contestant: str, model: str, examples: int, environments: int) 
     network, batch = setting(model, examples)
     few = tuple(part[: max(1, examples // environments)] for part in batch)
     CONTESTANTS[PLAIN](network, few, 1)()  # warm up
+    CONTESTANTS[contestant](*setting("MLP 16", 8), 8)()  # libraries are loaded when first used
     for param in network.parameters():
         param.grad = None
     started = False
@@ -191,7 +198,8 @@ def print_memory(contestant: str, model: str, examples: int, environments: int) 
         if time.perf_counter() - start < SLOW:
             step()
 
-    print(peak_memory(first_and_second) / 2**20)
+    over = peak_memory(first_and_second)
+    print(over / 2**20, status("VmHWM") / 2**20)
 
 
 # ---- scaling ----

@@ -38,6 +38,8 @@ class Row:
     ratio: float  # median time / median time of the case's yardstick
     megabytes: float | None = None  # peak memory, where it was measured
     memory_ratio: float | None = None  # to that of the yardstick
+    process: float | None = None  # peak memory of the whole process
+    process_ratio: float | None = None
     note: str = ""  # why there are no figures
 
     @property
@@ -95,12 +97,12 @@ def peak_memory(function: Callable[[], object]) -> int:
     function()
     ctypes.CDLL(None).malloc_trim(0)  # what the first call left behind would hide the second's use
     Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
-    before = _status("VmRSS")
+    before = status("VmRSS")
     function()
-    return max(0, _status("VmHWM") - before)
+    return max(0, status("VmHWM") - before)
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -154,14 +156,14 @@ def table(rows: list[Row]) -> str:
     lines = [f"  {'':26}{'median':>12}{'IQR':>10}{'min':>12}"]
     lines[0] += f"{'GB/s':>8}" * speed + f"{'ratio':>9}"
     if memory:
-        lines[0] += f"{'MiB':>9}{'ratio':>9}"
+        lines[0] += f"{'MiB':>9}{'ratio':>9}{'process':>9}"
     for row in rows:
         line = f"  {row.contestant:26}"
         if row.median:
             line += f"{_time(row.median):>12}{_time(row.iqr):>10}{_time(row.minimum):>12}"
             line += f"{row.gigabytes_per_second:>8.1f}" * speed + f"{row.ratio:>9.2f}"
         if row.megabytes is not None and row.memory_ratio is not None:
-            line += f"{row.megabytes:>9.0f}{row.memory_ratio:>9.2f}"
+            line += f"{row.megabytes:>9.0f}{row.memory_ratio:>9.2f}{row.process_ratio:>9.2f}"
         lines.append(f"{line}  {row.note}".rstrip())
     return "\n".join(lines)
 

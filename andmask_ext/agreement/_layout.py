@@ -79,10 +79,11 @@ class Evidence:
         """
         for axis in {layout.axis for layout in self.left}:
             other = [dim for dim in range(delta.dim()) if dim != axis]
-            magnitudes = delta.detach().abs()
-            if other:
-                magnitudes = magnitudes.sum(other, dtype=torch.float64)
-            magnitudes = magnitudes.double().cpu()
+            wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
+            magnitudes = delta.detach()
+            if other:  # no copy of the tensor is made
+                magnitudes = torch.linalg.vector_norm(magnitudes, 1, other, dtype=wide)
+            magnitudes = magnitudes.abs().double().cpu()
             if factors is None:
                 self._first[axis] = magnitudes
                 self.seen = self.seen or bool((magnitudes != 0).any())
