@@ -290,6 +290,8 @@ def limit_memory() -> None:
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    kinds = [EVERY, f"{GROUPS} groups"]
+    arguments.add_argument("--environments", nargs="+", choices=kinds, default=kinds)
     arguments.add_argument(
         "--figure", metavar="PATH", help="draw time and memory over batch, width"
     )
@@ -304,7 +306,7 @@ def main() -> None:
         print_memory(contestant, model, int(examples), int(environments))
         return
     last = options.threads[-1]
-    settings = [(model, every) for every in (True, False) for model in options.models]
+    settings = [(model, kind == EVERY) for kind in options.environments for model in options.models]
     if options.quick:
         settings, options.threads = [("MLP", True), ("MLP", False), ("transformer", True)], [last]
     if not options.figure_only:

@@ -138,11 +138,12 @@ def run(options: argparse.Namespace, cases: Iterable[Callable[[], list[Row]]]) -
             rows += new
             done = time.perf_counter() - start
             print(f"\n{new[0].case}, {threads} thread(s)   [{number}/{len(cases)}, {done:.0f} s]")
-            print(table(new))
+            print(table(new), flush=True)
+            if options.save:  # after each case: a long run may be cut short
+                RUNS.mkdir(exist_ok=True)
+                path = RUNS / f"{options.save}.json"
+                path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if options.save:
-        RUNS.mkdir(exist_ok=True)
-        path = RUNS / f"{options.save}.json"
-        path.write_text(json.dumps([asdict(row) for row in rows], indent=1))
         print(f"\nkept as {path}")
     if options.compare and _slower(rows, options.compare, options.tolerance):
         raise SystemExit(1)
