@@ -56,7 +56,8 @@ class Agreement:
         prove: ``"auto"``: prove that environments do not mix, at the first backward pass of each
             structure, and again where indices pick other rows; refuse a model for which there is
             no proof (one that returns only its loss, say). ``"once"``: not again for other
-            indices. ``"never"``: no proof; accept what can be treated in one way only.
+            indices. ``"always"``: at each backward pass. ``"never"``: no proof; accept what can be
+            treated in one way only.
         keep_moments: keep the moments of the last context, for metrics, instead of writing the
             gradients over them. (With an optimizer they are kept until its step.)
 
@@ -95,8 +96,10 @@ class Agreement:
             raise ValueError(
                 f"loss_reduction: expected 'mean' or 'sum', but got {loss_reduction!r}"
             )
-        if prove not in ("auto", "once", "never"):
-            raise ValueError(f"prove: expected 'auto', 'once' or 'never', but got {prove!r}")
+        if prove not in ("auto", "once", "always", "never"):
+            raise ValueError(
+                f"prove: expected 'auto', 'once', 'always' or 'never', but got {prove!r}"
+            )
         if not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(f"batch_dim: expected a dimension from 0 on, but got {batch_dim!r}")
         self._model: nn.Module | None = model
@@ -160,6 +163,8 @@ class Agreement:
                 raise TypeError(
                     f"params[{index}]: expected a Tensor, but got {type(param).__name__}"
                 )
+            if params is None and not (param.requires_grad or param.is_floating_point()):
+                continue  # quantized, and frozen for good
             check_dtype(f"params[{index}]", param)
             if params is not None and not (param.is_leaf and param.requires_grad):
                 raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
@@ -190,8 +195,9 @@ class Agreement:
                 groups of consecutive examples. An int64 tensor ``[batch]``: the environment of each
                 example, numbered from 0 without gaps; they may have different sizes.
             resolve: False: leave ``.grad`` as it is, and let the next context add to the same
-                environments: for micro-batches that each hold whole environments. With an optimizer
-                environments add up until ``step()`` in any case.
+                environments: for micro-batches that each hold whole environments. If one of them
+                raises, the environments of all are dropped. With an optimizer environments add up
+                until ``step()`` in any case.
             grad_scaler: the :class:`torch.amp.GradScaler` whose ``scale`` the loss goes through.
 
         Raises:
@@ -207,20 +213,24 @@ class Agreement:
             raise RuntimeError("Agreement: expected no context inside another of the same object")
         if grad_scaler is not None and not grad_scaler.is_enabled():
             grad_scaler = None
-        before = [(leaf, leaf.grad) for leaf in self._leaves]
+        before = [
+            (leaf, leaf.grad, 0 if leaf.grad is None else leaf.grad._version)
+            for leaf in self._leaves
+        ]
         run = self._run = self._begin(environments, grad_scaler)
         complete = False
         try:
             with BackwardMode(run), activate(environments), run.watch:
                 yield
-            run.require_complete()
+            run.require_complete(before)
             complete = True
         finally:
             self._run = None
             if not complete:
-                for leaf, grad in before:
+                for leaf, grad, _ in before:
                     leaf.grad = grad
                 self._abandon(run)
+            run.close()
         self._end(run, resolve)
 
     def _begin(self, environments: Environments, scaler: torch.amp.GradScaler | None) -> Run:
@@ -234,6 +244,7 @@ class Agreement:
         )  # fmt: skip
         if self._optimizer is None:
             if not self._open:
+                self._records.clear()
                 self._moments[0].reset()
             targets = [
                 Target(param, self._moments[0], index) for index, param in enumerate(self._params)
@@ -298,6 +309,8 @@ class Agreement:
         Raises:
             RuntimeError: with a rule and ``keep_moments=False`` they became the gradients.
         """
+        if self._model is None:
+            raise RuntimeError("moments: expected to be asked for before detach()")
         if self._optimizer is not None:
             return self._optimizer._moments
         if not self._keep and not self._open:
@@ -307,7 +320,13 @@ class Agreement:
         return self._moments
 
     def report(self) -> Report:
-        """Return how each parameter was treated in the last backward passes. Print it."""
+        """Return how each parameter was treated in the last context. Print it.
+
+        Raises:
+            RuntimeError: after :meth:`detach`.
+        """
+        if self._model is None:
+            raise RuntimeError("report: expected to be called before detach()")
         return make_report([(self._name(param), param) for param in self._params], self._records)
 
     def verify(
@@ -317,6 +336,7 @@ class Agreement:
         environments: Environments = None,
         *,
         most: int = 8,
+        tolerance: float | None = None,
     ) -> Verification:
         """Compare with the exact loop, one forward and backward pass per environment.
 
@@ -330,6 +350,8 @@ class Agreement:
                 ``loss_reduction="sum"`` their sum).
             environments: as for the context.
             most: how many of the environments to compare: the first ones.
+            tolerance: what rounding may change, as a share of the largest gradient; None: by the
+                dtype of the parameters. Under autocast say 0.05.
 
         Returns:
             The deviation of each parameter; ``.passed`` says whether all agree up to rounding.
@@ -344,7 +366,7 @@ class Agreement:
         chosen, groups = sample(batch, self._batch_dim, environments, most)
         trial = Agreement(
             model, AndMask(), params, batch_dim=self._batch_dim,
-            loss_reduction=self._reduction, keep_moments=True,
+            loss_reduction=self._reduction, prove=self._prove, keep_moments=True,
         )  # fmt: skip
 
         def losses() -> Iterator[Callable[[], Tensor]]:
@@ -354,16 +376,22 @@ class Agreement:
                 factor = 1 if self._reduction == "mean" else 1 / len(members)
                 yield partial(_scaled_loss, loss_fn, model, part, factor)
 
-        with undisturbed(model), torch.enable_grad():
+        with undisturbed(model, params), torch.enable_grad():
             with trial(groups.ids):
                 loss_fn(model, chosen).backward()
-            return compare([self._name(p) for p in params], params, trial.moments[0], losses())
+            if not self._records:  # no step yet: show what was done here
+                numbers = {id(param): number for number, param in enumerate(self._params)}
+                for number, record in trial._records.items():
+                    self._records[numbers[id(params[number])]] = record
+            names = [self._name(param) for param in params]
+            return compare(names, params, trial.moments[0], losses(), tolerance)
 
     def detach(self) -> None:
         """Let go of the model, the memory of the moments and all that was learnt of the model."""
         if self._run is not None:
             raise RuntimeError("detach: expected to be called outside of the context")
         self._model = None
+        self._optimizer, self._last_groups = None, None
         self._params, self._leaves, self._moments, self._names = [], [], [], {}
         self._plans.clear()
         self._records.clear()

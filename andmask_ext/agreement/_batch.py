@@ -21,18 +21,23 @@ from ._groups import PerEnvironment
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Go through all tensors in nested lists, tuples, dicts and dataclass-like objects."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for one in value.values():
-            yield from tensors_in(one)
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from tensors_in(one)
-    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)):
-        for one in vars(value).values():
-            if isinstance(one, (Tensor, list, tuple, dict)):
-                yield from tensors_in(one)
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        if isinstance(value, (str, int, float, type, nn.Module)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            stack += list(value.values())[::-1]
+        elif isinstance(value, (list, tuple)):
+            stack += value[::-1]
+        elif hasattr(value, "__dict__"):
+            kinds = (Tensor, list, tuple, dict)
+            stack += [one for one in vars(value).values() if isinstance(one, kinds)][::-1]
 
 
 def uses_batch(module: _BatchNorm) -> bool:

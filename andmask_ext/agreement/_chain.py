@@ -77,7 +77,7 @@ def _permuted(tensor: Tensor, node: Node, output: int) -> Tensor:
 
 def _sliced(tensor: Tensor, node: Node, output: int) -> Tensor:
     dim, start, step = (_signed(tensor, saved(node, name)) for name in ("dim", "start", "step"))
-    end = min(int(saved(node, "end")), tensor.shape[dim])
+    end = _signed(tensor, saved(node, "end"))
     sliced: Tensor = torch.ops.aten.slice.Tensor(tensor, dim, start, end, step)
     return sliced
 
@@ -142,6 +142,8 @@ def view_through(chain: Sequence[tuple[Node, int]], shape: Sequence[int]) -> Vie
         try:
             tensor = replay(tensor, node, output)
         except (AttributeError, RuntimeError):  # nothing saved to replay it from, or a copy
+            return None
+        if tuple(tensor.shape) != shape_of(node, output):
             return None
     full = tensor.numel() == math.prod(shape)
     order = None

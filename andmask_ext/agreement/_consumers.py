@@ -12,7 +12,7 @@ from torch.autograd.graph import Node
 
 from ._graph import Operand
 from ._groups import Groups
-from ._layout import Layout, environment_sum
+from ._layout import Layout, environment_sum, wide_dtype
 from ._nodes import aside, call_node, saved
 from ._uses import (
     Convolution,
@@ -24,7 +24,6 @@ from ._uses import (
     Use,
     groups_of_axis,
     ids_of_axis,
-    wide_dtype,
 )
 
 _NO_PADDING = (2**64 - 1, -1)
@@ -173,7 +172,10 @@ def _embedding_bag(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None
     mode = at.saved("mode")
     if at.saved("scale_grad_by_freq") or mode == 2 or edge != 0 or at.layout.axis != 0:
         return None
-    bags = at.saved("result1")
+    bags, offsets, indices = at.saved("result1"), at.saved("offsets"), at.saved("indices")
+    if bags.numel() < indices.numel():  # the kernel had no need of it
+        places = torch.arange(len(indices), device=indices.device)
+        bags = torch.searchsorted(offsets, places, right=True) - 1
     delta = at.delta
     if mode == 1:
         delta = delta / at.saved("result2").clamp(min=1).unsqueeze(1).to(delta.dtype)
@@ -244,15 +246,18 @@ def _group_norm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
 
 
 def _batch_norm(at: Arrival, edge: int, shape: tuple[int, ...]) -> Use | None:
-    """In evaluation mode: an affine map."""
+    """In evaluation mode an affine map; in training mode for one environment only."""
     delta = at.delta
     if at.layout.axis != 0:
         return None
     if edge == 1:
         view = (1, -1) + (1,) * (delta.dim() - 2)
-        mean, var = at.saved("running_mean"), at.saved("running_var")
-        inputs = at.saved("input")
-        delta = delta * (inputs - mean.view(view)) * (var + at.saved("eps")).rsqrt().view(view)
+        if at.saved("training"):
+            mean, rstd = at.saved("result1"), at.saved("result2")
+        else:
+            mean = at.saved("running_mean")
+            rstd = (at.saved("running_var") + at.saved("eps")).rsqrt()
+        delta = delta * (at.saved("input") - mean.view(view)) * rstd.view(view)
     return _channel_sums(at, delta, shape)
 
 

@@ -203,8 +203,11 @@ _PICKING = (
     "GatherBackward0", "IndexAddBackward0", "IndexBackward0", "IndexCopyBackward0",
     "IndexPutBackward0", "IndexReduceBackward0", "IndexSelectBackward0", "MaskedScatterBackward0",
     "MaskedSelectBackward0", "ScatterAddBackward0", "ScatterBackward0", "ScatterBackward1",
-    "ScatterReduceBackward0", "TakeBackward0",
+    "ScatterReduceBackward0", "TakeBackward0", "SortBackward0", "TopkBackward0",
+    "KthvalueBackward0", "MaxBackward0", "MinBackward0", "MedianBackward1", "ModeBackward0",
+    "CummaxBackward0", "CumminBackward0",
 )  # fmt: skip
+_ORDERING = _PICKING[_PICKING.index("SortBackward0") :]
 _RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
 
 # By the type of a node: the names of its arguments that belong to the structure; types without.
@@ -226,6 +229,11 @@ def _token(node: Node, examples: int, contents: bool) -> Any:
             "batch" if size == examples else size % examples == 0 for size in shape_of(node)
         )
     values = []
+    if name in _ORDERING:  # only where it may reorder the batch
+        dim, shape = saved(node, "dim"), getattr(node, "_saved_self_sym_sizes", None)
+        sizes = shape if shape is not None else node._saved_self.shape  # type: ignore[attr-defined]
+        dim = dim if dim < 2**63 else dim - 2**64
+        contents = contents and len(sizes) > 0 and sizes[dim] % examples == 0
     for one in _TOKENS[kind]:
         value = saved(node, one)
         if name in _PICKING and one in _CONTENTS:

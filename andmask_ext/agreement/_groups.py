@@ -90,6 +90,12 @@ def make_groups(environments: Environments, examples: int) -> Groups:
             f"but got {environments.shape[0]}"
         )
     ids = environments.detach().cpu()
+    if int(ids.max()) >= examples:
+        raise ValueError(
+            "environments: expected ids from 0 on without gaps, fewer than the examples, but got "
+            f"{int(ids.max())} for {examples} examples; torch.unique(ids, return_inverse=True)[1] "
+            "numbers them"
+        )
     sizes = torch.bincount(ids)
     empty = (sizes == 0).nonzero()
     if len(empty):
@@ -122,7 +128,10 @@ def check_environments(environments: object) -> None:
             f"of shape {tuple(environments.shape)}"
         )
     if len(environments) == 0 or int(environments.min()) < 0:
-        raise ValueError("environments: expected ids from 0 on for at least 1 example")
+        got = "none" if len(environments) == 0 else f"{int(environments.min())}"
+        raise ValueError(
+            f"environments: expected ids from 0 on for at least 1 example, but got {got}"
+        )
 
 
 _active: ContextVar[Environments | str] = ContextVar("environments", default="none")

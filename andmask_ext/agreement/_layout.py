@@ -12,6 +12,11 @@ from torch import Tensor
 from ._groups import Groups
 
 
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """Return the dtype that sums of a tensor are taken in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
 @dataclass(frozen=True)
 class Layout:
     """One axis of a tensor is [before, examples, after] in one, in row-major order.
@@ -79,9 +84,11 @@ class Evidence:
         """
         for axis in {layout.axis for layout in self.left}:
             other = [dim for dim in range(delta.dim()) if dim != axis]
-            wide = torch.float64 if delta.dtype == torch.float64 else torch.float32
             magnitudes = delta.detach()
+            if magnitudes.is_complex():
+                magnitudes = magnitudes.abs()
             if other:  # no copy of the tensor is made
+                wide = wide_dtype(magnitudes)
                 magnitudes = torch.linalg.vector_norm(magnitudes, 1, other, dtype=wide)
             magnitudes = magnitudes.abs().double().cpu()
             if factors is None:
@@ -94,14 +101,26 @@ class Evidence:
                 layout
                 for layout in self.left
                 if layout.axis != axis
-                or torch.allclose(
-                    magnitudes,
-                    self._first[axis] * layout.spread(factors),
-                    rtol=0.05 if delta.dtype == torch.float16 else 1e-6,
-                    atol=0.0,
-                    equal_nan=True,
-                )
+                or _equal(magnitudes / layout.spread(factors), self._first[axis], delta.dtype)
             ]
+
+
+def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Compare up to rounding.
+
+    Powers of two are exact, but libraries choose their order of sums by where a tensor lies.
+    """
+    relative, absolute = _TOLERANCE[dtype.to_real()]
+    peak = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max()) if other.numel() else 0.0
+    return torch.allclose(one, other, rtol=relative, atol=absolute * peak, equal_nan=True)
+
+
+_TOLERANCE = {  # relative; and of the largest
+    torch.float64: (1e-6, 1e-11),
+    torch.float32: (1e-4, 1e-6),
+    torch.bfloat16: (0.05, 1e-3),
+    torch.float16: (0.05, 1e-2),
+}
 
 
 def environment_sum(
@@ -141,9 +160,8 @@ def environment_sum(
     kept[0] = environment
     split = tensor.reshape(sizes)
     summed = [dim for dim in range(split.dim()) if dim not in kept and sizes[dim] != 1]
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
     if summed:
-        split = split.sum(summed, keepdim=True, dtype=wide)
+        split = split.sum(summed, keepdim=True, dtype=wide_dtype(tensor))
     # What is left beside the environment are the operand's own dimensions, in its order.
     result = split.movedim(environment, 0).reshape(count, *shape)
     return result if equal else sum_by_id(result, groups)
@@ -151,7 +169,7 @@ def environment_sum(
 
 def sum_by_id(by_example: Tensor, groups: Groups) -> Tensor:
     """Sum ``[examples, ...]`` to ``[environments, ...]``."""
-    wide = torch.float64 if by_example.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(by_example)
     result = by_example.new_zeros(groups.environments, *by_example.shape[1:], dtype=wide)
     return result.index_add_(0, groups.ids.to(by_example.device), by_example.to(wide))
 

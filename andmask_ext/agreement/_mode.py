@@ -42,7 +42,7 @@ def _without_fused_kernels() -> Iterator[None]:
 
 
 class BackwardMode(TorchFunctionMode):
-    """Leads backward passes to a a run."""
+    """Leads backward passes to a run."""
 
     def __init__(self, run: Backward) -> None:
         super().__init__()

@@ -13,8 +13,9 @@ from ._consumers import axes_of
 from ._graph import HIDDEN_DATA, LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
-from ._nodes import has_hooks, leaf, saved_tensors, shape_of
+from ._nodes import has_hooks, saved_tensors, shape_of
 
+_BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"
 _COMPILED = "CompiledFunctionBackward"
 
@@ -77,11 +78,28 @@ class Plan:
     deferred: bool
     certain: bool
 
+    def fits(self, graph: Graph, examples: int) -> bool:
+        """Return whether a graph of the same structure has the same sizes."""
+        for consumer in self.consumers:
+            layout = consumer.layouts[0]
+            if layout is not None:
+                size = shape_of(graph.nodes[consumer.index])[layout.axis]
+                if size != layout.before * examples * layout.after:
+                    return False
+            for operand in consumer.operands:
+                if shape_of(graph.nodes[operand.root], operand.output) != operand.shape:
+                    return False
+        return True
+
     def at(self, graph: Graph, examples: int) -> Plan | None:
         """Return this plan for a graph of other sizes; None: it has to be made anew."""
         consumers = [one.at(graph, examples) for one in self.consumers]
         found = tuple(one for one in consumers if one is not None)
         return replace(self, consumers=found) if len(found) == len(consumers) else None
+
+
+def _takes_statistics(node: Node) -> bool:
+    return bool(getattr(node, "_saved_training", True))
 
 
 def suspects(graph: Graph) -> list[int]:
@@ -134,8 +152,6 @@ def make_plan(
             weight[index] = name[1] is not None
             if not weight[index]:
                 leaves.append(index)
-            elif leaf(node)._backward_hooks:
-                _refuse_hooks(node, "a parameter")
             continue
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if not any(below):
@@ -153,6 +169,12 @@ def make_plan(
             raise RuntimeError(
                 "Agreement: a parameter is an argument of a function under reentrant "
                 "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        if name in _BATCH_NORMS and not trivial and _takes_statistics(node):
+            raise RuntimeError(
+                "Agreement: torch.nn.functional.batch_norm in training mode takes statistics over "
+                "all environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
+                "andmask_ext.backward with one forward pass per environment"
             )
         layouts, alone = _layouts(graph, index, groups, weight, evidence, prove)
         certain &= alone
@@ -172,8 +194,8 @@ def make_plan(
     return Plan(tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain)
 
 
-def _refuse_hooks(node: Node, name: str, output: int | None = None) -> None:
-    if output is None or has_hooks(node, output):
+def _refuse_hooks(node: Node, name: str, output: int) -> None:
+    if has_hooks(node, output):
         raise RuntimeError(
             f"Agreement: {name} has a hook (Tensor.register_hook), which would have to change the "
             "gradient of each environment; remove it, or use andmask_ext.backward"
@@ -237,7 +259,9 @@ def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], constants: Co
     whole = name in LOOKUPS or name in _KEEPING
     if not (whole or (name in _FILLING and None not in graph.edges[index])):
         return False
-    return all(one.requires_grad or one in constants for one in saved_tensors(node))
+    return all(
+        one.requires_grad or one.dim() == 0 or one in constants for one in saved_tensors(node)
+    )
 
 
 def _layouts(

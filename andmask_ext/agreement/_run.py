@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,8 @@ from ._session import Record, Session, Target
 
 if TYPE_CHECKING:
     from ._agreement import Agreement
+
+_MOST_PLANS = 128
 
 
 class Run:
@@ -67,6 +69,11 @@ class Run:
         self._passes = 0
         self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
 
+    def close(self) -> None:
+        """Let go of everything."""
+        self.constants.forget()
+        del self.mode, self._proof
+
     def receive(self, param: Tensor) -> None:
         """Complain of a gradient that came without us (called by hooks of the optimizers)."""
         if self._dropping:
@@ -76,12 +83,22 @@ class Run:
             "was not seen; expected loss.backward() in the thread of the context"
         )
 
-    def require_complete(self) -> None:
-        """Raise unless there was a backward pass."""
+    def require_complete(self, before: Sequence[tuple[Tensor, Tensor | None, int]]) -> None:
+        """Raise unless there was a backward pass, and none that was not seen.
+
+        Args:
+            before: all leaves, with their gradients before the context and the versions of these.
+        """
         if self._passes == 0:
             raise RuntimeError(
                 "Agreement: expected a backward pass inside the context, but there was none"
             )
+        for param, grad, version in before:
+            now = param.grad
+            if id(param) not in self._tracked or now is None:
+                continue
+            if (now is not grad or now._version != version) and bool(now.any()):
+                self.receive(param)
 
     # ---- one backward pass ----
 
@@ -101,6 +118,13 @@ class Run:
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
         refuse_compiled(graph)
+        for target in self.targets:
+            if target.param._backward_hooks:
+                raise RuntimeError(
+                    f"Agreement: {self._owner._name(target.param)} has a hook "
+                    "(Tensor.register_hook), which would have to change the gradient of each "
+                    "environment; remove it, or use andmask_ext.backward"
+                )
         groups = self._groups = self._make_groups()
         if groups.environments > 1:
             self._refuse_batch_norms()
@@ -187,17 +211,18 @@ class Run:
         """
         groups, prove = self._groups, self._owner._prove
         assert groups is not None
-        signature = graph.structure(groups.examples, prove == "auto")
+        signature = graph.structure(groups.examples, prove != "once")
         structure = (signature, inner, groups.environments, groups.examples)
         sizes = tuple(tensor.shape for tensor in self.watch.inputs)
-        plan = self._plans.get((structure, sizes)) if sizes else None
-        if plan is not None:
+        known = {} if prove == "always" else self._plans
+        plan = known.get((structure, sizes)) if sizes else None
+        if plan is not None and plan.fits(graph, groups.examples):
             if not inner:
                 self._outer = structure, sizes
             return plan
         # Where functions run backward passes of their own, there must be proofs for the graphs of
         # those by then, which are not seen yet.
-        plan = None if CHECKPOINT in graph.names else self._plans.get(structure)
+        plan = None if CHECKPOINT in graph.names else known.get(structure)
         plan = None if plan is None else plan.at(graph, groups.examples)
         if plan is None:
             if not inner:
@@ -220,6 +245,8 @@ class Run:
                 self._plans[structure, sizes] = plan
         elif inner:
             self._plans.pop(self._outer, None)
+        while len(self._plans) > _MOST_PLANS:
+            self._plans.pop(next(iter(self._plans)))
         return plan
 
     def _refuse_batch_norms(self) -> None:
@@ -306,6 +333,8 @@ class Run:
         dropped = [(one, one.grad) for one in leaves if id(one) not in keep]
         self._dropping += 1
         try:
+            for one, _ in dropped:
+                one.grad = None
             with self.mode:
                 _engine_run_backward(
                     tuple(roots), tuple(grads), True, False, (),

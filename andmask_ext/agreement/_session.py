@@ -133,9 +133,12 @@ class Session:
         for entry in entries:
             if not self._is_direct(target, entry):
                 return False
-        if len(entries) == 1 and isinstance(entries[0].use, Stacked) and entries[0].operand.view:
-            self._wait(target, entries[0].use, entries[0].operand.view)
-            return True
+        use, view = entries[0].use, entries[0].operand.view
+        if len(entries) == 1 and isinstance(use, Stacked) and view is not None:
+            whole = len(use.grads) * target.param.nbytes
+            if view.size == target.param.shape or whole <= _FLUSH_BYTES:
+                self._wait(target, use, view)
+                return True
         memory = self._memory(target)
         if covered < target.param.numel() and target.moments.count == 0:
             for one in memory:
@@ -233,7 +236,8 @@ class Session:
         total = lists[0][0]
         parts = [partial(self._gradients, entry, target.param) for entry in entries]
         count = self._groups.environments
-        step = max(1, SCRATCH_BYTES // max(1, total.numel() * total.element_size()))
+        each = total.numel() * total.element_size()
+        step = max(1, SCRATCH_BYTES // max(1, 3 * each))  # parts, their stack, and their sum
         for begin in range(0, count, step):
             end = min(begin + step, count)
             weights = self._weights if len(self._weights) == 1 else self._weights[begin:end]

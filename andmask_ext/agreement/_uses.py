@@ -13,12 +13,7 @@ import torch
 from torch import Tensor
 
 from ._groups import Groups, make_groups
-from ._layout import Layout
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that sums of a tensor are taken in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+from ._layout import Layout, wide_dtype
 
 
 class Use:
@@ -208,7 +203,7 @@ def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
 
 def ids_of_axis(groups: Groups, layout: Layout) -> Tensor:
     """Return the environment of each entry along an axis, int64."""
-    return groups.ids.repeat_interleave(layout.after).repeat(layout.before)
+    return layout.spread(groups.ids)
 
 
 def add_up(uses: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:

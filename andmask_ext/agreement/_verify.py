@@ -70,8 +70,7 @@ def sample(batch: Any, batch_dim: int, environments: Environments, most: int) ->
     if not sizes:
         raise ValueError("batch: expected tensors that hold the batch, but found none")
     groups = make_groups(environments, sizes[0])
-    if groups.environments <= most:
-        return batch, groups
+    most = min(most, groups.environments)
     members = [groups.members(environment) for environment in range(most)]
     ids = torch.arange(most).repeat_interleave(torch.tensor([len(one) for one in members]))
     chosen = take(batch, torch.cat(members), batch_dim, sizes[0])
@@ -82,7 +81,7 @@ def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
     """Return some examples of a batch: of every tensor whose batch dimension has its size."""
     if isinstance(batch, Tensor):
         if batch.dim() > batch_dim and batch.shape[batch_dim] == size:
-            return batch.index_select(batch_dim, examples.to(batch.device))
+            return batch.detach().index_select(batch_dim, examples.to(batch.device))
         if batch_dim > 0 and batch.dim() == 1 and len(batch) == size:  # labels
             return batch[examples.to(batch.device)]
         return batch
@@ -95,11 +94,11 @@ def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module, params: list[Tensor]) -> Iterator[None]:
     """Without dropout, and with gradients, buffers and modes as they were afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    grads = [(param, param.grad) for param in model.parameters()]
+    grads = [(param, param.grad) for param in (*model.parameters(), *params)]
     try:
         for module, training in modes:
             # The statistics of a batch are part of the model; recurrent layers without dropout
@@ -126,6 +125,7 @@ def compare(
     params: list[Tensor],
     ours: Moments,
     environments: Iterator[Callable[[], Tensor]],
+    tolerance: float | None,
 ) -> Verification:
     """Run the loop, one loss after the other, and compare its moments with ours."""
     exact = Moments(params, ("votes",))
@@ -140,7 +140,7 @@ def compare(
             if grad is not None and grad.numel():
                 peak = float(grad.abs().max())
                 largest[index] += peak
-                doubtful[index] += grad.abs() <= _TOLERANCE[grad.dtype] * peak
+                doubtful[index] += grad.abs() <= (tolerance or _TOLERANCE[grad.dtype]) * peak
         exact.add([None if grad is None else grad.detach() for grad in grads])
     total = max(largest)
     found = []
@@ -151,14 +151,14 @@ def compare(
             pairs.append([torch.zeros_like(param) if v is None else v for v in values])
         (sum_a, sum_b), (votes_a, votes_b) = pairs
         # A gradient that is zero but for rounding is measured by those of other parameters.
-        scale = max(largest[index], 1e-6 * total) or 1.0
+        allowed = tolerance or _TOLERANCE[param.dtype]
+        scale = max(largest[index], min(1.0, 100 * allowed) * total) or 1.0
         sums = float((sum_a.double() - sum_b.double()).abs().max()) / scale if param.numel() else 0
-        noise = largest[index] <= 1e-6 * total and _TOLERANCE[param.dtype] > 1e-6
+        noise = largest[index] <= 0.1 * allowed * total
         apart = (votes_a.long() - votes_b.long()).abs() > 2 * doubtful[index]
         found.append(
             Deviation(
-                name, sums, 0 if noise else int(apart.sum()), param.numel(),
-                _TOLERANCE[param.dtype],
+                name, sums, 0 if noise else int(apart.sum()), param.numel(), allowed
             )
         )  # fmt: skip
     return Verification(sorted(found, key=lambda one: (one.passed, -one.votes, -one.sums)))
