@@ -51,6 +51,7 @@ bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python benchmarks/bench_backward.py
 	$(BIN)/python benchmarks/bench_optim.py
 	$(BIN)/python benchmarks/bench_outer.py
+	$(BIN)/python benchmarks/bench_agreement.py
 
 .PHONY: lint
 lint: $(READY)  ## ruff, mypy --strict, clang-format
