@@ -170,6 +170,8 @@ def table(rows: list[Row]) -> str:
 
 
 def _time(seconds: float) -> str:
+    if seconds >= 10:
+        return f"{seconds:.1f} s"
     return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 

@@ -8,13 +8,26 @@ import inspect
 import pytest
 
 import andmask_ext
-from andmask_ext import _backward, _library, moments, nn, ops, optim, reference, rules
+from andmask_ext import _backward, _library, agreement, moments, nn, ops, optim, reference, rules
+from andmask_ext.agreement import _agreement
 from andmask_ext.nn import _batchnorm
 from andmask_ext.optim import adam, sgd, temporal, wrapper
 from andmask_ext.optim import reference as optim_reference
 
-EXAMPLES = [_backward, _batchnorm, _library, adam, moments, ops, rules, sgd, temporal, wrapper]
-PUBLIC = [andmask_ext, moments, nn, ops, optim, optim_reference, reference, rules]
+EXAMPLES = [
+    _agreement,
+    _backward,
+    _batchnorm,
+    _library,
+    adam,
+    moments,
+    ops,
+    rules,
+    sgd,
+    temporal,
+    wrapper,
+]
+PUBLIC = [andmask_ext, agreement, moments, nn, ops, optim, optim_reference, reference, rules]
 
 
 @pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: m.__name__)
