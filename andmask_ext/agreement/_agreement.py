@@ -14,9 +14,10 @@ from .._checks import check_dtype
 from ..moments import Moments
 from ..optim._environments import MomentOptimizer
 from ..rules import AndMask, Rule
+from ._active import activate
 from ._batch import Watch
 from ._constants import Constants
-from ._groups import Environments, Groups, activate, check_environments, make_groups
+from ._groups import Environments, Groups, check_environments, make_groups
 from ._mode import BackwardMode
 from ._plan import Plan
 from ._report import Report, make_report

@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from ._groups import PerEnvironment
+from ._active import PerEnvironment
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

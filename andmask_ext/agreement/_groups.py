@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -132,26 +129,3 @@ def check_environments(environments: object) -> None:
         raise ValueError(
             f"environments: expected ids from 0 on for at least 1 example, but got {got}"
         )
-
-
-_active: ContextVar[Environments | str] = ContextVar("environments", default="none")
-
-
-@contextmanager
-def activate(environments: Environments) -> Iterator[None]:
-    """Make layers with statistics per environment see the argument ``environments``."""
-    token = _active.set(environments)
-    try:
-        yield
-    finally:
-        _active.reset(token)
-
-
-def active_groups(examples: int) -> Groups | None:
-    """Return the partition of a batch in the context that is active; None: there is none."""
-    environments = _active.get()
-    return None if isinstance(environments, str) else make_groups(environments, examples)
-
-
-class PerEnvironment:
-    """Mixed into layers whose statistics are taken in each environment (see active_groups)."""

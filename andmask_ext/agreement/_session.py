@@ -118,27 +118,31 @@ class Session:
         target = self._targets[param]
         paths = sorted({entry.use.path for entry in entries})
         record = self._records[param] = Record(len(entries), paths)
-        if not self._add_directly(target, entries):
+        reason = self._add_directly(target, entries)
+        if reason:
             self._add_in_chunks(target, entries, param)
-            record.paths.append("gradients of a few environments at a time")
+            record.paths.append(f"gradients of a few environments at a time ({reason})")
 
-    def _add_directly(self, target: Target, entries: list[_Entry]) -> bool:
-        """Add uses that nothing has to be added to before they vote."""
+    def _add_directly(self, target: Target, entries: list[_Entry]) -> str:
+        """Add uses that nothing has to be added to before they vote; or say why that cannot be."""
         entries = _joined(entries)
+        if not target.param.is_contiguous():
+            return "the parameter is not contiguous"
+        if any(entry.operand.view is None for entry in entries):
+            return "it is used through a function"
         covered = _covered(entries, target.param)
         if covered is None:
-            return False
+            return "several uses are added up"
         if covered < target.param.numel() and target.moments.kinds not in ((), ("votes",)):
-            return False  # zeros change other moments, too
-        for entry in entries:
-            if not self._is_direct(target, entry):
-                return False
+            return "a part of it is used, and the rule counts zeros"
+        if not all(self._is_direct(target, entry) for entry in entries):
+            return "no kernel adds such a use to such a view"
         use, view = entries[0].use, entries[0].operand.view
         if len(entries) == 1 and isinstance(use, Stacked) and view is not None:
             whole = len(use.grads) * target.param.nbytes
             if view.size == target.param.shape or whole <= _FLUSH_BYTES:
                 self._wait(target, use, view)
-                return True
+                return ""
         memory = self._memory(target)
         if covered < target.param.numel() and target.moments.count == 0:
             for one in memory:
@@ -148,7 +152,7 @@ class Session:
             view = entry.operand.view
             assert view is not None
             self._add(target, [None if one is None else view.of(one) for one in memory], entry.use)
-        return True
+        return ""
 
     def _is_direct(self, target: Target, entry: _Entry) -> bool:
         use, view = entry.use, entry.operand.view
@@ -294,8 +298,6 @@ def _joined(entries: list[_Entry]) -> list[_Entry]:
 
 def _covered(entries: Sequence[_Entry], param: Tensor) -> int | None:
     """Return how many elements of a parameter are used, if no two uses share one."""
-    if not param.is_contiguous():
-        return None
     views = [entry.operand.view for entry in entries]
     if len(views) == 1 and views[0] is not None:
         return param.numel() if views[0].full else math.prod(views[0].size)

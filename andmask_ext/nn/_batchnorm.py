@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..agreement._groups import Groups, PerEnvironment, active_groups
+from ..agreement._active import PerEnvironment, active_groups
+from ..agreement._groups import Groups
 from ._normalize import normalize
 
 __all__ = [

@@ -172,3 +172,15 @@ def test_large_ids_are_refused_at_once() -> None:
     with pytest.raises(ValueError, match=r"torch\.unique"), \
             am.Agreement(model, RULE)(torch.tensor([0, 1, 10**12])):  # fmt: skip
         curved(model, rand(3, 4)).backward()
+
+
+def test_the_report_says_why() -> None:
+    model = Function(
+        lambda s, x: F.linear(s.e(x).mean(1), s.e.weight), e=nn.Embedding(9, 4)
+    ).double()
+    agreement = am.Agreement(model, RULE)
+    with agreement():
+        curved(model, torch.randint(0, 9, (6, 5))).backward()
+    (line,) = agreement.report()
+    assert line.uses == 2
+    assert "several uses are added up" in line.path
