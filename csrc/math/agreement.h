@@ -40,6 +40,23 @@ ANDMASK_INLINE bool agrees(int32_t votes, int32_t threshold) {
   return (votes < 0 ? -votes : votes) >= threshold;
 }
 
+// How the gradients of a column are summed. So many, one after the other, and then the sums of a
+// group of them, in float32 (float64 for float64); only groups join the float64 total. So a
+// gradient passes at most 18 roundings (3 + 15) to float32, however many environments there are.
+// This order is part of the result: it is the same on all devices, instruction sets and thread
+// counts.
+constexpr int kSumRows = 4;
+constexpr int64_t kSumGroup = 64;
+
+// The mean as it is stored. Multiplying by the inverse of the count may err by one last place of
+// float64 more than dividing, which the narrower types do not see; float64 itself is divided.
+// The mask multiplies; it never selects: a NaN or an infinity under a mask of 0 still shows as NaN.
+template <typename Out>
+ANDMASK_INLINE Out masked_mean_of(double sum, double count, double inverse, bool keep) {
+  const double mean = sizeof(Out) == sizeof(double) ? sum / count : sum * inverse;
+  return Rounder<Out>::from(mean * (keep ? 1.0 : 0.0));
+}
+
 // The factor of `rescale`: the inverse of the mean factor (of a mask: the share of kept
 // coordinates) of one parameter tensor.
 ANDMASK_INLINE double inverse_density(double kept, double count) {

@@ -5,13 +5,10 @@
 // all it defines in an anonymous namespace, except for the table.
 #pragma once
 
+#include "../../tasks/dtype.h"
 #include "../capability.h"
 
 namespace andmask {
-
-// Element types in the order of every kernel table.
-enum class Dtype { float16, bfloat16, float32, float64 };
-constexpr int kDtypes = 4;
 
 // Declares a table of kernels for every compiled instruction set, and the function that picks one.
 #if defined(ANDMASK_X86_LEVELS)

@@ -12,7 +12,7 @@ namespace {
 // those want few streams of many pages each: so few rows, over long blocks whose sums stay in L2.
 // What the prefetchers need to find a new stream again is bridged by hand, because the operations
 // of the loop fill the processor's window long before it has looked far enough ahead by itself.
-constexpr int kRows = 4;
+constexpr int kRows = kSumRows;
 constexpr int64_t kBlock = 16384;
 constexpr int64_t kAheadBytes = 8192;  // in all the rows side by side; 4 KB and 16 KB are slower
 constexpr int64_t kLineBytes = 64;
@@ -22,11 +22,8 @@ constexpr int64_t kSmallBlock = 512;
 // Columns of the innermost loops: whole vectors of every type in them.
 constexpr int64_t kChunk = 32;
 
-// Rows side by side are summed in float32 (float64 for float64), and so are the sums of a group of
-// rows; only groups join the float64 total. So a gradient passes at most 18 roundings (3 + 15) to
-// float32, however many environments there are. The grouping by kRows and kGroup is part of the
-// result: it is the same for all instruction sets and thread counts.
-constexpr int64_t kGroup = 64;
+// The grouping by kRows and kGroup is part of the result.
+constexpr int64_t kGroup = kSumGroup;
 static_assert(kGroup % kRows == 0 && kGroup <= INT8_MAX, "the votes of a group are int8");
 
 // Scratch of one block, carved out of one piece of memory: [width] each.
@@ -153,15 +150,6 @@ void add_to_totals(Block<T>& block, int64_t columns, bool first) {
   }
 }
 
-// The mean as it is stored. Multiplying by the inverse of the count may err by one last place of
-// float64 more than dividing, which the narrower types do not see; float64 itself is divided.
-template <typename Out>
-ANDMASK_INLINE Out masked(double sum, double count, double inverse, bool keep) {
-  const double mean = sizeof(Out) == sizeof(double) ? sum / count : sum * inverse;
-  return Rounder<Out>::from(mean * (keep ? 1.0 : 0.0));
-}
-
-// The mask multiplies; it never selects: a NaN or an infinity under a mask of 0 still shows as NaN.
 template <typename Sum, typename Votes, typename Out>
 int64_t write(const Sum* __restrict sums, const Votes* __restrict votes, int64_t columns,
               int64_t environments, int32_t threshold, Out* __restrict out) {
@@ -171,7 +159,7 @@ int64_t write(const Sum* __restrict sums, const Votes* __restrict votes, int64_t
   for (int64_t column = 0; column < columns; ++column) {
     const bool keep = agrees(votes[column], threshold);
     kept += keep;
-    out[column] = masked<Out>(static_cast<double>(sums[column]), count, inverse, keep);
+    out[column] = masked_mean_of<Out>(static_cast<double>(sums[column]), count, inverse, keep);
   }
   return kept;
 }

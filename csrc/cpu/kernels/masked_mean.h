@@ -2,25 +2,10 @@
 
 #include <cstdint>
 
+#include "../../tasks/masked_mean.h"
 #include "dispatch.h"
 
 namespace andmask {
-
-// What is written for every column (coordinate) of the stacked gradients.
-enum class Output {
-  masked_mean,       // mask * mean, in the element type of the gradients
-  masked_mean_wide,  // the same in float32 for the 16-bit types, to be scaled
-  mask,              // the mask alone: float32, or float64 for float64 gradients
-};
-
-struct MaskedMeanTask {
-  const void* grads;     // [environments, columns]; a row is contiguous
-  int64_t environments;  // d >= 1
-  int64_t stride;        // elements from one row to the next
-  int32_t threshold;     // |votes| that keep a column
-  Output output;
-  void* out;  // [columns]
-};
 
 struct MaskedMeanKernels {
   // Columns [begin, end) of the task; returns how many of them are kept.

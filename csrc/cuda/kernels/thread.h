@@ -1,0 +1,56 @@
+// What a kernel body is made of.
+//
+// A body is a struct of arguments whose methods do the work of one thread: plain functions of the
+// place of the thread, which a host compiler takes too. The test harness calls them for every
+// thread of every block (csrc/cuda/launch.h). What threads have to do together stands in together.h
+// alone.
+#pragma once
+
+#include <cstdint>
+
+#include "../../math/scalar.h"
+#include "../../tasks/dtype.h"
+
+namespace andmask {
+
+struct Place {
+  int64_t block;  // of `blocks`
+  int64_t blocks;
+  int thread;  // of Body::kThreads
+
+  ANDMASK_METHOD int64_t index(int threads) const { return block * threads + thread; }
+};
+
+// One memory instruction of a thread moves at most so many bytes.
+constexpr int kVectorBytes = 16;
+
+// Elements of one thread that lie together. They are moved in as few instructions as can be.
+template <typename T, int size>
+struct alignas(sizeof(T) * size < kVectorBytes ? sizeof(T) * size : kVectorBytes) Pack {
+  T values[size];
+
+  ANDMASK_METHOD T& operator[](int index) { return values[index]; }
+  ANDMASK_METHOD const T& operator[](int index) const { return values[index]; }
+};
+
+template <int size, typename T>
+ANDMASK_INLINE Pack<T, size> load(const T* from) {
+  return *reinterpret_cast<const Pack<T, size>*>(from);
+}
+
+template <int size, typename T>
+ANDMASK_INLINE void store(T* to, const Pack<T, size>& pack) {
+  *reinterpret_cast<Pack<T, size>*>(to) = pack;
+}
+
+// Elements of T that fill one instruction.
+template <typename T>
+constexpr int kPackSize = kVectorBytes / static_cast<int>(sizeof(T));
+
+// Whether packs of `size` elements of `bytes` each may be moved at this address.
+ANDMASK_INLINE bool aligned_for(const void* pointer, int64_t size, int64_t bytes) {
+  const int64_t pack = size * bytes < kVectorBytes ? size * bytes : kVectorBytes;
+  return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(pack) == 0;
+}
+
+}  // namespace andmask

@@ -1,0 +1,112 @@
+// Putting kernels on a stream. Compiled by a host compiler, as in the test harness, the same calls
+// run every thread of every block one after the other.
+#pragma once
+
+#include <algorithm>
+#include <functional>
+#include <stdexcept>
+#include <string>
+
+#include "kernels/together.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#endif
+
+namespace andmask {
+
+struct Stream {
+  void* handle = nullptr;  // cudaStream_t
+  int64_t multiprocessors = 1;
+  // Device memory that lives till the op ends, aligned to 256 bytes. Not initialised.
+  std::function<void*(int64_t bytes)> memory;
+
+  template <typename T>
+  T* scratch(int64_t count) const {
+    return static_cast<T*>(memory(count * static_cast<int64_t>(sizeof(T))));
+  }
+};
+
+// Blocks of a kernel whose threads stride through `items`: enough to fill the device several times.
+inline int64_t blocks_for(const Stream& stream, int64_t items, int64_t threads) {
+  return std::min((items + threads - 1) / threads, stream.multiprocessors * 16);
+}
+
+// Of a body that has a type Total every thread returns one; finish(block, total) gets the sum of
+// each block, in one thread.
+template <typename Body>
+concept Summing = requires { typename Body::Total; };
+
+#if defined(__CUDACC__)
+
+inline void check_cuda(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("andmask: ") + what +
+                           " failed: " + cudaGetErrorString(error));
+}
+
+// A copy in device memory of what the host holds, for the time of the op. A graph cannot be
+// captured with it: it would read this memory again at every replay.
+template <typename T>
+const T* upload(const Stream& stream, const T* from, int64_t count) {
+  const auto handle = static_cast<cudaStream_t>(stream.handle);
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_cuda(cudaStreamIsCapturing(handle, &status), "cudaStreamIsCapturing");
+  if (status != cudaStreamCaptureStatusNone) {
+    throw std::runtime_error(
+        "andmask: a CUDA graph cannot capture weights that differ, an order, or environments of "
+        "different sizes, because they are read from host memory");
+  }
+  T* const to = stream.scratch<T>(count);
+  check_cuda(cudaMemcpyAsync(to, from, static_cast<size_t>(count) * sizeof(T),
+                             cudaMemcpyHostToDevice, handle),
+             "cudaMemcpyAsync");
+  return to;
+}
+
+template <typename Body>
+__global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Body body) {
+  const Place place{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
+  if constexpr (Summing<Body>) {
+    const auto total = block_sum<Body::kThreads>(body(place));
+    if (threadIdx.x == 0) body.finish(place.block, total);
+  } else {
+    body(place);
+  }
+}
+
+template <typename Body>
+void launch(const Stream& stream, int64_t blocks, const Body& body) {
+  if (blocks == 0) return;
+  run<Body><<<static_cast<unsigned>(blocks), Body::kThreads, 0,
+              static_cast<cudaStream_t>(stream.handle)>>>(body);
+  check_cuda(cudaGetLastError(), "a kernel launch");
+}
+
+#else
+
+template <typename T>
+const T* upload(const Stream& stream, const T* from, int64_t count) {
+  T* const to = stream.scratch<T>(count);
+  std::copy(from, from + count, to);
+  return to;
+}
+
+template <typename Body>
+void launch(const Stream&, int64_t blocks, const Body& body) {
+  for (int64_t block = 0; block < blocks; ++block) {
+    if constexpr (Summing<Body>) {
+      std::vector<typename Body::Total> totals;
+      for (int thread = 0; thread < Body::kThreads; ++thread) {
+        totals.push_back(body(Place{block, blocks, thread}));
+      }
+      body.finish(block, block_sum(totals));
+    } else {
+      for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
+    }
+  }
+}
+
+#endif
+
+}  // namespace andmask
