@@ -6,6 +6,9 @@
 #include <string>
 
 #include "cpu/capability.h"
+#include "cpu/device.h"
+#include "ops/implement.h"
+#include "ops/rules.h"
 
 namespace {
 
@@ -69,4 +72,7 @@ STABLE_TORCH_LIBRARY(andmask, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(andmask, CompositeExplicitAutograd, m) {
   m.impl("_native_info", TORCH_BOX(&native_info));
+  m.impl("_rule_table", TORCH_BOX(&andmask::rule_table));
 }
+
+STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) { andmask::implement<andmask::Cpu>(m); }

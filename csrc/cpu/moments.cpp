@@ -1,132 +1,96 @@
-#include <torch/csrc/stable/library.h>
+// Lists of moments on the CPU: accumulate_, resolve and the optimizer steps.
+#include "kernels/moments.h"
 
+#include "../math/agreement.h"
+#include "device.h"
 #include "kernels/steps.h"
-#include "resolver.h"
+#include "units.h"
 
 namespace andmask {
 namespace {
 
-using Weights = std::vector<double>;
-
-void check_like_grad(const char* op, const char* name, size_t index, const Tensor& moment,
-                     const Tensor& grad, int64_t skip, ScalarType wide) {
-  if (!same_shape(grad, moment, skip)) {
-    fail(op, "expected ", name, "[", index, "] of shape ", shape_text(moment),
-         skip ? " after the environments" : "", " in grads[", index, "], but got ",
-         shape_text(grad));
-  }
-  if (moment.scalar_type() != wide) {
-    fail(op, "expected ", name, "[", index, "] of dtype ", torch::headeronly::toString(wide),
-         ", but got ", torch::headeronly::toString(moment.scalar_type()));
-  }
-  check_writable(op, name, index, moment);
+int width(Dtype dtype) {
+  return static_cast<int>(dtype == Dtype::float64 ? Width::float64 : Width::float32);
 }
 
-void accumulate_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tensors grads,
-                    int64_t count, Weights weights, bool stacked) {
-  const char* const op = "andmask::accumulate_";
-  const size_t size = grads.size();
-  const auto check_size = [&](const char* name, const Tensors& list, bool optional) {
-    check(list.size() == size || (optional && list.empty()), op, "expected ", name, " of ", size,
-          " tensors, as grads has, but got ", list.size());
-  };
-  check_size("sum", sum, false);
-  check_size("votes", votes, true);
-  check_size("squares", squares, true);
-  check_size("logs", logs, true);
-  if (size == 0) return;
-  check(!stacked || grads[0].dim() >= 1, op,
-        "expected grads[0] of shape [environments, *shape], but got a 0-dim tensor");
-  const int64_t rows = stacked ? grads[0].size(0) : 1;
-  const int64_t skip = stacked ? 1 : 0;
-  check(rows >= 1, op, "expected grads of at least 1 environment (dim 0), but got 0");
-  check_count(op, count, rows);
-  check_weights(op, weights, rows);
-  std::vector<Dtype> dtypes;
-  std::vector<int64_t> sizes;
-  for (size_t i = 0; i < size; ++i) {
-    dtypes.push_back(check_dtype(op, "grads", grads[i], i));
-    const ScalarType wide = wide_type(dtypes[i]);
-    check_like_grad(op, "sum", i, sum[i], grads[i], skip, wide);
-    if (stacked && grads[i].size(0) != rows) {
-      fail(op, "expected ", rows, " environments (dim 0), as grads[0] has, in grads[", i,
-           "], but got ", grads[i].size(0));
-    }
-    if (!votes.empty()) {
-      check_votes(op, i, votes[i], count + rows);
-      check_like_grad(op, "votes", i, votes[i], grads[i], skip, votes[i].scalar_type());
-    }
-    if (!squares.empty()) check_like_grad(op, "squares", i, squares[i], grads[i], skip, wide);
-    if (!logs.empty()) check_like_grad(op, "logs", i, logs[i], grads[i], skip, wide);
-    sizes.push_back(sum[i].numel());
-  }
-
-  Aligned aligned;
-  for (size_t i = 0; i < size; ++i) {
-    std::vector<Tensor*> moments = {&sum[i]};
-    for (Tensors* list : {&votes, &squares, &logs}) {
-      if (!list->empty()) moments.push_back(&(*list)[i]);
-    }
-    aligned.align(moments, {&grads[i]}, skip);
-  }
-  const MomentLists lists{sum, votes, squares, logs};
-  std::vector<AccumulateTask> tasks;
-  for (size_t i = 0; i < size; ++i) {
-    tasks.push_back({grads[i].const_data_ptr(), rows, stacked ? grads[i].stride(0) : 0,
-                     weights.empty() ? nullptr : weights.data(), count, moment_arrays(lists, i)});
-  }
+// The factor of every tensor.
+std::vector<double> scales(const UpdateList& list, const Units& units) {
+  std::vector<double> scales(list.tasks.size(), 1.0);
+  if (!list.rescale) return scales;
   const MomentKernels& kernels = moment_kernels(active_isa());
-  Units(sizes).parallel(rows, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
-    kernels.accumulate[static_cast<int>(dtypes[index])](tasks[index], begin, end);
+  std::vector<double> totals(units.count());
+  units.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
+    const auto total_factor = kernels.total_factor[width(list.tasks[index].sum_dtype)][list.rule];
+    totals[unit] = total_factor(list.tasks[index], begin, end);
   });
-  aligned.copy_back();
-}
-
-// Block by block a sum is read before its update is written: `out` may be the sums themselves.
-void resolve_to(const Resolver& resolver, const Tensors& out) {
-  std::vector<void*> pointers;
-  for (const Tensor& tensor : out) pointers.push_back(tensor.mutable_data_ptr());
-  const StepKernels& kernels = step_kernels(active_isa());
-  resolver.run([&](int64_t index, int64_t begin, int64_t end, const void* update) {
-    kernels.store[static_cast<int>(resolver.dtype(index))](update, pointers[index], begin, end);
-  });
-}
-
-Tensors resolve_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
-                    std::string rule, std::vector<double> arguments, bool rescale) {
-  MomentLists lists{sum, votes, squares, logs};
-  const Resolver resolver("andmask::resolve", lists, count, rule, arguments, rescale);
-  Tensors out;
-  for (const Tensor& total : sum) out.push_back(torch::stable::empty_like(total));
-  Tensors written = out;
-  Aligned aligned;
-  for (size_t i = 0; i < sum.size(); ++i) aligned.align({&written[i]}, lists.tensors(i));
-  resolve_to(resolver, written);
-  aligned.copy_back();
-  return out;
-}
-
-void resolve_in_place_cpu(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
-                          std::string rule, std::vector<double> arguments, bool rescale) {
-  MomentLists lists{sum, votes, squares, logs};
-  const char* const op = "andmask::resolve_";
-  const Resolver resolver(op, lists, count, rule, arguments, rescale);
-  for (size_t i = 0; i < sum.size(); ++i) check_writable(op, "sum", i, sum[i]);
-  Aligned aligned;
-  for (size_t i = 0; i < sum.size(); ++i) {
-    std::vector<Tensor*> read = lists.tensors(i);
-    read.erase(read.begin());
-    aligned.align({&lists.sum[i]}, read);
+  for (size_t i = 0; i < scales.size(); ++i) {
+    double total = 0;
+    for (int64_t unit = units.first(i); unit < units.first(i + 1); ++unit) total += totals[unit];
+    scales[i] = inverse_density(total, static_cast<double>(list.sizes[i]));
   }
-  resolve_to(resolver, lists.sum);
-  aligned.copy_back();
+  return scales;
+}
+
+// consume(index, begin, end, update): `update` holds columns [begin, end) in the wide type and is
+// in L1. Block by block, moments are read before anything is written over them.
+template <typename Consume>
+void for_updates(const UpdateList& list, const Consume& consume) {
+  const Units units(list.sizes);
+  const std::vector<double> scales = andmask::scales(list, units);
+  const MomentKernels& kernels = moment_kernels(active_isa());
+  units.parallel(1, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
+    alignas(64) unsigned char update[kUpdateBlock * sizeof(double)];
+    const ResolveTask& task = list.tasks[index];
+    const auto resolve = kernels.resolve[width(task.sum_dtype)][list.rule];
+    for (int64_t block = begin; block < end; block += kUpdateBlock) {
+      const int64_t stop = std::min(block + kUpdateBlock, end);
+      resolve(task, scales[index], block, stop, update);
+      consume(index, block, stop, static_cast<const void*>(update));
+    }
+  });
+}
+
+// Runs kernels[dtype](tasks[i], ...) over all parameters.
+template <typename Task>
+void run_step(const UpdateList& list, const std::vector<Task>& tasks,
+              const std::vector<Dtype>& dtypes,
+              void (*const (&kernels)[kDtypes])(const Task&, const void*, int64_t, int64_t)) {
+  for_updates(list, [&](int64_t index, int64_t begin, int64_t end, const void* update) {
+    kernels[static_cast<int>(dtypes[index])](tasks[index], update, begin, end);
+  });
 }
 
 }  // namespace
-}  // namespace andmask
 
-STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) {
-  m.impl("accumulate_", TORCH_BOX(&andmask::accumulate_cpu));
-  m.impl("resolve", TORCH_BOX(&andmask::resolve_cpu));
-  m.impl("resolve_", TORCH_BOX(&andmask::resolve_in_place_cpu));
+void Cpu::accumulate(const AccumulateList& list) const {
+  if (list.tasks.empty()) return;
+  const MomentKernels& kernels = moment_kernels(active_isa());
+  const auto add = [&](int64_t index, int64_t, int64_t begin, int64_t end) {
+    kernels.accumulate[static_cast<int>(list.dtypes[index])](list.tasks[index], begin, end);
+  };
+  Units(list.sizes).parallel(list.tasks[0].rows, add);
 }
+
+void Cpu::resolve(const UpdateList& list, const std::vector<void*>& out) const {
+  const StepKernels& kernels = step_kernels(active_isa());
+  for_updates(list, [&](int64_t index, int64_t begin, int64_t end, const void* update) {
+    kernels.store[static_cast<int>(list.tasks[index].sum_dtype)](update, out[index], begin, end);
+  });
+}
+
+void Cpu::sgd(const UpdateList& list, const std::vector<SgdTask>& tasks,
+              const std::vector<Dtype>& dtypes) const {
+  run_step(list, tasks, dtypes, step_kernels(active_isa()).sgd);
+}
+
+void Cpu::adam(const UpdateList& list, const std::vector<AdamTask>& tasks,
+               const std::vector<Dtype>& dtypes) const {
+  run_step(list, tasks, dtypes, step_kernels(active_isa()).adam);
+}
+
+void Cpu::temporal_adam(const UpdateList& list, const std::vector<TemporalAdamTask>& tasks,
+                        const std::vector<Dtype>& dtypes) const {
+  run_step(list, tasks, dtypes, step_kernels(active_isa()).temporal_adam);
+}
+
+}  // namespace andmask

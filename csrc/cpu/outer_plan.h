@@ -83,8 +83,4 @@ struct OuterPlan {
   void share_out(int64_t threads);
 };
 
-inline int64_t item_size(Dtype dtype) {
-  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
-}
-
 }  // namespace andmask

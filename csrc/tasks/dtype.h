@@ -2,10 +2,17 @@
 // the device's memory, and know nothing of torch, so that the test harness can fill them in too.
 #pragma once
 
+#include <cstdint>
+
 namespace andmask {
 
 // Element types in the order of every kernel table.
 enum class Dtype { float16, bfloat16, float32, float64 };
 constexpr int kDtypes = 4;
+
+// In bytes.
+inline int64_t item_size(Dtype dtype) {
+  return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
 
 }  // namespace andmask

@@ -1,4 +1,4 @@
-#include "resolver.h"
+#include "lists.h"
 
 #include <limits>
 
@@ -36,13 +36,6 @@ void check_moment(const char* op, const char* name, const Tensors& moment, const
            torch::headeronly::toString(dtype));
     }
   }
-}
-
-std::vector<int64_t> sizes(const Tensors& tensors) {
-  std::vector<int64_t> result;
-  result.reserve(tensors.size());
-  for (const Tensor& tensor : tensors) result.push_back(tensor.numel());
-  return result;
 }
 
 }  // namespace
@@ -98,50 +91,30 @@ void Aligned::copy_back() {
   for (auto& [original, stand_in] : copies_) torch::stable::copy_(original, stand_in);
 }
 
-Resolver::Resolver(const char* op, const MomentLists& lists, int64_t count, const std::string& rule,
-                   const std::vector<double>& arguments, bool rescale)
-    : lists_(lists),
-      count_(count),
-      rule_(find_rule(op, rule, arguments)),
-      arguments_(arguments),
-      rescale_(rescale),
-      units_(sizes(lists.sum)),
-      kernels_(moment_kernels(active_isa())) {
+UpdateList update_list(const char* op, const MomentLists& lists, int64_t count,
+                       const std::string& rule, const std::vector<double>& arguments,
+                       bool rescale) {
+  UpdateList updates;
+  updates.rule = find_rule(op, rule, arguments);
+  updates.rescale = rescale;
   check(count >= 1 && count <= std::numeric_limits<int32_t>::max(), op,
         "expected count in [1, 2^31 - 1], but got ", count);
-  const unsigned needs = rule_info(rule_).moments;
+  const unsigned needs = rule_info(updates.rule).moments;
   check_moment(op, "votes", lists.votes, lists.sum, needs & kVotes, rule);
   check_moment(op, "squares", lists.squares, lists.sum, needs & kSquares, rule);
   check_moment(op, "logs", lists.logs, lists.sum, needs & kLogs, rule);
-  dtypes_.reserve(lists.sum.size());
+  updates.tasks.reserve(lists.sum.size());
   for (size_t i = 0; i < lists.sum.size(); ++i) {
-    dtypes_.push_back(check_dtype(op, "sum", lists.sum[i], i));
+    updates.tasks.push_back({{}, check_dtype(op, "sum", lists.sum[i], i), arguments.data(), count});
+    updates.sizes.push_back(lists.sum[i].numel());
   }
+  return updates;
 }
 
-std::vector<ResolveTask> Resolver::tasks() const {
-  std::vector<ResolveTask> tasks;
-  tasks.reserve(dtypes_.size());
-  for (size_t i = 0; i < dtypes_.size(); ++i) {
-    tasks.push_back({moment_arrays(lists_, i), dtypes_[i], arguments_.data(), count_});
+void set_moments(UpdateList& updates, const MomentLists& lists) {
+  for (size_t i = 0; i < updates.tasks.size(); ++i) {
+    updates.tasks[i].moments = moment_arrays(lists, i);
   }
-  return tasks;
-}
-
-std::vector<double> Resolver::scales(const std::vector<ResolveTask>& tasks) const {
-  std::vector<double> scales(tasks.size(), 1.0);
-  if (!rescale_) return scales;
-  std::vector<double> totals(units_.count());
-  units_.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
-    const auto total_factor = kernels_.total_factor[width(tasks[index].sum_dtype)][rule_];
-    totals[unit] = total_factor(tasks[index], begin, end);
-  });
-  for (size_t i = 0; i < scales.size(); ++i) {
-    double total = 0;
-    for (int64_t unit = units_.first(i); unit < units_.first(i + 1); ++unit) total += totals[unit];
-    scales[i] = inverse_density(total, static_cast<double>(lists_.sum[i].numel()));
-  }
-  return scales;
 }
 
 }  // namespace andmask

@@ -1,26 +1,24 @@
-// What the CPU ops know about torch's tensors: dtype, layout, and how a list is shared by threads.
+// What the ops know about torch's tensors: dtype, shape, layout.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <sstream>
 #include <string>
 #include <vector>
 
-#include "../checks.h"
-#include "kernels/dispatch.h"
+#include "../tasks/dtype.h"
+#include "checks.h"
 
 namespace andmask {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Tensors = std::vector<Tensor>;
-
-// Elements that one thread should have before a second one is worth waking.
-constexpr int64_t kGrain = 32768;
 
 // How messages name an argument: `index` in the list `name`; -1: not a list.
 inline std::string argument(const char* name, int64_t index) {
@@ -40,6 +38,8 @@ inline Dtype check_dtype(const char* op, const char* name, const Tensor& tensor,
        " of dtype float16, bfloat16, float32 or float64, but got ",
        torch::headeronly::toString(tensor.scalar_type()));
 }
+
+inline bool is_narrow(Dtype dtype) { return dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
 
 // The type of the moments of gradients.
 inline ScalarType wide_type(Dtype dtype) {
@@ -126,6 +126,21 @@ inline std::string shape_text(const Tensor& tensor) {
   return shape_text(std::vector<int64_t>(tensor.sizes().begin(), tensor.sizes().end()));
 }
 
+// Every tensor must lie where the op runs.
+struct NamedList {
+  const char* name;
+  const Tensors& tensors;
+};
+
+template <typename Device>
+void check_here(const Device& device, const char* op, std::initializer_list<NamedList> lists) {
+  for (const NamedList& list : lists) {
+    for (size_t i = 0; i < list.tensors.size(); ++i) {
+      device.check_here(op, list.name, static_cast<int64_t>(i), list.tensors[i]);
+    }
+  }
+}
+
 // One weight is for all environments: it becomes one for each.
 inline void check_weights(const char* op, std::vector<double>& weights, int64_t environments) {
   if (weights.size() == 1) weights.resize(environments, weights[0]);
@@ -143,47 +158,5 @@ inline void check_count(const char* op, int64_t count, int64_t environments) {
   check(count >= 0 && count <= std::numeric_limits<int32_t>::max() - environments, op,
         "expected count in [0, 2^31 - 1 - environments], but got ", count);
 }
-
-// Work on a list of tensors is cut into units of at most kUnit elements, numbered through the list.
-// The cut does not depend on the number of threads, so sums per unit do not either.
-class Units {
- public:
-  static constexpr int64_t kUnit = 16384;
-
-  explicit Units(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {
-    first_.reserve(sizes_.size() + 1);
-    first_.push_back(0);
-    for (int64_t size : sizes_) {
-      first_.push_back(first_.back() + (size + kUnit - 1) / kUnit);
-      elements_ += size;
-    }
-  }
-
-  int64_t count() const { return first_.back(); }
-
-  // The units of tensor `index` are [first(index), first(index + 1)).
-  int64_t first(int64_t index) const { return first_[index]; }
-
-  // f(tensor, unit, begin, end), the last two in elements of the tensor.
-  template <typename F>
-  void parallel(int64_t work_per_element, const F& f) const {
-    if (count() == 0) return;
-    const int64_t per_unit = std::max<int64_t>(1, elements_ * work_per_element / count());
-    const int64_t grain = std::max<int64_t>(1, kGrain / per_unit);
-    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
-      auto tensor = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
-      for (int64_t unit = begin; unit < end; ++unit) {
-        while (unit >= first_[tensor + 1]) ++tensor;
-        const int64_t from = (unit - first_[tensor]) * kUnit;
-        f(tensor, unit, from, std::min(from + kUnit, sizes_[tensor]));
-      }
-    });
-  }
-
- private:
-  std::vector<int64_t> sizes_;
-  std::vector<int64_t> first_;
-  int64_t elements_ = 0;
-};
 
 }  // namespace andmask

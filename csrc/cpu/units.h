@@ -1,0 +1,57 @@
+// How the threads of the CPU share work.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+namespace andmask {
+
+// Elements that one thread should have before a second one is worth waking.
+constexpr int64_t kGrain = 32768;
+
+// Work on a list of tensors is cut into units of at most kUnit elements, numbered through the list.
+// The cut does not depend on the number of threads, so sums per unit do not either.
+class Units {
+ public:
+  static constexpr int64_t kUnit = 16384;
+
+  explicit Units(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {
+    first_.reserve(sizes_.size() + 1);
+    first_.push_back(0);
+    for (int64_t size : sizes_) {
+      first_.push_back(first_.back() + (size + kUnit - 1) / kUnit);
+      elements_ += size;
+    }
+  }
+
+  int64_t count() const { return first_.back(); }
+
+  // The units of tensor `index` are [first(index), first(index + 1)).
+  int64_t first(int64_t index) const { return first_[index]; }
+
+  // f(tensor, unit, begin, end), the last two in elements of the tensor.
+  template <typename F>
+  void parallel(int64_t work_per_element, const F& f) const {
+    if (count() == 0) return;
+    const int64_t per_unit = std::max<int64_t>(1, elements_ * work_per_element / count());
+    const int64_t grain = std::max<int64_t>(1, kGrain / per_unit);
+    torch::stable::parallel_for(0, count(), grain, [&](int64_t begin, int64_t end) {
+      auto tensor = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+      for (int64_t unit = begin; unit < end; ++unit) {
+        while (unit >= first_[tensor + 1]) ++tensor;
+        const int64_t from = (unit - first_[tensor]) * kUnit;
+        f(tensor, unit, from, std::min(from + kUnit, sizes_[tensor]));
+      }
+    });
+  }
+
+ private:
+  std::vector<int64_t> sizes_;
+  std::vector<int64_t> first_;
+  int64_t elements_ = 0;
+};
+
+}  // namespace andmask

@@ -1,0 +1,30 @@
+// All ops for one device. A device is a class with the members of `Cpu` (csrc/cpu/device.h): it
+// runs tasks, whose arguments the ops have checked.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include "aggregate.h"
+#include "masked_mean.h"
+#include "moments.h"
+#include "outer.h"
+#include "steps.h"
+
+namespace andmask {
+
+template <typename Device, typename Library>
+void implement(Library& m) {
+  m.impl("masked_mean", TORCH_BOX(&masked_mean<Device>));
+  m.impl("agreement_mask", TORCH_BOX(&agreement_mask<Device>));
+  m.impl("aggregate", TORCH_BOX(&aggregate<Device>));
+  m.impl("accumulate_", TORCH_BOX(&accumulate<Device>));
+  m.impl("accumulate_outer_", TORCH_BOX(&accumulate_outer<Device>));
+  m.impl("accumulate_convolution_", TORCH_BOX(&accumulate_convolution<Device>));
+  m.impl("resolve", TORCH_BOX(&resolve<Device>));
+  m.impl("resolve_", TORCH_BOX(&resolve_in_place<Device>));
+  m.impl("sgd_step_", TORCH_BOX(&sgd_step<Device>));
+  m.impl("adam_step_", TORCH_BOX(&adam_step<Device>));
+  m.impl("temporal_adam_step_", TORCH_BOX(&temporal_adam_step<Device>));
+}
+
+}  // namespace andmask

@@ -1,0 +1,67 @@
+// Lists of parameters' moments: what accumulate_, resolve and the optimizer steps share.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "../math/rules.h"
+#include "../tasks/lists.h"
+#include "tensors.h"
+
+namespace andmask {
+
+// The moments of a list of parameters. Those that are not kept are empty lists.
+struct MomentLists {
+  Tensors sum, votes, squares, logs;
+
+  // Those of one parameter.
+  std::vector<Tensor*> tensors(int64_t index) {
+    std::vector<Tensor*> found;
+    for (Tensors* list : {&sum, &votes, &squares, &logs}) {
+      if (!list->empty()) found.push_back(&(*list)[index]);
+    }
+    return found;
+  }
+};
+
+// What the library knows of a moment rule, by name.
+struct RuleInfo {
+  const char* name;
+  int arguments;
+  unsigned moments;
+  const char* (*invalid)(const double* arguments);
+};
+
+// Index in MomentRules; checks name and arguments.
+int find_rule(const char* op, const std::string& name, const std::vector<double>& arguments);
+const RuleInfo& rule_info(int rule);
+
+inline std::vector<void*> pointers(const Tensors& tensors) {
+  std::vector<void*> found;
+  for (const Tensor& tensor : tensors) found.push_back(tensor.mutable_data_ptr());
+  return found;
+}
+
+MomentArrays moment_arrays(const MomentLists& lists, int64_t index);
+
+// Goes over the memory of several tensors as over one row. Where their layouts differ, contiguous
+// copies stand in for them, and those that are written to are copied back at the end.
+class Aligned {
+ public:
+  // The first `skip` dimensions of those that are only read are left aside.
+  void align(const std::vector<Tensor*>& written, const std::vector<Tensor*>& read,
+             int64_t skip = 0);
+  void copy_back();
+
+ private:
+  std::vector<std::pair<Tensor, Tensor>> copies_;  // original, stand-in
+};
+
+// Checks the moments and the rule, and describes the updates but for the memory of the moments,
+// which set_moments fills in once it is aligned. `arguments` must live as long as the result. `sum`
+// may also be a list of plain gradients, in 16 bits too.
+UpdateList update_list(const char* op, const MomentLists& lists, int64_t count,
+                       const std::string& rule, const std::vector<double>& arguments, bool rescale);
+void set_moments(UpdateList& updates, const MomentLists& lists);
+
+}  // namespace andmask

@@ -1,0 +1,58 @@
+// masked_mean and agreement_mask: checks, and the memory of the results.
+#pragma once
+
+#include "../math/agreement.h"
+#include "../tasks/masked_mean.h"
+#include "tensors.h"
+
+namespace andmask {
+
+template <typename Device>
+Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool rescale,
+                           bool mask_only) {
+  check_grads(op, grads);
+  check_tau(op, tau);
+  const Dtype dtype = check_dtype(op, "grads", grads);
+  const auto shape = grads.sizes();
+  const auto out_shape =
+      torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
+  const Device device(op, grads);
+  // Rescaling needs the count of kept columns first, and then goes over what the first pass wrote.
+  // Results of the 16-bit types wait for it in float32, so that they are rounded to 16 bits once. A
+  // mask stays in float32: its factor may be beyond float16.
+  const bool wide = is_narrow(dtype) && (rescale || mask_only);
+  const Tensor first = wide ? torch::stable::new_empty(grads, out_shape, ScalarType::Float)
+                            : torch::stable::new_empty(grads, out_shape);
+  const Tensor out = wide && !mask_only ? torch::stable::new_empty(grads, out_shape) : first;
+  const int64_t columns = out.numel();
+  if (columns == 0) return out;
+
+  const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
+  const int64_t environments = rows.size(0);
+  const MaskedMeanTask task{
+      rows.const_data_ptr(),
+      environments,
+      rows.stride(0),
+      static_cast<int32_t>(vote_threshold(tau, environments)),
+      mask_only ? Output::mask
+      : rescale ? Output::masked_mean_wide
+                : Output::masked_mean,
+      first.mutable_data_ptr(),
+  };
+  device.masked_mean(task, dtype, columns, rescale ? out.mutable_data_ptr() : nullptr);
+  return out;
+}
+
+template <typename Device>
+Tensor masked_mean(const Tensor& grads, double tau, bool rescale) {
+  return reduce_environments<Device>("andmask::masked_mean", grads, tau, rescale,
+                                     /*mask_only=*/false);
+}
+
+template <typename Device>
+Tensor agreement_mask(const Tensor& grads, double tau, bool rescale) {
+  return reduce_environments<Device>("andmask::agreement_mask", grads, tau, rescale,
+                                     /*mask_only=*/true);
+}
+
+}  // namespace andmask

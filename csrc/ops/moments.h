@@ -1,0 +1,124 @@
+// accumulate_, resolve and resolve_: checks and layout.
+#pragma once
+
+#include "lists.h"
+
+namespace andmask {
+
+inline void check_like_grad(const char* op, const char* name, size_t index, const Tensor& moment,
+                            const Tensor& grad, int64_t skip, ScalarType wide) {
+  if (!same_shape(grad, moment, skip)) {
+    fail(op, "expected ", name, "[", index, "] of shape ", shape_text(moment),
+         skip ? " after the environments" : "", " in grads[", index, "], but got ",
+         shape_text(grad));
+  }
+  if (moment.scalar_type() != wide) {
+    fail(op, "expected ", name, "[", index, "] of dtype ", torch::headeronly::toString(wide),
+         ", but got ", torch::headeronly::toString(moment.scalar_type()));
+  }
+  check_writable(op, name, index, moment);
+}
+
+template <typename Device>
+void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tensors grads,
+                int64_t count, std::vector<double> weights, bool stacked) {
+  const char* const op = "andmask::accumulate_";
+  const size_t size = grads.size();
+  const auto check_size = [&](const char* name, const Tensors& list, bool optional) {
+    check(list.size() == size || (optional && list.empty()), op, "expected ", name, " of ", size,
+          " tensors, as grads has, but got ", list.size());
+  };
+  check_size("sum", sum, false);
+  check_size("votes", votes, true);
+  check_size("squares", squares, true);
+  check_size("logs", logs, true);
+  if (size == 0) return;
+  check(!stacked || grads[0].dim() >= 1, op,
+        "expected grads[0] of shape [environments, *shape], but got a 0-dim tensor");
+  const int64_t rows = stacked ? grads[0].size(0) : 1;
+  const int64_t skip = stacked ? 1 : 0;
+  check(rows >= 1, op, "expected grads of at least 1 environment (dim 0), but got 0");
+  check_count(op, count, rows);
+  check_weights(op, weights, rows);
+  const Device device(op, grads[0]);
+  check_here(
+      device, op,
+      {{"grads", grads}, {"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  AccumulateList work;
+  for (size_t i = 0; i < size; ++i) {
+    work.dtypes.push_back(check_dtype(op, "grads", grads[i], i));
+    const ScalarType wide = wide_type(work.dtypes[i]);
+    check_like_grad(op, "sum", i, sum[i], grads[i], skip, wide);
+    if (stacked && grads[i].size(0) != rows) {
+      fail(op, "expected ", rows, " environments (dim 0), as grads[0] has, in grads[", i,
+           "], but got ", grads[i].size(0));
+    }
+    if (!votes.empty()) {
+      check_votes(op, i, votes[i], count + rows);
+      check_like_grad(op, "votes", i, votes[i], grads[i], skip, votes[i].scalar_type());
+    }
+    if (!squares.empty()) check_like_grad(op, "squares", i, squares[i], grads[i], skip, wide);
+    if (!logs.empty()) check_like_grad(op, "logs", i, logs[i], grads[i], skip, wide);
+    work.sizes.push_back(sum[i].numel());
+  }
+
+  Aligned aligned;
+  for (size_t i = 0; i < size; ++i) {
+    std::vector<Tensor*> moments = {&sum[i]};
+    for (Tensors* list : {&votes, &squares, &logs}) {
+      if (!list->empty()) moments.push_back(&(*list)[i]);
+    }
+    aligned.align(moments, {&grads[i]}, skip);
+  }
+  const MomentLists lists{sum, votes, squares, logs};
+  for (size_t i = 0; i < size; ++i) {
+    work.tasks.push_back({grads[i].const_data_ptr(), rows, stacked ? grads[i].stride(0) : 0,
+                          weights.empty() ? nullptr : weights.data(), count,
+                          moment_arrays(lists, i)});
+  }
+  device.accumulate(work);
+  aligned.copy_back();
+}
+
+template <typename Device>
+Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
+                std::string rule, std::vector<double> arguments, bool rescale) {
+  const char* const op = "andmask::resolve";
+  MomentLists lists{sum, votes, squares, logs};
+  UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
+  Tensors out;
+  if (sum.empty()) return out;
+  const Device device(op, sum[0]);
+  check_here(device, op, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  for (const Tensor& total : sum) out.push_back(torch::stable::empty_like(total));
+  Tensors written = out;
+  Aligned aligned;
+  for (size_t i = 0; i < sum.size(); ++i) aligned.align({&written[i]}, lists.tensors(i));
+  set_moments(updates, lists);
+  device.resolve(updates, pointers(written));
+  aligned.copy_back();
+  return out;
+}
+
+template <typename Device>
+void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
+                      std::string rule, std::vector<double> arguments, bool rescale) {
+  const char* const op = "andmask::resolve_";
+  MomentLists lists{sum, votes, squares, logs};
+  UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
+  if (sum.empty()) return;
+  const Device device(op, sum[0]);
+  check_here(device, op, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  for (size_t i = 0; i < sum.size(); ++i) check_writable(op, "sum", i, sum[i]);
+  Aligned aligned;
+  for (size_t i = 0; i < sum.size(); ++i) {
+    std::vector<Tensor*> read = lists.tensors(i);
+    read.erase(read.begin());
+    aligned.align({&lists.sum[i]}, read);
+  }
+  set_moments(updates, lists);
+  device.resolve(updates, pointers(lists.sum));
+  aligned.copy_back();
+}
+
+}  // namespace andmask
