@@ -65,6 +65,7 @@ class CMakeBuild(build_ext):
             "ANDMASK_TORCH_DIR": torch_dir(),
             "CMAKE_MAKE_PROGRAM": program("ninja", "pip install ninja"),
             "ANDMASK_HARNESS": "ON" if in_place else "OFF",
+            "ANDMASK_CUDA": os.environ.get("ANDMASK_CUDA", "AUTO"),
         }
         if in_place:  # the harness alone needs Python
             import pybind11
@@ -72,14 +73,18 @@ class CMakeBuild(build_ext):
             options["Python_EXECUTABLE"] = sys.executable
             options["pybind11_DIR"] = pybind11.get_cmake_dir()
         defines = [f"-D{key}={value}" for key, value in options.items()]
+        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
         # CMake cannot change compiler, source folder or torch in an existing build folder.
-        stamp, content = build / "stamp", f"{ROOT} {compiler} {options}"
+        architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        stamp, content = build / "stamp", f"{ROOT} {compiler} {defines} {architectures}"
         if not stamp.exists() or stamp.read_text() != content:
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
             stamp.write_text(content)
         subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
         subprocess.check_call([cmake, "--build", build])
+        for stale in (package / "lib").glob("libandmask_cuda.*"):  # of a build with other options
+            stale.unlink()
         subprocess.check_call([cmake, "--install", build, "--prefix", package])
 
     def get_outputs(self) -> list[str]:

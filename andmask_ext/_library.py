@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 
 __version__ = importlib.metadata.version("andmask_ext")
 
 _PATH = Path(__file__).parent / "lib" / "libandmask.so"
+_CUDA_PATH = _PATH.with_name("libandmask_cuda.so")
 
 
 def _load() -> None:
@@ -28,7 +31,54 @@ def _load() -> None:
         raise ImportError(f"andmask_ext: cannot load {_PATH}: {error}") from error
 
 
+def _load_cuda() -> tuple[bool, str]:
+    """Load the CUDA library beside a torch with CUDA; say what it is, or why it is not loaded."""
+    if not _CUDA_PATH.exists():
+        return False, "not built"
+    version, architectures = _CUDA_PATH.with_suffix(".txt").read_text().split()
+    described = f"{version} ({architectures.replace('-real', '').replace(';', ' ')})"
+    if torch.version.cuda is None:
+        return False, f"not loaded: built with CUDA {described}, but torch has no CUDA"
+    if version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return False, f"not loaded: built with CUDA {version}, but torch has {torch.version.cuda}"
+    try:
+        torch.ops.load_library(_CUDA_PATH)
+    except OSError as error:
+        return False, f"not loaded: {error}"
+    return True, described
+
+
+def _explain_missing_cuda(state: str) -> None:
+    """Let ops on CUDA tensors fail with one sentence that says why, and what to do."""
+    message = (
+        f"andmask_ext: the ops for CUDA tensors are {state}; build them with "
+        "`ANDMASK_CUDA=ON pip install --no-build-isolation .` in the source folder (needs nvcc), "
+        "or move the tensors to the CPU"
+    )
+    for name in torch._C._dispatch_get_all_op_names():
+        if name.startswith("andmask::") and not name.startswith("andmask::_"):
+            _EXPLANATIONS.impl(name.removeprefix("andmask::"), _raiser(message), "CUDA")
+
+
+def _raiser(message: str) -> Callable[..., NoReturn]:
+    def explain(*args: object, **kwargs: object) -> NoReturn:
+        raise NotImplementedError(message)
+
+    return explain
+
+
 _load()
+_EXPLANATIONS = torch.library.Library("andmask", "IMPL")
+_CUDA_LOADED, _CUDA_STATE = _load_cuda()
+if not _CUDA_LOADED and torch.version.cuda is not None:
+    _explain_missing_cuda(_CUDA_STATE)
+    if _CUDA_PATH.exists():
+        warnings.warn(
+            f"andmask_ext: the library for CUDA is {_CUDA_STATE}; ops on the CPU work, those on "
+            "CUDA tensors do not. Rebuild it in this environment: "
+            "`ANDMASK_CUDA=ON pip install --no-build-isolation .`",
+            stacklevel=2,
+        )
 
 
 class RuleFacts(NamedTuple):
@@ -61,7 +111,9 @@ def build_info() -> dict[str, str | int]:
         torch >= 2.10); ``compiler``; ``isa``: the instruction set of the CPU kernels in use
         (``baseline``, ``x86-64-v3`` or ``x86-64-v4``; the environment variable
         ``ATEN_CPU_CAPABILITY`` lowers it); ``isa_available``: the best this machine can run;
-        ``threads``: intra-op threads (:func:`torch.set_num_threads`); ``cuda``.
+        ``threads``: intra-op threads (:func:`torch.set_num_threads`); ``cuda``: the CUDA version
+        and the architectures that the library for CUDA tensors was built for, or why it is not
+        loaded.
 
     Example:
         >>> import andmask_ext
@@ -78,5 +130,5 @@ def build_info() -> dict[str, str | int]:
         "platform": f"{platform.system()} {platform.machine()}",
         **native,
         "threads": torch.get_num_threads(),
-        "cuda": "not built",
+        "cuda": _CUDA_STATE,
     }

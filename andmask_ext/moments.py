@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ._checks import check_dtype, check_weight
+from ._devices import by_device
 
 if TYPE_CHECKING:
     from .rules import Rule
@@ -232,13 +233,15 @@ class Moments:
             self._widen_votes(self.count + max(stacked, 1))
             for index in indices:
                 self._touch(index)
-            torch.ops.andmask.accumulate_.default(
-                *self._lists(indices),
-                [grad.detach() if grad.requires_grad else grad for grad in grads],
-                self.count,
-                weights,
-                stacked > 0,
-            )
+            for places in self._by_device(indices):
+                some = [grads[place] for place in places]
+                torch.ops.andmask.accumulate_.default(
+                    *self._lists([indices[place] for place in places]),
+                    [grad.detach() if grad.requires_grad else grad for grad in some],
+                    self.count,
+                    weights,
+                    stacked > 0,
+                )
 
     def _widen_votes(self, environments: int) -> None:
         if "votes" not in self._memory or environments <= torch.iinfo(self._vote_type).max:
@@ -306,28 +309,36 @@ class Moments:
         Raises:
             ValueError: no environment has been added, or the rule needs a moment that is not kept.
         """
-        indices = self.touched
-        arguments = self.arguments(rule, indices)
-        with torch.no_grad():
-            updates = torch.ops.andmask.resolve.default(*arguments) if indices else []
-        resolved: list[Tensor | None] = [None] * len(self._params)
-        for index, update in zip(indices, updates, strict=True):
-            resolved[index] = update.to(self._params[index].dtype)
-        return resolved
+        return self._resolve(rule, torch.ops.andmask.resolve.default)
 
     def resolve_and_release(self, rule: Rule) -> list[Tensor | None]:
         """Like :meth:`resolve`, in the memory of the sums where it can be; then start anew."""
-        indices = self.touched
-        arguments = self.arguments(rule, indices)
-        if indices:
-            with torch.no_grad():
-                torch.ops.andmask.resolve_.default(*arguments)
-        resolved: list[Tensor | None] = [None] * len(self._params)
-        for index, update in zip(indices, arguments[0], strict=True):
-            resolved[index] = update.to(self._params[index].dtype)
+
+        def resolve(*arguments: Any) -> list[Tensor]:
+            torch.ops.andmask.resolve_.default(*arguments)
+            sums: list[Tensor] = arguments[0]
+            return sums
+
+        resolved = self._resolve(rule, resolve)
+        for index in self.touched:
             self._memory["sum"][index] = None
         self.reset()
         return resolved
+
+    def _resolve(self, rule: Rule, op: Callable[..., list[Tensor]]) -> list[Tensor | None]:
+        touched = self.touched
+        self.arguments(rule, touched)  # raises, even if there is nothing to do
+        resolved: list[Tensor | None] = [None] * len(self._params)
+        for places in self._by_device(touched):
+            indices = [touched[place] for place in places]
+            with torch.no_grad():
+                updates = op(*self.arguments(rule, indices))
+            for index, update in zip(indices, updates, strict=True):
+                resolved[index] = update.to(self._params[index].dtype)
+        return resolved
+
+    def _by_device(self, indices: Sequence[int]) -> list[list[int]]:
+        return by_device([self._params[index] for index in indices])
 
     # ---- bookkeeping ----
 

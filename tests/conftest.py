@@ -1,6 +1,14 @@
-"""Shared by all tests. Kept free of torch, so that the kernel tests can run under a sanitizer."""
+"""Shared by all tests. Kept free of torch, so that the kernel tests can run under a sanitizer.
+
+Tests run on the CPU, and on a GPU where there is one: tensors are made there by default. With
+``ANDMASK_TEST_KERNELS=cuda-on-host`` the ops on the CPU are those of CUDA, whose kernels then run
+thread by thread on the host.
+"""
 
 import os
+import sys
+import warnings
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -17,22 +25,58 @@ settings.register_profile(
 )
 settings.load_profile(os.environ.get("ANDMASK_HYPOTHESIS_PROFILE", "default"))
 
+NATIVE = Path(__file__).parent / "native"  # kernels on numpy arrays: no torch, no device
+KERNELS = os.environ.get("ANDMASK_TEST_KERNELS", "own")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if KERNELS not in ("own", "cuda-on-host"):
+        raise pytest.UsageError(
+            f"ANDMASK_TEST_KERNELS: expected own or cuda-on-host, but got {KERNELS}"
+        )
+    if KERNELS == "cuda-on-host":
+        import torch
+
+        import andmask_ext
+
+        with warnings.catch_warnings():  # of kernels that take the place of others
+            warnings.simplefilter("ignore")
+            torch.ops.load_library(Path(andmask_ext.__file__).with_name("_cuda_on_host.so"))
+
+
+def pytest_report_header() -> str:
+    return f"devices: {', '.join(devices())}; kernels: {KERNELS}"
+
+
+def devices() -> list[str]:
+    import torch
+
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", ["cpu"])
+    if NATIVE in metafunc.definition.path.parents:
+        return
+    chosen = ["cpu"] if metafunc.definition.get_closest_marker("cpu_only") else devices()
+    if "device" not in metafunc.fixturenames:
+        if len(chosen) == 1:
+            return
+        metafunc.fixturenames.append("device")
+    metafunc.parametrize("device", chosen)
 
 
 @pytest.fixture(autouse=True)
-def _reset_torch():
+def _reset_torch(request: pytest.FixtureRequest):
     """Every test starts from the same random state and leaves torch's settings as they were."""
-    import sys
-
     torch = sys.modules.get("torch")
     if torch is None:
         yield
         return
+    callspec = getattr(request.node, "callspec", None)
+    device = callspec.params.get("device", "cpu") if callspec else "cpu"
+    torch.set_default_device(None if device == "cpu" else device)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+    torch.set_default_device(None)

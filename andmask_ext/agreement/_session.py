@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from .._devices import by_device
 from ..moments import Moments
 from ._chain import View
 from ._graph import Graph, Operand
@@ -212,9 +213,13 @@ class Session:
         """Add the gradients that have been waiting for others, in one call."""
         for targets, grads in self._waiting.values():
             moments = targets[0].moments
-            indices = [target.index for target in targets]
-            lists = moments.open_memory(indices, self._groups.environments)
-            torch.ops.andmask.accumulate_.default(*lists, grads, moments.count, self._weights, True)
+            for places in by_device(grads):
+                indices = [targets[place].index for place in places]
+                lists = moments.open_memory(indices, self._groups.environments)
+                some = [grads[place] for place in places]
+                torch.ops.andmask.accumulate_.default(
+                    *lists, some, moments.count, self._weights, True
+                )
         self._waiting.clear()
         self._bytes = 0
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dtype, check_tau, check_weight
+from .._devices import by_device
 from ..moments import Moments
 from ..rules import AndMask, Mean, Rule
 from ._context import Environment, Hook
@@ -321,14 +322,18 @@ class MomentOptimizer(Optimizer):
                 indices = [i for i in indices if group["params"][i].grad is not None]
             if not indices:
                 continue
-            params = [group["params"][i] for i in indices]
-            if self._resolved:
-                grads = [param.grad for param in params]
-                arguments: tuple[Any, ...] = (grads, [], [], [], 1, Mean.name, [], False)
-            else:
-                arguments = moments.arguments(self._rule(group), indices)
-            self._step_group(group, params, arguments)
-            torch.autograd.graph.increment_version(params)
+            for places in by_device([group["params"][i] for i in indices]):
+                self._step_some(group, moments, [indices[place] for place in places])
+
+    def _step_some(self, group: dict[str, Any], moments: Moments, indices: list[int]) -> None:
+        params = [group["params"][i] for i in indices]
+        if self._resolved:
+            grads = [param.grad for param in params]
+            arguments: tuple[Any, ...] = (grads, [], [], [], 1, Mean.name, [], False)
+        else:
+            arguments = moments.arguments(self._rule(group), indices)
+        self._step_group(group, params, arguments)
+        torch.autograd.graph.increment_version(params)
 
     def _step_group(
         self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]

@@ -10,16 +10,28 @@ from torch.optim import Optimizer
 
 
 def load_wide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load float32 state of 16-bit parameters again: torch has rounded it to their dtype."""
+    """Load again what torch has changed, or left elsewhere.
+
+    It rounds float32 state of 16-bit parameters to their dtype, and leaves counts of steps on the
+    device that they were saved from.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     for param, index in zip(params, ids, strict=True):
+        state = optimizer.state.get(param, {})
+        if "step" in state:
+            state["step"] = state["step"].to(param.device)
         if param.dtype not in (torch.float16, torch.bfloat16):
             continue
         for key, value in state_dict["state"].get(index, {}).items():
             if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
                 wide = value.detach().to(param.device, torch.float32, copy=True)
                 optimizer.state[param][key] = wide
+
+
+def no_steps(param: Tensor) -> Tensor:
+    """Return the count of a parameter's steps: on its device, where CUDA kernels count them."""
+    return torch.zeros((), dtype=torch.float32, device=param.device)
 
 
 def zeros_like_wide(param: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from .._checks import check_bool
 from ..rules import Rule
 from ._checks import check_betas, check_lr, check_range, check_weight_decay, decay_after_mask
 from ._environments import MomentOptimizer
-from ._state import zeros_like_wide
+from ._state import no_steps, zeros_like_wide
 
 __all__ = ["AndMaskAdam", "AndMaskAdamW"]
 
@@ -128,7 +128,7 @@ class AndMaskAdam(MomentOptimizer):
     def _state(self, param: Tensor, amsgrad: bool) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = no_steps(param)
             state["exp_avg"] = zeros_like_wide(param)
             state["exp_avg_sq"] = zeros_like_wide(param)
         if amsgrad and "max_exp_avg_sq" not in state:

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dtype, check_tau
+from .._devices import by_device
 from ._checks import check_betas, check_lr, check_range
-from ._state import load_wide_state, zeros_like_wide
+from ._state import load_wide_state, no_steps, zeros_like_wide
 
 __all__ = ["TemporalAndMaskAdam"]
 
@@ -134,33 +135,34 @@ class TemporalAndMaskAdam(Optimizer):
                         f"params[{index}].grad: expected a dense tensor, but got layout "
                         f"{str(param.grad.layout).removeprefix('torch.')}"
                     )
-            states = [self._state(param) for param in params]
-            torch.ops.andmask.temporal_adam_step_.default(
-                params,
-                *[
-                    [state[key] for state in states]
-                    for key in ("exp_avg", "exp_avg_sq", "sign_avg")
-                ],
-                [state["step"] for state in states],
-                [param.grad for param in params],
-                tau=float(group["tau"]),
-                lr=float(group["lr"]),
-                beta1=float(group["betas"][0]),
-                beta2=float(group["betas"][1]),
-                beta3=float(group["betas"][2]),
-                eps=float(group["eps"]),
-                weight_decay=float(group["weight_decay"]),
-                decoupled_weight_decay=group["decoupled_weight_decay"],
-                maximize=group["maximize"],
-                bias_correction=group["bias_correction"],
-            )
-            torch.autograd.graph.increment_version(params)
+            for places in by_device(params):
+                self._step_some(group, [params[place] for place in places])
         return loss
+
+    def _step_some(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = [self._state(param) for param in params]
+        torch.ops.andmask.temporal_adam_step_.default(
+            params,
+            *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "sign_avg")],
+            [state["step"] for state in states],
+            [param.grad for param in params],
+            tau=float(group["tau"]),
+            lr=float(group["lr"]),
+            beta1=float(group["betas"][0]),
+            beta2=float(group["betas"][1]),
+            beta3=float(group["betas"][2]),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled_weight_decay=group["decoupled_weight_decay"],
+            maximize=group["maximize"],
+            bias_correction=group["bias_correction"],
+        )
+        torch.autograd.graph.increment_version(params)
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
         if not state:
-            state["step"] = torch.tensor(0.0)
+            state["step"] = no_steps(param)
             for key in ("exp_avg", "exp_avg_sq", "sign_avg"):
                 state[key] = zeros_like_wide(param)
         return state

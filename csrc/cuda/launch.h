@@ -3,29 +3,17 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
 #include <stdexcept>
 #include <string>
 
 #include "kernels/together.h"
+#include "stream.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
 #endif
 
 namespace andmask {
-
-struct Stream {
-  void* handle = nullptr;  // cudaStream_t
-  int64_t multiprocessors = 1;
-  // Device memory that lives till the op ends, aligned to 256 bytes. Not initialised.
-  std::function<void*(int64_t bytes)> memory;
-
-  template <typename T>
-  T* scratch(int64_t count) const {
-    return static_cast<T*>(memory(count * static_cast<int64_t>(sizeof(T))));
-  }
-};
 
 // Blocks of a kernel whose threads stride through `items`: enough to fill the device several times.
 inline int64_t blocks_for(const Stream& stream, int64_t items, int64_t threads) {

@@ -8,9 +8,11 @@
 #include "../tasks/lists.h"
 #include "../tasks/masked_mean.h"
 #include "../tasks/outer.h"
-#include "launch.h"
+#include "stream.h"
 
 namespace andmask {
+
+int64_t multiprocessor_count(int32_t device);
 
 // `scaled`: where the results rescaled by the share of kept columns go; null: not wanted.
 void launch_masked_mean(const Stream& stream, const MaskedMeanTask& task, Dtype dtype,

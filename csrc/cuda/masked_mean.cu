@@ -1,6 +1,7 @@
 #include "kernels/masked_mean.h"
 
 #include "kernels/density.h"
+#include "launch.h"
 #include "launchers.h"
 #include "types.h"
 

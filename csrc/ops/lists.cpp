@@ -48,7 +48,8 @@ int find_rule(const char* op, const std::string& name, const std::vector<double>
   for (size_t index = 0; index < all.size(); ++index) {
     const RuleInfo& rule = all[index];
     if (name != rule.name) {
-      names += std::string(index ? ", " : "") + rule.name;
+      if (index) names += ", ";
+      names += rule.name;
       continue;
     }
     check(arguments.size() == static_cast<size_t>(rule.arguments), op, "expected ", rule.arguments,

@@ -1,0 +1,21 @@
+// What kernels are put on.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace andmask {
+
+struct Stream {
+  void* handle = nullptr;  // cudaStream_t
+  int64_t multiprocessors = 1;
+  // Device memory that lives till the op ends, aligned to 256 bytes. Not initialised.
+  std::function<void*(int64_t bytes)> memory;
+
+  template <typename T>
+  T* scratch(int64_t count) const {
+    return static_cast<T*>(memory(count * static_cast<int64_t>(sizeof(T))));
+  }
+};
+
+}  // namespace andmask
