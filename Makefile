@@ -43,6 +43,22 @@ test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hou
 test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
 	$(BIN)/python -m pytest -m large
 
+# Through the CUDA ops, whose kernels then run thread by thread on the host. Of the training tests,
+# those in tests/agreement and tests/optim.
+.PHONY: test-cuda-on-host
+test-cuda-on-host: $(READY)  ## the tests of the ops and of training on the CUDA kernels, without a GPU
+	ANDMASK_TEST_KERNELS=cuda-on-host $(BIN)/python -m pytest \
+	  tests/ops tests/optim tests/agreement tests/test_moments.py tests/test_rules.py tests/test_backward.py
+
+.PHONY: cuda-check
+cuda-check: $(READY)  ## compile for sm_80, 90, 100: registers, spills, wide loads (needs nvcc)
+	$(BIN)/pip install --quiet '.[cuda-check]'
+	$(BIN)/python tools/cuda_check.py
+
+.PHONY: cuda-sanitize
+cuda-sanitize: $(READY)  ## memcheck, racecheck and synccheck of the op tests (needs a GPU)
+	PYTHON=$(BIN)/python tools/cuda_sanitize.sh
+
 .PHONY: bench
 bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python benchmarks/bench_masked_mean.py

@@ -101,11 +101,11 @@ def test_reentrant_checkpointing_is_refused_by_name_and_changes_nothing() -> Non
 
 def test_autocast() -> None:
     model, data = mlp(), batches(6)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         am.backward([F.cross_entropy(model(x), y) for x, y in data], RULE, model.parameters())
     columns = []
     for x, y in data:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             loss = F.cross_entropy(model(x), y)
         columns.append(torch.autograd.grad(loss, list(model.parameters())))
     for param, grads in zip(model.parameters(), zip(*columns, strict=True), strict=True):

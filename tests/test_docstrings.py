@@ -14,6 +14,8 @@ from andmask_ext.nn import _batchnorm
 from andmask_ext.optim import adam, sgd, temporal, wrapper
 from andmask_ext.optim import reference as optim_reference
 
+pytestmark = pytest.mark.cpu_only
+
 EXAMPLES = [
     _agreement,
     _backward,

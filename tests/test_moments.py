@@ -334,7 +334,7 @@ def test_a_sweep_of_tau_equals_masked_mean_at_each(
     dtype: torch.dtype, rescale: bool, data: st.DataObject
 ) -> None:
     kind = np.float64 if dtype == torch.float64 else np.float32
-    stack = torch.from_numpy(data.draw(strategies.stacked(kind, True, few))).to(dtype)
+    stack = torch.as_tensor(data.draw(strategies.stacked(kind, True, few))).to(dtype)
     moments = am.Moments([torch.zeros(stack.shape[1:], dtype=dtype)])
     moments.add_stacked([stack])
     scale = stack.double().abs().mean(0)

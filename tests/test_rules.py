@@ -34,7 +34,7 @@ def draw_case(
     base = np.float64 if dtype == torch.float64 else np.float32
     environments = strategies.environment_counts.filter(lambda d: d >= TABLE[kind].least)
     values = data.draw(strategies.stacked(base, environments=environments, **kwargs))
-    grads = torch.from_numpy(values).to(dtype)
+    grads = torch.as_tensor(values).to(dtype)
     return data.draw(TABLE[kind].draw(len(grads))), grads
 
 
@@ -133,8 +133,8 @@ def test_special_cases() -> None:
 def test_winsorized_mean_clips_to_the_percentiles_of_numpy() -> None:
     grads = torch.randn(13, 200, dtype=torch.float64)
     for c in (5.0, 12.5, 25.0, 37.1):
-        low, high = np.percentile(grads.numpy(), [c, 100 - c], axis=0)
-        expected = torch.from_numpy(np.clip(grads.numpy(), low, high).mean(0))
+        low, high = np.percentile(grads.cpu().numpy(), [c, 100 - c], axis=0)
+        expected = torch.as_tensor(np.clip(grads.cpu().numpy(), low, high).mean(0))
         torch.testing.assert_close(am.WinsorizedMean(c)(grads), expected, rtol=1e-12, atol=1e-14)
 
 

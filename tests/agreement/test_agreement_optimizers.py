@@ -132,7 +132,10 @@ def test_a_gradient_scaler_skips_a_step() -> None:
     other = copy.deepcopy(model)
     optimizer, twin = (OPTIMIZERS["adamw"](m) for m in (model, other))
     agreement = am.Agreement(model, optimizer)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2) for _ in range(2)]
+    scalers = [
+        torch.amp.GradScaler(torch.get_default_device().type, init_scale=256.0, growth_interval=2)
+        for _ in range(2)
+    ]
     for step in range(STEPS):
         x = torch.randn(6, 4)
         if step == 2:

@@ -148,7 +148,7 @@ UNUSUAL: dict[str, Callable[[Function, Tensor], Tensor]] = {
         s.layer, {"weight": s.w * 2, "bias": s.layer.bias}, x
     ),
     "one hot": lambda s, x: F.one_hot(x.argmax(2), 4).to(x) @ s.w,
-    "through numpy": lambda s, x: s.layer(torch.from_numpy(x.detach().numpy().copy())),
+    "through numpy": lambda s, x: s.layer(torch.as_tensor(x.detach().cpu().numpy().copy())),
     "patches": lambda s, x: s.w[:2] @ F.unfold(x[:, None], 2),
     "examples as channels": lambda s, x: F.conv1d(
         x.flatten(0, 1)[None], s.w[:3, :3, None].repeat(len(x), 1, 1), groups=len(x)

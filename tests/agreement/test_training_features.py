@@ -192,7 +192,7 @@ def test_autocast(model: str, dtype: torch.dtype) -> None:
     build, shape = MODELS[model]
 
     def step(model: nn.Module, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             return curved(model, x)
 
     close_to_loop(build().float(), step, torch.randn(6, *shape), 0.05, 6)
@@ -202,7 +202,7 @@ def test_backward_within_autocast() -> None:
     def step(model: nn.Module, x: Tensor) -> Tensor:
         return curved(model, x)
 
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         close_to_loop(mlp(), step, torch.randn(6, 4), 0.05, 6)
 
 
@@ -214,7 +214,7 @@ def test_a_gradient_scaler_changes_nothing_that_is_seen() -> None:
         plain = copy.deepcopy(model)
         with am.Agreement(plain, rule)():
             curved(plain, x).backward()
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
         with am.Agreement(model, rule)(grad_scaler=scaler):
             scaler.scale(curved(model, x)).backward()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -226,7 +226,7 @@ def test_a_gradient_scaler_changes_nothing_that_is_seen() -> None:
 def test_a_gradient_scaler_skips_the_step_where_anything_overflows() -> None:
     model, x = mlp(), torch.randn(6, 4)
     x[2] = float("inf")
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
     before = [p.detach().clone() for p in model.parameters()]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with am.Agreement(model, RULE)(grad_scaler=scaler):
@@ -240,7 +240,7 @@ def test_a_gradient_scaler_skips_the_step_where_anything_overflows() -> None:
 def test_a_disabled_gradient_scaler_is_none() -> None:
     model, x = mlp().double(), rand(6, 4)
     expected = loop(model, curved, [x])
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, enabled=False)
     with am.Agreement(model, RULE)(grad_scaler=scaler):
         scaler.scale(curved(model, x)).backward()
     torch.testing.assert_close(model[0].weight.grad, RULE(expected["0.weight"]))

@@ -116,7 +116,9 @@ def values(
     draw: st.DrawFn, shape: Sequence[int], palette: Sequence[float] | None, dtype: torch.dtype
 ) -> Tensor:
     """Noise, or values out of a palette; in memory of another order, or with gaps."""
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
+    generator = torch.Generator(torch.get_default_device()).manual_seed(
+        draw(st.integers(0, 2**32 - 1))
+    )
     layout = draw(st.sampled_from(["contiguous", "reversed", "gaps"]))
     stored = list(reversed(shape)) if layout == "reversed" else list(shape)
     if layout == "gaps":

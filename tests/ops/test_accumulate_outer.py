@@ -243,7 +243,7 @@ def test_inside_autograd_and_autocast(case: Any) -> None:
     expected = case_with_seed(case).run()
     layer = case_with_seed(case)
     layer = replace(layer, activations=layer.activations.requires_grad_() * 1)
-    with torch.autocast("cpu"):
+    with torch.autocast(torch.get_default_device().type):
         found = layer.run()
     for kind in KINDS:
         torch.testing.assert_close(found[kind], expected[kind], rtol=0, atol=0)

@@ -21,7 +21,7 @@ rescales = pytest.mark.parametrize("rescale", [False, True], ids=["plain", "resc
 
 def draw_grads(data: st.DataObject, dtype: torch.dtype, device: str, **kwargs: object) -> Tensor:
     kind = np.float64 if dtype == torch.float64 else np.float32
-    return torch.from_numpy(data.draw(strategies.stacked(kind, **kwargs))).to(device, dtype)
+    return torch.as_tensor(data.draw(strategies.stacked(kind, **kwargs))).to(device, dtype)
 
 
 def accumulation_eps(dtype: torch.dtype) -> float:
@@ -80,7 +80,7 @@ def test_permuting_environments_keeps_the_mask_and_the_mean(
     device: str, data: st.DataObject, tau: float
 ) -> None:
     grads = draw_grads(data, torch.float32, device, finite=True)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(grads)))
+    order = torch.as_tensor(np.random.default_rng(0).permutation(len(grads)))
     a, b = am.ops.masked_mean(grads, tau), am.ops.masked_mean(grads[order], tau)
     assert torch.equal(am.ops.agreement_mask(grads, tau), am.ops.agreement_mask(grads[order], tau))
     assert ((a - b).abs() <= 3e-6 * grads.abs().mean(0) + 1e-44).all()

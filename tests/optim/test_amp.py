@@ -29,7 +29,7 @@ SCALE = 2.0**16  # a power of two: scaling and unscaling are exact
 
 
 def scaler(**options: Any) -> GradScaler:
-    return GradScaler("cpu", init_scale=SCALE, **options)
+    return GradScaler(torch.get_default_device().type, init_scale=SCALE, **options)
 
 
 def pair(make: Any, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -113,7 +113,7 @@ def test_float16_sums_beyond_the_range_of_float16_are_no_overflow() -> None:
     """64 environments of gradients 2000: the sum is 128,000, the mean is fine."""
     param = nn.Parameter(torch.zeros(3, dtype=torch.float16))
     optimizer = optim.AndMaskSGD([param], lr=1e-3)
-    grad_scaler = GradScaler("cpu", init_scale=2.0)
+    grad_scaler = GradScaler(torch.get_default_device().type, init_scale=2.0)
     grads = torch.full((64, 3), 2000.0, dtype=torch.float16)
     scaled_environments(optimizer, grad_scaler, [param], [grads])
     grad_scaler.step(optimizer)
@@ -162,7 +162,7 @@ def test_weights_and_micro_batches_under_a_grad_scaler(make: Any) -> None:
 @makers
 def test_a_disabled_grad_scaler_changes_nothing(make: Any) -> None:
     params, scaled, others, plain = pair(make)
-    grad_scaler = GradScaler("cpu", enabled=False)
+    grad_scaler = GradScaler(torch.get_default_device().type, enabled=False)
     for resolve in (False, True):
         grads = random_grads(params)
         scaled_environments(scaled, grad_scaler, params, grads)

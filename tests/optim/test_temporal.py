@@ -97,7 +97,7 @@ def test_with_a_grad_scaler_clipping_and_a_scheduler() -> None:
     model = mlp()
     optimizer = optim.TemporalAndMaskAdam(model.parameters(), tau=0.0)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
-    scaler = GradScaler("cpu", init_scale=2.0**16)
+    scaler = GradScaler(torch.get_default_device().type, init_scale=2.0**16)
     before = values(model.parameters())
     for value in (float("inf"), 1.0):
         optimizer.zero_grad()

@@ -7,6 +7,8 @@ import torch
 
 from andmask_ext.studies.records import RunFiles, canonical, write_atomically
 
+pytestmark = pytest.mark.cpu_only
+
 IDENTITY = {"study": "x", "settings": {"tau": 0.8, "decay": (0.5, 0.75)}, "seed": 0}
 
 

@@ -14,6 +14,8 @@ from matplotlib.image import imread
 
 from andmask_ext.__main__ import main
 
+pytestmark = pytest.mark.cpu_only
+
 TINY = (
     "spirals --environments 4 --examples 64 --test-examples 100 --shortcut-dims 4 "
     "--batch 32 --width 16 --layers 2 --revolutions 1"

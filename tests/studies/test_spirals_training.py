@@ -10,6 +10,8 @@ from andmask_ext.studies.records import RunFiles
 from andmask_ext.studies.spirals import PAPER, RELEASED, Settings, build_model, train
 from andmask_ext.studies.spirals.training import batches, build_optimizer, train_epoch
 
+pytestmark = pytest.mark.cpu_only
+
 TINY = replace(
     PAPER,
     environments=3,
