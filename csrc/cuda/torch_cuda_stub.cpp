@@ -3,7 +3,7 @@
 // real one at run time.
 #include <cstdint>
 
-extern "C" __attribute__((visibility("default"))) int32_t aoti_torch_get_current_cuda_stream(
-    int32_t, void**) {
+extern "C" __attribute__((visibility("default"))) int32_t
+aoti_torch_get_current_cuda_stream(int32_t, void**) {
   return 1;
 }

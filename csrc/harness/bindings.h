@@ -18,6 +18,7 @@ Dtype parse_dtype(const pybind11::array& array);
 
 void bind_aggregate(pybind11::module_& m);
 void bind_cuda_masked_mean(pybind11::module_& m);
+void bind_cuda_moments(pybind11::module_& m);
 void bind_elementary(pybind11::module_& m);
 void bind_moments(pybind11::module_& m);
 void bind_outer(pybind11::module_& m);

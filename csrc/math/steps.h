@@ -1,13 +1,23 @@
 // One step of an optimizer for one coordinate, after torch.optim.
 #pragma once
 
+#include "../tasks/steps.h"
 #include "scalar.h"
 
 namespace andmask {
 
+#if defined(__CUDACC__)
+ANDMASK_INLINE float square_root(float value) { return sqrtf(value); }
+ANDMASK_INLINE double square_root(double value) { return sqrt(value); }
+ANDMASK_INLINE double power(double base, double exponent) { return pow(base, exponent); }
+#else
 ANDMASK_INLINE float square_root(float value) { return __builtin_sqrtf(value); }
-
 ANDMASK_INLINE double square_root(double value) { return __builtin_sqrt(value); }
+ANDMASK_INLINE double power(double base, double exponent) { return __builtin_pow(base, exponent); }
+#endif
+
+// What a running mean that began at 0 lacks after so many steps.
+ANDMASK_INLINE double correction_of(double beta, double steps) { return 1 - power(beta, steps); }
 
 // The constants of one tensor and one step. Decay that is not decoupled adds to the gradient.
 template <typename F>
@@ -18,6 +28,13 @@ struct Decay {
 
   ANDMASK_METHOD F gradient(F grad, F param) const { return direction * grad + coupled * param; }
 };
+
+template <typename F, typename Task>
+ANDMASK_INLINE Decay<F> decay_of(const Task& task) {
+  const bool decoupled = task.decoupled_weight_decay;
+  return {task.maximize ? F(-1) : F(1), decoupled ? F(0) : static_cast<F>(task.weight_decay),
+          decoupled ? static_cast<F>(1 - task.lr * task.weight_decay) : F(1)};
+}
 
 template <typename F>
 struct Sgd {
@@ -39,6 +56,12 @@ struct Sgd {
   }
 };
 
+template <typename F>
+ANDMASK_INLINE Sgd<F> sgd_of(const SgdTask& task) {
+  return {decay_of<F>(task), static_cast<F>(task.lr), static_cast<F>(task.momentum),
+          static_cast<F>(1 - task.dampening), task.nesterov};
+}
+
 // Kingma and Ba 2015; decoupled decay: Loshchilov and Hutter 2019; largest: Reddi et al. 2018.
 template <typename F>
 struct Adam {
@@ -58,7 +81,30 @@ struct Adam {
     exp_avg += fresh1 * (gradient - exp_avg);
     exp_avg_sq = beta2 * exp_avg_sq + fresh2 * gradient * gradient;
   }
+
+  ANDMASK_METHOD F step(F param, F grad, F& exp_avg, F& exp_avg_sq) const {
+    average(param, grad, exp_avg, exp_avg_sq);
+    return moved(param, exp_avg, exp_avg_sq);
+  }
+
+  ANDMASK_METHOD F step(F param, F grad, F& exp_avg, F& exp_avg_sq, F& largest) const {
+    average(param, grad, exp_avg, exp_avg_sq);
+    // Written so that a NaN of this step is taken.
+    largest = largest > exp_avg_sq ? largest : exp_avg_sq;
+    return moved(param, exp_avg, largest);
+  }
 };
+
+template <typename F>
+ANDMASK_INLINE Adam<F> adam_of(const AdamTask& task) {
+  return {decay_of<F>(task),
+          static_cast<F>(1 - task.beta1),
+          static_cast<F>(task.beta2),
+          static_cast<F>(1 - task.beta2),
+          static_cast<F>(task.lr / task.correction1),
+          static_cast<F>(1 / square_root(task.correction2)),
+          static_cast<F>(task.eps)};
+}
 
 // Parascandolo et al. 2021, appendix B.6: signs vote over time. The tolerance makes up for
 // rounding, as in `vote_threshold`.
@@ -73,6 +119,17 @@ struct TemporalAdam {
     sign_avg += fresh3 * (vote - sign_avg);
     return (sign_avg < 0 ? -sign_avg : sign_avg) >= threshold ? F(1) : F(0);
   }
+
+  ANDMASK_METHOD F step(F param, F grad, F& exp_avg, F& exp_avg_sq, F& sign_avg) const {
+    adam.average(param, grad, exp_avg, exp_avg_sq);
+    return adam.moved(param, exp_avg * mask(grad, sign_avg), exp_avg_sq);
+  }
 };
+
+template <typename F>
+ANDMASK_INLINE TemporalAdam<F> temporal_adam_of(const TemporalAdamTask& task) {
+  return {adam_of<F>(task.adam), static_cast<F>(1 - task.beta3),
+          static_cast<F>((task.tau - 1e-6) * task.correction3)};
+}
 
 }  // namespace andmask

@@ -1,9 +1,9 @@
 // sgd_step_, adam_step_ and temporal_adam_step_: checks and layout.
 #pragma once
 
-#include <cmath>
 #include <optional>
 
+#include "../math/steps.h"
 #include "lists.h"
 
 namespace andmask {
@@ -95,7 +95,7 @@ class Step {
   // Of the bias: 1 - beta^step.
   double correction(double beta, int64_t index) const {
     if constexpr (Device::kCountsSteps) return 1;
-    return 1 - std::pow(beta, static_cast<double>(*steps_[index]));
+    return correction_of(beta, static_cast<double>(*steps_[index]));
   }
   float* step(int64_t index) const { return Device::kCountsSteps ? steps_[index] : nullptr; }
 

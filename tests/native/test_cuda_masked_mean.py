@@ -10,33 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from tests.native import harness
+from tests.native.cuda_arrays import DTYPES, aligned, stored, wide_type
 from tests.strategies import stacked
 
 native = harness.load()
-DTYPES = [np.float16, np.uint16, np.float32, np.float64]  # uint16: the bits of bfloat16
-
-
-def stored(grads: NDArray, dtype: type) -> NDArray:
-    """Turn float32 draws into bfloat16 bits."""
-    if dtype is not np.uint16:
-        return grads
-    return (grads.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
-
-
-def wide(dtype: type) -> type:
-    return np.float64 if dtype is np.float64 else np.float32
-
-
-def aligned(shape: tuple[int, ...], dtype: type, skip: int = 0) -> NDArray:
-    """Return an empty array that begins ``skip`` elements after a 256-byte boundary."""
-    size = int(np.prod(shape)) + skip
-    memory = np.empty(size * np.dtype(dtype).itemsize + 256, np.uint8)
-    start = -memory.ctypes.data % 256
-    flat = memory[start : start + size * np.dtype(dtype).itemsize].view(dtype)
-    return flat[skip:].reshape(shape)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -56,7 +35,7 @@ def test_bits_are_those_of_the_cpu(dtype: type, data: st.DataObject) -> None:
     # So many multiprocessors that the groups of environments are shared out, or so few that not.
     multiprocessors = data.draw(st.sampled_from([1, 100]))
     rescale = data.draw(st.booleans()) and output != "masked_mean"
-    final = dtype if output == "masked_mean_wide" else wide(dtype)
+    final = dtype if output == "masked_mean_wide" else wide_type(dtype)
     scaled = aligned((columns,), final, data.draw(st.sampled_from([0, 1]))) if rescale else None
     native.cuda_masked_mean(grads, threshold, output, out, scaled, multiprocessors)
     np.testing.assert_array_equal(out.view(np.uint8), expected.view(np.uint8))

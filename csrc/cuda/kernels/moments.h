@@ -1,0 +1,125 @@
+// Kernel body of accumulate_, for a list of tensors. Environments are added one after the other, as
+// on the CPU, so that moments have the same bits.
+#pragma once
+
+#include "../../math/rules.h"
+#include "../../tasks/moments.h"
+#include "list.h"
+
+namespace andmask {
+
+struct AccumulateItem {
+  const void* grads;
+  int64_t stride;
+  MomentArrays moments;
+  int64_t size;
+  bool packed;
+};
+
+// The moments of `width` coordinates, and the environments that join them.
+template <typename F, int width>
+struct MomentsOf {
+  F sum[width] = {};
+  F squares[width] = {};
+  F logs[width] = {};
+  int32_t votes[width] = {};
+
+  template <typename At>
+  ANDMASK_METHOD void read(const At& at, const MomentArrays& moments) {
+    const auto copy = [&](const void* from, F* to) {
+      if (!from) return;
+      const Pack<F, width> pack = at.template get<F>(static_cast<const F*>(from));
+#pragma unroll
+      for (int i = 0; i < width; ++i) to[i] = pack[i];
+    };
+    copy(moments.sum, sum);
+    copy(moments.squares, squares);
+    copy(moments.logs, logs);
+    if (moments.votes) get_votes<width>(at, moments.votes, moments.vote_bytes, votes);
+  }
+
+  template <typename At>
+  ANDMASK_METHOD void write(const At& at, const MomentArrays& moments) const {
+    const auto copy = [&](const F* from, void* to) {
+      if (!to) return;
+      Pack<F, width> pack;
+#pragma unroll
+      for (int i = 0; i < width; ++i) pack[i] = from[i];
+      at.put(static_cast<F*>(to), pack);
+    };
+    copy(sum, moments.sum);
+    copy(squares, moments.squares);
+    copy(logs, moments.logs);
+    if (moments.votes) put_votes<width>(at, votes, moments.vote_bytes, moments.votes);
+  }
+
+  // One environment after `count` others.
+  template <typename T>
+  ANDMASK_METHOD void add(const Pack<T, width>& grads, const MomentArrays& moments, int64_t count,
+                          F weight) {
+    const F before = static_cast<F>(count);
+    const F share = static_cast<F>(static_cast<double>(count) / static_cast<double>(count + 1));
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      F grad = widen(grads[i]);
+      votes[i] += static_cast<int32_t>(sign(grad));  // before the weight
+      if (weight != 1) grad *= weight;
+      if (moments.squares) {
+        squares[i] = count == 0 ? F(0) : add_square(squares[i], sum[i], before, share, grad);
+      }
+      sum[i] = count == 0 ? grad : sum[i] + grad;
+      if (moments.logs) {
+        const F log = log_magnitude(grad);
+        logs[i] = count == 0 ? log : logs[i] + log;
+      }
+    }
+  }
+};
+
+template <typename T>
+struct AccumulateBody {
+  static constexpr int kThreads = kListThreads;
+  static constexpr int kWidth = kPackSize<T>;
+  static constexpr int kInFlight = 4;  // environments whose gradients are on their way at once
+
+  List<AccumulateItem> list;
+  int64_t rows;           // environments, the same for all tensors
+  int64_t count;          // before
+  double weight;          // of all, where there is no
+  const double* weights;  // [rows]
+
+  template <typename At>
+  ANDMASK_METHOD void add(const AccumulateItem& item, const At& at) const {
+    using F = accumulate_t<T>;
+    const T* const grads = static_cast<const T*>(item.grads);
+    MomentsOf<F, kWidth> moments;
+    if (count > 0) moments.read(at, item.moments);
+#pragma unroll 1
+    for (int64_t row = 0; row < rows; row += kInFlight) {
+      Pack<T, kWidth> packs[kInFlight];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (row + i < rows) packs[i] = at.template get<T>(grads + (row + i) * item.stride);
+      }
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) {
+        if (row + i < rows) {
+          const double own = weights ? weights[row + i] : weight;
+          moments.add(packs[i], item.moments, count + row + i, static_cast<F>(own));
+        }
+      }
+    }
+    moments.write(at, item.moments);
+  }
+
+  ANDMASK_METHOD void operator()(const Place& place) const {
+    const int64_t chunk = list.first_chunk[0] + place.block;
+    const int64_t index = list.item_of(chunk);
+    const AccumulateItem& item = list.items[index];
+    for_tiles<kWidth>(
+        item, chunk - list.first_chunk[index], place.thread,
+        [&](const Tile<kWidth>& tile) { tile.at([&](const auto& at) { add(item, at); }); });
+  }
+};
+
+}  // namespace andmask

@@ -1,0 +1,190 @@
+// Moments in, updates out: what `resolve` and the optimizer steps share.
+#pragma once
+
+#include "../../math/rules.h"
+#include "../../tasks/moments.h"
+#include "density.h"
+#include "list.h"
+
+namespace andmask {
+
+// All rules with the arguments of one, made by the host; a kernel uses the one that is asked for.
+template <typename Rules>
+struct RuleBox;
+
+template <>
+struct RuleBox<RuleList<>> {
+  RuleBox(const double*, int64_t) {}
+};
+
+template <typename First, typename... Rest>
+struct RuleBox<RuleList<First, Rest...>> {
+  First first;
+  RuleBox<RuleList<Rest...>> rest;
+
+  RuleBox(const double* arguments, int64_t count)
+      : first(arguments, count), rest(arguments, count) {}
+
+  template <typename Use>
+  ANDMASK_METHOD void with(int rule, const Use& use) const {
+    if (rule == 0) {
+      use(first);
+    } else if constexpr (sizeof...(Rest) > 0) {
+      rest.with(rule - 1, use);
+    }
+  }
+};
+
+// No rule has more arguments.
+constexpr int kMostArguments = 2;
+
+template <typename... Rules>
+int rule_arguments(int rule, RuleList<Rules...>) {
+  static_assert(((Rules::kArguments <= kMostArguments) && ...));
+  const int counts[] = {Rules::kArguments...};
+  return counts[rule];
+}
+
+struct RuleCall {
+  RuleBox<MomentRules> rules;
+  int rule;
+
+  RuleCall(const double* arguments, int64_t count, int rule_)
+      : rules(arguments, count), rule(rule_) {}
+};
+
+// The moments of one tensor. The sum may be a plain gradient, in 16 bits too.
+struct UpdateSource {
+  MomentArrays moments;
+  Dtype sum_dtype;
+};
+
+template <typename F, int width, typename At>
+ANDMASK_INLINE void get_sum(const At& at, const UpdateSource& source, F* sum) {
+  const auto copy = [&](const auto* from) {
+    const auto pack = at.get(from);
+#pragma unroll
+    for (int i = 0; i < width; ++i) sum[i] = widen(pack[i]);
+  };
+  if constexpr (sizeof(F) == sizeof(double)) {
+    copy(static_cast<const double*>(source.moments.sum));
+  } else if (source.sum_dtype == Dtype::float32) {
+    copy(static_cast<const float*>(source.moments.sum));
+  } else if (source.sum_dtype == Dtype::bfloat16) {
+    copy(static_cast<const BFloat16*>(source.moments.sum));
+  } else {
+    copy(static_cast<const Half*>(source.moments.sum));
+  }
+}
+
+// What a rule makes of `width` coordinates.
+template <typename F, int width, typename At>
+ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const RuleCall& call,
+                              Aggregate<F>* aggregates) {
+  call.rules.with(call.rule, [&](const auto& rule) {
+    constexpr unsigned moments = std::remove_reference_t<decltype(rule)>::kMoments;
+    F sum[width];
+    [[maybe_unused]] int32_t votes[width];
+    [[maybe_unused]] Pack<F, width> squares;
+    [[maybe_unused]] Pack<F, width> logs;
+    get_sum<F, width>(at, source, sum);
+    if constexpr ((moments & kVotes) != 0) {
+      get_votes<width>(at, source.moments.votes, source.moments.vote_bytes, votes);
+    }
+    if constexpr ((moments & kSquares) != 0) {
+      squares = at.template get<F>(static_cast<const F*>(source.moments.squares));
+    }
+    if constexpr ((moments & kLogs) != 0) {
+      logs = at.template get<F>(static_cast<const F*>(source.moments.logs));
+    }
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      Sums<F> sums{sum[i], 0, 0, 0};
+      if constexpr ((moments & kVotes) != 0) sums.votes = votes[i];
+      if constexpr ((moments & kSquares) != 0) sums.squares = squares[i];
+      if constexpr ((moments & kLogs) != 0) sums.logs = logs[i];
+      aggregates[i] = rule(sums);
+    }
+  });
+}
+
+// The factor multiplies; it never selects: what is not finite shows under a factor of 0 as NaN.
+template <typename F, int width, typename At>
+ANDMASK_INLINE void get_updates(const At& at, const UpdateSource& source, const RuleCall& call,
+                                F scale, F* updates) {
+  Aggregate<F> aggregates[width];
+  aggregate<F, width>(at, source, call, aggregates);
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    updates[i] = aggregates[i].factor * aggregates[i].value;
+    if (scale != 1) updates[i] *= scale;
+  }
+}
+
+// ---- the scale of each tensor, without asking the host ----
+
+struct FactorItem {
+  UpdateSource source;
+  int64_t size;
+  int64_t number;  // of the tensor, in the caller's list
+  bool packed;
+};
+
+// parts[chunk] = the sum of the rule's factors in a chunk.
+template <typename F>
+struct FactorBody {
+  static constexpr int kThreads = kListThreads;
+  static constexpr int kWidth = kPackSize<F>;
+  using Total = double;
+
+  List<FactorItem> list;
+  RuleCall call;
+  double* parts;  // [chunks of the group]
+
+  ANDMASK_METHOD double operator()(const Place& place) const {
+    const int64_t chunk = list.first_chunk[0] + place.block;
+    const int64_t index = list.item_of(chunk);
+    const FactorItem& item = list.items[index];
+    double total = 0;
+    for_tiles<kWidth>(item, chunk - list.first_chunk[index], place.thread,
+                      [&](const Tile<kWidth>& tile) {
+                        tile.at([&](const auto& at) {
+                          Aggregate<F> aggregates[kWidth];
+                          aggregate<F, kWidth>(at, item.source, call, aggregates);
+#pragma unroll
+                          for (int i = 0; i < kWidth; ++i) {
+                            if (at.has(i)) total += static_cast<double>(aggregates[i].factor);
+                          }
+                        });
+                      });
+    return total;
+  }
+
+  ANDMASK_METHOD void finish(int64_t block, double total) const {
+    parts[list.first_chunk[0] + block] = total;
+  }
+};
+
+// One block for each tensor adds the parts of its chunks.
+template <typename Item>
+struct ListDensityBody {
+  static constexpr int kThreads = 256;
+  using Total = double;
+
+  List<Item> list;
+  const double* parts;
+  double* scales;  // [tensors of the caller's list]
+
+  ANDMASK_METHOD double operator()(const Place& place) const {
+    return sum_of_parts(parts + list.first_chunk[place.block],
+                        list.first_chunk[place.block + 1] - list.first_chunk[place.block],
+                        place.thread, kThreads);
+  }
+
+  ANDMASK_METHOD void finish(int64_t block, double total) const {
+    scales[list.items[block].number] =
+        inverse_density(total, static_cast<double>(list.items[block].size));
+  }
+};
+
+}  // namespace andmask
