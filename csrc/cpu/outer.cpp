@@ -10,15 +10,6 @@
 namespace andmask {
 namespace {
 
-// One row for each environment, as it lies in the sources.
-bool has_single_rows(const OuterTask& task) {
-  const auto* const axes = task.activations.axes;
-  return task.groups == 1 && task.offsets[task.environments] == task.environments &&
-         std::all_of(axes, axes + kWindowAxes, [](const WindowAxis& axis) {
-           return axis.positions == 1 && axis.taps == 1 && axis.padding == 0;
-         });
-}
-
 // Times in units of torch.mm(grad_outputs.t(), activations), of 1024 inputs and outputs, one thread
 // of an EPYC (Zen 5), x86-64-v4:
 //

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -24,6 +25,10 @@ inline int64_t blocks_for(const Stream& stream, int64_t items, int64_t threads) 
 // each block, in one thread.
 template <typename Body>
 concept Summing = requires { typename Body::Total; };
+
+// A body whose threads work together takes them all at once, and memory that they share.
+template <typename Body>
+concept Cooperating = requires { typename Body::Shared; };
 
 #if defined(__CUDACC__)
 
@@ -53,11 +58,15 @@ const T* upload(const Stream& stream, const T* from, int64_t count) {
 }
 
 template <typename Body>
-__global__ void __launch_bounds__(Body::kThreads) run(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(Body::kThreads, 1) run(const __grid_constant__ Body body) {
   const Place place{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
   if constexpr (Summing<Body>) {
     const auto total = block_sum<Body::kThreads>(body(place));
     if (threadIdx.x == 0) body.finish(place.block, total);
+  } else if constexpr (Cooperating<Body>) {
+    __shared__ typename Body::Shared shared;
+    Crew<typename Body::State, Body::kThreads> crew;
+    body(crew, shared, place);
   } else {
     body(place);
   }
@@ -89,6 +98,10 @@ void launch(const Stream&, int64_t blocks, const Body& body) {
         totals.push_back(body(Place{block, blocks, thread}));
       }
       body.finish(block, block_sum(totals));
+    } else if constexpr (Cooperating<Body>) {
+      const auto shared = std::make_unique<typename Body::Shared>();
+      Crew<typename Body::State, Body::kThreads> crew;
+      body(crew, *shared, Place{block, blocks, 0});
     } else {
       for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
     }

@@ -5,5 +5,4 @@
 namespace andmask {
 static void no() { throw std::runtime_error("pending"); }
 void launch_aggregate(const Stream&, const AggregateTask&) { no(); }
-void launch_accumulate_outer(const Stream&, const OuterTask&) { no(); }
 }  // namespace andmask

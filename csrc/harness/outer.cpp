@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "../cpu/outer_tiles.h"
+#include "../cuda/launchers.h"
 #include "bindings.h"
+#include "host_stream.h"
 
 namespace py = pybind11;
 
@@ -71,6 +73,10 @@ void outer(const std::string& isa, const py::array& activations, const py::array
   task.moments = {const_cast<py::array&>(sum).mutable_data(), pointer(votes),
                   votes ? static_cast<int>(votes->itemsize()) : 0, pointer(squares), pointer(logs)};
   task.groups = groups;
+  if (isa == "cuda") {  // its kernel bodies, thread by thread
+    launch_accumulate_outer(HostStream(2), task);
+    return;
+  }
   accumulate_outer_tiles(task, parse_isa(isa), threads,
                          [](int64_t parts, const std::function<void(int64_t)>& body) {
                            while (parts > 0) body(--parts);

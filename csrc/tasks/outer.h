@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "moments.h"
@@ -67,5 +68,14 @@ struct OuterTask {
   // the moments the other groups follow.
   int64_t groups = 1;
 };
+
+// One row for each environment, as it lies in the sources.
+inline bool has_single_rows(const OuterTask& task) {
+  const auto* const axes = task.activations.axes;
+  return task.groups == 1 && task.offsets[task.environments] == task.environments &&
+         std::all_of(axes, axes + kWindowAxes, [](const WindowAxis& axis) {
+           return axis.positions == 1 && axis.taps == 1 && axis.padding == 0;
+         });
+}
 
 }  // namespace andmask

@@ -1,4 +1,4 @@
-"""Sums of outer products against numpy in float64, for every instruction set of this machine."""
+"""Sums of outer products against numpy in float64, for every instruction set, and for CUDA."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from .test_masked_mean_kernels import FORMATS, from_bfloat16, isas, kernels, to_bfloat16
+from .test_masked_mean_kernels import FORMATS, from_bfloat16, kernels, to_bfloat16
 from .test_moments_kernels import same_bits
 
+# "cuda": the bodies of its kernels, run thread by thread.
+KERNELS = [*kernels.isas(), "cuda"]
+isas = pytest.mark.parametrize("isa", KERNELS)
 dtypes = st.sampled_from([np.float16, np.uint16, np.float32, np.float64])  # uint16: bfloat16
 # About the edges of tiles, vectors and panels.
 widths = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 48, 63, 64, 65, 100, 129]))
@@ -151,7 +154,7 @@ def check_against_numpy(
     assert_moments(found, weights, sizes, a_shape[0] * int(np.prod(d_shape[2:])))
 
 
-@given(data=st.data(), isa=st.sampled_from(kernels.isas()), dtype=dtypes)
+@given(data=st.data(), isa=st.sampled_from(KERNELS), dtype=dtypes)
 def test_linear_layers_match_numpy(isa: str, dtype: type, data: st.DataObject) -> None:
     examples = data.draw(st.one_of(st.integers(1, 20), st.sampled_from([127, 130, 300])))
     rows = data.draw(st.one_of(st.integers(1, 5), st.sampled_from([16, 31, 130, 257])))
@@ -161,7 +164,7 @@ def test_linear_layers_match_numpy(isa: str, dtype: type, data: st.DataObject) -
     check_against_numpy(data, isa, dtype, a_shape, d_shape, [POINT])
 
 
-@given(data=st.data(), isa=st.sampled_from(kernels.isas()), dtype=dtypes)
+@given(data=st.data(), isa=st.sampled_from(KERNELS), dtype=dtypes)
 def test_convolutions_match_numpy(isa: str, dtype: type, data: st.DataObject) -> None:
     dims = data.draw(st.integers(1, 3))
     groups = data.draw(st.sampled_from([1, 1, 2, 5, 20, 70]))
@@ -187,7 +190,7 @@ def test_convolutions_match_numpy(isa: str, dtype: type, data: st.DataObject) ->
 # ---- moments of every kind ----
 
 
-@given(data=st.data(), isa=st.sampled_from(kernels.isas()), dtype=dtypes)
+@given(data=st.data(), isa=st.sampled_from(KERNELS), dtype=dtypes)
 def test_all_moments_are_those_of_held_gradients(
     isa: str, dtype: type, data: st.DataObject
 ) -> None:
@@ -207,7 +210,9 @@ def test_all_moments_are_those_of_held_gradients(
     held = []
     for begin, end in itertools.pairwise(offsets):
         one = moments(shape, dtype)
-        kernels.outer(isa, a, d, [begin, end], one.sum, window=window, order=order)
+        # With squares, CUDA takes 16-bit products one by one too.
+        extra = {"squares": one.squares} if isa == "cuda" else {}
+        kernels.outer(isa, a, d, [begin, end], one.sum, window=window, order=order, **extra)
         held.append(one.sum.ravel())
     kinds = data.draw(st.sets(st.sampled_from(["votes", "squares", "logs"])))
     weights = [0.25, 1.0, 3.0] * len(held) if data.draw(st.booleans()) else []
@@ -219,7 +224,8 @@ def test_all_moments_are_those_of_held_gradients(
             setattr(found, kind, None)
             setattr(expected, kind, None)
     flat = {k: None if v is None else v.reshape(-1) for k, v in vars(expected).items()}
-    kernels.accumulate(isa, np.stack(held), 0, weights=weights, **flat)
+    cpu = "baseline" if isa == "cuda" else isa
+    kernels.accumulate(cpu, np.stack(held), 0, weights=weights, **flat)
     first = data.draw(st.integers(0, len(held) - 1))
     for begin, end in ((0, first), (first, len(held))):
         if begin == end:
@@ -309,9 +315,13 @@ def test_products_that_underflow_vote_as_what_is_left_of_them(isa: str, small: f
     d[:, ::3] = rng.standard_normal((30, 5, 1))
     a[:, 5], a[:, 6] = 0.0, -0.0
     found = moments((13, 70, 1), np.float32)
-    kernels.outer(isa, a, d, list(range(31)), found.sum, found.votes, window=[POINT])
+    extra = {"squares": found.squares} if isa == "cuda" else {}  # else it multiplies the signs
+    kernels.outer(isa, a, d, list(range(31)), found.sum, found.votes, window=[POINT], **extra)
     products = (exact(d)[:, :, None] * exact(a)[:, None, :]).astype(np.float32)
     np.testing.assert_array_equal(found.votes, np.sign(products).sum(0))
+    if isa == "cuda":
+        kernels.outer(isa, a, d, list(range(31)), found.sum, found.votes, window=[POINT])
+        np.testing.assert_array_equal(found.votes[..., 0], np.sign(d[..., 0]).T @ np.sign(a[..., 0]))
 
 
 @isas

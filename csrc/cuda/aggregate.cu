@@ -1,0 +1,94 @@
+#include <algorithm>
+
+#include "kernels/columns.h"
+#include "kernels/density.h"
+#include "kernels/masked_mean.h"
+#include "launch.h"
+#include "launchers.h"
+#include "types.h"
+
+namespace andmask {
+namespace {
+
+// f(Type<Rule>()) for the rule of this index.
+template <typename... Rules, typename F>
+void with_rule(RuleList<Rules...>, int wanted, const F& f) {
+  int index = 0;
+  ((index++ == wanted ? f(Type<Rules>()) : void()), ...);
+}
+
+template <typename T>
+ColumnGrads column_grads(const AggregateTask& task) {
+  using F = accumulate_t<T>;
+  constexpr int64_t width = kPackSize<T>;
+  const bool packed =
+      (task.environments == 1 || task.stride % width == 0) &&
+      aligned_for(task.grads, width, sizeof(T)) && aligned_for(task.out, width, sizeof(T)) &&
+      aligned_for(task.wide, width, sizeof(F)) && aligned_for(task.noise, width, sizeof(F));
+  return {task.grads, task.environments, task.stride, task.columns, packed};
+}
+
+// Blocks that leave totals: the same number on all devices, because the order in which totals are
+// added is part of the result.
+int64_t blocks_with_totals(int64_t columns, int64_t columns_per_block) {
+  constexpr int64_t kMostBlocks = 2048;
+  return std::min((columns + columns_per_block - 1) / columns_per_block, kMostBlocks);
+}
+
+template <typename T, unsigned further>
+void moment_rule(const Stream& stream, const AggregateTask& task, const RuleCall& call) {
+  using Body = MomentRuleBody<T, further>;
+  const int64_t blocks = blocks_with_totals(task.columns, Body::kThreads * Body::kWidth);
+  double* const parts = task.rescale ? stream.scratch<double>(blocks) : nullptr;
+  void* const first_out = task.rescale ? task.wide : task.out;
+  launch(stream, blocks, Body{column_grads<T>(task), call, first_out, parts});
+  if (!task.rescale) return;
+  double* const factor = stream.scratch<double>(1);
+  launch(stream, 1, DensityBody{parts, blocks, static_cast<double>(task.columns), factor});
+  // Element by element: this pass is short beside the one over all environments.
+  using Scale = ScaleBody<T, 1>;
+  launch(stream, blocks_for(stream, task.columns, Scale::kThreads),
+         Scale{task.wide, factor, task.out, task.columns});
+}
+
+template <typename T, typename Rule>
+void term_rule(const Stream& stream, const AggregateTask& task) {
+  using Body = TermRuleBody<T, Rule>;
+  const int64_t blocks = blocks_with_totals(task.columns, Body::kThreads * Body::kWidth);
+  KeptTotal* const parts = Rule::kFills ? stream.scratch<KeptTotal>(blocks) : nullptr;
+  launch(stream, blocks,
+         Body{column_grads<T>(task), Rule(task.arguments, task.environments), task.noise,
+              Rule::kFills ? task.wide : task.out, parts});
+  if constexpr (Rule::kFills) {
+    using Fill = FillBody<T>;
+    double* const size = stream.scratch<double>(1);
+    launch(stream, 1, MeanSizeBody{parts, blocks, size});
+    launch(stream, blocks_for(stream, task.columns, Fill::kThreads),
+           Fill{task.wide, task.noise, size, task.out, task.columns});
+  }
+}
+
+}  // namespace
+
+void launch_aggregate(const Stream& stream, const AggregateTask& task) {
+  with_type(task.dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    with_rule(MomentRules(), task.moment_rule, [&](auto found) {
+      using Rule = typename decltype(found)::type;
+      double arguments[kMostArguments] = {};
+      std::copy_n(task.arguments, Rule::kArguments, arguments);
+      moment_rule<T, kFurther<Rule>>(stream, task,
+                                     RuleCall(arguments, task.environments, task.moment_rule));
+    });
+    with_rule(ColumnRules(), task.column_rule, [&](auto found) {
+      using Rule = typename decltype(found)::type;
+      if constexpr (!Rule::kRanked) {
+        term_rule<T, Rule>(stream, task);
+      } else {
+        throw std::runtime_error("pending");
+      }
+    });
+  });
+}
+
+}  // namespace andmask

@@ -1,0 +1,370 @@
+// The kernel body of accumulate_outer_: a block adds up a tile of W_e, environment after
+// environment. Of an element it makes n multiply-adds and, at the end of its environment, one
+// addition to the sum and about four operations for the vote; no W_e leaves the registers. Through
+// a matrix product per environment and scratch it would cost 8 bytes of traffic instead of these
+// five operations.
+#pragma once
+
+#include "moments.h"
+#include "outer_multiply.h"
+
+namespace andmask {
+
+// The elements of one operand that a thread has on their way to a stage.
+template <typename Multiplier>
+struct OuterFetch {
+  using T = typename Multiplier::Element;
+  static constexpr int kGroup = Multiplier::kGroup;
+  using Share = OuterShare<Multiplier::kThreads, Multiplier::kStage, kGroup>;
+  static constexpr int kColumns = Share::kColumns;
+  static constexpr int kPack = kPackSize<T> < kColumns ? kPackSize<T> : kColumns;
+
+  OuterCursor cursor;  // the first row of the next fetch
+  T values[kGroup][kColumns];
+  accumulate_t<T> factor;
+
+  ANDMASK_METHOD void start(const OuterArguments& args, const OuterOperand& operand, int64_t row,
+                            int thread) {
+    cursor = OuterCursor::at(args.positions, row + Share(operand.reading, thread).stack * kGroup);
+  }
+
+  // Rows [row, row + kStage) of columns [first, first + kOuterTile), zeros beyond `end` and beyond
+  // the operand. Rows of one example may be scaled.
+  ANDMASK_METHOD void fetch(const OuterArguments& args, const OuterOperand& operand,
+                            const OuterTable& table, const T* source, int64_t first, int64_t row,
+                            int64_t end, const double* row_weights, int thread) {
+    const Share share(operand.reading, thread);
+    OuterCursor at = cursor;
+    cursor.advance(args.positions, args.stage);
+    factor = 1;
+#pragma unroll
+    for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) values[i][j] = T{};
+      if (row + share.stack * kGroup + i >= end) continue;
+      const int64_t example = args.order ? args.order[at.index] : at.index;
+      if (row_weights) factor = static_cast<accumulate_t<T>>(row_weights[example]);
+      const OuterRow<T> line(operand, source, example, at);
+      if (operand.reading == OuterReading::packs) {
+#pragma unroll
+        for (int j = 0; j < kColumns; j += kPack) {
+          const int column = share.pack(j / kPack, kPack);
+          if (first + column >= operand.columns) continue;
+          const auto pack = load<kPack>(line.data + table.offsets[column]);
+#pragma unroll
+          for (int k = 0; k < kPack; ++k) values[i][j + k] = pack[k];
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          const int column = share.column(j);
+          if (first + column < operand.columns && line.holds(operand, table, column)) {
+            values[i][j] = line.data[table.offsets[column]];
+          }
+        }
+      }
+      at.advance(args.positions);
+    }
+  }
+
+  ANDMASK_METHOD void put(typename Multiplier::Stage& stage, const OuterOperand& operand,
+                          int number, int thread) const {
+    const Share share(operand.reading, thread);
+    using Value = typename Multiplier::Value;
+    if (operand.reading == OuterReading::packs) {
+#pragma unroll
+      for (int j = 0; j < kColumns; j += kPack) {
+        T some[kGroup][kPack];
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+#pragma unroll
+          for (int k = 0; k < kPack; ++k) some[i][k] = values[i][j + k];
+        }
+        Multiplier::template put<kPack>(stage, number, share.stack, share.pack(j / kPack, kPack),
+                                        some, static_cast<Value>(factor));
+      }
+    } else {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        T one[kGroup][1];
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) one[i][0] = values[i][j];
+        Multiplier::template put<1>(stage, number, share.stack, share.column(j), one,
+                                    static_cast<Value>(factor));
+      }
+    }
+  }
+};
+
+// `extras`: squares or logs are wanted too. All moments are then updated in memory at the end of
+// every environment, as accumulate_ does, which is slower.
+template <typename Multiplier_, bool extras>
+struct OuterBody {
+  using Multiplier = Multiplier_;
+  using T = typename Multiplier::Element;
+  using F = accumulate_t<T>;
+  using Value = typename Multiplier::Value;
+  static constexpr int kThreads = Multiplier::kThreads;
+  static constexpr int kValues = Multiplier::kValues;
+  static constexpr int kStage = Multiplier::kStage;
+  static constexpr bool kSigns = Multiplier::kSigns;
+  static constexpr bool kKeeps = !extras && !kSigns;  // sums and votes in registers
+
+  struct Shared {
+    typename Multiplier::Stage stages[2];
+    OuterTable tables[2];
+  };
+
+  struct State {
+    typename Multiplier::State tile;
+    OuterFetch<Multiplier> fetches[2];
+    F sums[kKeeps ? kValues : 1];
+    int32_t votes[kKeeps ? kValues : 1];
+  };
+
+  OuterArguments args;
+
+  // The part of W that a block adds up.
+  struct Tile {
+    int64_t split, group, output, column;  // the first of each
+
+    ANDMASK_METHOD Tile(const OuterArguments& args, int64_t block) {
+      column = block % args.column_tiles * kOuterTile;
+      block /= args.column_tiles;
+      output = block % args.row_tiles * kOuterTile;
+      block /= args.row_tiles;
+      group = block % args.groups;
+      split = block / args.groups;
+    }
+  };
+
+  template <typename Crew>
+  ANDMASK_METHOD void operator()(Crew& crew, Shared& shared, const Place& place) const {
+    const Tile tile(args, place.block);
+    const int64_t count = args.environments.count;
+    int64_t environment = count * tile.split / args.splits;
+    const int64_t last = count * (tile.split + 1) / args.splits;
+    int64_t row = args.environments.begin(environment) * args.example_rows;
+    const int64_t end = args.environments.begin(last) * args.example_rows;
+    crew.each([&](int thread, State& state) {
+      for (int i = thread; i < 2 * kOuterTile; i += kThreads) {
+        const int number = i / kOuterTile;
+        shared.tables[number].fill(operand(number), first(tile, number), i % kOuterTile);
+      }
+#pragma unroll
+      for (int number = 0; number < 2; ++number) {
+        state.fetches[number].start(args, operand(number), row, thread);
+      }
+#pragma unroll
+      for (int i = 0; i < kValues; ++i) state.tile.values[i] = 0;
+      if constexpr (kKeeps) {
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) {
+          state.sums[i] = 0;
+          state.votes[i] = 0;
+        }
+      }
+    });
+    crew.barrier();
+    fetch(crew, shared, tile, row, end);
+    put(crew, shared.stages[0]);
+    crew.barrier();
+    // Environments that end here, also those without rows.
+    const auto end_environments = [&](int64_t at) {
+      while (environment < last &&
+             args.environments.begin(environment + 1) * args.example_rows == at) {
+        end_environment(crew, shared, tile, environment);
+        ++environment;
+      }
+    };
+    end_environments(row);
+#pragma unroll 1
+    for (int stage = 0; row < end; stage ^= 1) {
+      const int64_t next = row + kStage;
+      if (next < end) fetch(crew, shared, tile, next, end);
+      const int rows = static_cast<int>(next < end ? kStage : end - row);
+      int done = 0;
+#pragma unroll 1
+      while (done < rows) {
+        const int64_t bound = args.environments.begin(environment + 1) * args.example_rows - row;
+        const int until = static_cast<int>(bound < rows ? bound : rows);
+        Multiplier::multiply(crew, shared.stages[stage], done, until);
+        done = until;
+        end_environments(row + done);
+      }
+      if (next < end) put(crew, shared.stages[stage ^ 1]);
+      crew.barrier();
+      row = next;
+    }
+    write(crew, shared, tile);
+  }
+
+ private:
+  ANDMASK_METHOD const OuterOperand& operand(int number) const {
+    return number == 0 ? args.outputs : args.activations;
+  }
+  ANDMASK_METHOD static int64_t first(const Tile& tile, int number) {
+    return number == 0 ? tile.output : tile.column;
+  }
+
+  template <typename Crew>
+  ANDMASK_METHOD void fetch(Crew& crew, const Shared& shared, const Tile& tile, int64_t row,
+                            int64_t end) const {
+    crew.each([&](int thread, State& state) {
+#pragma unroll
+      for (int number = 0; number < 2; ++number) {
+        const OuterOperand& from = operand(number);
+        state.fetches[number].fetch(
+            args, from, shared.tables[number],
+            static_cast<const T*>(from.source.data) + tile.group * from.group_stride,
+            first(tile, number), row, end, number == 0 ? args.row_weights : nullptr, thread);
+      }
+    });
+  }
+
+  template <typename Crew>
+  ANDMASK_METHOD void put(Crew& crew, typename Multiplier::Stage& stage) const {
+    crew.each([&](int thread, State& state) {
+#pragma unroll
+      for (int number = 0; number < 2; ++number) {
+        state.fetches[number].put(stage, operand(number), number, thread);
+      }
+    });
+  }
+
+  // f(i, output, column) for the elements of a thread that are there.
+  template <typename F_>
+  ANDMASK_METHOD void for_elements(const Tile& tile, int thread, const F_& f) const {
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) {
+      const int64_t output = tile.output + Multiplier::row(thread, i);
+      const int64_t column = tile.column + Multiplier::column(thread, i);
+      if (output < args.outputs.columns && column < args.activations.columns) f(i, output, column);
+    }
+  }
+
+  ANDMASK_METHOD int64_t address(const Tile& tile, int64_t output, int64_t column) const {
+    return (tile.group * args.outputs.columns + output) * args.layout.output_stride +
+           OuterColumn(args.activations.source, column).offset(args.layout);
+  }
+
+  // One element of W_e joins all moments, in memory.
+  ANDMASK_METHOD void add_moments(const Tile& tile, int thread, int i, F value, int64_t before,
+                                  F weight) const {
+    const int64_t output = tile.output + Multiplier::row(thread, i);
+    const int64_t column = tile.column + Multiplier::column(thread, i);
+    if (output >= args.outputs.columns || column >= args.activations.columns) return;
+    const Together<1> at{address(tile, output, column)};
+    MomentsOf<F, 1> moments;
+    if (before > 0) moments.read(at, args.moments);
+    moments.add(Pack<F, 1>{{value}}, args.moments, before, weight);
+    moments.write(at, args.moments);
+  }
+
+  template <typename Crew>
+  ANDMASK_METHOD void end_environment(Crew& crew, const Shared&, const Tile& tile,
+                                      int64_t environment) const {
+    if constexpr (kSigns) return;
+    crew.each([&](int thread, State& state) {
+      const F weight = static_cast<F>(args.weights ? args.weights[environment] : args.weight);
+      if constexpr (extras) {
+        // Values move up to where the loop takes them: registers cannot be indexed.
+        constexpr int kStep = sizeof(F) == sizeof(double) ? 1 : 4;
+#pragma unroll 1
+        for (int begin = 0; begin < kValues; begin += kStep) {
+#pragma unroll
+          for (int i = 0; i < kStep; ++i) {
+            add_moments(tile, thread, begin + i, state.tile.values[i], args.count + environment,
+                        weight);
+          }
+#pragma unroll
+          for (int i = 0; i < kValues; ++i) {
+            state.tile.values[i] = i + kStep < kValues ? state.tile.values[i + kStep] : 0;
+          }
+        }
+      } else if constexpr (kKeeps) {
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) {
+          const F value = state.tile.values[i];
+          state.votes[i] += static_cast<int32_t>(sign(value));  // before the weight
+          state.sums[i] += value * weight;
+          state.tile.values[i] = 0;
+        }
+      }
+    });
+  }
+
+  template <typename Crew>
+  ANDMASK_METHOD void write(Crew& crew, const Shared&, const Tile& tile) const {
+    if constexpr (extras) return;
+    crew.each([&](int thread, State& state) {
+      const bool split = args.splits > 1;
+      for_elements(tile, thread, [&](int i, int64_t output, int64_t column) {
+        const int64_t part =
+            tile.split * args.elements() +
+            (tile.group * args.outputs.columns + output) * args.activations.columns + column;
+        const int64_t at = split ? part : address(tile, output, column);
+        const bool fresh = split || args.count == 0;
+        if constexpr (kKeeps) {
+          F* const sums = static_cast<F*>(split ? args.part_sums : args.moments.sum);
+          sums[at] = fresh ? state.sums[i] : sums[at] + state.sums[i];
+        }
+        int32_t votes = 0;
+        if constexpr (kSigns) {
+          votes = state.tile.values[i];
+        } else {
+          votes = state.votes[i];
+        }
+        if (split) {
+          if (args.part_votes) args.part_votes[at] = votes;
+        } else if (args.moments.votes) {
+          add_votes(args.moments, at, args.count == 0, votes);
+        }
+      });
+    });
+  }
+
+ public:
+  ANDMASK_METHOD static void add_votes(const MomentArrays& moments, int64_t at, bool fresh,
+                                       int32_t votes) {
+    const Together<1> place{at};
+    int32_t total = 0;
+    if (!fresh) get_votes<1>(place, moments.votes, moments.vote_bytes, &total);
+    total += votes;
+    put_votes<1>(place, &total, moments.vote_bytes, moments.votes);
+  }
+};
+
+// Adds what the splits have left, in their order.
+template <typename F>
+struct OuterJoinBody {
+  static constexpr int kThreads = 256;
+
+  OuterArguments args;
+
+  ANDMASK_METHOD void operator()(const Place& place) const {
+    const int64_t elements = args.elements();
+    for (int64_t i = place.index(kThreads); i < elements; i += place.blocks * kThreads) {
+      const int64_t column = i % args.activations.columns;
+      const int64_t output = i / args.activations.columns;  // of all groups
+      const int64_t at = output * args.layout.output_stride +
+                         OuterColumn(args.activations.source, column).offset(args.layout);
+      if (args.part_sums) {
+        const F* const parts = static_cast<const F*>(args.part_sums);
+        F sum = parts[i];
+        for (int64_t split = 1; split < args.splits; ++split) sum += parts[split * elements + i];
+        F* const sums = static_cast<F*>(args.moments.sum);
+        sums[at] = args.count == 0 ? sum : sums[at] + sum;
+      }
+      if (args.part_votes) {
+        int32_t votes = 0;
+        for (int64_t split = 0; split < args.splits; ++split) {
+          votes += args.part_votes[split * elements + i];
+        }
+        OuterBody<SimpleMultiplier<F>, false>::add_votes(args.moments, at, args.count == 0, votes);
+      }
+    }
+  }
+};
+
+}  // namespace andmask
