@@ -3,6 +3,7 @@
 #include "kernels/columns.h"
 #include "kernels/density.h"
 #include "kernels/masked_mean.h"
+#include "kernels/ranked.h"
 #include "launch.h"
 #include "launchers.h"
 #include "types.h"
@@ -21,10 +22,11 @@ template <typename T>
 ColumnGrads column_grads(const AggregateTask& task) {
   using F = accumulate_t<T>;
   constexpr int64_t width = kPackSize<T>;
-  const bool packed =
-      (task.environments == 1 || task.stride % width == 0) &&
-      aligned_for(task.grads, width, sizeof(T)) && aligned_for(task.out, width, sizeof(T)) &&
-      aligned_for(task.wide, width, sizeof(F)) && aligned_for(task.noise, width, sizeof(F));
+  const bool packed = (task.environments == 1 || task.stride % width == 0) &&
+                      aligned_for(task.grads, width, sizeof(T)) &&
+                      aligned_for(task.out, width, sizeof(T)) &&
+                      aligned_for(task.wide, width, sizeof(F)) &&
+                      aligned_for(task.noise, width, sizeof(F));
   return {task.grads, task.environments, task.stride, task.columns, packed};
 }
 
@@ -68,6 +70,44 @@ void term_rule(const Stream& stream, const AggregateTask& task) {
   }
 }
 
+template <typename T, int size, typename Rule>
+void sort(const Stream& stream, const AggregateTask& task, const Rule& rule) {
+  using Body = SortBody<T, size>;
+  using F = accumulate_t<T>;
+  Body body{column_grads<T>(task), {}, static_cast<F>(rule.total()), task.out};
+  for (int64_t rank = 0; rank < task.environments; ++rank) {
+    body.weights[rank] = static_cast<F>(rule.weight(rank));
+  }
+  launch(stream, blocks_for(stream, task.columns, Body::kThreads), body);
+}
+
+template <typename Rule>
+RankWeights rank_weights(const Rule& rule, int64_t environments) {
+  int64_t first = 0;
+  int64_t last = environments - 1;
+  while (rule.weight(first) == 0) ++first;
+  while (rule.weight(last) == 0) --last;
+  RankWeights ranks{first, last, {}, rule.total()};
+  const int64_t count = last - first + 1;
+  ranks.more[0] = rule.weight(first) - 1;
+  if (count > 3) ranks.more[1] = rule.weight(first + 1) - 1;
+  if (count > 2) ranks.more[2] = rule.weight(last - 1) - 1;
+  if (count > 1) ranks.more[count > 2 ? 3 : 1] = rule.weight(last) - 1;
+  return ranks;
+}
+
+template <typename T, typename Rule>
+void ranked_rule(const Stream& stream, const AggregateTask& task, const Rule& rule) {
+  using Select = SelectBody<T>;
+  static_assert(kSorted == 32);
+  if (task.environments <= 4) return sort<T, 4>(stream, task, rule);
+  if (task.environments <= 8) return sort<T, 8>(stream, task, rule);
+  if (task.environments <= 16) return sort<T, 16>(stream, task, rule);
+  if (task.environments <= 32) return sort<T, 32>(stream, task, rule);
+  launch(stream, blocks_for(stream, task.columns, Select::kThreads),
+         Select{column_grads<T>(task), rank_weights(rule, task.environments), task.out});
+}
+
 }  // namespace
 
 void launch_aggregate(const Stream& stream, const AggregateTask& task) {
@@ -82,10 +122,10 @@ void launch_aggregate(const Stream& stream, const AggregateTask& task) {
     });
     with_rule(ColumnRules(), task.column_rule, [&](auto found) {
       using Rule = typename decltype(found)::type;
-      if constexpr (!Rule::kRanked) {
-        term_rule<T, Rule>(stream, task);
+      if constexpr (Rule::kRanked) {
+        ranked_rule<T>(stream, task, Rule(task.arguments, task.environments));
       } else {
-        throw std::runtime_error("pending");
+        term_rule<T, Rule>(stream, task);
       }
     });
   });

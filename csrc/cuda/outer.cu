@@ -60,7 +60,8 @@ void run(const Stream& stream, const Request& request) {
   const OuterTask& task = request.task;
   OuterArguments args{};
   for (int axis = 0; axis < kWindowAxes; ++axis) {
-    args.positions[axis] = task.activations.axes[axis].positions;
+    // Without rows there are no positions to count, and nothing is read.
+    args.positions[axis] = std::max<int64_t>(1, task.activations.axes[axis].positions);
   }
   constexpr int64_t pack = OuterFetch<Multiplier>::kPack;
   args.outputs = operand(task.grad_outputs, args.positions, pack);

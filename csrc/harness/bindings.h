@@ -17,6 +17,7 @@ Isa parse_isa(const std::string& wanted);
 Dtype parse_dtype(const pybind11::array& array);
 
 void bind_aggregate(pybind11::module_& m);
+void bind_cuda_aggregate(pybind11::module_& m);
 void bind_cuda_masked_mean(pybind11::module_& m);
 void bind_cuda_moments(pybind11::module_& m);
 void bind_elementary(pybind11::module_& m);

@@ -109,6 +109,7 @@ PYBIND11_MODULE(_harness, m) {
   m.def("inverse_density",
         [](double kept, double count) { return andmask::inverse_density(kept, count); });
   andmask::bind_aggregate(m);
+  andmask::bind_cuda_aggregate(m);
   andmask::bind_cuda_masked_mean(m);
   andmask::bind_cuda_moments(m);
   andmask::bind_elementary(m);

@@ -145,6 +145,12 @@ struct FedIlc {
   }
 };
 
+// Where noise is to fill in: a NaN that no result is, since those have no payload.
+constexpr uint32_t kHole = 0x7fc0beefu;
+
+ANDMASK_INLINE float hole(float) { return float_of(kHole); }
+ANDMASK_INLINE double hole(double) { return double_of(kHole | uint64_t{0x7ff8} << 48); }
+
 // Agr-Rand: Mansilla et al. 2021 (arXiv 2108.01621). Where the signs do not all agree, noise of the
 // mean size of the kept sums of the tensor fills in.
 struct AgreementRandom {

@@ -2,7 +2,8 @@
 
 Rules on sums over the environments add up in the order of the CPU kernels, which
 test_moments_kernels.py and test_column_kernels.py hold against the definition: so results must have
-the same bits.
+the same bits, and those of rules on ranked values too as long as both devices sort. Of more
+environments the ranks are found another way.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MOMENT_RULES = {
     "masked_average": [0.6],
     "agreement_sum": [],
 }
+RANKED_RULES = ["median", "trimmed_mean", "winsorized_mean"]
 TERM_RULES = {"sign_dropout": [], "fed_ilc": [0.4], "agreement_random": []}
 WHOLE_FACTORS = ("mean", "and_mask", "geometric_mean", "agreement_sum")  # 0 or 1: added up exactly
 
@@ -177,3 +179,133 @@ def test_totals_do_not_depend_on_the_number_of_multiprocessors(rule: str) -> Non
         else native.aggregate("baseline", grads, rule, arguments, noise)
     )
     assert_close(out, expected, np.abs(widened(expected)), 1e2)
+
+
+# ---- rules on ranked values ----
+
+
+@st.composite
+def ranking(draw: st.DrawFn, rule: str, environments: int) -> list[float]:
+    """Arguments of a ranked rule."""
+    if rule == "trimmed_mean":
+        most = (environments - 1) // 2
+        return [float(draw(st.sampled_from([0, min(1, most), most // 2, most])))]
+    if rule == "winsorized_mean":
+        # Percentiles on a rank, between two of them, and at either end.
+        on_a_rank = [100 * rank / max(environments - 1, 1) for rank in (1, 2, environments // 3)]
+        tried = [0.0, 1.5, 10.0, 37.5, 50.0, *(c for c in on_a_rank if c <= 50)]
+        return [draw(st.sampled_from(tried))]
+    return []
+
+
+def weights_of(rule: str, arguments: list[float], environments: int) -> NDArray:
+    """Weights of ranks, from the definition."""
+    ranks = np.arange(environments)
+    if rule == "winsorized_mean":
+        # The mean is linear in each sorted value: a value of 1 or 0 at each rank tells its weight.
+        steps = (ranks[:, None] >= ranks).astype(np.float64)  # column r: ones from rank r on
+        low = np.percentile(steps, arguments[0], axis=0)
+        high = 1 - np.percentile(1 - steps[::-1], arguments[0], axis=0)
+        means = np.clip(steps, low, high).mean(axis=0)
+        return means - np.append(means[1:], 0)
+    dropped = int(arguments[0]) if arguments else (environments - 1) // 2
+    inside = (ranks >= dropped) & (ranks < environments - dropped)
+    return inside / inside.sum()
+
+
+@by_dtype
+@pytest.mark.parametrize("rule", RANKED_RULES)
+@given(data=st.data())
+def test_sorted_columns_have_the_bits_of_the_cpu(
+    rule: str, dtype: type, data: st.DataObject
+) -> None:
+    grads = data.draw(gradients(dtype, st.integers(1, 32)))
+    arguments = data.draw(ranking(rule, len(grads)))
+    out = by_cuda(grads, rule, arguments, skips=(data.draw(skips), 0))
+    assert same_bits(out, native.aggregate("baseline", grads, rule, arguments))
+
+
+def assert_ranked(grads: NDArray, rule: str, arguments: list[float], out: NDArray) -> None:
+    """Hold a result against the definition in long doubles, and what is not finite against NaN."""
+    values = widened(grads)
+    bad = ~np.isfinite(values).all(axis=0)
+    assert np.isnan(widened(out)[bad]).all()
+    ordered = np.sort(values[:, ~bad], axis=0).astype(np.longdouble)
+    weights = weights_of(rule, arguments, len(grads)).astype(np.longdouble)[:, None]
+    expected = (weights * ordered).sum(axis=0)
+    # Sums are taken in float64: one rounding for each environment, and for each end.
+    size = (weights * np.abs(ordered)).sum(axis=0)
+    bound = size * (len(grads) + 16) * 2.0**-52 + np.abs(expected) * epsilon(out.dtype) / 2
+    found = widened(out)[~bad]
+    huge = np.abs(expected) + bound >= LARGEST[out.dtype.char] / len(grads)  # sums may overflow
+    kind = np.longdouble(SMALLEST[out.dtype.char])
+    assert (huge | (np.abs(found - expected) <= bound * (1 + 2.0**-20) + kind)).all()
+
+
+@by_dtype
+@pytest.mark.parametrize("rule", RANKED_RULES)
+@given(data=st.data())
+def test_ranks_of_many_environments(rule: str, dtype: type, data: st.DataObject) -> None:
+    environments = data.draw(st.sampled_from([33, 34, 39, 40, 64, 65, 100, 257, 400, 1000]))
+    columns = st.integers(1, 9) if environments > 100 else st.integers(1, 80)
+    like = np.float32 if dtype is np.uint16 else dtype
+    counts = st.just(environments)
+    values = data.draw(stacked(like, environments=counts, columns=columns))
+    if data.draw(st.booleans()):
+        values = np.round(values)  # ties everywhere
+    pad = data.draw(st.sampled_from([0, 1, 8]))
+    grads = placed(np.pad(stored(values, dtype), ((0, 0), (0, pad))), data.draw(skips))
+    grads = grads[:, : values.shape[1]]
+    arguments = data.draw(ranking(rule, environments))
+    out = by_cuda(grads, rule, arguments, skips=(data.draw(skips), 0))
+    assert_ranked(grads, rule, arguments, out)
+    by_cpu = native.aggregate("baseline", grads, rule, arguments)
+    if dtype is not np.float64:
+        moderate = np.abs(widened(grads)).max(axis=0) < 1e37  # sums in float32 do not overflow
+        size = np.abs(widened(grads[:, moderate])).max(axis=0)
+        assert_close(out[moderate], by_cpu[moderate], size, 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("environments", [1, 2, 3, 4, 5, 31, 32, 33, 64, 100])
+def test_zeros_and_ones_tell_every_weight(dtype: type, environments: int) -> None:
+    """Every count of ones, in drawn places: a rank that is off by one shows."""
+    rng = np.random.default_rng(environments)
+    ones = np.arange(environments + 1)
+    above = rng.permuted(np.arange(environments)[:, None] < ones, axis=0)
+    for low, high in ((0.0, 1.0), (-1.0, 0.0), (-3.0, 2.0)):
+        grads = stored(np.where(above, high, low), dtype)
+        for dropped in range((environments + 1) // 2):
+            out = by_cuda(grads, "trimmed_mean", [float(dropped)])
+            inner = environments - 2 * dropped
+            share = np.clip(ones - dropped, 0, inner) / inner
+            expected = low + (high - low) * share
+            assert np.abs(widened(out) - expected).max() <= 4 * epsilon(out.dtype)
+
+
+@by_dtype
+@pytest.mark.parametrize("rule", RANKED_RULES)
+def test_a_hundred_thousand_environments(rule: str, dtype: type) -> None:
+    rng = np.random.default_rng(0)
+    grads = stored(rng.standard_normal((100_000, 2)), dtype)
+    arguments = {"median": [], "trimmed_mean": [30_000.0], "winsorized_mean": [12.3]}[rule]
+    out = by_cuda(grads, rule, arguments)
+    by_cpu = native.aggregate("baseline", grads, rule, arguments)
+    assert_close(out, by_cpu, 5.0, 8)
+
+
+def test_rows_more_than_two_to_the_32_apart() -> None:
+    """What is never touched takes no memory."""
+    stride, rows, columns = (1 << 27) + 8, 40, 9
+    memory = np.zeros(stride * (rows - 1) + columns, np.float16)  # pages appear as they are written
+    grads = np.lib.stride_tricks.as_strided(memory, (rows, columns), (2 * stride, 2))
+    small = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float16)
+    grads[:] = small
+    for rule, arguments, count in [
+        ("sand_mask", [0.3, 2.0], rows),
+        ("fed_ilc", [0.4], rows),
+        ("trimmed_mean", [3.0], 32),
+        ("winsorized_mean", [20.0], rows),
+    ]:
+        out = by_cuda(grads[:count], rule, arguments)
+        assert same_bits(out, by_cuda(small[:count], rule, arguments)), rule

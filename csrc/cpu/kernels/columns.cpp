@@ -71,12 +71,6 @@ void sum_terms(const ColumnTask& task, const Rule& rule, int64_t first, int64_t 
   }
 }
 
-// Where noise is to fill in: a NaN that no result is, since those have no payload.
-constexpr uint32_t kHole = 0x7fc0beefu;
-
-ANDMASK_INLINE float hole(float) { return float_of(kHole); }
-ANDMASK_INLINE double hole(double) { return double_of(kHole | uint64_t{0x7ff8} << 48); }
-
 // Added up in a fixed order: eight partial sums, so that it can be vectorised.
 ANDMASK_INLINE double add_up(const double* values, int64_t columns) {
   double partial[8] = {};

@@ -60,7 +60,7 @@ struct SimpleMultiplier {
         Pack<Value, kPack> pack;
 #pragma unroll
         for (int i = 0; i < kPack; ++i) pack[i] = widen(values[0][begin + i]) * factor;
-        store(&stage.values[operand][stack][column + begin], pack);
+        store_shared(&stage.values[operand][stack][column + begin], pack);
       }
     } else {
 #pragma unroll
@@ -204,7 +204,7 @@ struct HalfMultiplier : TensorTile<float, 2> {
     for (int i = 0; i < size; ++i) {
       words[i] = uint32_t{values[0][i].bits} | uint32_t{values[1][i].bits} << 16;
     }
-    store(&stage.words[operand][stack][column], words);
+    store_shared(&stage.words[operand][stack][column], words);
   }
 
   template <typename Crew>
@@ -233,7 +233,7 @@ struct SignMultiplier : TensorTile<int32_t, 4> {
         words[i] |= (static_cast<uint32_t>(sign(widen(values[row][i]))) & 0xffu) << 8 * row;
       }
     }
-    store(&stage.words[operand][stack][column], words);
+    store_shared(&stage.words[operand][stack][column], words);
   }
 
   template <typename Crew>

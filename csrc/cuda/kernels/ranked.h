@@ -1,8 +1,11 @@
-// Kernel bodies of the rules on ranked values. A thread owns a column: up to kRun values are sorted
-// in its registers, of more only the ranks at the two ends of those that count are looked for.
+// Kernel bodies of the rules on ranked values. A thread owns a column: up to kSorted values are
+// sorted in its registers; of more, only the ranks at the two ends of those that count are looked
+// for. Kernels know weights of ranks, not rules.
 #pragma once
 
-#include "../../math/columns.h"
+#include <array>
+#include <utility>
+
 #include "../../math/sorting.h"
 #include "columns.h"
 
@@ -10,12 +13,56 @@ namespace andmask {
 
 // ---- few environments ----
 
-// `size` is a power of two, so that there are few kernels. The CPU sorts as many values as fit into
-// whole units; behind those that it makes up come infinities here, which sort behind everything and
-// are left out of the sum. So results have the same bits.
+constexpr int kSorted = 32;
+// The CPU makes up values to a multiple of this, of the largest number, which weighs nothing.
+constexpr int kSortedUnit = 4;
+
+ANDMASK_INLINE float largest(float) { return float_of(0x7f7fffffu); }
+ANDMASK_INLINE double largest(double) { return double_of(0x7fefffffffffffffu); }
+
+// The comparators of the network, as template arguments: nothing that is found out while a kernel
+// runs may choose a register.
+template <int size>
+struct SortingNetwork {
+  static constexpr int count() {
+    int found = 0;
+    for_comparators(size, 1, [&](int64_t, int64_t) { ++found; });
+    return found;
+  }
+
+  static constexpr auto list() {
+    std::array<std::pair<int, int>, static_cast<size_t>(count())> comparators{};
+    size_t next = 0;
+    for_comparators(size, 1, [&](int64_t i, int64_t j) {
+      comparators[next].first = static_cast<int>(i);
+      comparators[next++].second = static_cast<int>(j);
+    });
+    return comparators;
+  }
+
+  template <int low, int high, typename F>
+  ANDMASK_INLINE void exchange_at(F* values) {
+    exchange(values[low], values[high]);
+  }
+
+  template <typename F, size_t... index>
+  ANDMASK_INLINE void sort(F* values, std::index_sequence<index...>) {
+    constexpr auto comparators = list();
+    (exchange_at<comparators[index].first, comparators[index].second>(values), ...);
+  }
+
+  template <typename F>
+  ANDMASK_INLINE void sort(F* values) {
+    sort(values, std::make_index_sequence<static_cast<size_t>(count())>());
+  }
+};
+
+// `size` is a power of two, so that there are few kernels. Behind the values that the CPU makes up
+// come infinities here, which sort behind everything and are left out of the sum. So results have
+// the same bits.
 template <typename T, int size>
 struct SortBody {
-  static constexpr int kThreads = 128;
+  static constexpr int kThreads = kColumnThreads;
   using F = accumulate_t<T>;
 
   ColumnGrads task;
@@ -25,23 +72,30 @@ struct SortBody {
 
   ANDMASK_METHOD void operator()(const Place& place) const {
     const int environments = static_cast<int>(task.environments);
-    const int ranks = (environments + static_cast<int>(kUnit) - 1) / static_cast<int>(kUnit) *
-                      static_cast<int>(kUnit);
+    const int ranks = (environments + kSortedUnit - 1) / kSortedUnit * kSortedUnit;
+#pragma unroll 1
     for (int64_t column = place.index(kThreads); column < task.columns;
          column += place.blocks * kThreads) {
       const T* const grads = static_cast<const T*>(task.grads) + column;
+      T stored[size] = {};
+#pragma unroll
+      for (int row = 0; row < size; ++row) {
+        if (row < environments) stored[row] = grads[row * task.stride];
+      }
       F values[size];
 #pragma unroll
       for (int row = 0; row < size; ++row) {
-        values[row] = row < ranks ? largest(F()) : static_cast<F>(float_of(0x7f800000u));
-        if (row < environments) values[row] = widen(grads[row * task.stride]);
+        values[row] = row < environments ? widen(stored[row])
+                      : row < ranks      ? largest(F())
+                                         : static_cast<F>(float_of(0x7f800000u));
       }
       // NaN may be sorted to a rank that is left out.
       F poison = 0;
 #pragma unroll
-      for (int row = 0; row < size; ++row)
+      for (int row = 0; row < size; ++row) {
         poison = values[row] == values[row] ? poison : values[row];
-      sort_registers(values);
+      }
+      SortingNetwork<size>::sort(values);
       F sum = 0;
 #pragma unroll
       for (int rank = 0; rank < size; ++rank) {
@@ -58,65 +112,62 @@ struct SortBody {
 
 // Unsigned integers in the order of the values; -0 comes before 0, and NaN at either end.
 template <typename T>
-struct Keys {
-  using Bits = uint16_t;
-  static constexpr int kBits = 16;
-  ANDMASK_INLINE Bits bits(T value) { return value.bits; }
-  ANDMASK_INLINE T value(Bits bits) { return {bits}; }
+struct Keys {  // of 16 bits
+  using Key = uint16_t;
+  ANDMASK_INLINE Key bits(T value) { return value.bits; }
+  ANDMASK_INLINE T value(Key bits) { return {bits}; }
 };
 
 template <>
 struct Keys<float> {
-  using Bits = uint32_t;
-  static constexpr int kBits = 32;
-  ANDMASK_INLINE Bits bits(float value) { return bits_of(value); }
-  ANDMASK_INLINE float value(Bits bits) { return float_of(bits); }
+  using Key = uint32_t;
+  ANDMASK_INLINE Key bits(float value) { return bits_of(value); }
+  ANDMASK_INLINE float value(Key bits) { return float_of(bits); }
 };
 
 template <>
 struct Keys<double> {
-  using Bits = uint64_t;
-  static constexpr int kBits = 64;
-  ANDMASK_INLINE Bits bits(double value) { return bits_of(value); }
-  ANDMASK_INLINE double value(Bits bits) { return double_of(bits); }
+  using Key = uint64_t;
+  ANDMASK_INLINE Key bits(double value) { return bits_of(value); }
+  ANDMASK_INLINE double value(Key bits) { return double_of(bits); }
 };
 
 template <typename T>
-using key_t = typename Keys<T>::Bits;
+using key_t = typename Keys<T>::Key;
 
 template <typename T>
-constexpr key_t<T> kTopBit = static_cast<key_t<T>>(key_t<T>{1} << (Keys<T>::kBits - 1));
+constexpr key_t<T> kTopBit = static_cast<key_t<T>>(key_t<T>{1} << (sizeof(T) * 8 - 1));
 
 template <typename T>
 ANDMASK_INLINE key_t<T> key_of(T value) {
-  using Key = key_t<T>;
-  const Key bits = Keys<T>::bits(value);
-  return static_cast<Key>((bits & kTopBit<T>) != 0 ? ~bits : bits | kTopBit<T>);
+  const key_t<T> bits = Keys<T>::bits(value);
+  return static_cast<key_t<T>>((bits & kTopBit<T>) != 0 ? ~bits : bits | kTopBit<T>);
 }
 
 template <typename T>
 ANDMASK_INLINE accumulate_t<T> value_of(key_t<T> key) {
-  using Key = key_t<T>;
-  return widen(Keys<T>::value(static_cast<Key>((key & kTopBit<T>) != 0 ? key ^ kTopBit<T> : ~key)));
+  const auto bits = static_cast<key_t<T>>((key & kTopBit<T>) != 0 ? key ^ kTopBit<T> : ~key);
+  return widen(Keys<T>::value(bits));
 }
 
-// A rule whose ranks weigh 1 between the outermost two at either end, and nothing beyond them.
+// Ranks that weigh 1 each, between the outermost two at either end, and nothing beyond them.
 struct RankWeights {
-  int32_t first, last;  // of the ranks that count
+  int64_t first, last;  // of the ranks that count
   // What first, first + 1, last - 1 and last weigh more than 1. Of ranks that are the same one, or
   // beyond the other end, only one has a share.
   double more[4];
   double total;
 };
 
-// Keys that begin with the bits of the one at the wanted rank, as far as those are known.
+// Keys that begin with the bits of the one at a wanted rank, as far as those are known.
 template <typename Key>
 struct Bracket {
   Key low = 0;         // the smallest key that begins so
-  int32_t before = 0;  // keys below the bracket
-  int32_t end;         // and those in it
+  int64_t before = 0;  // keys below the bracket
+  int64_t end;         // and those in it
 
-  ANDMASK_METHOD void halve(int32_t rank, Key middle, int32_t below) {
+  // In the next bit the key is 0, or it is one of those from `middle` on.
+  ANDMASK_METHOD void halve(int64_t rank, Key middle, int64_t below) {
     if (below <= rank) {
       low = middle;
       before = below;
@@ -124,24 +175,17 @@ struct Bracket {
       end = below;
     }
   }
+
+  // All its keys are the same where it has but one.
+  ANDMASK_METHOD bool found() const { return end - before == 1; }
 };
 
-// In two sums, lest each key waits for the one before.
-template <int count, typename Key>
-ANDMASK_INLINE int32_t count_below(const Key (&keys)[count], Key middle) {
-  int32_t even = 0;
-  int32_t odd = 0;
-#pragma unroll
-  for (int i = 0; i < count; ++i) (i % 2 == 0 ? even : odd) += keys[i] < middle ? 1 : 0;
-  return even + odd;
-}
-
-// The columns of a block lie in its scratch memory, as keys, so that memory is read once; or they
-// do not fit (`tiled` is false), and are read again at every step. Threads do not share columns.
-template <typename T, bool tiled>
+// Columns are read from memory again at every step: those of the threads of a warp lie side by
+// side, and what does not stay in L1 comes from L2.
+template <typename T>
 struct SelectBody {
-  static constexpr int kThreads = 32;
-  static constexpr int kBatch = 8;  // keys on their way at once
+  static constexpr int kThreads = 64;
+  static constexpr int kInFlight = 8;  // environments
   using F = accumulate_t<T>;
   using Key = key_t<T>;
 
@@ -149,106 +193,80 @@ struct SelectBody {
   RankWeights ranks;
   void* out;  // T
 
-  // What `environments` need.
-  ANDMASK_INLINE int64_t tile_bytes(int64_t environments) {
-    return environments * kThreads * static_cast<int64_t>(sizeof(Key));
-  }
-  int64_t scratch_bytes() const { return tiled ? tile_bytes(task.environments) : 0; }
-
-  ANDMASK_METHOD void operator()(const Place& place, unsigned char* scratch) const {
-    Key* const tile = reinterpret_cast<Key*>(scratch) + place.thread;
+  ANDMASK_METHOD void operator()(const Place& place) const {
+#pragma unroll 1
     for (int64_t column = place.index(kThreads); column < task.columns;
          column += place.blocks * kThreads) {
-      const T* const grads = static_cast<const T*>(task.grads) + column;
-      const auto read = [&](int64_t row) { return key_of(grads[row * task.stride]); };
-      double sum = 0;
-      if constexpr (tiled) {
-#pragma unroll 8
-        for (int64_t row = 0; row < task.environments; ++row) tile[row * kThreads] = read(row);
-        sum = weigh([&](int64_t row) { return tile[row * kThreads]; });
-      } else {
-        sum = weigh(read);
-      }
+      const double sum = weighted_sum(static_cast<const T*>(task.grads) + column);
       static_cast<T*>(out)[column] = Rounder<T>::from(sum / ranks.total);
     }
   }
 
-  // Calls f with all keys of a column, some at a time.
-  template <typename Read, typename Use>
-  ANDMASK_METHOD void for_keys(const Read& read, const Use& f) const {
+  template <typename Use>
+  ANDMASK_METHOD void for_keys(const T* grads, const Use& use) const {
     int64_t row = 0;
-    for (; row + kBatch <= task.environments; row += kBatch) {
-      Key keys[kBatch];
+#pragma unroll 1
+    for (; row + kInFlight <= task.environments; row += kInFlight) {
+      T some[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) keys[i] = read(row + i);
-      f(keys);
+      for (int i = 0; i < kInFlight; ++i) some[i] = grads[i * task.stride];
+#pragma unroll
+      for (int i = 0; i < kInFlight; ++i) use(key_of(some[i]));
+      grads += kInFlight * task.stride;
     }
 #pragma unroll 1
-    for (; row < task.environments; ++row) {
-      const Key keys[] = {read(row)};
-      f(keys);
-    }
+    for (; row < task.environments; ++row, grads += task.stride) use(key_of(*grads));
   }
 
-  // The weighted sum of one column, whose keys read(row) gives.
-  template <typename Read>
-  ANDMASK_METHOD double weigh(const Read& read) const {
+  // Of one column.
+  ANDMASK_METHOD double weighted_sum(const T* grads) const {
     // Next to the first rank that counts there is no need to look for the last.
     const bool two = ranks.last - ranks.first > 1;
-    Bracket<Key> first;
-    Bracket<Key> last;
-    first.end = last.end = static_cast<int32_t>(task.environments);
-    Key width = 0;  // of the brackets; 0 stands for all keys
-    do {
-      width = width == 0 ? kTopBit<T> : static_cast<Key>(width >> 1);
+    Bracket<Key> first{0, 0, task.environments};
+    Bracket<Key> last = first;
+    Key width = kTopBit<T>;  // of half a bracket
+#pragma unroll 1
+    for (;; width = static_cast<Key>(width >> 1)) {
       const Key first_middle = static_cast<Key>(first.low + width);
       const Key last_middle = static_cast<Key>(last.low + width);
-      int32_t below_first = 0;
-      int32_t below_last = 0;
-      if (two) {
-        for_keys(read, [&](const auto& keys) {
-          below_first += count_below(keys, first_middle);
-          below_last += count_below(keys, last_middle);
-        });
-        last.halve(ranks.last, last_middle, below_last);
-      } else {
-        for_keys(read, [&](const auto& keys) { below_first += count_below(keys, first_middle); });
-      }
+      int64_t below_first = 0;
+      int64_t below_last = 0;
+      for_keys(grads, [&](Key key) {
+        below_first += key < first_middle ? 1 : 0;
+        below_last += key < last_middle ? 1 : 0;
+      });
       first.halve(ranks.first, first_middle, below_first);
-      // All bits are known, or one key alone begins with those that are.
-    } while (width > 1 && (first.end - first.before > 1 || (two && last.end - last.before > 1)));
+      last.halve(ranks.last, last_middle, below_last);
+      if (width == 1 || (first.found() && (!two || last.found()))) break;
+    }
     if (!two) last = first;
-    return add_up(read, two, width, first, last);
+    return add_up(grads, two, static_cast<Key>(width - 1), first, last);
   }
 
-  // Each bracket holds one key, perhaps several times.
-  template <typename Read>
-  ANDMASK_METHOD double add_up(const Read& read, bool two, Key width, const Bracket<Key>& first,
+  // Each bracket holds one key, perhaps several times, and ends `span` above its smallest one.
+  ANDMASK_METHOD double add_up(const T* grads, bool two, Key span, const Bracket<Key>& first,
                                const Bracket<Key>& last) const {
-    const Key first_end = static_cast<Key>(first.low + (width - 1));  // the last key in it
-    const Key last_end = static_cast<Key>(last.low + (width - 1));
+    const Key first_end = static_cast<Key>(first.low + span);
+    const Key last_end = static_cast<Key>(last.low + span);
     Key at_first = 0;
     Key at_last = 0;
     Key above = static_cast<Key>(~Key{0});  // the next key above the first
     Key below = 0;                          // and below the last
     double between = 0;
-    double poison = 0;  // or NaN where anything is not finite
-    for_keys(read, [&](const auto& keys) {
-#pragma unroll
-      for (const Key key : keys) {
-        const F value = value_of<T>(key);
-        poison += static_cast<double>(value * F(0));
-        if (key >= first.low && key <= first_end) at_first = key;
-        if (key >= last.low && key <= last_end) at_last = key;
-        if (key > first_end && key < above) above = key;
-        if (key < last.low && key > below) below = key;
-        if (key > first_end && key < last.low) between += static_cast<double>(value);
-      }
+    F poison = 0;  // or NaN where anything is not finite
+    for_keys(grads, [&](Key key) {
+      const F value = value_of<T>(key);
+      poison += value * F(0);
+      if (key >= first.low && key <= first_end) at_first = key;
+      if (key >= last.low && key <= last_end) at_last = key;
+      if (key > first_end && key < above) above = key;
+      if (key < last.low && key > below) below = key;
+      if (key > first_end && key < last.low) between += static_cast<double>(value);
     });
     const auto number = [](Key key) { return static_cast<double>(value_of<T>(key)); };
     const double ends[] = {number(at_first), number(first.end > ranks.first + 1 ? at_first : above),
                            number(last.before < ranks.last ? at_last : below), number(at_last)};
-    double sum = poison;
+    double sum = static_cast<double>(poison);
     if (!two) {
       sum += ends[0];
       if (ranks.last > ranks.first) sum += ends[1];
@@ -259,7 +277,7 @@ struct SelectBody {
       sum += between;
       sum += ends[3] * static_cast<double>(ranks.last + 1 - last.before);
     }
-    // The key that stands for nothing where there is no such rank is not a number.
+    // Where there is no such rank its key stands for nothing, and may be no number.
 #pragma unroll
     for (int end = 0; end < 4; ++end) {
       if (ranks.more[end] != 0) sum += ranks.more[end] * ends[end];

@@ -39,7 +39,29 @@ ANDMASK_INLINE Pack<T, size> load(const T* from) {
 }
 
 template <int size, typename T>
+ANDMASK_INLINE void store_shared(T* to, const Pack<T, size>& pack) {
+  *reinterpret_cast<Pack<T, size>*>(to) = pack;
+}
+
+template <int size, typename T>
 ANDMASK_INLINE void store(T* to, const Pack<T, size>& pack) {
+#if defined(__CUDA_ARCH__)
+  // Said in so many words, because ptxas (for sm_80 and sm_90) makes four stores of a copied
+  // struct.
+  if constexpr (sizeof pack % kVectorBytes == 0) {
+    uint32_t words[sizeof pack / 4];
+    memcpy(words, &pack, sizeof pack);
+#pragma unroll
+    for (int i = 0; i < static_cast<int>(sizeof pack / 4); i += 4) {
+      asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+                   :
+                   : "l"(__cvta_generic_to_global(reinterpret_cast<char*>(to) + 4 * i)),
+                     "r"(words[i]), "r"(words[i + 1]), "r"(words[i + 2]), "r"(words[i + 3])
+                   : "memory");
+    }
+    return;
+  }
+#endif
   *reinterpret_cast<Pack<T, size>*>(to) = pack;
 }
 
