@@ -61,7 +61,9 @@ endif()
 list(TRANSFORM cuda_sources PREPEND csrc/cuda/ OUTPUT_VARIABLE cuda_files)
 list(TRANSFORM cuda_files APPEND .cu)
 add_library(andmask_cuda SHARED csrc/cuda/device.cpp ${cuda_files})
-set_target_properties(andmask_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures}")
+# The runtime is torch's own: the loader asks for the same major version.
+set_target_properties(andmask_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures}"
+                                              CUDA_RUNTIME_LIBRARY Shared)
 # As for the CPU, a multiply and an add are not made one: both devices give the same bits.
 target_compile_options(
   andmask_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;--expt-relaxed-constexpr;--extended-lambda>")

@@ -18,11 +18,12 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tomllib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
+
+import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda-check"
@@ -31,6 +32,7 @@ ARCHITECTURES = ["80", "90", "100"]
 
 
 def stop(sentence: str) -> NoReturn:
+    """End with a sentence that says what to do."""
     sys.exit(f"cuda-check: {sentence}")
 
 
@@ -52,6 +54,7 @@ class Kernel:
 
     @property
     def family(self) -> str:
+        """What the bound stands under."""
         return self.name.split("<")[0]
 
 
@@ -91,10 +94,12 @@ class Bound:
 
 
 def read_bounds(path: Path) -> dict[str, Bound]:
+    """Return the bound of each family."""
     return {family: Bound(**entry) for family, entry in tomllib.loads(path.read_text()).items()}
 
 
 def failures(kernels: Iterable[Kernel], bounds: dict[str, Bound]) -> list[str]:
+    """Return a sentence for everything that is beyond its bound."""
     found = []
     for kernel in kernels:
         bound = bounds.get(kernel.family)
@@ -123,7 +128,7 @@ def demangle(symbol: str) -> str:
 
 
 def short_name(demangled: str) -> str:
-    """Make "MaskedMean<float, 4>" of "void andmask::run<andmask::MaskedMeanBody<float, 4> >(...)"."""
+    """Make "MaskedMean<float, 4>" of "void andmask::run<andmask::MaskedMeanBody<float, 4> >()"."""
     name = re.sub(r"\(anonymous namespace\)::|andmask::|^void ", "", demangled)
     name = re.sub(r"\((?:int|long|bool)\)(?=-?\d)", "", name)
     if not name.startswith("run<"):
@@ -218,10 +223,12 @@ class Flight:
     pending: set[int] = field(default_factory=set)
 
     def land(self) -> None:
+        """One of them is waited for: begin anew."""
         self.loads = self.bytes = 0
         self.pending = set()
 
     def take_off(self, opcode: str, operands: str) -> None:
+        """Add a load."""
         size = access_bytes(opcode)
         target, _, address = operands.partition("[")
         if self.pending & registers_named("MOV", address):  # a pointer that is itself loaded
@@ -236,6 +243,7 @@ class Flight:
 
 
 def count_instructions(kernel: Kernel, instructions: list[tuple[str, str]]) -> None:
+    """Fill in what the instructions tell of a kernel."""
     flight = Flight()
     for opcode, operands in instructions:
         base = opcode.split(".")[0]
@@ -263,10 +271,13 @@ def kernels_of(resources: str, sass: str) -> list[Kernel]:
         kernel.stack = usage["STACK"] + usage["LOCAL"]
         count_instructions(kernel, code[symbol, architecture])
         kernels.append(kernel)
-    return sorted(kernels, key=lambda kernel: (kernel.name, int(re.sub(r"\D", "", kernel.architecture))))
+    return sorted(
+        kernels, key=lambda kernel: (kernel.name, int(re.sub(r"\D", "", kernel.architecture)))
+    )
 
 
 def markdown(kernels: list[Kernel]) -> str:
+    """Return the table."""
     lines = [
         "| kernel | sm | registers | shared | stack | spills: stores / loads "
         "| 16-byte loads / stores | loads in flight | bytes in flight |",
@@ -329,6 +340,7 @@ def build(folder: Path, architectures: list[str]) -> Path:
 
 
 def output_of(command: list[str]) -> str:
+    """Return what a command prints, or stop with its complaint."""
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         stop(f"{' '.join(command)} failed: {result.stderr.strip()}")
@@ -336,6 +348,7 @@ def output_of(command: list[str]) -> str:
 
 
 def main() -> None:
+    """Build, read, print, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, help="check this one; build nothing")
     parser.add_argument("--build", type=Path, default=BUILD, help="where to build")
@@ -361,7 +374,9 @@ def main() -> None:
         found.append(f"{library.name} holds no kernel for sm_{missing}")
     if not options.library:
         families = {kernel.family for kernel in kernels}
-        found += [f"{options.bounds.name}: no kernel {name}" for name in bounds if name not in families]
+        found += [
+            f"{options.bounds.name}: no kernel {name}" for name in bounds if name not in families
+        ]
     if found:
         print(f"\ncuda-check: {len(found)} beyond bounds:", *found, sep="\n  ", file=sys.stderr)
         raise SystemExit(1)

@@ -22,11 +22,10 @@ template <typename T>
 ColumnGrads column_grads(const AggregateTask& task) {
   using F = accumulate_t<T>;
   constexpr int64_t width = kPackSize<T>;
-  const bool packed = (task.environments == 1 || task.stride % width == 0) &&
-                      aligned_for(task.grads, width, sizeof(T)) &&
-                      aligned_for(task.out, width, sizeof(T)) &&
-                      aligned_for(task.wide, width, sizeof(F)) &&
-                      aligned_for(task.noise, width, sizeof(F));
+  const bool packed =
+      (task.environments == 1 || task.stride % width == 0) &&
+      aligned_for(task.grads, width, sizeof(T)) && aligned_for(task.out, width, sizeof(T)) &&
+      aligned_for(task.wide, width, sizeof(F)) && aligned_for(task.noise, width, sizeof(F));
   return {task.grads, task.environments, task.stride, task.columns, packed};
 }
 

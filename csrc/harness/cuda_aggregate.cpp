@@ -8,8 +8,9 @@
 #include <string>
 #include <vector>
 
+#include "../cuda/kernels/columns.h"
+#include "../cuda/kernels/ranked.h"
 #include "../cuda/launchers.h"
-#include "../math/columns.h"
 #include "bindings.h"
 #include "host_stream.h"
 
@@ -29,10 +30,10 @@ int find(const std::string& wanted, RuleList<Rules...>) {
 
 // grads: [environments, columns], rows contiguous. `out` and `wide` (which may be `out`) are
 // written.
-void aggregate(const py::array& grads, const std::string& rule,
-               const std::vector<double>& arguments, bool rescale,
-               const std::optional<py::array>& noise, py::array wide, py::array out,
-               int64_t multiprocessors) {
+void aggregate_stacked(const py::array& grads, const std::string& rule,
+                       const std::vector<double>& arguments, bool rescale,
+                       const std::optional<py::array>& noise, py::array wide, py::array out,
+                       int64_t multiprocessors) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
   const HostStream stream(multiprocessors);
   const AggregateTask task{grads.data(),
@@ -53,12 +54,60 @@ void aggregate(const py::array& grads, const std::string& rule,
   launch_aggregate(stream, task);
 }
 
+// Columns of a body behind `skipped` others, which are not there.
+template <typename Body>
+void run_behind(int64_t skipped, int64_t columns, int64_t columns_per_block, const Body& body) {
+  const int64_t first = skipped / columns_per_block;
+  const int64_t blocks = (skipped + columns + columns_per_block - 1) / columns_per_block;
+  for (int64_t block = first; block < blocks; ++block) {
+    for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
+  }
+}
+
+// A rule of each kind of body, on float32 gradients in columns that lie behind `skipped` others: a
+// multiple of all columns of a block.
+void aggregate_behind(const py::array_t<float>& grads, const std::string& rule, int64_t skipped,
+                      py::array_t<float> out) {
+  const int64_t environments = grads.shape(0);
+  const int64_t columns = grads.shape(1);
+  const ColumnGrads task{grads.data() - skipped, environments,
+                         grads.strides(0) / static_cast<int64_t>(sizeof(float)), skipped + columns,
+                         false};
+  float* const to = out.mutable_data() - skipped;
+  const auto run = [&](int64_t columns_per_block, const auto& body) {
+    run_behind(skipped, columns, columns_per_block, body);
+  };
+  if (rule == "mean") {
+    using Body = MomentRuleBody<float, 0>;
+    const double none[kMostArguments] = {};
+    run(Body::kThreads * Body::kWidth, Body{task, RuleCall(none, environments, 0), to, nullptr});
+  } else if (rule == "sign_dropout") {
+    using Body = TermRuleBody<float, SignDropout>;
+    run(Body::kThreads * Body::kWidth,
+        Body{task, SignDropout(nullptr, environments), grads.data() - skipped, to, nullptr});
+  } else if (environments <= kSorted) {
+    using Body = SortBody<float, kSorted>;
+    const Median median(nullptr, environments);
+    Body body{task, {}, static_cast<float>(median.total()), to};
+    for (int64_t rank = 0; rank < environments; ++rank) {
+      body.weights[rank] = static_cast<float>(median.weight(rank));
+    }
+    run(Body::kThreads, body);
+  } else {
+    using Body = SelectBody<float>;
+    const Median median(nullptr, environments);
+    run(Body::kThreads, Body{task, {median.first, median.last, {}, median.total()}, to});
+  }
+}
+
 }  // namespace
 
 void bind_cuda_aggregate(py::module_& m) {
-  m.def("cuda_aggregate", &aggregate, py::arg("grads"), py::arg("rule"), py::arg("arguments"),
-        py::arg("rescale"), py::arg("noise"), py::arg("wide"), py::arg("out"),
+  m.def("cuda_aggregate", &aggregate_stacked, py::arg("grads"), py::arg("rule"),
+        py::arg("arguments"), py::arg("rescale"), py::arg("noise"), py::arg("wide"), py::arg("out"),
         py::arg("multiprocessors") = 2);
+  m.def("cuda_aggregate_behind", &aggregate_behind, py::arg("grads"), py::arg("rule"),
+        py::arg("skipped"), py::arg("out").noconvert());
 }
 
 }  // namespace andmask

@@ -8,6 +8,8 @@ environments the ranks are found another way.
 
 from __future__ import annotations
 
+import mmap
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -48,9 +50,7 @@ def gradients(
 ) -> NDArray:
     """Stacked gradients, in packs of 16 bytes or such that they cannot be moved that way."""
     like = np.float32 if dtype is np.uint16 else dtype
-    values = draw(
-        stacked(like, environments=environments, columns=column_counts, finite=finite)
-    )
+    values = draw(stacked(like, environments=environments, columns=column_counts, finite=finite))
     columns = values.shape[1]
     pad = draw(st.sampled_from([0, -columns % 8, -columns % 8, 1, 8]))
     grads = placed(np.pad(stored(values, dtype), ((0, 0), (0, pad))), draw(skips))
@@ -127,9 +127,7 @@ def assert_close(found: NDArray, expected: NDArray, size: NDArray | float, steps
 @by_dtype
 @pytest.mark.parametrize("rule", MOMENT_RULES)
 @given(data=st.data())
-def test_moment_rules_have_the_bits_of_the_cpu(
-    rule: str, dtype: type, data: st.DataObject
-) -> None:
+def test_moment_rules_have_the_bits_of_the_cpu(rule: str, dtype: type, data: st.DataObject) -> None:
     grads = data.draw(gradients(dtype))
     arguments = MOMENT_RULES[rule]
     out = by_cuda(grads, rule, arguments, skips=(data.draw(skips), 0))
@@ -294,18 +292,35 @@ def test_a_hundred_thousand_environments(rule: str, dtype: type) -> None:
     assert_close(out, by_cpu, 5.0, 8)
 
 
-def test_rows_more_than_two_to_the_32_apart() -> None:
-    """What is never touched takes no memory."""
-    stride, rows, columns = (1 << 27) + 8, 40, 9
-    memory = np.zeros(stride * (rows - 1) + columns, np.float16)  # pages appear as they are written
+def test_rows_more_than_two_to_the_31_apart() -> None:
+    """So are those that one thread loads together. What is never touched takes no memory."""
+    stride, rows, columns = (1 << 28) + 8, 34, 9
+    size = 2 * (stride * (rows - 1) + columns)
+    not_reserved = 0x4000  # MAP_NORESERVE of Linux
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | not_reserved
+    memory = np.frombuffer(mmap.mmap(-1, size, flags), np.float16)
     grads = np.lib.stride_tricks.as_strided(memory, (rows, columns), (2 * stride, 2))
     small = np.random.default_rng(0).standard_normal((rows, columns)).astype(np.float16)
     grads[:] = small
-    for rule, arguments, count in [
-        ("sand_mask", [0.3, 2.0], rows),
-        ("fed_ilc", [0.4], rows),
-        ("trimmed_mean", [3.0], 32),
-        ("winsorized_mean", [20.0], rows),
+    for rule, arguments, step, count in [
+        ("mean", [], 1, rows),
+        ("sand_mask", [0.3, 2.0], 2, rows),
+        ("fed_ilc", [0.4], 2, rows),
+        ("trimmed_mean", [3.0], 1, 32),
+        ("winsorized_mean", [20.0], 1, rows),
     ]:
-        out = by_cuda(grads[:count], rule, arguments)
-        assert same_bits(out, by_cuda(small[:count], rule, arguments)), rule
+        out = by_cuda(grads[:count:step], rule, arguments)
+        assert same_bits(out, by_cuda(small[:count:step], rule, arguments)), rule
+
+
+@pytest.mark.parametrize("rule", ["mean", "sign_dropout", "median"])
+@pytest.mark.parametrize("environments", [3, 40])
+def test_columns_behind_two_to_the_32_others(rule: str, environments: int) -> None:
+    rng = np.random.default_rng(0)
+    grads = rng.standard_normal((environments, 1300)).astype(np.float32)
+    out = np.empty(1300, np.float32)
+    for skipped in (0, 1 << 31, 1 << 32, 5 << 32):
+        out[:] = np.nan
+        native.cuda_aggregate_behind(grads, rule, skipped, out)
+        expected = by_cuda(grads, rule, [], noise=grads[0])
+        assert same_bits(out, expected), skipped

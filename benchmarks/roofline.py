@@ -1,0 +1,320 @@
+"""What the ops have to move and to compute, and how long that takes at least: tables and a figure.
+
+    python benchmarks/bench_cuda.py --save NAME
+    python benchmarks/roofline.py NAME              # prints the tables of docs/cuda.md
+    python benchmarks/roofline.py NAME --figure PATH
+
+An op has to read its inputs and to write its results once, and it has instructions to issue for
+each unit (a coordinate, or an element of the input). The longer of the two is the prediction.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+RUNS = Path(__file__).parent / "runs"
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op on one size. What is counted stands in docs/cuda.md."""
+
+    op: str
+    size: str
+    units: int  # coordinates, or elements of the input
+    bytes: float  # of a unit, read and written once
+    # Of a unit: instructions at the rate of a float32 addition. A comparison, an addition of
+    # integers and a conversion go at half that rate on a GPU and count 2 there, 1 on a CPU.
+    gpu: float
+    cpu: float
+    product: bool = False  # instructions are multiply-adds of matrices
+    kind: str = "float32"  # of multiply-add
+
+    @property
+    def total_bytes(self) -> float:
+        return self.units * self.bytes
+
+    @property
+    def multiply_adds(self) -> float:
+        return self.units * self.gpu
+
+
+def stacked(op: str, size: tuple[int, int], item: int, out: int, gpu: float, cpu: float) -> Work:
+    """An op on d stacked gradients: a unit is one element of them."""
+    environments, columns = size
+    kind = " bfloat16" if item == 2 else ""
+    return Work(
+        op + kind,
+        f"{environments} x {columns:,}",
+        environments * columns,
+        item + out / environments,
+        gpu,
+        cpu,
+    )
+
+
+def works(place: str) -> dict[str, Work]:
+    """Return the cases by name, in the sizes for a `cpu`, a `quick` look at one, or `cuda`."""
+    million = 1 << 20
+    columns, tensors, each = {
+        "quick": (million, 4, million),
+        "cpu": (4 * million, 5, 4 * million),
+        "cuda": (16 * million, 8, 16 * million),
+    }[place]
+    few = (16, columns)
+    medians = {
+        "quick": [(32, 65_536), (128, 16_384)],
+        "cpu": [(32, million), (128, million // 4)],
+        "cuda": [(32, 8 * million), (128, 2 * million)],
+    }[place]
+    found = [
+        stacked("masked_mean", few, 4, 4, 9, 5),
+        stacked("masked_mean", few, 2, 2, 11, 6),
+        stacked("masked_mean, rescale", few, 4, 4, 9, 5),
+        stacked("agreement_mask", few, 4, 4, 8, 4),
+    ]
+    for size in medians:
+        # The comparators of a sorting network, two instructions each; with many environments a GPU
+        # looks for the middle bit by bit instead: 32 passes of a comparison and an addition.
+        comparators = {32: 191, 128: 1471}[size[0]]
+        network = 2 * comparators / size[0]
+        found.append(
+            stacked(
+                f"Median d={size[0]}", size, 4, 4, 2 * network if size[0] <= 32 else 128, network
+            )
+        )
+    lists, size = tensors * each, f"{tensors} x {each:,}"
+    found += [
+        Work("accumulate_ sum, votes", size, lists, 4 + 8 + 2, 11, 6),
+        Work("resolve AndMask", size, lists, 4 + 1 + 4, 8, 4),
+        Work("sgd_step_", size, lists, 4 + 1 + 8 + 8, 14, 10),
+        Work("adam_step_", size, lists, 4 + 1 + 8 + 8 + 8, 45, 40),
+        Work("temporal_adam_step_", size, lists, 4 + 8 + 8 + 8 + 8, 55, 48),
+    ]
+    rows, inputs, outputs = {
+        "quick": (128, 1024, 1024),
+        "cpu": (512, 1024, 1024),
+        "cuda": (8192, 4096, 4096),
+    }[place]
+    for kind, item in (("float32", 4), ("bfloat16", 2)):
+        for each_rows in (1, 16, 64):
+            weights = inputs * outputs
+            found.append(
+                Work(
+                    f"accumulate_outer_ {each_rows} rows" + (" bfloat16" if item == 2 else ""),
+                    f"{rows // each_rows} x {each_rows} rows, {inputs} to {outputs}",
+                    weights,
+                    10 + item * rows * (inputs + outputs) / weights,
+                    rows,
+                    rows,
+                    product=True,
+                    kind=kind,
+                )
+            )
+    images, channels, side = {"quick": (16, 64, 16), "cpu": (80, 128, 16), "cuda": (256, 256, 28)}[
+        place
+    ]
+    weights = channels * channels * 9
+    found.append(
+        Work(
+            "accumulate_convolution_",
+            f"{images} images {side} x {side}, 3 x 3, {channels} to {channels}",
+            weights,
+            10 + 4 * 2 * images * channels * side * side / weights,
+            images * side * side,
+            images * side * side,
+            product=True,
+        )
+    )
+    return {work.op: work for work in found}
+
+
+# ---- H100 SXM, by its data sheet ----
+
+COPY = 0.9 * 3.35e12  # bytes a second; a copy reaches about nine tenths of the memory's rate
+L2 = 5.5e12
+INSTRUCTIONS = 33.5e12  # a second, float32: 67 TFLOP/s
+TENSOR = {"bfloat16": 989e12 / 2, "int8": 1979e12 / 2}  # multiply-adds a second
+MMA = 0.6  # what mma.sync, as the kernels use it, reaches of that on Hopper
+TILE = 64  # outputs and columns of a block of accumulate_outer_
+VOTES = (5 / INSTRUCTIONS, 9 / INSTRUCTIONS)  # of one product: at the full rate, and at half of it
+
+
+def h100(work: Work) -> tuple[float, str]:
+    """Return the predicted seconds, and by what they are bound."""
+    memory = work.total_bytes / COPY
+    if not work.product:
+        issue = work.units * work.gpu / INSTRUCTIONS
+        return max((memory, "memory"), (issue, "instructions"))
+    environments, rows = 1.0, work.gpu
+    if "outer" in work.op:
+        each = int(work.op.split()[1])
+        environments = rows / each if each > 1 else 0  # one row: votes are a product of their own
+    elif "convolution" in work.op:
+        environments = float(work.size.split()[0])
+    item = 2 if work.kind == "bfloat16" else 4
+    rate = MMA * TENSOR["bfloat16"] if item == 2 else INSTRUCTIONS
+    passes = 2 if environments == 0 else 1  # over the operands
+    through_l2 = passes * rows * 2 * item / TILE / L2
+    multiply = rows / rate + (rows / (MMA * TENSOR["int8"]) if environments == 0 else 0)
+    # What the multiplying and the voting take of the same issue slots adds up; tensor cores do not.
+    votes = environments * VOTES[1]
+    computing = multiply + votes if item == 4 else max(multiply, votes)
+    return max(
+        (memory, "memory"),
+        (work.units * through_l2, "L2"),
+        (work.units * computing, "instructions"),
+    )
+
+
+# ---- the CPU, as measured ----
+
+
+def cpu(work: Work, facts: dict[str, float]) -> tuple[float, str]:
+    """As `h100`; `facts`: measured copy (bytes/s) and multiply-adds (of float32, a second)."""
+    memory = work.total_bytes / facts["copy"]
+    issue = work.units * work.cpu / facts["multiply_adds"]
+    return max((memory, "memory"), (issue, "instructions"))
+
+
+def time_text(seconds: float) -> str:
+    if seconds >= 1:
+        return f"{seconds:.2f} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
+
+
+def tables(run: dict) -> str:
+    """Return the Markdown of docs/cuda.md: counts and predictions, then the CPU's measurements."""
+    lines = [
+        "| op | size | bytes | instructions | per byte | predicted | bound by |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for work in works("cuda").values():
+        seconds, why = h100(work)
+        lines.append(
+            f"| `{work.op}` | {work.size} | {work.bytes:.4g} | {work.gpu:.4g} "
+            f"| {work.gpu / work.bytes:.2g} | {time_text(seconds)} | {why} |"
+        )
+    facts = run["devices"]["cpu"]
+    measured = {
+        row["op"]: row
+        for row in run["rows"]
+        if row["device"] == "cpu" and row["contestant"] == "andmask" and row["median"]
+    }
+    lines += [
+        "",
+        f"{facts['name']}, {facts['threads']} threads: a copy moves {facts['copy'] / 1e9:.0f} GB/s, "
+        f"{facts['multiply_adds'] / 1e9:.0f} G float32 multiply-adds a second.",
+        "",
+        "| op | size | bytes | instructions | per byte | predicted | bound by | measured "
+        "| predicted ÷ measured |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for work in works(run["sizes"]["cpu"]).values():
+        if work.op not in measured:
+            continue
+        seconds, why = cpu(work, facts)
+        took = measured[work.op]["median"]
+        lines.append(
+            f"| `{work.op}` | {work.size} | {work.bytes:.4g} | {work.cpu:.4g} "
+            f"| {work.cpu / work.bytes:.2g} | {time_text(seconds)} | {why} | {time_text(took)} "
+            f"| {seconds / took:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+# ---- the figure ----
+
+BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # Okabe-Ito
+
+
+def draw(run: dict, path: str) -> None:
+    """Instructions a second against instructions per byte: roofs, predictions, measurements."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    facts = run["devices"]["cpu"]
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=False)
+    across = np.logspace(-1, 3.2, 200)
+
+    left, right = axes
+    left.plot(across, np.minimum(across * COPY, INSTRUCTIONS) / 1e12, color="black")
+    left.plot(across, np.minimum(across * COPY, TENSOR["bfloat16"]) / 1e12, color="black", ls="--")
+    left.annotate("memory: 3.0 TB/s", (0.28, 1.15), rotation=37, fontsize=8)
+    left.annotate("float32: 33.5 T instructions/s", (30, 36), fontsize=8)
+    left.annotate("bfloat16 tensor cores: 495 T multiply-adds/s", (3, 540), fontsize=8)
+    points(left, works("cuda"), lambda work: (work.gpu, h100(work)[0]), 1e12, ORANGE, "predicted")
+    left.set_title("H100 SXM, by its data sheet: predicted, never run", fontsize=10)
+    left.set_ylabel("T instructions or multiply-adds a second")
+
+    peak, copy = facts["multiply_adds"], facts["copy"]
+    right.plot(across, np.minimum(across * copy, peak) / 1e9, color="black")
+    right.annotate(
+        f"copy: {copy / 1e9:.0f} GB/s", (0.28, 0.33 * copy / 1e9), rotation=37, fontsize=8
+    )
+    right.annotate(
+        f"{peak / 1e9:.0f} G float32 multiply-adds/s", (25, peak / 1e9 * 1.1), fontsize=8
+    )
+    measured = {
+        row["op"]: row["median"]
+        for row in run["rows"]
+        if row["device"] == "cpu" and row["contestant"] == "andmask" and row["median"]
+    }
+    local = {name: work for name, work in works(run["sizes"]["cpu"]).items() if name in measured}
+    points(right, local, lambda work: (work.cpu, measured[work.op]), 1e9, BLUE, "measured")
+    right.set_title(f"{facts['name']}, {facts['threads']} threads: measured", fontsize=10)
+    right.set_ylabel("G instructions or multiply-adds a second")
+    for axis in axes:
+        axis.set(xscale="log", yscale="log", xlim=(0.2, 1500))
+        axis.set_xlabel("instructions per byte of memory traffic")
+        axis.grid(alpha=0.25, which="major")
+        axis.legend(loc="lower right", fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    names = [f"{number} {name}" for number, name in enumerate(works("cuda"), 1)]
+    per_column = -(-len(names) // 4)
+    for column in range(4):
+        some = names[column * per_column : (column + 1) * per_column]
+        figure.text(0.06 + 0.235 * column, 0.115, "\n".join(some), fontsize=7.5, va="top")
+    figure.savefig(path, dpi=120)
+
+
+def points(axis, cases, of, scale, color, label) -> None:
+    """Draw the cases as numbered points; numbers are those of the list below the figure."""
+    numbers = {name: number for number, name in enumerate(works("cuda"), 1)}
+    placed: list[tuple[float, float]] = []
+    for name, work in cases.items():
+        instructions, seconds = of(work)
+        x, y = instructions / work.bytes, work.units * instructions / seconds / scale
+        axis.plot(x, y, "o", color=color, ms=5, label=label if not placed else None)
+        # Beside those that lie at nearly the same place.
+        near = sum(abs(x / a - 1) < 0.25 and abs(y / b - 1) < 0.3 for a, b in placed)
+        placed.append((x, y))
+        axis.annotate(
+            str(numbers[name]),
+            (x, y),
+            (5 + 10 * near, -10),
+            textcoords="offset points",
+            fontsize=7.5,
+        )
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("name", help="what bench_cuda.py --save was given")
+    options.add_argument("--figure", help="default: benchmarks/runs/NAME-roofline.png")
+    chosen = options.parse_args()
+    run = json.loads((RUNS / f"{chosen.name}.json").read_text())
+    print(tables(run))
+    path = chosen.figure or str(RUNS / f"{chosen.name}-roofline.png")
+    draw(run, path)
+    print(f"\nfigure  {path}")
+
+
+if __name__ == "__main__":
+    main()
