@@ -133,9 +133,7 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
         one = lambda: (
             normal(size, device=device)
             if fill is None
-            else torch.full(
-                (size,), fill, device=device
-            )
+            else torch.full((size,), fill, device=device)
         )
         return [one() for _ in range(count)]
 

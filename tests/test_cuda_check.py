@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 pytest.importorskip("tomllib")  # Python 3.11
 TOOL = Path(__file__).parents[1] / "tools" / "cuda_check.py"
+sys.path.append(str(TOOL.parent))
+import cuda_check as check  # noqa: E402
+import cuda_sass  # noqa: E402
 
-
-def load() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("cuda_check", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["cuda_check"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
-
-
-check = load()
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="demangles with libstdc++")
 
 SYMBOL = "_ZN7andmask3runINS_14MaskedMeanBodyIfLi4EEEEEvT_"
@@ -72,7 +63,7 @@ def sass(lines: list[str], symbol: str = SYMBOL) -> str:
 def kernel(lines: list[str], registers: int = 40, stack: int = 0, symbol: str = SYMBOL):
     """Return what is read of one kernel of these instructions."""
     resources = RESOURCES.format(symbol=symbol, registers=registers, stack=stack)
-    (found,) = check.kernels_of(resources, sass(lines, symbol))
+    (found,) = cuda_sass.kernels_of(resources, sass(lines, symbol))
     return found
 
 
@@ -157,8 +148,11 @@ def test_few_loads_in_flight_fail() -> None:
         ("HMMA.16816.F32 R24, R24, R8, R24", 1),
         ("UIADD3 UR8, UR9, UR10, URZ", 2),  # uniform registers are others
         ("BRA 0x100", 1),  # what comes next in the listing is not what runs next
-        ("@P0 BRA 0x100", 1),
+        ("@P0 BRA 0x100", 2),  # but may be here
+        ("BRA.U !UP0, 0x100", 2),
+        ("BRA.DIV UR4, 0x100", 2),
         ("EXIT", 1),
+        ("@!P1 EXIT", 2),
         ("CALL.REL.NOINC 0x400", 1),
         ("BAR.SYNC.DEFER_BLOCKING 0x0", 2),
     ],
@@ -171,6 +165,28 @@ def test_when_loads_count_as_under_way_at_once(between: str, in_flight: int) -> 
         "EXIT",
     ]
     assert kernel(lines).in_flight == in_flight
+
+
+def test_loads_go_on_where_branches_meet() -> None:
+    lines = [
+        "LDG.E.128 R8, [R4.64]",  # 0x00
+        "@P0 BRA 0x50",
+        "LDG.E R12, [R4.64+0x10]",  # 0x20
+        "LDG.E R13, [R4.64+0x14]",
+        "BRA 0x70",
+        "LDG.E.64 R14, [R4.64+0x20]",  # 0x50
+        "FADD R14, R14, R15",
+        "LDG.E R16, [R4.64+0x30]",  # 0x70: after the first way, 3 more are under way
+        "FADD R8, R8, R12",
+        "@P1 BRA 0x20",  # a loop: what is under way then is not counted
+        "EXIT",
+    ]
+    found = kernel(lines)
+    assert (found.in_flight, found.bytes_in_flight) == (4, 28)
+
+
+def test_a_register_that_is_loaded_twice_is_waited_for() -> None:
+    assert kernel(["LDG.E R8, [R4.64]", "LDG.E R8, [R4.64+0x4]", "EXIT"]).in_flight == 1
 
 
 def test_a_loaded_pointer_has_to_be_there_first() -> None:
@@ -206,21 +222,21 @@ def test_loads_of_unknown_address_space_and_of_32_bytes_count() -> None:
     ],
 )
 def test_short_names(demangled: str, short: str) -> None:
-    assert check.short_name(demangled) == short
+    assert cuda_sass.short_name(demangled) == short
 
 
 def test_demangling() -> None:
-    assert check.demangle(SYMBOL).startswith(
+    assert cuda_sass.demangle(SYMBOL).startswith(
         "void andmask::run<andmask::MaskedMeanBody<float, 4> >"
     )
-    assert check.demangle("no_symbol") == "no_symbol"
+    assert cuda_sass.demangle("no_symbol") == "no_symbol"
 
 
 def test_kernels_of_several_architectures_are_told_apart() -> None:
     resources = RESOURCES.format(symbol=SYMBOL, registers=40, stack=0)
     code = sass(STREAM)
     spilled = sass([*STREAM, "STL [R1], R0"]).replace("sm_90", "sm_100")
-    found = check.kernels_of(
+    found = cuda_sass.kernels_of(
         resources + resources.replace("sm_90", "sm_100").replace("REG:40", "REG:50"), code + spilled
     )
     assert [(k.architecture, k.registers, k.local_stores) for k in found] == [
@@ -253,7 +269,8 @@ def programs(tmp_path: Path) -> Path:
 def run_tool(tmp_path: Path, path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     # Isolated: packages of this environment may have a cuobjdump of their own.
     code = (
-        f"import runpy, sys, sysconfig; sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
+        f"import runpy, sys, sysconfig; sys.path.append({str(TOOL.parent)!r}); "
+        f"sysconfig.get_path = lambda name: {str(tmp_path)!r}; "
         f"sys.argv = [{str(TOOL)!r}, *{list(arguments)!r}]; "
         f"runpy.run_path({str(TOOL)!r}, run_name='__main__')"
     )

@@ -1,7 +1,10 @@
 // Sorting without branches: a network of comparators, the same for all columns of a block.
 #pragma once
 
-#include "scalar.h"
+#include <array>
+#include <utility>
+
+#include "elementary.h"
 
 namespace andmask {
 
@@ -29,5 +32,46 @@ ANDMASK_METHOD constexpr void for_comparators(int64_t size, int64_t sorted, cons
     }
   }
 }
+
+// The largest finite number, which makes up values that are missing.
+ANDMASK_INLINE float largest(float) { return float_of(0x7f7fffffu); }
+ANDMASK_INLINE double largest(double) { return double_of(0x7fefffffffffffffu); }
+
+// The comparators of the network, as template arguments: nothing that is found out while a kernel
+// runs may choose a register.
+template <int size>
+struct SortingNetwork {
+  static constexpr int count() {
+    int found = 0;
+    for_comparators(size, 1, [&](int64_t, int64_t) { ++found; });
+    return found;
+  }
+
+  static constexpr auto list() {
+    std::array<std::pair<int, int>, static_cast<size_t>(count())> comparators{};
+    size_t next = 0;
+    for_comparators(size, 1, [&](int64_t i, int64_t j) {
+      comparators[next].first = static_cast<int>(i);
+      comparators[next++].second = static_cast<int>(j);
+    });
+    return comparators;
+  }
+
+  template <int low, int high, typename F>
+  ANDMASK_INLINE void exchange_at(F* values) {
+    exchange(values[low], values[high]);
+  }
+
+  template <typename F, size_t... index>
+  ANDMASK_INLINE void sort(F* values, std::index_sequence<index...>) {
+    constexpr auto comparators = list();
+    (exchange_at<comparators[index].first, comparators[index].second>(values), ...);
+  }
+
+  template <typename F>
+  ANDMASK_INLINE void sort(F* values) {
+    sort(values, std::make_index_sequence<static_cast<size_t>(count())>());
+  }
+};
 
 }  // namespace andmask

@@ -324,3 +324,26 @@ def test_columns_behind_two_to_the_32_others(rule: str, environments: int) -> No
         native.cuda_aggregate_behind(grads, rule, skipped, out)
         expected = by_cuda(grads, rule, [], noise=grads[0])
         assert same_bits(out, expected), skipped
+
+
+@by_dtype
+def test_neither_device_nor_alignment_is_part_of_the_result(dtype: type) -> None:
+    """Statistics of the tensor are sums over many blocks of columns."""
+    drawn = stored(np.random.default_rng(0).standard_normal((2, 5003)) + 1, dtype)
+    for rule, arguments in (("sand_mask", [0.2, 1.0]), ("agreement_random", [])):
+        results = set()
+        for pad, skip in ((5, 0), (0, 0), (5, 1)):
+            grads = placed(np.pad(drawn, ((0, 0), (0, pad))), skip)[:, :5003]
+            noise = noise_like(grads, skip) if rule == "agreement_random" else None
+            for multiprocessors in (1, 100):
+                found = by_cuda(
+                    grads,
+                    rule,
+                    arguments,
+                    rescale=rule == "sand_mask",
+                    noise=noise,
+                    skips=(skip, skip),
+                    multiprocessors=multiprocessors,
+                )
+                results.add(found.tobytes())
+        assert len(results) == 1

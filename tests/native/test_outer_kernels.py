@@ -321,7 +321,9 @@ def test_products_that_underflow_vote_as_what_is_left_of_them(isa: str, small: f
     np.testing.assert_array_equal(found.votes, np.sign(products).sum(0))
     if isa == "cuda":
         kernels.outer(isa, a, d, list(range(31)), found.sum, found.votes, window=[POINT])
-        np.testing.assert_array_equal(found.votes[..., 0], np.sign(d[..., 0]).T @ np.sign(a[..., 0]))
+        np.testing.assert_array_equal(
+            found.votes[..., 0], np.sign(d[..., 0]).T @ np.sign(a[..., 0])
+        )
 
 
 @isas

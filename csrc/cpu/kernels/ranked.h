@@ -6,9 +6,6 @@
 
 #include <stdlib.h>
 
-#include <array>
-#include <utility>
-
 #include "../../math/sorting.h"
 #include "columns.h"
 #include "load.h"
@@ -25,38 +22,6 @@ constexpr int64_t kTile = 32;
 // So many tiles are filled together: a row is read in a long piece.
 constexpr int64_t kTilesBytes = 128 * 1024;
 constexpr int64_t kMostTiles = 16;
-
-ANDMASK_INLINE float largest(float) { return float_of(0x7f7fffffu); }
-ANDMASK_INLINE double largest(double) { return double_of(0x7fefffffffffffffu); }
-
-template <int rows>
-struct Network {
-  static constexpr int count() {
-    int found = 0;
-    for_comparators(rows, 1, [&](int64_t, int64_t) { ++found; });
-    return found;
-  }
-
-  static constexpr auto list() {
-    std::array<Comparator, static_cast<size_t>(count())> comparators{};
-    size_t next = 0;
-    for_comparators(rows, 1, [&](int64_t i, int64_t j) {
-      comparators[next++] = {static_cast<int32_t>(i), static_cast<int32_t>(j)};
-    });
-    return comparators;
-  }
-};
-
-template <int rows, typename F, size_t... index>
-ANDMASK_INLINE void sort_registers(F (&values)[rows], std::index_sequence<index...>) {
-  constexpr auto network = Network<rows>::list();
-  (exchange(values[network[index].low], values[network[index].high]), ...);
-}
-
-template <int rows, typename F>
-ANDMASK_INLINE void sort_registers(F (&values)[rows]) {
-  sort_registers<rows>(values, std::make_index_sequence<Network<rows>::count()>());
-}
 
 // The rows of one run, widened. Where the gradients cannot be read in place, a copy is.
 template <typename F>
@@ -109,7 +74,7 @@ void weigh_run(const F* const* rows, int64_t columns, const double* weights, dou
     F value[count];
 #pragma GCC unroll 32
     for (int i = 0; i < count; ++i) value[i] = row[i][column];
-    sort_registers(value);
+    SortingNetwork<count>::sort(value);
     F sum = 0;
 #pragma GCC unroll 32
     for (int i = 0; i < count; ++i) sum += weight[i] * value[i];
@@ -171,7 +136,7 @@ void sort_run(const F* const* rows, F* __restrict tile, F* __restrict poison) {
       value[i] = row[i][lane];
       zero += value[i] * F(0);
     }
-    sort_registers(value);
+    SortingNetwork<count>::sort(value);
 #pragma GCC unroll 32
     for (int i = 0; i < count; ++i) tile[i * kTile + lane] = value[i];
     poison[lane] += zero;

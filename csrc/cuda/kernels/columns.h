@@ -24,18 +24,21 @@ struct ColumnGrads {
 };
 
 // Calls f(at) for the columns of a thread, `width` of them at a time: Together, or Apart where rows
-// are not aligned or end. It is the same for all threads of a block.
+// are not aligned or end. It is the same for all threads of a block. `ordered`: a thread gets the
+// same columns either way, because the order in which it adds something up shows in the result.
 template <int width, typename F>
-ANDMASK_INLINE void for_columns(const ColumnGrads& task, const Place& place, const F& f) {
+ANDMASK_INLINE void for_columns(const ColumnGrads& task, const Place& place, bool ordered,
+                                const F& f) {
   constexpr int64_t tile = kColumnThreads * width;
 #pragma unroll 1
   for (int64_t begin = place.block * tile; begin < task.columns; begin += place.blocks * tile) {
     if (task.packed && begin + tile <= task.columns) {
       f(Together<width>{begin + place.thread * width});
     } else {
-      const int64_t first = begin + place.thread;
+      const int64_t first = begin + place.thread * (ordered ? width : 1);
       const int64_t rest = task.columns - first;
-      f(Apart<width>{first, kColumnThreads, static_cast<int>(rest < tile ? rest : tile)});
+      f(Apart<width>{first, ordered ? 1 : kColumnThreads,
+                     static_cast<int>(rest < tile ? rest : tile)});
     }
   }
 }
@@ -80,7 +83,7 @@ struct MomentRuleBody {
 
   ANDMASK_METHOD double operator()(const Place& place) const {
     double total = 0;
-    for_columns<kWidth>(task, place, [&](const auto& at) {
+    for_columns<kWidth>(task, place, parts != nullptr, [&](const auto& at) {
       MomentsOf<F, kWidth> moments;
       for_rows<kInFlight, kWidth, T>(task, at, [&](int64_t row, const auto* packs, int rows) {
 #pragma unroll
@@ -185,7 +188,7 @@ struct TermRuleBody {
 
   ANDMASK_METHOD KeptTotal operator()(const Place& place) const {
     KeptTotal total{};
-    for_columns<kWidth>(task, place, [&](const auto& at) {
+    for_columns<kWidth>(task, place, parts != nullptr, [&](const auto& at) {
       Column columns[kWidth];
       for_rows<kTermRows, kWidth, T>(task, at, [&](int64_t, const auto* packs, int rows) {
 #pragma unroll

@@ -3,9 +3,6 @@
 // for. Kernels know weights of ranks, not rules.
 #pragma once
 
-#include <array>
-#include <utility>
-
 #include "../../math/sorting.h"
 #include "columns.h"
 
@@ -16,46 +13,6 @@ namespace andmask {
 constexpr int kSorted = 32;
 // The CPU makes up values to a multiple of this, of the largest number, which weighs nothing.
 constexpr int kSortedUnit = 4;
-
-ANDMASK_INLINE float largest(float) { return float_of(0x7f7fffffu); }
-ANDMASK_INLINE double largest(double) { return double_of(0x7fefffffffffffffu); }
-
-// The comparators of the network, as template arguments: nothing that is found out while a kernel
-// runs may choose a register.
-template <int size>
-struct SortingNetwork {
-  static constexpr int count() {
-    int found = 0;
-    for_comparators(size, 1, [&](int64_t, int64_t) { ++found; });
-    return found;
-  }
-
-  static constexpr auto list() {
-    std::array<std::pair<int, int>, static_cast<size_t>(count())> comparators{};
-    size_t next = 0;
-    for_comparators(size, 1, [&](int64_t i, int64_t j) {
-      comparators[next].first = static_cast<int>(i);
-      comparators[next++].second = static_cast<int>(j);
-    });
-    return comparators;
-  }
-
-  template <int low, int high, typename F>
-  ANDMASK_INLINE void exchange_at(F* values) {
-    exchange(values[low], values[high]);
-  }
-
-  template <typename F, size_t... index>
-  ANDMASK_INLINE void sort(F* values, std::index_sequence<index...>) {
-    constexpr auto comparators = list();
-    (exchange_at<comparators[index].first, comparators[index].second>(values), ...);
-  }
-
-  template <typename F>
-  ANDMASK_INLINE void sort(F* values) {
-    sort(values, std::make_index_sequence<static_cast<size_t>(count())>());
-  }
-};
 
 // `size` is a power of two, so that there are few kernels. Behind the values that the CPU makes up
 // come infinities here, which sort behind everything and are left out of the sum. So results have

@@ -148,7 +148,7 @@ struct FactorBody {
     double total = 0;
     for_tiles<kWidth>(item, chunk - list.first_chunk[index], place.thread,
                       [&](const Tile<kWidth>& tile) {
-                        tile.at([&](const auto& at) {
+                        tile.template at</*ordered=*/true>([&](const auto& at) {
                           Aggregate<F> aggregates[kWidth];
                           aggregate<F, kWidth>(at, item.source, call, aggregates);
 #pragma unroll
