@@ -1,4 +1,4 @@
-"""Proves that the CUDA library loads where torch has CUDA, without a GPU, and that its ops are known.
+"""Proves that the CUDA library loads where torch has CUDA, without a GPU, and its ops are known.
 
 python tools/check_cuda_torch.py        # in an environment with a CUDA torch and andmask_ext
 """
