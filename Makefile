@@ -43,12 +43,12 @@ test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hou
 test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
 	$(BIN)/python -m pytest -m large
 
-# Through the CUDA ops, whose kernels then run thread by thread on the host. Of the training tests,
-# those in tests/agreement and tests/optim.
+# Through the CUDA ops, whose kernels then run thread by thread on the host (a quarter of an hour).
+CUDA_TESTS ?= tests/ops tests/optim tests/agreement tests/test_*.py
+
 .PHONY: test-cuda-on-host
-test-cuda-on-host: $(READY)  ## the tests of the ops and of training on the CUDA kernels, without a GPU
-	ANDMASK_TEST_KERNELS=cuda-on-host $(BIN)/python -m pytest \
-	  tests/ops tests/optim tests/agreement tests/test_moments.py tests/test_rules.py tests/test_backward.py
+test-cuda-on-host: $(READY)  ## the tests of ops and training on the CUDA kernels, without a GPU
+	ANDMASK_TEST_KERNELS=cuda-on-host $(BIN)/python -m pytest $(CUDA_TESTS)
 
 .PHONY: cuda-check
 cuda-check: $(READY)  ## compile for sm_80, 90, 100: registers, spills, wide loads (needs nvcc)

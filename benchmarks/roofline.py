@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,19 +74,15 @@ def works(place: str) -> dict[str, Work]:
     found = [
         stacked("masked_mean", few, 4, 4, 9, 5),
         stacked("masked_mean", few, 2, 2, 11, 6),
-        stacked("masked_mean, rescale", few, 4, 4, 9, 5),
+        stacked("masked_mean, rescale", few, 4, 12, 9, 5),
         stacked("agreement_mask", few, 4, 4, 8, 4),
     ]
     for size in medians:
-        # The comparators of a sorting network, two instructions each; with many environments a GPU
-        # looks for the middle bit by bit instead: 32 passes of a comparison and an addition.
-        comparators = {32: 191, 128: 1471}[size[0]]
-        network = 2 * comparators / size[0]
-        found.append(
-            stacked(
-                f"Median d={size[0]}", size, 4, 4, 2 * network if size[0] <= 32 else 128, network
-            )
-        )
+        # The comparators of a sorting network, two instructions each. With many environments a GPU
+        # looks for the middle bit by bit instead: about 16 passes of 14.
+        network = {32: 191, 128: 1471}[size[0]] * 2 / size[0]
+        gpu = 2 * network + 8 if size[0] <= 32 else 250
+        found.append(stacked(f"Median d={size[0]}", size, 4, 4, gpu, network + 2))
     lists, size = tensors * each, f"{tensors} x {each:,}"
     found += [
         Work("accumulate_ sum, votes", size, lists, 4 + 8 + 2, 11, 6),
@@ -104,7 +101,8 @@ def works(place: str) -> dict[str, Work]:
             weights = inputs * outputs
             found.append(
                 Work(
-                    f"accumulate_outer_ {each_rows} rows" + (" bfloat16" if item == 2 else ""),
+                    f"accumulate_outer_ {each_rows} row{'s' * (each_rows > 1)}"
+                    + (" bfloat16" if item == 2 else ""),
                     f"{rows // each_rows} x {each_rows} rows, {inputs} to {outputs}",
                     weights,
                     10 + item * rows * (inputs + outputs) / weights,
@@ -138,7 +136,7 @@ COPY = 0.9 * 3.35e12  # bytes a second; a copy reaches about nine tenths of the 
 L2 = 5.5e12
 INSTRUCTIONS = 33.5e12  # a second, float32: 67 TFLOP/s
 TENSOR = {"bfloat16": 989e12 / 2, "int8": 1979e12 / 2}  # multiply-adds a second
-MMA = 0.6  # what mma.sync, as the kernels use it, reaches of that on Hopper
+MMA = 0.5  # of that: 8 products of a warp wait for 16 words of each thread from shared memory
 TILE = 64  # outputs and columns of a block of accumulate_outer_
 VOTES = (5 / INSTRUCTIONS, 9 / INSTRUCTIONS)  # of one product: at the full rate, and at half of it
 
@@ -186,6 +184,10 @@ def time_text(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
 
 
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def tables(run: dict) -> str:
     """Return the Markdown of docs/cuda.md: counts and predictions, then the CPU's measurements."""
     lines = [
@@ -195,8 +197,8 @@ def tables(run: dict) -> str:
     for work in works("cuda").values():
         seconds, why = h100(work)
         lines.append(
-            f"| `{work.op}` | {work.size} | {work.bytes:.4g} | {work.gpu:.4g} "
-            f"| {work.gpu / work.bytes:.2g} | {time_text(seconds)} | {why} |"
+            f"| `{work.op}` | {work.size} | {number(work.bytes)} | {number(work.gpu)} "
+            f"| {number(work.gpu / work.bytes)} | {time_text(seconds)} | {why} |"
         )
     facts = run["devices"]["cpu"]
     measured = {
@@ -206,8 +208,8 @@ def tables(run: dict) -> str:
     }
     lines += [
         "",
-        f"{facts['name']}, {facts['threads']} threads: a copy moves {facts['copy'] / 1e9:.0f} GB/s, "
-        f"{facts['multiply_adds'] / 1e9:.0f} G float32 multiply-adds a second.",
+        f"{facts['name']}, {facts['threads']} threads: a copy moves {facts['copy'] / 1e9:.0f} "
+        f"GB/s, {facts['multiply_adds'] / 1e9:.0f} G float32 multiply-adds a second.",
         "",
         "| op | size | bytes | instructions | per byte | predicted | bound by | measured "
         "| predicted ÷ measured |",
@@ -219,8 +221,8 @@ def tables(run: dict) -> str:
         seconds, why = cpu(work, facts)
         took = measured[work.op]["median"]
         lines.append(
-            f"| `{work.op}` | {work.size} | {work.bytes:.4g} | {work.cpu:.4g} "
-            f"| {work.cpu / work.bytes:.2g} | {time_text(seconds)} | {why} | {time_text(took)} "
+            f"| `{work.op}` | {work.size} | {number(work.bytes)} | {number(work.cpu)} "
+            f"| {number(work.cpu / work.bytes)} | {time_text(seconds)} | {why} | {time_text(took)} "
             f"| {seconds / took:.0%} |"
         )
     return "\n".join(lines)
@@ -228,7 +230,7 @@ def tables(run: dict) -> str:
 
 # ---- the figure ----
 
-BLUE, ORANGE, GREEN, PURPLE = "#0072B2", "#E69F00", "#009E73", "#CC79A7"  # Okabe-Ito
+BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito
 
 
 def draw(run: dict, path: str) -> None:
@@ -237,30 +239,19 @@ def draw(run: dict, path: str) -> None:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    import numpy as np
 
     facts = run["devices"]["cpu"]
-    figure, axes = plt.subplots(1, 2, figsize=(11, 5.2), sharey=False)
-    across = np.logspace(-1, 3.2, 200)
-
-    left, right = axes
-    left.plot(across, np.minimum(across * COPY, INSTRUCTIONS) / 1e12, color="black")
-    left.plot(across, np.minimum(across * COPY, TENSOR["bfloat16"]) / 1e12, color="black", ls="--")
-    left.annotate("memory: 3.0 TB/s", (0.28, 1.15), rotation=37, fontsize=8)
-    left.annotate("float32: 33.5 T instructions/s", (30, 36), fontsize=8)
-    left.annotate("bfloat16 tensor cores: 495 T multiply-adds/s", (3, 540), fontsize=8)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.8))
+    roof(left, COPY / 1e12, TENSOR["bfloat16"] / 1e12, "--", "bfloat16 tensor cores: {:.1f} T/s")
+    roof(left, COPY / 1e12, INSTRUCTIONS / 1e12, "-", "float32: {:.1f} T/s")
+    roof_label(left, COPY / 1e12, INSTRUCTIONS / 1e12, "memory: 3.0 TB/s")
     points(left, works("cuda"), lambda work: (work.gpu, h100(work)[0]), 1e12, ORANGE, "predicted")
     left.set_title("H100 SXM, by its data sheet: predicted, never run", fontsize=10)
     left.set_ylabel("T instructions or multiply-adds a second")
 
-    peak, copy = facts["multiply_adds"], facts["copy"]
-    right.plot(across, np.minimum(across * copy, peak) / 1e9, color="black")
-    right.annotate(
-        f"copy: {copy / 1e9:.0f} GB/s", (0.28, 0.33 * copy / 1e9), rotation=37, fontsize=8
-    )
-    right.annotate(
-        f"{peak / 1e9:.0f} G float32 multiply-adds/s", (25, peak / 1e9 * 1.1), fontsize=8
-    )
+    rates = facts["copy"] / 1e9, facts["multiply_adds"] / 1e9
+    roof(right, *rates, "-", "float32: {:.0f} G/s")
+    roof_label(right, *rates, f"copy: {rates[0]:.0f} GB/s")
     measured = {
         row["op"]: row["median"]
         for row in run["rows"]
@@ -270,37 +261,58 @@ def draw(run: dict, path: str) -> None:
     points(right, local, lambda work: (work.cpu, measured[work.op]), 1e9, BLUE, "measured")
     right.set_title(f"{facts['name']}, {facts['threads']} threads: measured", fontsize=10)
     right.set_ylabel("G instructions or multiply-adds a second")
-    for axis in axes:
+    for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlim=(0.2, 1500))
         axis.set_xlabel("instructions per byte of memory traffic")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("")
         axis.grid(alpha=0.25, which="major")
         axis.legend(loc="lower right", fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
-    names = [f"{number} {name}" for number, name in enumerate(works("cuda"), 1)]
+    figure.tight_layout(rect=(0, 0.17, 1, 1))
+    names = [f"{number}  {name}" for number, name in enumerate(works("cuda"), 1)]
     per_column = -(-len(names) // 4)
     for column in range(4):
         some = names[column * per_column : (column + 1) * per_column]
-        figure.text(0.06 + 0.235 * column, 0.115, "\n".join(some), fontsize=7.5, va="top")
+        figure.text(0.06 + 0.24 * column, 0.155, "\n".join(some), fontsize=8, va="top")
     figure.savefig(path, dpi=120)
+
+
+def roof(axis, copy: float, peak: float, style: str, text: str) -> None:
+    ridge = peak / copy
+    axis.plot([0.2, ridge, 1500], [0.2 * copy, peak, peak], style, color="black", lw=1.2)
+    right = style == "--"
+    axis.annotate(
+        text.format(peak),
+        (1400 if right else ridge, peak),
+        (0 if right else 8, 4),
+        textcoords="offset points",
+        fontsize=8,
+        ha="right" if right else "left",
+    )
+
+
+def roof_label(axis, copy: float, peak: float, text: str) -> None:
+    at = (0.4 * peak / copy, 0.4 * peak)
+    axis.annotate(text, at, (-6, 0), textcoords="offset points", fontsize=8, ha="right")
 
 
 def points(axis, cases, of, scale, color, label) -> None:
     """Draw the cases as numbered points; numbers are those of the list below the figure."""
     numbers = {name: number for number, name in enumerate(works("cuda"), 1)}
-    placed: list[tuple[float, float]] = []
+    groups: list[tuple[float, float, list[int]]] = []  # cases at nearly the same place
     for name, work in cases.items():
         instructions, seconds = of(work)
         x, y = instructions / work.bytes, work.units * instructions / seconds / scale
-        axis.plot(x, y, "o", color=color, ms=5, label=label if not placed else None)
-        # Beside those that lie at nearly the same place.
-        near = sum(abs(x / a - 1) < 0.25 and abs(y / b - 1) < 0.3 for a, b in placed)
-        placed.append((x, y))
+        axis.plot(x, y, "o", color=color, ms=5, alpha=0.8, label=label if not groups else None)
+        for a, b, some in groups:
+            if abs(math.log(x / a)) < 0.2 and abs(math.log(y / b)) < 0.2:
+                some.append(numbers[name])
+                break
+        else:
+            groups.append((x, y, [numbers[name]]))
+    for x, y, some in groups:
         axis.annotate(
-            str(numbers[name]),
-            (x, y),
-            (5 + 10 * near, -10),
-            textcoords="offset points",
-            fontsize=7.5,
+            ", ".join(map(str, some)), (x, y), (6, -9), textcoords="offset points", fontsize=8
         )
 
 

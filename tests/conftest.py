@@ -54,6 +54,13 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+def cuda_kernels() -> bool:
+    """Return whether the ops of this test run the kernels of CUDA, on a GPU or on the host."""
+    import torch
+
+    return KERNELS == "cuda-on-host" or torch.get_default_device().type == "cuda"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if NATIVE in metafunc.definition.path.parents:
         return

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("tomllib")  # Python 3.11
 TOOL = Path(__file__).parents[1] / "tools" / "cuda_check.py"
 sys.path.append(str(TOOL.parent))
 import cuda_check as check  # noqa: E402
@@ -143,6 +143,9 @@ def test_few_loads_in_flight_fail() -> None:
         ("IADD3 R2, R3, R4, RZ", 2),
         ("MOV R11, RZ", 1),  # the last of the four registers
         ("STG.E.64 desc[UR4][R2.64], R10", 1),
+        ("STG.E.128 desc[UR4][R6.64], R2", 2),  # the address is R6 and R7
+        ("STG.E.128 desc[UR4][R2.64], R6", 1),  # R6 to R9
+        ("STG.E desc[UR4][R10.64], R2", 1),  # an address that is loaded
         ("DADD R2, R10, R4", 1),  # reads R10 and R11
         ("IMAD.WIDE R2, R4, R5, R10", 1),
         ("HMMA.16816.F32 R24, R24, R8, R24", 1),
@@ -245,6 +248,28 @@ def test_kernels_of_several_architectures_are_told_apart() -> None:
     ]
 
 
+def test_only_the_stable_abi_of_torch_passes() -> None:
+    symbols = """
+                 U aoti_torch_get_data_ptr
+                 U torch_library_impl
+                 U memcpy@GLIBC_2.14
+                 w __gmon_start__
+                 U PyLong_AsLong
+                 U cudaMalloc
+    """
+    assert [line.split(":")[0] for line in check.unstable(symbols)] == [
+        "PyLong_AsLong",
+        "cudaMalloc",
+    ]
+
+
+def test_every_body_has_a_bound_and_every_bound_a_body() -> None:
+    kernels = TOOL.parents[1] / "csrc" / "cuda" / "kernels"
+    bodies = re.findall(r"struct (\w+)Body\b", "".join(p.read_text() for p in kernels.glob("*.h")))
+    assert bodies
+    assert set(check.read_bounds(check.BOUNDS)) == set(bodies)
+
+
 def test_every_bound_is_read(tmp_path: Path) -> None:
     bounds = check.read_bounds(check.BOUNDS)
     assert bounds["MaskedMean"].wide_loads
@@ -260,7 +285,7 @@ def programs(tmp_path: Path) -> Path:
     folder = tmp_path / "bin"
     folder.mkdir()
     script = f'#!/bin/sh\ncat "{tmp_path}/$1"\n'
-    for name in ("cuobjdump", "nvdisasm"):
+    for name in ("cuobjdump", "nvdisasm", "nm"):
         (folder / name).write_text(script)
         (folder / name).chmod(0o755)
     return folder
@@ -289,6 +314,7 @@ def test_exit_status_and_files(tmp_path: Path) -> None:
     arguments = ["--library", "x.so", "--bounds", str(bounds), "--build", str(tmp_path / "build")]
     (tmp_path / "-res-usage").write_text(RESOURCES.format(symbol=SYMBOL, registers=40, stack=0))
     (tmp_path / "-sass").write_text(sass(STREAM))
+    (tmp_path / "-D").write_text("                 U aoti_torch_delete_tensor_object\n")
     path = f"{folder}:/usr/bin:/bin"
 
     result = run_tool(tmp_path, path, *arguments, "--architectures", "90")
@@ -300,7 +326,20 @@ def test_exit_status_and_files(tmp_path: Path) -> None:
 
     result = run_tool(tmp_path, path, *arguments, "--architectures", "90", "100")
     assert result.returncode == 1
-    assert "x.so holds no kernel for sm_100" in result.stderr
+    assert "MaskedMean<float, 4>: not compiled for sm_100" in result.stderr
+
+    bounds.write_text("[MaskedMean]\nregisters = 64\n[Median]\nregisters = 64\n")
+    result = run_tool(tmp_path, path, *arguments, "--architectures", "90")
+    assert result.returncode == 1
+    assert "Median: a bound in cuda_bounds.toml, but no kernel" in result.stderr
+    result = run_tool(tmp_path, path, *arguments, "--architectures", "90", "--part")
+    assert result.returncode == 0
+    bounds.write_text("[MaskedMean]\nregisters = 64\n")
+
+    (tmp_path / "-D").write_text("                 U _ZN3c105ErrorC1E\n")
+    result = run_tool(tmp_path, path, *arguments, "--architectures", "90")
+    assert result.returncode == 1
+    assert "_ZN3c105ErrorC1E: not in torch's stable ABI" in result.stderr
 
     (tmp_path / "-sass").write_text(sass([*STREAM, "STL [R1], R0"]))
     result = run_tool(tmp_path, path, *arguments, "--architectures", "90")

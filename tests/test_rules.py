@@ -20,6 +20,7 @@ from torch import Tensor
 import andmask_ext as am
 
 from . import strategies
+from .conftest import cuda_kernels
 from .rule_table import TABLE, assert_matches_reference, examples
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -94,7 +95,13 @@ def test_permuting_environments(kind: type[am.Rule], data: st.DataObject) -> Non
     order = torch.randperm(len(grads))
     assert_matches_reference(rule, grads[order])
     if kind in (am.Median, am.TrimmedMean, am.WinsorizedMean):
-        assert torch.equal(rule(grads[order]), rule(grads))
+        one, other = rule(grads[order]), rule(grads)
+        if cuda_kernels() and len(grads) > 32 and kind is not am.Median:
+            # CUDA does not sort so many: what lies between the ends is added as it comes.
+            bound = 1e-14 * grads.abs().amax(0)
+            assert ((one - other).abs() <= bound).all()
+        else:
+            assert torch.equal(one, other)
 
 
 @kinds

@@ -1,11 +1,13 @@
 """Compile the CUDA kernels and hold what the compiler made of them against bounds. No GPU needed.
 
     python tools/cuda_check.py                       # builds into build/cuda-check
-    python tools/cuda_check.py --library FILE        # a library or object that is already there
+    python tools/cuda_check.py --library FILE        # one that is already there
+    python tools/cuda_check.py --part --library FILE # an object with some of the kernels
 
 Fails if a kernel spills registers or has a stack, takes more registers than its family's bound in
-cuda_bounds.toml, has no bound there, or, being there to stream, lacks 16-byte loads or stores or
-has fewer loads on their way than its bound asks for.
+cuda_bounds.toml, or, being there to stream, lacks 16-byte loads or stores or has fewer bytes on
+their way than its bound asks for; if a family has no bound, or a bound no kernel; and if the
+library needs anything of torch beyond its stable ABI.
 """
 
 from __future__ import annotations
@@ -22,8 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-import tomllib
 from cuda_sass import Kernel, kernels_of
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cuda-check"
@@ -86,6 +92,36 @@ def failures(kernels: Iterable[Kernel], bounds: dict[str, Bound]) -> list[str]:
         )
         found += [f"{kernel.name}, sm_{kernel.architecture}: {reason}" for reason in reasons]
     return found
+
+
+def absent(kernels: list[Kernel], bounds: Iterable[str], architectures: list[str]) -> list[str]:
+    """Return a sentence for every bound and every architecture that has no kernel."""
+    families = {kernel.family for kernel in kernels}
+    compiled = {(kernel.name, kernel.architecture) for kernel in kernels}
+    return [
+        f"{family}: a bound in {BOUNDS.name}, but no kernel"
+        for family in bounds
+        if family not in families
+    ] + [
+        f"{name}: not compiled for sm_{number}"
+        for name in dict.fromkeys(kernel.name for kernel in kernels)
+        for number in architectures
+        if (name, number) not in compiled
+    ]
+
+
+# Weak symbols of any shared library. What is versioned (has an @) is libc's and libstdc++'s.
+WEAK = {"__gmon_start__", "_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable"}
+
+
+def unstable(symbols: str) -> list[str]:
+    """Read `nm -D --undefined-only`: what is neither the system's nor torch's stable ABI."""
+    names = [line.split()[-1] for line in symbols.splitlines() if line.strip()]
+    return [
+        f"{name}: not in torch's stable ABI"
+        for name in names
+        if "@" not in name and name not in WEAK and not re.match(r"(aoti_)?torch_", name)
+    ]
 
 
 def markdown(kernels: list[Kernel]) -> str:
@@ -163,12 +199,14 @@ def main() -> None:
     """Build, read, print, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--library", type=Path, help="check this one; build nothing")
+    parser.add_argument("--part", action="store_true", help="not all kernels need be there")
     parser.add_argument("--build", type=Path, default=BUILD, help="where to build")
     parser.add_argument("--bounds", type=Path, default=BOUNDS)
     parser.add_argument("--architectures", nargs="+", default=ARCHITECTURES, metavar="NUMBER")
     options = parser.parse_args()
 
     cuobjdump = find_cuobjdump()
+    nm = program("nm", "install binutils")
     bounds = read_bounds(options.bounds)
     library = options.library or build(options.build, options.architectures)
     kernels = kernels_of(
@@ -181,14 +219,9 @@ def main() -> None:
     (options.build / "kernels.md").write_text(table + "\n")
 
     found = failures(kernels, bounds)
-    compiled = {kernel.architecture for kernel in kernels}
-    for missing in [number for number in options.architectures if number not in compiled]:
-        found.append(f"{library.name} holds no kernel for sm_{missing}")
-    if not options.library:
-        families = {kernel.family for kernel in kernels}
-        found += [
-            f"{options.bounds.name}: no kernel {name}" for name in bounds if name not in families
-        ]
+    if not options.part:
+        found += absent(kernels, bounds, options.architectures)
+        found += unstable(output_of([nm, "-D", "--undefined-only", str(library)]))
     if found:
         print(f"\ncuda-check: {len(found)} beyond bounds:", *found, sep="\n  ", file=sys.stderr)
         raise SystemExit(1)

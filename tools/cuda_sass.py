@@ -154,9 +154,12 @@ def registers_named(opcode: str, operands: str) -> set[int]:
     else:
         width = max(1, access_bytes(opcode) // 4) if base.startswith(("ST", "LD", "CS2R")) else 1
     named = set()
-    for match in re.finditer(r"\bR(\d+)(\.64)?", operands):
-        first = int(match[1])
-        named.update(range(first, first + max(width, 2 if match[2] else 1)))
+    for match in re.finditer(r"\bR(\d+)(\.64)?|\[[^]]*]", operands):
+        if match[1] is None:  # an address, however much lies there
+            named |= registers_named("MOV", match[0][1:-1])
+        else:
+            first = int(match[1])
+            named.update(range(first, first + max(width, 2 if match[2] else 1)))
     return named
 
 
