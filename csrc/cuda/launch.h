@@ -57,8 +57,20 @@ const T* upload(const Stream& stream, const T* from, int64_t count) {
   return to;
 }
 
+// Blocks that a multiprocessor must be able to hold at once. Without a number ptxas aims at more,
+// and spills registers, or takes loads one after the other, to get there.
 template <typename Body>
-__global__ void __launch_bounds__(Body::kThreads, 1) run(const __grid_constant__ Body body) {
+constexpr int kMinBlocks = [] {
+  if constexpr (requires { Body::kMinBlocks; }) {
+    return Body::kMinBlocks;
+  } else {
+    return 1;
+  }
+}();
+
+template <typename Body>
+__global__ void __launch_bounds__(Body::kThreads, kMinBlocks<Body>)
+    run(const __grid_constant__ Body body) {
   const Place place{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
   if constexpr (Summing<Body>) {
     const auto total = block_sum<Body::kThreads>(body(place));

@@ -80,6 +80,7 @@ template <typename T>
 struct AccumulateBody {
   static constexpr int kThreads = kListThreads;
   static constexpr int kWidth = kPackSize<T>;
+  static constexpr int kMinBlocks = 2;
   static constexpr int kInFlight = 4;  // environments whose gradients are on their way at once
 
   List<AccumulateItem> list;
