@@ -71,6 +71,7 @@ constexpr unsigned kFurther = Rule::kMoments & (kSquares | kLogs);
 template <typename T, unsigned further>
 struct MomentRuleBody {
   static constexpr int kThreads = kColumnThreads;
+  static constexpr int kMinBlocks = 4;
   static constexpr int kWidth = kPackSize<T>;
   static constexpr int kInFlight = further == 0 ? 8 : 4;  // environments
   using F = accumulate_t<T>;
@@ -150,6 +151,7 @@ struct KeptTotal {
 template <typename T, typename Rule>
 struct TermRuleBody {
   static constexpr int kThreads = kColumnThreads;
+  static constexpr int kMinBlocks = 4;
   // Sums in float64 take many registers: more columns of 16 bits would not fit.
   static constexpr int kWidth = kPackSize<T> < 4 ? kPackSize<T> : 4;
   static constexpr int kSums = Rule::kSums;
