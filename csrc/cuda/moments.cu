@@ -32,7 +32,7 @@ void launch_accumulate(const Stream& stream, const AccumulateList& list) {
   for (int kind = 0; kind < kDtypes; ++kind) {
     with_type(static_cast<Dtype>(kind), [&](auto type) {
       using T = typename decltype(type)::type;
-      constexpr int width = kPackSize<T>;
+      constexpr int width = AccumulateBody<T>::kWidth;
       std::vector<AccumulateItem> items;
       for (size_t i = 0; i < list.tasks.size(); ++i) {
         const AccumulateTask& task = list.tasks[i];

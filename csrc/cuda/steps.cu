@@ -69,11 +69,12 @@ void run(const Stream& stream, const UpdateList& list, const std::vector<Dtype>&
     with_type(static_cast<Dtype>(kind), [&](auto type) {
       using T = typename decltype(type)::type;
       using F = accumulate_t<T>;
-      constexpr int width = kPackSize<T>;
       const Indices chosen = of_type(dtypes, static_cast<Dtype>(kind));
       if (chosen.empty()) return;
       const double* const scale = scales<F>(stream, list, call, chosen, memory);
       const auto steps = make_steps(F(), chosen);
+      using Body = StepBody<T, std::remove_const_t<decltype(steps)>>;
+      constexpr int width = Body::kWidth;
       std::vector<StepItem> items;
       for (int64_t i : chosen) {
         StepItem item = make_item(i);
@@ -87,8 +88,7 @@ void run(const Stream& stream, const UpdateList& list, const std::vector<Dtype>&
         items.push_back(item);
       }
       for_lists(items, [&](const List<StepItem>& some) {
-        launch(stream, some.chunks(),
-               StepBody<T, std::remove_const_t<decltype(steps)>>{some, call, scale, steps});
+        launch(stream, some.chunks(), Body{some, call, scale, steps});
       });
     });
   }

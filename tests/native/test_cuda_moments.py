@@ -173,6 +173,22 @@ def test_resolve_has_the_bits_of_the_cpu(
             assert same_bits(update, right)
 
 
+@pytest.mark.parametrize("rule", ["sand_mask", "masked_average"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scales_do_not_depend_on_alignment(rule: str, dtype: type) -> None:
+    """Factors that are not whole numbers are added up in one order, wherever arrays begin."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        grads = rng.standard_normal((5, 5000)).astype(dtype)
+        updates = []
+        for skip in (0, 1):
+            lists = as_lists([rubbish(grads, np.int8, KINDS, skip)])
+            native.cuda_accumulate([grads], 0, lists)
+            updates.append(np.empty(5000, dtype))
+            native.cuda_resolve(rule, RULES[rule], 5, lists, True, [updates[-1]])
+        np.testing.assert_array_equal(*updates)
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.uint16])
 @given(data=st.data())
 def test_resolve_of_plain_16_bit_gradients(dtype: type, data: st.DataObject) -> None:

@@ -57,19 +57,30 @@ struct MomentsOf {
   template <typename T>
   ANDMASK_METHOD void add(const Pack<T, width>& grads, const MomentArrays& moments, int64_t count,
                           F weight) {
-    const F before = static_cast<F>(count);
-    const F share = static_cast<F>(static_cast<double>(count) / static_cast<double>(count + 1));
+    F wide[width];
 #pragma unroll
     for (int i = 0; i < width; ++i) {
-      F grad = widen(grads[i]);
-      votes[i] += static_cast<int32_t>(sign(grad));  // before the weight
-      if (weight != 1) grad *= weight;
-      if (moments.squares) {
-        squares[i] = count == 0 ? F(0) : add_square(squares[i], sum[i], before, share, grad);
+      wide[i] = widen(grads[i]);
+      votes[i] += static_cast<int32_t>(sign(wide[i]));  // before the weight
+    }
+    if (weight != 1) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) wide[i] *= weight;
+    }
+    if (moments.squares && count > 0) {  // of one environment they are 0
+      const F before = static_cast<F>(count);
+      const F share = static_cast<F>(static_cast<double>(count) / static_cast<double>(count + 1));
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        squares[i] = add_square(squares[i], sum[i], before, share, wide[i]);
       }
-      sum[i] = count == 0 ? grad : sum[i] + grad;
-      if (moments.logs) {
-        const F log = log_magnitude(grad);
+    }
+#pragma unroll
+    for (int i = 0; i < width; ++i) sum[i] = count == 0 ? wide[i] : sum[i] + wide[i];
+    if (moments.logs) {
+#pragma unroll
+      for (int i = 0; i < width; ++i) {
+        const F log = log_magnitude(wide[i]);
         logs[i] = count == 0 ? log : logs[i] + log;
       }
     }
@@ -79,9 +90,11 @@ struct MomentsOf {
 template <typename T>
 struct AccumulateBody {
   static constexpr int kThreads = kListThreads;
+  using F = accumulate_t<T>;
   static constexpr int kWidth = kPackSize<T>;
-  static constexpr int kMinBlocks = 2;
-  static constexpr int kInFlight = 4;  // environments whose gradients are on their way at once
+  static constexpr int kMinBlocks = kWidth == 4 ? 3 : 2;
+  // Environments whose gradients are on their way at once: more, and there were fewer threads.
+  static constexpr int kInFlight = kWidth > 4 ? 3 : 4;
 
   List<AccumulateItem> list;
   int64_t rows;           // environments, the same for all tensors
@@ -91,17 +104,21 @@ struct AccumulateBody {
 
   template <typename At>
   ANDMASK_METHOD void add(const AccumulateItem& item, const At& at) const {
-    using F = accumulate_t<T>;
     const T* const grads = static_cast<const T*>(item.grads);
-    MomentsOf<F, kWidth> moments;
-    if (count > 0) moments.read(at, item.moments);
-#pragma unroll 1
-    for (int64_t row = 0; row < rows; row += kInFlight) {
-      Pack<T, kWidth> packs[kInFlight];
+    Pack<T, kWidth> packs[kInFlight];
+    const auto get = [&](int64_t row) {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (row + i < rows) packs[i] = at.template get<T>(grads + (row + i) * item.stride);
       }
+    };
+    // Before the moments, whose votes have to be there before a thread can go on.
+    get(0);
+    MomentsOf<F, kWidth> moments;
+    if (count > 0) moments.read(at, item.moments);
+#pragma unroll 1
+    for (int64_t row = 0; row < rows; row += kInFlight) {
+      if (row > 0) get(row);
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (row + i < rows) {

@@ -19,8 +19,13 @@ struct OuterFetch {
   static constexpr int kColumns = Share::kColumns;
   static constexpr int kPack = kPackSize<T> < kColumns ? kPackSize<T> : kColumns;
 
+  // Elements stay in the words that they came in: to take them apart is to wait for them.
+  static constexpr int kPacks = kColumns / kPack;
+  static constexpr int kWords = kPack * static_cast<int>(sizeof(T)) / 4;
+  static_assert(kWords > 0);
+
   OuterCursor cursor;  // the first row of the next fetch
-  T values[kGroup][kColumns];
+  Pack<uint32_t, kWords> words[kGroup][kPacks];
   accumulate_t<T> factor;
 
   ANDMASK_METHOD void start(const OuterArguments& args, const OuterOperand& operand, int64_t row,
@@ -40,27 +45,28 @@ struct OuterFetch {
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) values[i][j] = T{};
+      for (int j = 0; j < kPacks; ++j) words[i][j] = {};
       if (row + share.stack * kGroup + i >= end) continue;
       const int64_t example = args.order ? args.order[at.index] : at.index;
       if (row_weights) factor = static_cast<accumulate_t<T>>(row_weights[example]);
       const OuterRow<T> line(operand, source, example, at);
-      if (operand.reading == OuterReading::packs) {
 #pragma unroll
-        for (int j = 0; j < kColumns; j += kPack) {
-          const int column = share.pack(j / kPack, kPack);
+      for (int j = 0; j < kPacks; ++j) {
+        if (operand.reading == OuterReading::packs) {
+          const int column = share.pack(j, kPack);
           if (first + column >= operand.columns) continue;
-          const auto pack = load<kPack>(line.data + table.offsets[column]);
+          const T* const from = line.data + table.offsets[column];
+          words[i][j] = load<kWords>(reinterpret_cast<const uint32_t*>(from));
+        } else {
+          Pack<T, kPack> pack{};
 #pragma unroll
-          for (int k = 0; k < kPack; ++k) values[i][j + k] = pack[k];
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) {
-          const int column = share.column(j);
-          if (first + column < operand.columns && line.holds(operand, table, column)) {
-            values[i][j] = line.data[table.offsets[column]];
+          for (int k = 0; k < kPack; ++k) {
+            const int column = share.column(j * kPack + k);
+            if (first + column < operand.columns && line.holds(operand, table, column)) {
+              pack[k] = line.data[table.offsets[column]];
+            }
           }
+          memcpy(&words[i][j], &pack, sizeof pack);
         }
       }
       at.advance(args.positions);
@@ -71,26 +77,23 @@ struct OuterFetch {
                           int number, int thread) const {
     const Share share(operand.reading, thread);
     using Value = typename Multiplier::Value;
-    if (operand.reading == OuterReading::packs) {
 #pragma unroll
-      for (int j = 0; j < kColumns; j += kPack) {
-        T some[kGroup][kPack];
+    for (int j = 0; j < kPacks; ++j) {
+      T some[kGroup][kPack];
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
+      for (int i = 0; i < kGroup; ++i) memcpy(some[i], &words[i][j], sizeof some[i]);
+      if (operand.reading == OuterReading::packs) {
+        Multiplier::template put<kPack>(stage, number, share.stack, share.pack(j, kPack), some,
+                                        static_cast<Value>(factor));
+      } else {
 #pragma unroll
-          for (int k = 0; k < kPack; ++k) some[i][k] = values[i][j + k];
+        for (int k = 0; k < kPack; ++k) {
+          T one[kGroup][1];
+#pragma unroll
+          for (int i = 0; i < kGroup; ++i) one[i][0] = some[i][k];
+          Multiplier::template put<1>(stage, number, share.stack, share.column(j * kPack + k), one,
+                                      static_cast<Value>(factor));
         }
-        Multiplier::template put<kPack>(stage, number, share.stack, share.pack(j / kPack, kPack),
-                                        some, static_cast<Value>(factor));
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        T one[kGroup][1];
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) one[i][0] = values[i][j];
-        Multiplier::template put<1>(stage, number, share.stack, share.column(j), one,
-                                    static_cast<Value>(factor));
       }
     }
   }

@@ -16,115 +16,98 @@ struct StepItem {
   bool packed;
 };
 
-// State of `width` coordinates, read and written back.
-template <typename F, int width, typename At>
-struct State {
-  const At& at;
-  F* memory;
-  Pack<F, width> values;
-
-  ANDMASK_METHOD State(const At& where, void* state)
-      : at(where), memory(static_cast<F*>(state)), values(where.template get<F>(memory)) {}
-  ANDMASK_METHOD F& operator[](int i) { return values[i]; }
-  ANDMASK_METHOD void write() const { at.put(memory, values); }
-};
-
 // ---- what becomes of an update ----
-// apply(item, at, params, updates) moves `width` parameters.
+// of(item) gives the rule of one tensor; its move(param, update, states, i) returns what takes the
+// place of the parameter `param`, whose state is states[0][i], states[1][i] and so on.
 
 struct StoreUpdates {
   static constexpr bool kReadsTarget = false;
+  static constexpr int kStates = 0;
 
-  template <typename F, int width, typename At>
-  ANDMASK_METHOD void apply(const StepItem&, const At&, F* params, const F* updates) const {
-#pragma unroll
-    for (int i = 0; i < width; ++i) params[i] = updates[i];
+  ANDMASK_METHOD const StoreUpdates& of(const StepItem&) const { return *this; }
+
+  template <typename F, typename States>
+  ANDMASK_METHOD F move(F, F update, States&, int) const {
+    return update;
   }
 };
 
-template <typename F_>
+template <typename F>
 struct SgdSteps {
   static constexpr bool kReadsTarget = true;
+  static constexpr int kStates = 1;
 
-  Sgd<F_> rule;
+  struct Rule {
+    Sgd<F> sgd;
+    bool momentum, first;
+
+    template <typename States>
+    ANDMASK_METHOD F move(F param, F update, States& states, int i) const {
+      return !momentum ? sgd.plain(param, update)
+             : first   ? sgd.template step<true>(param, update, states[0][i])
+                       : sgd.template step<false>(param, update, states[0][i]);
+    }
+  };
+
+  Sgd<F> sgd;
   bool first;
 
-  template <typename F, int width, typename At>
-  ANDMASK_METHOD void apply(const StepItem& item, const At& at, F* params, const F* updates) const {
-    if (!item.state[0]) {
-#pragma unroll
-      for (int i = 0; i < width; ++i) params[i] = rule.plain(params[i], updates[i]);
-      return;
-    }
-    State<F, width, At> buffer(at, item.state[0]);
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      params[i] = first ? rule.template step<true>(params[i], updates[i], buffer[i])
-                        : rule.template step<false>(params[i], updates[i], buffer[i]);
-    }
-    buffer.write();
+  ANDMASK_METHOD Rule of(const StepItem& item) const {
+    return {sgd, item.state[0] != nullptr, first};
   }
 };
 
-template <typename F_>
+template <typename F>
 struct AdamSteps {
   static constexpr bool kReadsTarget = true;
+  static constexpr int kStates = 3;
 
-  const Adam<F_>* rules;  // [tensors]
+  struct Rule {
+    Adam<F> adam;
+    bool amsgrad;
 
-  template <typename F, int width, typename At>
-  ANDMASK_METHOD void apply(const StepItem& item, const At& at, F* params, const F* updates) const {
-    const Adam<F> rule = rules[item.number];
-    State<F, width, At> exp_avg(at, item.state[0]);
-    State<F, width, At> exp_avg_sq(at, item.state[1]);
-    if (item.state[2]) {
-      State<F, width, At> largest(at, item.state[2]);
-#pragma unroll
-      for (int i = 0; i < width; ++i) {
-        params[i] = rule.step(params[i], updates[i], exp_avg[i], exp_avg_sq[i], largest[i]);
-      }
-      largest.write();
-    } else {
-#pragma unroll
-      for (int i = 0; i < width; ++i) {
-        params[i] = rule.step(params[i], updates[i], exp_avg[i], exp_avg_sq[i]);
-      }
+    template <typename States>
+    ANDMASK_METHOD F move(F param, F update, States& states, int i) const {
+      return amsgrad ? adam.step(param, update, states[0][i], states[1][i], states[2][i])
+                     : adam.step(param, update, states[0][i], states[1][i]);
     }
-    exp_avg.write();
-    exp_avg_sq.write();
+  };
+
+  const Adam<F>* rules;  // [tensors]
+
+  ANDMASK_METHOD Rule of(const StepItem& item) const {
+    return {rules[item.number], item.state[2] != nullptr};
   }
 };
 
-template <typename F_>
+template <typename F>
 struct TemporalAdamSteps {
   static constexpr bool kReadsTarget = true;
+  static constexpr int kStates = 3;
 
-  const TemporalAdam<F_>* rules;  // [tensors]
+  struct Rule {
+    TemporalAdam<F> adam;
 
-  template <typename F, int width, typename At>
-  ANDMASK_METHOD void apply(const StepItem& item, const At& at, F* params, const F* updates) const {
-    const TemporalAdam<F> rule = rules[item.number];
-    State<F, width, At> exp_avg(at, item.state[0]);
-    State<F, width, At> exp_avg_sq(at, item.state[1]);
-    State<F, width, At> sign_avg(at, item.state[2]);
-#pragma unroll
-    for (int i = 0; i < width; ++i) {
-      params[i] = rule.step(params[i], updates[i], exp_avg[i], exp_avg_sq[i], sign_avg[i]);
+    template <typename States>
+    ANDMASK_METHOD F move(F param, F update, States& states, int i) const {
+      return adam.step(param, update, states[0][i], states[1][i], states[2][i]);
     }
-    exp_avg.write();
-    exp_avg_sq.write();
-    sign_avg.write();
-  }
+  };
+
+  const TemporalAdam<F>* rules;  // [tensors]
+
+  ANDMASK_METHOD Rule of(const StepItem& item) const { return {rules[item.number]}; }
 };
 
 // ---- the kernels ----
 
-// T is the type of the target.
+// T is the type of the target. Where there is state, packs fill 16 bytes of its type: it is most of
+// what is moved, and there are registers for more threads.
 template <typename T, typename Steps>
 struct StepBody {
   static constexpr int kThreads = kListThreads;
-  static constexpr int kWidth = kPackSize<T>;
   using F = accumulate_t<T>;
+  static constexpr int kWidth = Steps::kStates > 0 ? kPackSize<F> : kPackSize<T>;
 
   List<StepItem> list;
   RuleCall call;
@@ -134,16 +117,28 @@ struct StepBody {
   template <typename At>
   ANDMASK_METHOD void move(const StepItem& item, const At& at) const {
     T* const target = static_cast<T*>(item.target);
-    F params[kWidth];
-    if constexpr (Steps::kReadsTarget) {
-      const Pack<T, kWidth> stored = at.template get<T>(target);
+    // All loads are on their way before the first is waited for.
+    Pack<T, kWidth> stored;
+    if constexpr (Steps::kReadsTarget) stored = at.template get<T>(target);
+    Pack<F, kWidth> states[Steps::kStates + 1] = {};
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) params[i] = widen(stored[i]);
+    for (int k = 0; k < Steps::kStates; ++k) {
+      if (item.state[k]) states[k] = at.template get<F>(static_cast<const F*>(item.state[k]));
     }
     F updates[kWidth];
     const F scale = scales ? static_cast<F>(scales[item.number]) : F(1);
     get_updates<F, kWidth>(at, item.source, call, scale, updates);
-    steps.template apply<F, kWidth>(item, at, params, updates);
+    const auto& rule = steps.of(item);
+    F params[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const F param = Steps::kReadsTarget ? widen(stored[i]) : F(0);
+      params[i] = rule.move(param, updates[i], states, i);
+    }
+#pragma unroll
+    for (int k = 0; k < Steps::kStates; ++k) {
+      if (item.state[k]) at.put(static_cast<F*>(item.state[k]), states[k]);
+    }
     Pack<T, kWidth> rounded;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {

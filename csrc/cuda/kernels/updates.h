@@ -87,15 +87,16 @@ ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const Ru
     [[maybe_unused]] int32_t votes[width];
     [[maybe_unused]] Pack<F, width> squares;
     [[maybe_unused]] Pack<F, width> logs;
-    get_sum<F, width>(at, source, sum);
-    if constexpr ((moments & kVotes) != 0) {
-      get_votes<width>(at, source.moments.votes, source.moments.vote_bytes, votes);
-    }
     if constexpr ((moments & kSquares) != 0) {
       squares = at.template get<F>(static_cast<const F*>(source.moments.squares));
     }
     if constexpr ((moments & kLogs) != 0) {
       logs = at.template get<F>(static_cast<const F*>(source.moments.logs));
+    }
+    // Last what is widened: for that it has to be there.
+    get_sum<F, width>(at, source, sum);
+    if constexpr ((moments & kVotes) != 0) {
+      get_votes<width>(at, source.moments.votes, source.moments.vote_bytes, votes);
     }
 #pragma unroll
     for (int i = 0; i < width; ++i) {
