@@ -68,6 +68,7 @@ bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python benchmarks/bench_optim.py
 	$(BIN)/python benchmarks/bench_outer.py
 	$(BIN)/python benchmarks/bench_agreement.py
+	$(BIN)/python benchmarks/bench_cuda.py
 
 .PHONY: lint
 lint: $(READY)  ## ruff, mypy --strict, clang-format
@@ -92,7 +93,8 @@ sanitize: $(READY)  ## the kernel tests under ASan and UBSan
 	$(BIN)/cmake --build build/sanitize --target _harness
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ANDMASK_HARNESS_DIR=build/sanitize \
-	  $(BIN)/python -m pytest tests/native/test_*_kernels.py tests/native/test_elementary.py
+	  $(BIN)/python -m pytest tests/native/test_*_kernels.py tests/native/test_elementary.py \
+	  tests/native/test_cuda_*.py
 
 .PHONY: clean
 clean:  ## remove builds (not .venv, not runs)
