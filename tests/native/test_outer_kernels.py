@@ -353,3 +353,33 @@ def test_votes_of_many_environments(isa: str, environments: int) -> None:
     expected[3] = -environments
     np.testing.assert_array_equal(found.votes, expected)
     np.testing.assert_array_equal(found.sum, expected)
+
+
+@isas
+@pytest.mark.parametrize("dtype", list(FORMATS))
+@pytest.mark.parametrize("rows", [1, 3, 70])
+@pytest.mark.parametrize("offsets", [range(9), [0, 2, 4, 6, 8], [0, 1, 5, 8]])
+@pytest.mark.parametrize("weights", [[0.25, 4.0, 1.0], [4.0]])
+def test_weights_multiply_sums_but_not_votes(
+    isa: str, dtype: type, rows: int, offsets: list[int], weights: list[float]
+) -> None:
+    """All numbers are whole, or quarters: nothing is rounded."""
+    rng = np.random.default_rng(rows)
+    a, d = rng.integers(-2, 3, (8, 70, rows)), rng.integers(-2, 3, (8, 13, rows))
+    order = [int(i) for i in rng.permutation(8)]
+    each = [weights[e % len(weights)] for e in range(len(offsets) - 1)]
+    found = moments((13, 70, 1), dtype)
+    kernels.outer(
+        isa,
+        stored(a.astype(float), dtype),
+        stored(d.astype(float), dtype),
+        list(offsets),
+        found.sum,
+        found.votes,
+        window=[POINT],
+        order=order,
+        weights=each,
+    )
+    gradients = per_environment(per_example(a, d, [POINT], 1), list(offsets), order)
+    np.testing.assert_array_equal(found.votes, np.sign(gradients).sum(0))
+    np.testing.assert_array_equal(found.sum, np.tensordot(each, gradients, 1))
