@@ -72,16 +72,17 @@ def works(place: str) -> dict[str, Work]:
         "cuda": [(32, 8 * million), (128, 2 * million)],
     }[place]
     found = [
-        stacked("masked_mean", few, 4, 4, 9, 5),
+        stacked("masked_mean", few, 4, 4, 10, 5),
         stacked("masked_mean", few, 2, 2, 11, 6),
-        stacked("masked_mean, rescale", few, 4, 12, 9, 5),
-        stacked("agreement_mask", few, 4, 4, 8, 4),
+        stacked("masked_mean, rescale", few, 4, 12, 10, 5),
+        stacked("agreement_mask", few, 4, 4, 10, 4),
     ]
     for size in medians:
-        # The comparators of a sorting network, two instructions each. With many environments a GPU
-        # looks for the middle bit by bit instead: about 16 passes of 14.
+        # The comparators of a sorting network, two instructions each; half as much again for NaN
+        # and for ranks that are not there. With many environments a GPU looks for the middle bit by
+        # bit instead: about 16 passes of 23, and a last one of 44.
         network = {32: 191, 128: 1471}[size[0]] * 2 / size[0]
-        gpu = 2 * network + 8 if size[0] <= 32 else 250
+        gpu = 48 if size[0] <= 32 else 412
         found.append(stacked(f"Median d={size[0]}", size, 4, 4, gpu, network + 2))
     lists, size = tensors * each, f"{tensors} x {each:,}"
     found += [
@@ -136,9 +137,13 @@ COPY = 0.9 * 3.35e12  # bytes a second; a copy reaches about nine tenths of the 
 L2 = 5.5e12
 INSTRUCTIONS = 33.5e12  # a second, float32: 67 TFLOP/s
 TENSOR = {"bfloat16": 989e12 / 2, "int8": 1979e12 / 2}  # multiply-adds a second
-MMA = 0.5  # of that: 8 products of a warp wait for 16 words of each thread from shared memory
 TILE = 64  # outputs and columns of a block of accumulate_outer_
-VOTES = (5 / INSTRUCTIONS, 9 / INSTRUCTIONS)  # of one product: at the full rate, and at half of it
+# What a thread of the tile kernel issues for each product of a weight and a row. Counted in the
+# machine code for sm_90: a stage of 16 rows (signs: 32) and 32 weights takes 1000 instructions
+# in float32, 330 of them to fetch it, 600 (440) in 16 bits, and 1100 for signs. Convolutions read
+# single elements, and check each against the border.
+ISSUED = {"float32": 1000 / 512, "bfloat16": 600 / 512, "signs": 1100 / 1024, "convolution": 3.0}
+VOTE = 10  # with what is added to the sum; counted likewise, those at half the rate twice
 
 
 def h100(work: Work) -> tuple[float, str]:
@@ -147,24 +152,20 @@ def h100(work: Work) -> tuple[float, str]:
     if not work.product:
         issue = work.units * work.gpu / INSTRUCTIONS
         return max((memory, "memory"), (issue, "instructions"))
-    environments, rows = 1.0, work.gpu
-    if "outer" in work.op:
-        each = int(work.op.split()[1])
-        environments = rows / each if each > 1 else 0  # one row: votes are a product of their own
-    elif "convolution" in work.op:
-        environments = float(work.size.split()[0])
-    item = 2 if work.kind == "bfloat16" else 4
-    rate = MMA * TENSOR["bfloat16"] if item == 2 else INSTRUCTIONS
-    passes = 2 if environments == 0 else 1  # over the operands
+    rows, item = work.gpu, 2 if work.kind == "bfloat16" else 4
+    if "convolution" in work.op:
+        votes, issued, passes = VOTE * float(work.size.split()[0]), ISSUED["convolution"], 1
+    elif (each := int(work.op.split()[1])) > 1:
+        votes, issued, passes = VOTE * rows / each, ISSUED[work.kind], 1
+    else:  # one row: votes are a product of their own
+        votes, issued, passes = 0, ISSUED[work.kind] + ISSUED["signs"], 2
     through_l2 = passes * rows * 2 * item / TILE / L2
-    multiply = rows / rate + (rows / (MMA * TENSOR["int8"]) if environments == 0 else 0)
-    # What the multiplying and the voting take of the same issue slots adds up; tensor cores do not.
-    votes = environments * VOTES[1]
-    computing = multiply + votes if item == 4 else max(multiply, votes)
+    tensor = rows / TENSOR["bfloat16"] if item == 2 else 0
     return max(
         (memory, "memory"),
         (work.units * through_l2, "L2"),
-        (work.units * computing, "instructions"),
+        (work.units * tensor, "tensor cores"),
+        (work.units * (rows * issued + votes) / INSTRUCTIONS, "instructions"),
     )
 
 
@@ -188,6 +189,10 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def threads_text(facts: dict) -> str:
+    return f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+
+
 def tables(run: dict) -> str:
     """Return the Markdown of docs/cuda.md: counts and predictions, then the CPU's measurements."""
     lines = [
@@ -208,7 +213,7 @@ def tables(run: dict) -> str:
     }
     lines += [
         "",
-        f"{facts['name']}, {facts['threads']} threads: a copy moves {facts['copy'] / 1e9:.0f} "
+        f"{facts['name']}, {threads_text(facts)}: a copy moves {facts['copy'] / 1e9:.0f} "
         f"GB/s, {facts['multiply_adds'] / 1e9:.0f} G float32 multiply-adds a second.",
         "",
         "| op | size | bytes | instructions | per byte | predicted | bound by | measured "
@@ -259,7 +264,7 @@ def draw(run: dict, path: str) -> None:
     }
     local = {name: work for name, work in works(run["sizes"]["cpu"]).items() if name in measured}
     points(right, local, lambda work: (work.cpu, measured[work.op]), 1e9, BLUE, "measured")
-    right.set_title(f"{facts['name']}, {facts['threads']} threads: measured", fontsize=10)
+    right.set_title(f"{facts['name']}, {threads_text(facts)}: measured", fontsize=10)
     right.set_ylabel("G instructions or multiply-adds a second")
     for axis in (left, right):
         axis.set(xscale="log", yscale="log", xlim=(0.2, 1500))
