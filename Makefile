@@ -52,7 +52,7 @@ test-cuda-on-host: $(READY)  ## the tests of ops and training on the CUDA kernel
 
 .PHONY: cuda-check
 cuda-check: $(READY)  ## compile for sm_80, 90, 100: registers, spills, wide loads (needs nvcc)
-	$(BIN)/pip install --quiet '.[cuda-check]'
+	$(BIN)/pip install --quiet --no-build-isolation -e '.[cuda-check]'
 	$(BIN)/python tools/cuda_check.py
 
 .PHONY: cuda-sanitize
