@@ -69,10 +69,18 @@ struct OuterTask {
   int64_t groups = 1;
 };
 
+// Counting would not do: an empty environment makes up for one of two examples.
+inline bool has_one_example_each(const OuterTask& task) {
+  for (int64_t e = 0; e < task.environments; ++e) {
+    if (task.offsets[e] != e) return false;
+  }
+  return task.offsets[task.environments] == task.environments;
+}
+
 // One row for each environment, as it lies in the sources.
 inline bool has_single_rows(const OuterTask& task) {
   const auto* const axes = task.activations.axes;
-  return task.groups == 1 && task.offsets[task.environments] == task.environments &&
+  return task.groups == 1 && has_one_example_each(task) &&
          std::all_of(axes, axes + kWindowAxes, [](const WindowAxis& axis) {
            return axis.positions == 1 && axis.taps == 1 && axis.padding == 0;
          });

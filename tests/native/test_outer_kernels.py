@@ -383,3 +383,19 @@ def test_weights_multiply_sums_but_not_votes(
     gradients = per_environment(per_example(a, d, [POINT], 1), list(offsets), order)
     np.testing.assert_array_equal(found.votes, np.sign(gradients).sum(0))
     np.testing.assert_array_equal(found.sum, np.tensordot(each, gradients, 1))
+
+
+@isas
+@pytest.mark.parametrize("offsets", [[0, 0, 2], [0, 2, 2], [0, 2, 2, 3], [1, 2, 2]])
+@pytest.mark.parametrize("dtype", list(FORMATS))
+def test_as_many_environments_as_rows_need_not_have_one_each(
+    isa: str, offsets: list[int], dtype: type
+) -> None:
+    """An empty environment and one of two rows: their signs cannot be voted on row by row."""
+    a = stored(np.ones((3, 70, 1)), dtype)
+    d = stored(np.array([[3.0], [-1.0], [1.0]])[:, :, None].repeat(5, 1), dtype)
+    found = moments((5, 70, 1), dtype)
+    kernels.outer(isa, a, d, offsets, found.sum, found.votes, window=[POINT])
+    weights = per_environment(per_example(exact(a), exact(d), [POINT], 1), offsets, None)
+    np.testing.assert_array_equal(found.votes, np.sign(weights).sum(0))
+    np.testing.assert_array_equal(found.sum, weights.sum(0))
