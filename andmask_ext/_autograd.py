@@ -33,9 +33,10 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd("andmask::masked_mean", _backward, setup_context=_setup_context)
 
-# The mask has no gradient: its output never requires one.
+# The mask has no gradient, and histograms are for looking at: their outputs never require one.
 _library = torch.library.Library("andmask", "IMPL")
-_library.impl("agreement_mask", torch.library.fallthrough_kernel, "Autograd")
+for _name in ("agreement_mask", "vote_histogram", "vote_histograms"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
 def _vmap_rule(op: Any) -> Any:

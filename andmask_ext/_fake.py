@@ -59,6 +59,24 @@ def _aggregate(
 torch.library.register_fake("andmask::aggregate", _aggregate)
 
 
+# ---- histograms of votes ----
+
+
+def _vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
+    check_grads(grads)
+    shape = (grads.shape[0] + 1,)
+    return grads.new_empty(shape, dtype=torch.int64), grads.new_empty(shape, dtype=torch.float64)
+
+
+def _vote_histograms(sum: list[Tensor], votes: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    shape = (len(sum), count + 1)
+    return sum[0].new_empty(shape, dtype=torch.int64), sum[0].new_empty(shape, dtype=torch.float64)
+
+
+torch.library.register_fake("andmask::vote_histogram", _vote_histogram)
+torch.library.register_fake("andmask::vote_histograms", _vote_histograms)
+
+
 # ---- moments: lists in, lists changed; checks are the kernels' ----
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ._autograd import inside_transform, masked_mean_for_transforms
 from ._checks import check_bool, check_grads, check_tau
 
-__all__ = ["agreement_mask", "masked_mean"]
+__all__ = ["agreement_mask", "masked_mean", "vote_histogram"]
 
 
 def _check(grads: Tensor, tau: float, rescale: bool) -> None:
@@ -101,4 +101,41 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
     """
     _check(grads, tau, rescale)
     out: Tensor = torch.ops.andmask.agreement_mask.default(grads, tau, rescale)
+    return out
+
+
+def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Count coordinates by how many environments agree, and add up the squares of their sums.
+
+    For k = 0 ... d: of the coordinates with :math:`|\sum_e \mathrm{sign}(g_{ej})| = k` their number
+    and :math:`\sum_j (\sum_e g_{ej})^2`. From these follow the share of kept coordinates and the
+    norm of the masked mean for *every* tau at once
+    (:func:`andmask_ext.metrics.tau_curve`). One pass over the gradients. NaN casts no vote, and
+    shows in the squares.
+
+    Args:
+        grads: as for :func:`masked_mean`.
+
+    Returns:
+        Counts, int64, and squares, float64. They never require grad.
+
+    Raises:
+        TypeError: ``grads`` is not a dense floating-point tensor.
+        ValueError: ``grads`` has no environment.
+
+    Shape:
+        - grads: :math:`(d, *)`
+        - outputs: :math:`(d + 1)`
+
+    Example:
+        >>> import torch, andmask_ext
+        >>> grads = torch.tensor([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0]])  # 2 environments
+        >>> andmask_ext.ops.vote_histogram(grads)
+        (tensor([1, 0, 2]), tensor([ 4.,  0., 80.], dtype=torch.float64))
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+    check_grads(grads)
+    out: tuple[Tensor, Tensor] = torch.ops.andmask.vote_histogram.default(grads)
     return out

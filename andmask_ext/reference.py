@@ -37,6 +37,7 @@ __all__ = [
     "sign_dropout",
     "smooth_mask",
     "trimmed_mean",
+    "vote_histogram",
     "vote_threshold",
     "votes",
     "winsorized_mean",
@@ -68,6 +69,15 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
 def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
     """Multiply the mean over environments by the mask: NaN and infinities come through."""
     return agreement_mask(grads, tau, rescale) * grads.double().mean(0)
+
+
+def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
+    """Count coordinates by ``|votes|``, and add up the squares of their sums: ``[d + 1]`` each."""
+    agreement = votes(grads).abs().flatten()
+    squares = grads.double().sum(0).square().flatten()
+    bins = grads.shape[0] + 1
+    counts = torch.bincount(agreement, minlength=bins)
+    return counts, squares.new_zeros(bins).index_add_(0, agreement, squares)
 
 
 # ---- the rules, by the names of the native library ----

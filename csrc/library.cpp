@@ -66,6 +66,12 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def(
       "aggregate(Tensor grads, str rule, float[] arguments, bool rescale=False, "
       "Tensor? noise=None) -> Tensor");
+  // For k = 0 ... d: the coordinates with |votes| = k, int64, and the sum of the squares of their
+  // sums, float64; [d + 1], or [tensors, d + 1] of moments.
+  m.def("vote_histogram(Tensor grads) -> (Tensor counts, Tensor squares)");
+  m.def(
+      "vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> (Tensor counts, Tensor "
+      "squares)");
   m.def("_rule_table() -> str");
   m.def("_native_info() -> str");
 }

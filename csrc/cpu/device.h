@@ -8,6 +8,7 @@
 #include "../tasks/lists.h"
 #include "../tasks/masked_mean.h"
 #include "../tasks/outer.h"
+#include "../tasks/vote_histogram.h"
 
 namespace andmask {
 
@@ -24,6 +25,8 @@ class Cpu {
   void aggregate(const AggregateTask& task) const;
   void accumulate(const AccumulateList& list) const;
   void accumulate_outer(const OuterTask& task) const;
+  void vote_histograms(const VoteHistogramList& list) const;
+  void vote_histogram(const StackedHistogramTask& task) const;
   void resolve(const UpdateList& list, const std::vector<void*>& out) const;
   void sgd(const UpdateList& list, const std::vector<SgdTask>& tasks,
            const std::vector<Dtype>& dtypes) const;

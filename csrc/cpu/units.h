@@ -12,22 +12,24 @@ namespace andmask {
 // Elements that one thread should have before a second one is worth waking.
 constexpr int64_t kGrain = 32768;
 
-// Work on a list of tensors is cut into units of at most kUnit elements, numbered through the list.
-// The cut does not depend on the number of threads, so sums per unit do not either.
+// Work on a list of tensors is cut into units of at most so many elements, numbered through the
+// list. The cut does not depend on the number of threads, so sums per unit do not either.
 class Units {
  public:
   static constexpr int64_t kUnit = 16384;
 
-  explicit Units(std::vector<int64_t> sizes) : sizes_(std::move(sizes)) {
+  explicit Units(std::vector<int64_t> sizes, int64_t unit = kUnit)
+      : sizes_(std::move(sizes)), unit_(unit) {
     first_.reserve(sizes_.size() + 1);
     first_.push_back(0);
     for (int64_t size : sizes_) {
-      first_.push_back(first_.back() + (size + kUnit - 1) / kUnit);
+      first_.push_back(first_.back() + (size + unit_ - 1) / unit_);
       elements_ += size;
     }
   }
 
   int64_t count() const { return first_.back(); }
+  int64_t tensors() const { return static_cast<int64_t>(sizes_.size()); }
 
   // The units of tensor `index` are [first(index), first(index + 1)).
   int64_t first(int64_t index) const { return first_[index]; }
@@ -42,14 +44,15 @@ class Units {
       auto tensor = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
       for (int64_t unit = begin; unit < end; ++unit) {
         while (unit >= first_[tensor + 1]) ++tensor;
-        const int64_t from = (unit - first_[tensor]) * kUnit;
-        f(tensor, unit, from, std::min(from + kUnit, sizes_[tensor]));
+        const int64_t from = (unit - first_[tensor]) * unit_;
+        f(tensor, unit, from, std::min(from + unit_, sizes_[tensor]));
       }
     });
   }
 
  private:
   std::vector<int64_t> sizes_;
+  int64_t unit_;
   std::vector<int64_t> first_;
   int64_t elements_ = 0;
 };

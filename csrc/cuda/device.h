@@ -27,6 +27,12 @@ class Cuda {
   void aggregate(const AggregateTask& task) const { launch_aggregate(stream_, task); }
   void accumulate(const AccumulateList& list) const { launch_accumulate(stream_, list); }
   void accumulate_outer(const OuterTask& task) const { launch_accumulate_outer(stream_, task); }
+  void vote_histograms(const VoteHistogramList& list) const {
+    launch_vote_histograms(stream_, list);
+  }
+  void vote_histogram(const StackedHistogramTask& task) const {
+    launch_vote_histogram(stream_, task);
+  }
   void resolve(const UpdateList& list, const std::vector<void*>& out) const {
     launch_resolve(stream_, list, out);
   }

@@ -8,6 +8,7 @@
 #include "../tasks/lists.h"
 #include "../tasks/masked_mean.h"
 #include "../tasks/outer.h"
+#include "../tasks/vote_histogram.h"
 #include "stream.h"
 
 namespace andmask {
@@ -23,6 +24,9 @@ void launch_aggregate(const Stream& stream, const AggregateTask& task);
 void launch_accumulate(const Stream& stream, const AccumulateList& list);
 
 void launch_accumulate_outer(const Stream& stream, const OuterTask& task);
+
+void launch_vote_histograms(const Stream& stream, const VoteHistogramList& list);
+void launch_vote_histogram(const Stream& stream, const StackedHistogramTask& task);
 
 // The updates themselves, rounded to the type of each sum. `out` may be the sums.
 void launch_resolve(const Stream& stream, const UpdateList& list, const std::vector<void*>& out);

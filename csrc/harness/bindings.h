@@ -24,5 +24,6 @@ void bind_elementary(pybind11::module_& m);
 void bind_moments(pybind11::module_& m);
 void bind_outer(pybind11::module_& m);
 void bind_sign_outer(pybind11::module_& m);
+void bind_vote_histogram(pybind11::module_& m);
 
 }  // namespace andmask

@@ -116,4 +116,5 @@ PYBIND11_MODULE(_harness, m) {
   andmask::bind_moments(m);
   andmask::bind_outer(m);
   andmask::bind_sign_outer(m);
+  andmask::bind_vote_histogram(m);
 }

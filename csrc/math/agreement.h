@@ -36,6 +36,11 @@ ANDMASK_INLINE int64_t vote_threshold(double tau, int64_t environments) {
   return floor + (static_cast<double>(floor) < bound ? 1 : 0);
 }
 
+// How many environments more point one way than the other: |votes|, for all values of votes.
+ANDMASK_INLINE uint32_t agreement(int32_t votes) {
+  return votes < 0 ? 0u - static_cast<uint32_t>(votes) : static_cast<uint32_t>(votes);
+}
+
 ANDMASK_INLINE bool agrees(int32_t votes, int32_t threshold) {
   return (votes < 0 ? -votes : votes) >= threshold;
 }

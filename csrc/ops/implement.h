@@ -9,6 +9,7 @@
 #include "moments.h"
 #include "outer.h"
 #include "steps.h"
+#include "vote_histogram.h"
 
 namespace andmask {
 
@@ -20,6 +21,8 @@ void implement(Library& m) {
   m.impl("accumulate_", TORCH_BOX(&accumulate<Device>));
   m.impl("accumulate_outer_", TORCH_BOX(&accumulate_outer<Device>));
   m.impl("accumulate_convolution_", TORCH_BOX(&accumulate_convolution<Device>));
+  m.impl("vote_histogram", TORCH_BOX(&vote_histogram<Device>));
+  m.impl("vote_histograms", TORCH_BOX(&vote_histograms<Device>));
   m.impl("resolve", TORCH_BOX(&resolve<Device>));
   m.impl("resolve_", TORCH_BOX(&resolve_in_place<Device>));
   m.impl("sgd_step_", TORCH_BOX(&sgd_step<Device>));

@@ -59,6 +59,8 @@ def moments_and_steps(
     ops.accumulate_(*kinds, grads, 0, weights, True)
     for kind in kinds:
         yield bits(kind)
+    for one, votes in zip(*kinds[:2], strict=True):
+        yield bits(list(ops.vote_histograms([one], [votes], count)))
     for rule, arguments in RULES.items():
         for rescale in (False, True):
             yield bits(ops.resolve(*kinds, count, rule, arguments, rescale))
@@ -130,6 +132,7 @@ def main(threads: int) -> None:
                 for op in (torch.ops.andmask.masked_mean, torch.ops.andmask.agreement_mask):
                     out = op(grads, tau, rescale)
                     digest.update(out.contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(bits(list(ops.vote_histogram(grads))))
             noise = torch.from_numpy(rng.random(shape[1]))
             noise = noise if dtype == torch.float64 else noise.float()
             for rule, arguments in {**RULES, **COLUMN_RULES}.items():

@@ -4,6 +4,7 @@
 
 #include "../../math/agreement.h"
 #include "load.h"
+#include "vote_bins.h"
 
 namespace andmask {
 namespace {
@@ -189,6 +190,10 @@ int64_t write(const MaskedMeanTask& task, const Sum* sums, const Votes* votes, i
                    static_cast<Wide*>(task.out) + first);
     case Output::mask:
       return write_mask(votes, columns, task.threshold, static_cast<Wide*>(task.out) + first);
+    case Output::bins:
+      fall(sums, votes, columns, task.environments, task.bin_lanes,
+           static_cast<VoteBin*>(task.out));
+      break;
   }
   return 0;
 }

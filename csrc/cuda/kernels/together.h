@@ -2,6 +2,8 @@
 // that stands in for it in tests. On the host the values of all threads come in an array.
 #pragma once
 
+#include <type_traits>
+
 #include "thread.h"
 
 #if !defined(__CUDACC__)
@@ -35,6 +37,21 @@ struct TensorPlace {
   ANDMASK_METHOD int row(int value) const { return eighth + value / 2 * 8; }
   ANDMASK_METHOD int column(int value) const { return quarter * 2 + value % 2; }
 };
+
+// ---- sums that any thread may add to ----
+
+template <typename T>
+ANDMASK_INLINE void add_atomically(T* sum, T value) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_same_v<T, int64_t>) {  // its bits add up like those of the unsigned type
+    atomicAdd(reinterpret_cast<unsigned long long*>(sum), static_cast<unsigned long long>(value));
+  } else {
+    atomicAdd(sum, value);
+  }
+#else
+  *sum += value;
+#endif
+}
 
 #if defined(__CUDACC__)
 
