@@ -19,20 +19,20 @@ def check_dtype(name: str, tensor: Tensor) -> None:
         )
 
 
-def check_grads(grads: object) -> None:
+def check_grads(grads: object, name: str = "grads") -> None:
     """Raise unless ``grads`` is a dense floating-point tensor ``[environments >= 1, *shape]``."""
     if not isinstance(grads, Tensor):
-        raise TypeError(f"grads: expected a Tensor, but got {type(grads).__name__}")
-    check_dtype("grads", grads)
+        raise TypeError(f"{name}: expected a Tensor, but got {type(grads).__name__}")
+    check_dtype(name, grads)
     if grads.layout != torch.strided:
         raise TypeError(
-            "grads: expected a dense (strided) tensor, "
+            f"{name}: expected a dense (strided) tensor, "
             f"but got layout {str(grads.layout).removeprefix('torch.')}"
         )
     if grads.dim() == 0:
-        raise ValueError("grads: expected shape [environments, *shape], but got a 0-dim tensor")
+        raise ValueError(f"{name}: expected shape [environments, *shape], but got a 0-dim tensor")
     if grads.shape[0] == 0:
-        raise ValueError("grads: expected at least 1 environment (dim 0), but got 0")
+        raise ValueError(f"{name}: expected at least 1 environment (dim 0), but got 0")
 
 
 def check_tau(tau: object) -> None:

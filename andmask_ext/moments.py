@@ -22,6 +22,22 @@ _LOG_OF_ZERO = math.log(1e-10)
 _VOTE_TYPES = (torch.int8, torch.int16, torch.int32)
 
 
+class Observer:
+    """Looks at the moments of all environments of a step, just before they become an update."""
+
+    def begin(self) -> bool:
+        """Return whether squared norms are to be tracked in the step that begins."""
+        return False
+
+    def end(self, groups: Sequence[tuple[list[Tensor], Moments, Rule]]) -> None:
+        """Take parameters, moments and rule of each group."""
+
+
+def begin_all(observers: Sequence[Observer]) -> bool:
+    """Tell all observers that a step begins; return whether squared norms are to be tracked."""
+    return any([observer.begin() for observer in observers])
+
+
 class Moments:
     r"""Sums over environments for a list of parameters, in memory that does not grow with them.
 
@@ -34,6 +50,9 @@ class Moments:
       updated as the mean moves, so that nothing cancels where the mean is far larger than the
       spread;
     - ``logs``: :math:`\sum_e \log(|g_e| + 10^{-10})`.
+
+    With ``track_norms = True``, set before the first environment, also a number per parameter,
+    ``squared_norms``: :math:`\sum_e \|g_e\|^2`, for :func:`andmask_ext.metrics.coherence`.
 
     ``count`` is the number of environments. An environment without a gradient for a parameter has
     gradient zero there: it counts, and votes for neither sign. The entry of a parameter that no
@@ -76,6 +95,8 @@ class Moments:
         self._vote_type = torch.int8
         self._touched = [False] * len(self._params)
         self._open: set[int] = set()  # touched in the environment that is being added
+        self.track_norms = False
+        self._norms: list[Tensor | None] | None = None
         self._memory: dict[str, list[Tensor | None]] = {
             kind: [None] * len(self._params) for kind in ("sum", *self.kinds)
         }
@@ -113,6 +134,19 @@ class Moments:
     def logs(self) -> list[Tensor | None]:
         """Sums of the logarithms of their magnitudes (plus 1e-10)."""
         return self._get("logs")
+
+    @property
+    def squared_norms(self) -> list[Tensor | None] | None:
+        """Sums of the squared norms of the gradients, 0-dim float64; None: they are not tracked.
+
+        They belong neither to :meth:`state_dict` nor, unless both have them, to :meth:`merge`.
+        """
+        if self._norms is None or self.count == 0:
+            return None
+        return [
+            norm if touched else None
+            for norm, touched in zip(self._norms, self._touched, strict=True)
+        ]
 
     # ---- producers ----
 
@@ -233,6 +267,10 @@ class Moments:
             self._widen_votes(self.count + max(stacked, 1))
             for index in indices:
                 self._touch(index)
+            if self._norms is not None:
+                squared = _squared_norms(grads, weights, stacked > 0)
+                for index, norm in zip(indices, squared, strict=True):
+                    self.add_squared_norm(index, norm)
             for places in self._by_device(indices):
                 some = [grads[place] for place in places]
                 torch.ops.andmask.accumulate_.default(
@@ -242,6 +280,16 @@ class Moments:
                     weights,
                     stacked > 0,
                 )
+
+    def add_squared_norm(self, index: int, squared_norm: Tensor) -> None:
+        """Add to the squared norms of a parameter, if they are tracked.
+
+        For producers that write to :meth:`open_memory`.
+        """
+        if self._norms is None:
+            return
+        before = self._norms[index]
+        self._norms[index] = squared_norm if before is None else before + squared_norm
 
     def _widen_votes(self, environments: int) -> None:
         if "votes" not in self._memory or environments <= torch.iinfo(self._vote_type).max:
@@ -256,6 +304,8 @@ class Moments:
         if self._touched[index]:
             return
         self._touched[index] = True
+        if self.count == 0 and self.track_norms and self._norms is None:
+            self._norms = [None] * len(self._params)
         param = self._params[index]
         for kind, memory in self._memory.items():
             kept, dtype = memory[index], self._dtype(kind, param)
@@ -347,6 +397,7 @@ class Moments:
         self.count = 0
         self._touched = [False] * len(self._params)
         self._open.clear()
+        self._norms = None
 
     def merge(self, other: Moments) -> None:
         """Add all environments of other moments (of the same parameters, on another machine, say).
@@ -363,9 +414,24 @@ class Moments:
             if self.count == 0:
                 self._vote_type = max(self._vote_type, other._vote_type, key=lambda t: t.itemsize)
             self._widen_votes(self.count + other.count)
+            norms = self._merged_norms(other)
             for index in set(self.touched) | set(other.touched):
                 self._merge_one(index, other)
+            self._norms = norms
         self.count += other.count
+
+    def _merged_norms(self, other: Moments) -> list[Tensor | None] | None:
+        if other._norms is None or (self.count and self._norms is None):
+            return None
+        mine = self._norms or [None] * len(self._params)
+        theirs = [
+            None if norm is None else norm.to(param.device)
+            for norm, param in zip(other._norms, self._params, strict=True)
+        ]
+        return [
+            one if two is None else two if one is None else one + two
+            for one, two in zip(mine, theirs, strict=True)
+        ]
 
     def _merge_one(self, index: int, other: Moments) -> None:
         self._touch(index)
@@ -421,6 +487,7 @@ class Moments:
             self._touch(index)
             for kind in kinds:
                 self._memory[kind][index].copy_(state[kind][index])  # type: ignore[union-attr]
+        self._norms = None  # not part of the state
         self.count = state["count"]
 
     # ---- checks ----
@@ -449,3 +516,27 @@ class Moments:
                 f"grads[{index}]: expected dtype {str(param.dtype).removeprefix('torch.')}, "
                 f"but got {str(grad.dtype).removeprefix('torch.')}"
             )
+
+
+def _squared_norms(grads: Sequence[Tensor], weights: list[float], stacked: bool) -> list[Tensor]:
+    """Return the sum over environments of the squared norm of each gradient, 0-dim float64.
+
+    Norms are taken in float32 (float64 of float64), as ``torch.nn.utils.clip_grad_norm_`` does.
+    """
+    if stacked and len(weights) > 1:
+        norms = [
+            torch.linalg.vector_norm(
+                grad.reshape(len(grad), -1)
+                * torch.tensor(weights, dtype=_wide(grad), device=grad.device)[:, None]
+            )
+            for grad in grads
+        ]
+        weights = []
+    else:
+        norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad)) for grad in grads]
+    factor = weights[0] ** 2 if weights else 1.0
+    return list((torch.stack([norm.double() for norm in norms]).square() * factor).unbind())
+
+
+def _wide(grad: Tensor) -> torch.dtype:
+    return torch.float64 if grad.dtype == torch.float64 else torch.float32

@@ -1,6 +1,7 @@
 """The specification: every op again, in float64 and plain PyTorch, written to be read.
 
-Tests compare the native ops with these functions; nothing else uses them. They return float64.
+Tests compare the native ops with these functions. They return float64. Nothing else uses them, but
+for the threshold.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.

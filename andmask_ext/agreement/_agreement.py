@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_dtype
-from ..moments import Moments
+from .._checks import check_bool, check_dtype
+from ..moments import Moments, Observer, begin_all
 from ..optim._environments import MomentOptimizer
 from ..rules import AndMask, Rule
 from ._active import activate
@@ -123,6 +123,8 @@ class Agreement:
         self._run: Run | None = None
         self._last_groups: tuple[Any, Groups] | None = None
         self._open = False  # there are environments that have not been resolved
+        self._gram: dict[str, Tensor] | None = None
+        self._observers: list[Observer] = []
 
     def _check_rule(self) -> None:
         rule = self._rule
@@ -184,6 +186,7 @@ class Agreement:
         *,
         resolve: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
+        gram: bool = False,
     ) -> Iterator[None]:
         """Return the context of a training step.
 
@@ -200,6 +203,8 @@ class Agreement:
                 raises, the environments of all are dropped. With an optimizer environments add up
                 until ``step()`` in any case.
             grad_scaler: the :class:`torch.amp.GradScaler` whose ``scale`` the loss goes through.
+            gram: also take the scalar products of the gradients of all pairs of environments: see
+                :attr:`gram` and :func:`andmask_ext.metrics.gradient_cosines`. One backward pass.
 
         Raises:
             RuntimeError: at ``backward``: environments mix, or the model is compiled; at the end:
@@ -208,6 +213,7 @@ class Agreement:
             ValueError: examples cannot be split like that, or an environment has none.
         """
         check_environments(environments)
+        check_bool("gram", gram)
         if self._model is None:
             raise RuntimeError("Agreement: expected to be used before detach()")
         if self._run is not None:
@@ -219,6 +225,7 @@ class Agreement:
             for leaf in self._leaves
         ]
         run = self._run = self._begin(environments, grad_scaler)
+        run.gram, self._gram = gram, None
         complete = False
         try:
             with BackwardMode(run), activate(environments), run.watch:
@@ -232,6 +239,11 @@ class Agreement:
                     leaf.grad = grad
                 self._abandon(run)
             run.close()
+        if gram and run.products is not None:
+            self._gram = {
+                self._name(self._params[number]): products
+                for number, products in sorted(run.products.found.items())
+            }
         self._end(run, resolve)
 
     def _begin(self, environments: Environments, scaler: torch.amp.GradScaler | None) -> Run:
@@ -247,6 +259,7 @@ class Agreement:
             if not self._open:
                 self._records.clear()
                 self._moments[0].reset()
+                self._moments[0].track_norms = begin_all(self._observers)
             targets = [
                 Target(param, self._moments[0], index) for index, param in enumerate(self._params)
             ]
@@ -282,6 +295,8 @@ class Agreement:
             return
         moments, rule = self._moments[0], self._rule
         assert isinstance(rule, Rule)
+        for observer in self._observers:
+            observer.end([(self._params, moments, rule)])
         with torch.no_grad():
             updates = rule.resolve(moments) if self._keep else moments.resolve_and_release(rule)
             if run.scale != 1:
@@ -319,6 +334,24 @@ class Agreement:
                 "moments: expected keep_moments=True: the gradients have been written over them"
             )
         return self._moments
+
+    @property
+    def gram(self) -> dict[str, Tensor]:
+        """Scalar products of the gradients of all pairs of environments, of each parameter.
+
+        Of the last context, which must have had ``gram=True``: by name, float64 ``[d, d]``.
+        Parameters that were not used are not there. They are computed in float32 (float64 for
+        float64), for a layer with few rows from its inputs and output gradients alone.
+
+        Raises:
+            RuntimeError: the last context had not ``gram=True``, or raised.
+        """
+        if self._gram is None:
+            raise RuntimeError(
+                "gram: expected a context with gram=True before: "
+                "`with agreement(environments, gram=True): loss.backward()`"
+            )
+        return self._gram
 
     def report(self) -> Report:
         """Return how each parameter was treated in the last context. Print it.
@@ -392,7 +425,7 @@ class Agreement:
         if self._run is not None:
             raise RuntimeError("detach: expected to be called outside of the context")
         self._model = None
-        self._optimizer, self._last_groups = None, None
+        self._optimizer, self._last_groups, self._gram = None, None, None
         self._params, self._leaves, self._moments, self._names = [], [], [], {}
         self._plans.clear()
         self._records.clear()

@@ -17,6 +17,7 @@ from ._groups import Environments, Groups
 from ._mode import BackwardMode
 from ._nodes import leaf
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
+from ._products import Products
 from ._proof import Proof
 from ._session import Record, Session, Target
 
@@ -34,6 +35,8 @@ class Run:
         scale: of the gradient scaler.
         started: whether any moments may have been changed.
         targets: where the moments of each parameter are.
+        gram: whether scalar products of all pairs of environments are wanted; then
+        products: has them after the backward pass.
     """
 
     targets: list[Target]
@@ -62,6 +65,8 @@ class Run:
         self._records = records
         self._tracked = {id(param): number for number, param in enumerate(owner._params)}
         self._session: Session | None = None
+        self.gram = False
+        self.products: Products | None = None
         self._proof = Proof(self._engine)
         self._inner = 0  # backward passes inside this one
         self._outer: Any = None  # the key of the plan of the outer one
@@ -118,6 +123,10 @@ class Run:
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
         refuse_compiled(graph)
+        if self.gram and self._passes:
+            raise RuntimeError(
+                "Agreement: expected one backward pass in a context with gram=True, but got another"
+            )
         for target in self.targets:
             if target.param._backward_hooks:
                 raise RuntimeError(
@@ -152,7 +161,10 @@ class Run:
     ) -> None:
         plan = self._plan(graph)
         self._inner = 0
-        session = Session(self.targets, groups, self._weights(groups), plan.deferred, self._records)
+        weights, products = self._weights(groups), None
+        if self.gram or any(target.moments.track_norms for target in self.targets):
+            products = Products(self.gram, groups, weights)
+        session = Session(self.targets, groups, weights, plan.deferred, self._records, products)
         self._session = session
         self.started = True
         others = [leaf(graph.nodes[index]) for index in plan.leaves]
@@ -162,6 +174,8 @@ class Run:
                 other.grad = None
             self._pass(graph, plan, roots, grads, retain_graph, session)
             session.finish()
+            if products is not None:
+                self._take(products)
         except BaseException:
             for other, grad in zip(others, before, strict=True):
                 other.grad = grad
@@ -171,6 +185,13 @@ class Run:
         for other, grad in zip(others, before, strict=True):
             if grad is not None:  # not in place: the context may still fail
                 other.grad = grad if other.grad is None else grad + other.grad
+
+    def _take(self, products: Products) -> None:
+        self.products = products
+        for number, found in products.found.items():
+            target = self.targets[number]
+            norms = found.diagonal() if products.pairs else found
+            target.moments.add_squared_norm(target.index, norms.sum())
 
     def _make_groups(self) -> Groups:
         environments, sizes = self._environments, self.watch.sizes

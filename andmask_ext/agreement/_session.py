@@ -17,10 +17,9 @@ from ..moments import Moments
 from ._chain import View
 from ._graph import Graph, Operand
 from ._groups import Groups
+from ._products import SCRATCH_BYTES, Products
 from ._uses import Convolution, Lookup, OneByOne, Outer, Stacked, Use, add_up
 
-# Gradients of several environments are held only in buffers of at most this size.
-SCRATCH_BYTES = 32 << 20
 # Small gradients wait for each other: a call into the native library costs microseconds.
 _FLUSH_BYTES = 256 << 10
 
@@ -58,6 +57,7 @@ class Session:
         weights: a factor for each environment, or one for all.
         deferred: treat no parameter before :meth:`finish`: uses may come that are not announced.
         records: by the parameter's number; filled for the report.
+        products: takes scalar products of the gradients, if there is one.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class Session:
         weights: list[float],
         deferred: bool,
         records: dict[int, Record],
+        products: Products | None = None,
     ) -> None:
+        self.products = products
         self._targets = targets
         self._groups = groups
         self._weights = weights
@@ -119,10 +121,21 @@ class Session:
         target = self._targets[param]
         paths = sorted({entry.use.path for entry in entries})
         record = self._records[param] = Record(len(entries), paths)
+        if self.products is not None:
+            self._take_products(self.products, param, entries)
         reason = self._add_directly(target, entries)
         if reason:
             self._add_in_chunks(target, entries, param)
             record.paths.append(f"gradients of a few environments at a time ({reason})")
+
+    def _take_products(self, products: Products, param: int, entries: list[_Entry]) -> None:
+        joined, tensor = _joined(entries), self._targets[param].param
+        use, view = joined[0].use, joined[0].operand.view
+        if len(joined) == 1 and isinstance(use, Outer) and view is not None:
+            if products.of_factors(param, use):
+                return
+        parts = [partial(self._gradients, entry, tensor) for entry in entries]
+        products.of_gradients(param, parts, _at_once(tensor))
 
     def _add_directly(self, target: Target, entries: list[_Entry]) -> str:
         """Add uses that nothing has to be added to before they vote; or say why that cannot be."""
@@ -242,11 +255,9 @@ class Session:
 
     def _add_in_chunks(self, target: Target, entries: Sequence[_Entry], param: int) -> None:
         lists = target.moments.open_memory([target.index], self._groups.environments)
-        total = lists[0][0]
+        total: Tensor = lists[0][0]
         parts = [partial(self._gradients, entry, target.param) for entry in entries]
-        count = self._groups.environments
-        each = total.numel() * total.element_size()
-        step = max(1, SCRATCH_BYTES // max(1, 3 * each))  # parts, their stack, and their sum
+        count, step = self._groups.environments, _at_once(total)
         for begin in range(0, count, step):
             end = min(begin + step, count)
             weights = self._weights if len(self._weights) == 1 else self._weights[begin:end]
@@ -268,6 +279,11 @@ class Session:
         return torch.stack([
             torch.autograd.grad([edge], [param], [grad.to(dtype)], True)[0] for grad in stacked
         ])  # fmt: skip
+
+
+def _at_once(param: Tensor) -> int:
+    """Return of how many environments parts of gradients, their stack and sum are held at once."""
+    return max(1, SCRATCH_BYTES // max(1, 3 * param.numel() * max(4, param.element_size())))
 
 
 def _is_matrix(view: View, use: Outer) -> bool:

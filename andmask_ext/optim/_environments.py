@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dtype, check_tau, check_weight
 from .._devices import by_device
-from ..moments import Moments
+from ..moments import Moments, Observer, begin_all
 from ..rules import AndMask, Mean, Rule
 from ._context import Environment, Hook
 from ._state import load_wide_state
@@ -136,6 +136,7 @@ class MomentOptimizer(Optimizer):
         self._slots: dict[int, tuple[int, int]] = {}  # id of a parameter -> group, index in it
         self._hooks: dict[int, Any] = {}
         self._current: Environment | None = None
+        self._observers: list[Observer] = []
         self._forget()
 
     def _forget(self) -> None:
@@ -166,6 +167,9 @@ class MomentOptimizer(Optimizer):
                     for g, group in enumerate(self.param_groups)
                     for i, param in enumerate(group["params"])
                 }
+            tracked = begin_all(self._observers)
+            for moments in self._moments:
+                moments.track_norms = tracked
         if len(self._hooks) < len(self._slots):
             hook = Hook(self)
             for group in self.param_groups:
@@ -308,6 +312,11 @@ class MomentOptimizer(Optimizer):
         if overflow:
             self._forget_and_clear()
             return loss
+        for observer in self._observers:
+            observer.end([
+                (group["params"], moments, self._rule(group))
+                for group, moments in zip(self.param_groups, self._moments, strict=True)
+            ])  # fmt: skip
         self._update()
         own = self._own_grads
         self._forget()

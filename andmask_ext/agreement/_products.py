@@ -1,0 +1,113 @@
+"""Scalar products of the gradients of environments, without the gradients where that is cheaper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._groups import Groups
+from ._uses import Outer, add_up
+
+# No more is held at once.
+SCRATCH_BYTES = 32 << 20
+
+Part = Callable[[int, int], Tensor]  # gradients of environments [begin, end) of one parameter
+
+
+class Products:
+    """Of one backward pass.
+
+    Args:
+        pairs: of all pairs of environments, ``[d, d]``; else of each with itself, ``[d]``.
+        groups: the environments.
+        weights: a factor for the gradient of each environment, or one for all.
+    """
+
+    def __init__(self, pairs: bool, groups: Groups, weights: Sequence[float]) -> None:
+        self.pairs = pairs
+        self.found: dict[int, Tensor] = {}  # by the parameter's number, float64
+        self._groups = groups
+        self._weights = weights
+
+    def of_factors(self, param: int, use: Outer) -> bool:
+        """Take the products from the factors of outer products, if that is cheaper.
+
+        With ``G_e`` the sum of ``d a^T`` over the rows of e, the scalar product of two of them is
+        the sum of ``(a . a')(d . d')`` over pairs of rows.
+        """
+        environments = self._groups.environments
+        examples, each = use.activations.shape[:2]
+        rows = examples * each
+        partners = rows if self.pairs else rows // environments  # of each row
+        if use.groups.environments != environments or rows * partners * 4 > SCRATCH_BYTES:
+            return False
+        if not self.pairs and use.groups.size is None:
+            return False
+        columns = use.activations.shape[2], use.grads.shape[2]
+        gradients = columns[0] * columns[1]
+        products = environments**2 * gradients if self.pairs else 0
+        if rows * partners * sum(columns) > rows * gradients + products:
+            return False
+        factors = [_rows(factor) for factor in (use.activations, use.grads)]
+        if self.pairs:
+            found = _product(factors[0]) * _product(factors[1])
+            if use.groups.size != 1 or each != 1:
+                ids = use.groups.ids.repeat_interleave(each).to(found.device)
+                half = found.new_zeros(environments, rows).index_add_(0, ids, found)
+                found = half.new_zeros(environments, environments).index_add_(1, ids, half)
+        else:
+            a, d = (factor.reshape(environments, -1, factor.shape[1]) for factor in factors)
+            if a.shape[1] == 1:
+                found = (a.square().sum(2) * d.square().sum(2)).flatten()
+            else:
+                found = (a.bmm(a.mT) * d.bmm(d.mT)).sum((1, 2))
+        self._keep(param, found)
+        return True
+
+    def of_gradients(self, param: int, parts: Sequence[Part], step: int) -> None:
+        """Take the products from gradients of ``step`` environments at a time."""
+        count = self._groups.environments
+        blocks = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
+        found: Tensor | None = None
+        for number, (begin, end) in enumerate(blocks):
+            grads = _flat(add_up(parts, begin, end))
+            if found is None:
+                shape = (count, count) if self.pairs else (count,)
+                found = grads.new_zeros(shape, dtype=torch.float64)
+            if not self.pairs:
+                found[begin:end] = torch.linalg.vector_norm(grads, dim=1).double().square()
+                continue
+            for first, last in blocks[number:]:
+                others = grads if first == begin else _flat(add_up(parts, first, last))
+                corner = grads @ others.t()
+                found[begin:end, first:last] = corner
+                found[first:last, begin:end] = corner.t()
+        assert found is not None
+        self._keep(param, found)
+
+    def _keep(self, param: int, products: Tensor) -> None:
+        products = products.double()
+        weights = torch.tensor(self._weights, dtype=torch.float64, device=products.device)
+        factors = (
+            weights[:, None] * weights if self.pairs and len(weights) > 1 else weights.square()
+        )
+        self.found[param] = products * factors
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _flat(grads: Tensor) -> Tensor:
+    return _wide(grads).reshape(len(grads), -1)
+
+
+def _rows(factor: Tensor) -> Tensor:
+    """Return ``[examples * rows of each, columns]``."""
+    return _wide(factor).flatten(0, 1)
+
+
+def _product(rows: Tensor) -> Tensor:
+    return (rows @ rows.t()).double()

@@ -1,0 +1,211 @@
+"""Metrics of pairs: of environments, and of a gradient with the signals in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._checks import check_bool, check_tau
+from ..agreement import Agreement
+from ..reference import vote_threshold
+from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of
+
+__all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]
+
+# Columns are widened a few at a time.
+_CHUNK_BYTES = 8 << 20
+
+
+def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
+    r"""Return the cosine of the angle between the gradients of each pair of environments.
+
+    The gradient of an environment is that of all parameters together. Scalar products are added up
+    parameter by parameter, so that no copy of all gradients is made.
+
+    Args:
+        grads: gradients of d environments: a tensor ``[d, *shape]`` or a dict or list of them; or
+            an :class:`andmask_ext.Agreement` after ``with agreement(gram=True)``: one backward pass
+            has then given all pairs, and no gradient of an environment was kept.
+
+    Returns:
+        float64 ``[d, d]``, symmetric, with ones on the diagonal. Zero for an environment whose
+        gradient is zero (as :func:`torch.nn.functional.cosine_similarity`), NaN for one that is not
+        finite.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype; moments do not keep single environments.
+        ValueError: there is no environment.
+        RuntimeError: the last context of the agreement had not ``gram=True``.
+
+    Shape:
+        - grads: :math:`(d, *)`
+        - output: :math:`(d, d)`
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> am.metrics.gradient_cosines(torch.tensor([[3.0, 0.0], [4.0, 3.0], [-1.0, 0.0]]))
+        tensor([[ 1.0000,  0.8000, -1.0000],
+                [ 0.8000,  1.0000, -0.8000],
+                [-1.0000, -0.8000,  1.0000]], dtype=torch.float64)
+    """
+    if isinstance(grads, Agreement):
+        products = list(grads.gram.values())
+    else:
+        products = [_gram(one) for one in stacked_of(grads)]
+    device = products[0].device
+    total = products[0].clone()
+    for product in products[1:]:
+        total += product.to(device)
+    total = (total + total.t()) / 2  # a matrix product need not be symmetric to the last bit
+    norms = total.diagonal().sqrt()
+    sizes = norms[:, None] * norms
+    cosines = torch.where(sizes == 0, 0.0, total / sizes).clamp(-1, 1)
+    exact = torch.where(norms > 0, 1.0, norms * 0)  # 0 of zero, NaN of NaN
+    finite = torch.where(torch.isfinite(norms), exact, torch.nan)
+    cosines.diagonal().copy_(finite)
+    return cosines
+
+
+def _gram(grads: Tensor) -> Tensor:
+    """Return scalar products of all pairs, float64 ``[d, d]``."""
+    environments = grads.shape[0]
+    flat = grads.reshape(environments, -1)
+    total = flat.new_zeros(environments, environments, dtype=torch.float64)
+    columns = max(1, _CHUNK_BYTES // (8 * environments))
+    for chunk in flat.split(columns, 1):
+        wide = chunk.double()
+        total.addmm_(wide, wide.t())
+    return total
+
+
+@dataclass(frozen=True, eq=False)
+class GradientCorrelation:
+    """How the update correlates with signals in it, over the threshold.
+
+    Attributes:
+        tau: float64 ``[t]``, thresholds.
+        correlations: of each signal, float64 ``[t]``; NaN where fewer than two coordinates are
+            left, or one of the two does not vary on them.
+        coordinates: of each signal, int64 ``[t]``: how many entered.
+    """
+
+    tau: Tensor
+    correlations: dict[str, Tensor]
+    coordinates: dict[str, Tensor]
+
+
+def gradient_correlation(
+    grads: Gradients,
+    signals: Mapping[str, Gradients],
+    taus: Sequence[float] = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0),
+    *,
+    mask_signals: bool = True,
+    xor: bool = False,
+) -> GradientCorrelation:
+    r"""Correlate the masked mean gradient with those of data in which one cause alone is left.
+
+    The paper's analysis of the synthetic task: gradients on the data as they are, beside gradients
+    on data whose shortcut inputs are permuted over examples (what is left is the *mechanism*), and
+    on data whose mechanism inputs are permuted (what is left is the *shortcut*). As tau grows, the
+    correlation with the shortcut should vanish, and that with the mechanism remain.
+
+    Pearson's correlation over coordinates of all parameters, without those where either gradient is
+    zero, as masked ones are.
+
+    Args:
+        grads: gradients of d environments on the data as they are: a tensor ``[d, *shape]``, a dict
+            or list of them, or :class:`andmask_ext.Moments` with votes.
+        signals: by name, gradients for the same parameters on permuted data.
+        taus: thresholds in [0, 1].
+        mask_signals: mask the mean gradient of a signal by the votes of its own environments;
+            False: compare with its plain mean.
+        xor: for control, keep only coordinates that the AND-mask masks.
+
+    Raises:
+        TypeError: an argument has another type.
+        ValueError: a signal has other parameters, or a threshold lies outside [0, 1].
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> mechanism = torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0]).expand(2, 5)
+        >>> shortcut = torch.tensor([[0.0, 0.0, 0.0, 5.0, -4.0], [0.0, 0.0, 0.0, -3.0, 6.0]])
+        >>> result = am.metrics.gradient_correlation(
+        ...     mechanism + shortcut, {"mechanism": mechanism, "shortcut": shortcut}, [0.0, 1.0])
+        >>> result.correlations["mechanism"]
+        tensor([1., 1.], dtype=torch.float64)
+        >>> result.coordinates["shortcut"]
+        tensor([2, 0])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 4.1
+        (gradient correlations).
+    """
+    check_bool("mask_signals", mask_signals)
+    check_bool("xor", xor)
+    if not isinstance(signals, Mapping):
+        raise TypeError(
+            f"signals: expected a dict from names to gradients, but got {type(signals).__name__}"
+        )
+    thresholds = list(taus)
+    for tau in thresholds:
+        check_tau(tau)
+    whole = _means_and_votes(entries_of(grads))
+    correlations, coordinates = {}, {}
+    for name, signal in signals.items():
+        other = _means_and_votes(entries_of(signal, f"signals[{name!r}]"))
+        shapes, expected = ([one.shape for one in m.means] for m in (other, whole))
+        if shapes != expected:
+            raise ValueError(
+                f"signals[{name!r}]: expected gradients for parameters of shapes "
+                f"{[tuple(s) for s in expected]}, as grads, but got {[tuple(s) for s in shapes]}"
+            )
+        results = [
+            _pearson(
+                whole.masked(tau, xor),
+                other.masked(tau, xor) if mask_signals else other.means,
+            )
+            for tau in thresholds
+        ]
+        correlations[name] = torch.stack([one for one, _ in results])
+        coordinates[name] = torch.stack([count for _, count in results])
+    return GradientCorrelation(
+        torch.tensor(thresholds, dtype=torch.float64), correlations, coordinates
+    )
+
+
+@dataclass(frozen=True)
+class _Means:
+    environments: int
+    means: list[Tensor]
+    votes: list[Tensor]
+
+    def masked(self, tau: float, xor: bool) -> list[Tensor]:
+        """Return masked means; the mask multiplies."""
+        threshold = vote_threshold(tau, self.environments)
+        return [
+            mean * ((votes.abs() >= threshold) != xor)
+            for mean, votes in zip(self.means, self.votes, strict=True)
+        ]
+
+
+def _means_and_votes(entries: Entries) -> _Means:
+    return _Means(
+        entries.environments,
+        [one.double() / entries.environments for one in entries.of_moments("sum")],
+        entries.of_moments("votes"),
+    )
+
+
+def _pearson(first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the correlation over coordinates where neither is zero, and how many there are."""
+    device = first[0].device
+    x, y = (torch.cat([one.flatten().to(device) for one in many]) for many in (first, second))
+    both = (x != 0) & (y != 0)
+    count = both.sum()
+    x, y = (torch.where(both, one - (one * both).sum() / count, 0.0) for one in (x, y))
+    correlation = (x * y).sum() / (x.square().sum().sqrt() * y.square().sum().sqrt())
+    enough = (count >= 2) & (x != 0).any() & (y != 0).any()
+    return torch.where(enough, correlation.clamp(-1, 1), torch.nan), count

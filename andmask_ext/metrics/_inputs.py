@@ -1,0 +1,157 @@
+"""What metrics take: gradients of environments, stacked or as moments, one tensor or many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._checks import check_grads
+from .._devices import by_device
+from ..moments import Moments
+
+Stacked: TypeAlias = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
+Gradients: TypeAlias = Stacked | Moments
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The gradients of some parameters.
+
+    Attributes:
+        environments: how many there are.
+        stacked: ``[environments, *shape]`` of each parameter; None: there are moments.
+        moments: in the place of that.
+        like: puts one value for each entry into the form in which the gradients came. Moments
+            become a list, with None for parameters that no environment has touched.
+    """
+
+    environments: int
+    stacked: list[Tensor] | None
+    moments: Moments | None
+    like: Callable[[Sequence[Any]], Any]
+
+    def __len__(self) -> int:
+        return len(self.stacked if self.moments is None else self.moments.touched)  # type: ignore[arg-type]
+
+    def of_moments(self, kind: str) -> list[Tensor]:
+        """Return a kind of moments of the entries; of stacked gradients they are computed."""
+        moments = self.moments
+        if moments is None:
+            assert self.stacked is not None
+            moments = Moments(
+                [_row(grads) for grads in self.stacked], () if kind == "sum" else (kind,)
+            )
+            moments.add_stacked(self.stacked)
+        elif kind not in ("sum", *moments.kinds):
+            raise ValueError(
+                f"grads: expected moments with {kind}, but got {moments}; make them with "
+                f"kinds=(..., {kind!r}), or let a rule that needs {kind} be the optimizer's"
+            )
+        return [one for one in getattr(moments, kind) if one is not None]
+
+    def histograms(self) -> tuple[Tensor, Tensor]:
+        """Return counts and squares, ``[entries, environments + 1]``, on the first device."""
+        if self.stacked is not None:
+            found = [torch.ops.andmask.vote_histogram.default(grads) for grads in self.stacked]
+            device = found[0][0].device
+            counts, squares = (
+                torch.stack([one[part].to(device) for one in found]) for part in (0, 1)
+            )
+            return counts, squares
+        return vote_histograms(self.of_moments("sum"), self.of_moments("votes"), self.environments)
+
+
+def vote_histograms(sums: list[Tensor], votes: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
+    """Call the op on lists that may lie on several devices; the results lie on the first one."""
+    groups = by_device(sums)
+    if len(groups) == 1:
+        one: tuple[Tensor, Tensor] = torch.ops.andmask.vote_histograms.default(sums, votes, count)
+        return one
+    results: list[list[Tensor]] = [[], []]
+    for places in groups:
+        found = torch.ops.andmask.vote_histograms.default(
+            [sums[place] for place in places], [votes[place] for place in places], count
+        )
+        for part, result in zip(found, results, strict=True):
+            result.append(part.to(sums[0].device))
+    order = torch.tensor([place for places in groups for place in places]).argsort()
+    counts, squares = (torch.cat(result)[order.to(result[0].device)] for result in results)
+    return counts, squares
+
+
+def entries_of(grads: Gradients, name: str = "grads") -> Entries:
+    """Check gradients of any form, and return them as a list.
+
+    Raises:
+        TypeError: they are none of these forms, or hold what is not a floating-point tensor.
+        ValueError: there are none, or entries differ in the number of environments.
+    """
+    if isinstance(grads, Moments):
+        if grads.count == 0 or not grads.touched:
+            raise ValueError(
+                f"{name}: expected moments of at least 1 environment that has touched a parameter, "
+                f"but got {grads}"
+            )
+        return Entries(grads.count, None, grads, _in_places(grads.touched, len(grads.sum)))
+    if isinstance(grads, Tensor):
+        check_grads(grads, name)
+        return Entries(grads.shape[0], [grads], None, lambda values: values[0])
+    if isinstance(grads, Mapping):
+        keys = list(grads)
+        labelled = [(f"{name}[{key!r}]", grads[key]) for key in keys]
+    elif isinstance(grads, Sequence) and not isinstance(grads, str):
+        keys = []
+        labelled = [(f"{name}[{index}]", one) for index, one in enumerate(grads)]
+    else:
+        raise TypeError(
+            f"{name}: expected stacked gradients (a Tensor, or a dict or list of them) or Moments, "
+            f"but got {type(grads).__name__}"
+        )
+    if not labelled:
+        raise ValueError(f"{name}: expected gradients of at least 1 parameter, but got none")
+    for label, one in labelled:
+        check_grads(one, label)
+    first_label, first = labelled[0]
+    for label, one in labelled:
+        if one.shape[0] != first.shape[0]:
+            raise ValueError(
+                f"{label}: expected {first.shape[0]} environments (dim 0), as {first_label} has, "
+                f"but got {one.shape[0]}"
+            )
+    stacked = [one.detach() for _, one in labelled]
+    if isinstance(grads, Mapping):
+        return Entries(
+            first.shape[0], stacked, None, lambda values: dict(zip(keys, values, strict=True))
+        )
+    return Entries(first.shape[0], stacked, None, list)
+
+
+def stacked_of(grads: object, name: str = "grads") -> list[Tensor]:
+    """Return stacked gradients as a list, where moments would not do."""
+    if isinstance(grads, Moments):
+        raise TypeError(
+            f"{name}: expected the stacked gradients of all environments, but got Moments, which "
+            "do not keep them"
+        )
+    stacked = entries_of(grads, name).stacked  # type: ignore[arg-type]
+    assert stacked is not None
+    return stacked
+
+
+def _row(grads: Tensor) -> Tensor:
+    """Return a stand-in for the parameter of stacked gradients."""
+    return grads.detach()[0]
+
+
+def _in_places(places: list[int], size: int) -> Callable[[Sequence[Any]], list[Any]]:
+    def like(values: Sequence[Any]) -> list[Any]:
+        found: list[Any] = [None] * size
+        for place, value in zip(places, values, strict=True):
+            found[place] = value
+        return found
+
+    return like

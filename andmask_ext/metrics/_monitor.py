@@ -1,0 +1,342 @@
+"""Metrics of a training run, while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .._checks import check_bool, check_tau
+from ..agreement import Agreement
+from ..moments import Moments, Observer
+from ..optim._environments import MomentOptimizer
+from ..reference import vote_threshold
+from ..rules import AgreementSum, Rule
+from ._inputs import vote_histograms
+from ._signal import squared_norm
+from ._votes import noise_kept_fraction
+
+__all__ = ["Monitor"]
+
+METRICS = (
+    "sign_agreement",
+    "kept_fraction",
+    "noise_kept_fraction",
+    "norm",
+    "masked_norm",
+    "coherence",
+)
+_ALL = "all"  # in the place of a parameter's name
+
+
+class SummaryWriter(Protocol):
+    """What :meth:`Monitor.write` needs of ``torch.utils.tensorboard.SummaryWriter``."""
+
+    def add_scalar(self, tag: str, scalar_value: Any, global_step: int) -> Any:
+        """Take one value of a curve."""
+
+
+class Monitor(Observer):
+    r"""Record what the environments agree on, parameter by parameter, while a model trains.
+
+    Every so many steps, just before the moments become an update:
+
+    - ``sign_agreement``: mean of :math:`|\mathrm{votes}| / d` over coordinates;
+    - ``kept_fraction``: share of coordinates with :math:`|\mathrm{votes}| \ge \tau d`, and
+      ``noise_kept_fraction``, that of pure noise;
+    - ``norm``, ``masked_norm``: of the mean gradient, and of its kept coordinates;
+    - ``coherence``: see :func:`andmask_ext.metrics.coherence`.
+
+    In the steps between nothing is done. In those recorded, one pass is made over sums and votes,
+    and the squared norm of each environment's gradient is taken (``coherence=False``: not). Results
+    stay on the device of the parameters: nothing waits for it.
+
+    To watch plain training, train with ``AndMask(tau=0.0)``, which is the mean, and say what would
+    be kept: ``Monitor(optimizer, tau=0.8)``.
+
+    Args:
+        source: an optimizer of :mod:`andmask_ext.optim` that takes environments, or an
+            :class:`andmask_ext.Agreement`.
+        tau: threshold of ``kept_fraction``; None: that of each group's rule.
+        every: record each so many steps, the first one included.
+        coherence: also take the norms of environments' gradients.
+        names: names of the parameters, as ``model.named_parameters()``. None: those the source
+            knows, else numbers of group and parameter.
+
+    Raises:
+        TypeError: ``source`` is something else (``TemporalAndMaskAdam`` has one environment in each
+            step), or an option has another type.
+        ValueError: ``tau`` lies outside [0, 1], or ``every`` is not positive.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, tau=1.0)
+        >>> monitor = am.metrics.Monitor(optimizer, names=model.named_parameters())
+        >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
+        ...     with optimizer.environment():
+        ...         model(x).backward()
+        >>> optimizer.step()
+        >>> monitor
+        Monitor(1 record of 1 parameter, every 10 steps)
+        >>> monitor.latest["kept_fraction/weight"]
+        tensor(0.5000, dtype=torch.float64)
+        >>> monitor.latest["noise_kept_fraction/weight"]
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        source: MomentOptimizer | Agreement,
+        *,
+        tau: float | None = None,
+        every: int = 10,
+        coherence: bool = True,
+        names: Iterable[tuple[str, Tensor]] | None = None,
+    ) -> None:
+        if tau is not None:
+            check_tau(tau)
+        if not isinstance(every, int) or isinstance(every, bool):
+            raise TypeError(f"every: expected an int, but got {type(every).__name__}")
+        if every < 1:
+            raise ValueError(f"every: expected a positive number, but got {every}")
+        check_bool("coherence", coherence)
+        known: dict[int, str] = {}
+        if isinstance(source, Agreement):
+            known = source._names
+            if source._optimizer is not None:
+                source = source._optimizer
+        elif not isinstance(source, MomentOptimizer):
+            raise TypeError(
+                "source: expected an optimizer of andmask_ext.optim that takes environments, or an "
+                f"Agreement, but got {type(source).__name__}"
+            )
+        self._source = source
+        self._tau = tau
+        self._every = every
+        self._coherence = coherence
+        self._known = known if names is None else {id(param): name for name, param in names}
+        self._step = 0
+        self._written = 0
+        self.steps: list[int] = []
+        self.names: list[str] = []
+        # Of each record: metric -> one value for each parameter, and one for all.
+        self._records: list[dict[str, Tensor]] = []
+        source._observers.append(self)
+
+    def __repr__(self) -> str:
+        return (
+            f"Monitor({_number(len(self.steps), 'record')} of "
+            f"{_number(len(self.names), 'parameter')}, every {_number(self._every, 'step')})"
+        )
+
+    def close(self) -> None:
+        """Stop recording. What has been recorded stays."""
+        if self in self._source._observers:
+            self._source._observers.remove(self)
+
+    # ---- what the source calls ----
+
+    def begin(self) -> bool:
+        return self._coherence and self._step % self._every == 0
+
+    @torch.no_grad()
+    def end(self, groups: Sequence[tuple[list[Tensor], Moments, Rule]]) -> None:
+        step, self._step = self._step, self._step + 1
+        if step % self._every:
+            return
+        names = [
+            self._known.get(id(param), f"{number}.{index}")
+            for number, (params, _, _) in enumerate(groups)
+            for index, param in enumerate(params)
+        ]
+        if self.names and names != self.names:
+            raise RuntimeError(
+                f"Monitor: expected the {_number(len(self.names))} of the first record, but got "
+                f"{_number(len(names))}; make a new Monitor after add_param_group"
+            )
+        self.names = names
+        measured = [
+            self._measure(moments, rule) if moments.touched else {} for _, moments, rule in groups
+        ]
+        self._records.append(_joined(groups, measured))
+        self.steps.append(step)
+
+    def _measure(self, moments: Moments, rule: Rule) -> dict[str, Tensor]:
+        """Return sums over the coordinates of each touched parameter, as far as they are known."""
+        count = moments.count
+        sums = [one for one in moments.sum if one is not None]
+        tau = _tau_of(rule) if self._tau is None else self._tau
+        found: dict[str, Tensor] = {}
+        if "votes" in moments.kinds:
+            votes = [one for one in moments.votes if one is not None]
+            counts, squares = vote_histograms(sums, votes, count)
+            threshold = vote_threshold(tau, count)
+            steps = torch.arange(count + 1, dtype=torch.float64, device=counts.device)
+            together = squares.sum(1)
+            found["sizes"] = counts.sum(1).double()
+            found["agreement"] = counts.double() @ (steps / count)
+            found["kept"] = counts[:, threshold:].sum(1).double()
+            found["noise"] = found["sizes"] * noise_kept_fraction(count, tau)
+            # The mask multiplies: what is not finite shows under it too.
+            found["masked"] = (squares[:, threshold:].sum(1) + together * 0) / count**2
+        else:
+            device = sums[0].device
+            together = torch.stack([squared_norm(one).to(device) for one in sums])
+        found["mean"] = together / count**2
+        apart = self._apart(moments, together)
+        if apart is not None:
+            found["together"], found["apart"] = together, apart
+        return found
+
+    def _apart(self, moments: Moments, together: Tensor) -> Tensor | None:
+        if not self._coherence:
+            return None
+        norms, device = moments.squared_norms, together.device
+        if norms is not None:
+            return torch.stack([one.to(device) for one in norms if one is not None])
+        if "squares" not in moments.kinds:  # a state from elsewhere was loaded half-way
+            return None
+        deviations = [
+            one.sum(dtype=torch.float64).to(device) for one in moments.squares if one is not None
+        ]
+        return torch.stack(deviations) + together / moments.count
+
+    # ---- looking at it ----
+
+    @property
+    def latest(self) -> dict[str, Tensor]:
+        """The last record: 0-dim float64 tensors by ``"metric/parameter"`` and ``"metric/all"``.
+
+        Raises:
+            RuntimeError: nothing has been recorded.
+        """
+        if not self._records:
+            raise RuntimeError("latest: expected a step before, but nothing has been recorded")
+        return self._scalars(-1)
+
+    def _scalars(self, record: int) -> dict[str, Tensor]:
+        return {
+            f"{metric}/{name}": value
+            for metric, values in self._records[record].items()
+            for name, value in zip((*self.names, _ALL), values.unbind(), strict=True)
+        }
+
+    def series(self, metric: str) -> Tensor:
+        """Return a metric of each parameter over time: float64 ``[records, parameters]``.
+
+        NaN where no environment touched the parameter, where its rule keeps no votes, and for the
+        coherence of gradients that are all zero.
+
+        Raises:
+            ValueError: ``metric`` is none of those above.
+        """
+        return self._stacked(metric)[:, :-1]
+
+    def total(self, metric: str) -> Tensor:
+        """Return a metric of all parameters together over time: float64 ``[records]``.
+
+        Raises:
+            ValueError: ``metric`` is none of those above.
+        """
+        return self._stacked(metric)[:, -1]
+
+    def _stacked(self, metric: str) -> Tensor:
+        if metric not in METRICS:
+            raise ValueError(f"metric: expected one of {', '.join(METRICS)}, but got {metric!r}")
+        if not self._records:
+            return torch.zeros(0, len(self.names) + 1, dtype=torch.float64)
+        return torch.stack([record[metric] for record in self._records])
+
+    def write(self, writer: SummaryWriter) -> None:
+        """Write all records that have not been written yet to TensorBoard.
+
+        Call it as often as you like: after each epoch, or at the end.
+
+        Args:
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
+        """
+        for record in range(self._written, len(self._records)):
+            for tag, value in self._scalars(record).items():
+                writer.add_scalar(tag, value.item(), self.steps[record])
+        self._written = len(self._records)
+
+    def to_dataframe(self) -> Any:
+        """Return all records as a ``pandas.DataFrame``.
+
+        A row for each record and parameter (and ``"all"``), columns ``step``, ``parameter`` and the
+        metrics.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "to_dataframe needs pandas: pip install 'andmask_ext[metrics]'"
+            ) from error
+        names = [*self.names, _ALL]
+        columns: dict[str, Any] = {
+            "step": [step for step in self.steps for _ in names],
+            "parameter": names * len(self.steps),
+        }
+        for metric in METRICS:
+            columns[metric] = self._stacked(metric).flatten()[: len(columns["step"])].tolist()
+        return pandas.DataFrame(columns)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything that :meth:`load_state_dict` needs to go on recording."""
+        return {
+            "step": self._step,
+            "written": self._written,
+            "steps": list(self.steps),
+            "names": list(self.names),
+            "records": [dict(record) for record in self._records],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the records of a run that is resumed."""
+        self._step, self._written = state["step"], state["written"]
+        self.steps, self.names = list(state["steps"]), list(state["names"])
+        self._records = [dict(record) for record in state["records"]]
+
+
+_SUMS = ("sizes", "agreement", "kept", "noise", "mean", "masked", "together", "apart")
+
+
+def _joined(
+    groups: Sequence[tuple[list[Tensor], Moments, Rule]], measured: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the metrics of each parameter, and of all that have them."""
+    device = next(found["mean"].device for found in measured if found)
+    sums = {}
+    for name in _SUMS:
+        parts, total = [], torch.zeros(1, dtype=torch.float64, device=device)
+        for (params, moments, _), found in zip(groups, measured, strict=True):
+            part = torch.full((len(params),), torch.nan, dtype=torch.float64, device=device)
+            if name in found:
+                part[moments.touched] = found[name].to(device)
+                total += found[name].sum().to(device)
+            parts.append(part)
+        if not any(name in found for found in measured):
+            total += torch.nan
+        sums[name] = torch.cat([*parts, total])
+    return {
+        "sign_agreement": sums["agreement"] / sums["sizes"],
+        "kept_fraction": sums["kept"] / sums["sizes"],
+        "noise_kept_fraction": sums["noise"] / sums["sizes"],
+        "norm": sums["mean"].sqrt(),
+        "masked_norm": sums["masked"].sqrt(),
+        "coherence": sums["together"] / sums["apart"],
+    }
+
+
+def _tau_of(rule: Rule) -> float:
+    return 1.0 if isinstance(rule, AgreementSum) else float(getattr(rule, "tau", 0.0))
+
+
+def _number(count: int, of: str = "parameter") -> str:
+    return f"{count} {of}{'' if count == 1 else 's'}"

@@ -1,0 +1,155 @@
+"""Metrics of the spread of environments' gradients about their mean."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_bool
+from ._inputs import Entries, Gradients, entries_of
+
+__all__ = ["coherence", "signal_to_noise"]
+
+_CHUNK = 1 << 18
+
+
+def signal_to_noise(grads: Gradients, *, correction: int = 1) -> Any:
+    r"""Return the signal-to-noise ratio of each coordinate's gradient (GSNR).
+
+    .. math:: \bar g^2 / \mathrm{Var}_e(g_e)
+
+    High where environments agree in sign *and* size; the sample mean of pure noise has about 1/d.
+
+    Args:
+        grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
+            :class:`andmask_ext.Moments` with squares.
+        correction: the variance is divided by ``d - correction``: 1 for environments that are a
+            sample, 0 for all there are (as :func:`torch.var`).
+
+    Returns:
+        One tensor ``[*shape]`` for each parameter, in the form in which gradients came (of moments
+        a list, with None for untouched parameters); float32, float64 for float64 gradients. Zero
+        where the mean is zero; infinite where all environments have the same other gradient.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype, or ``correction`` is not an int.
+        ValueError: there are not more than ``correction`` environments, or moments keep no squares.
+
+    Shape:
+        - grads: :math:`(d, *)`
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> am.metrics.signal_to_noise(torch.tensor([[1.0, -2.0], [3.0, 2.0]]))
+        tensor([2., 0.])
+
+    Reference:
+        Liu et al., *Understanding why neural networks generalize well through GSNR of parameters*,
+        ICLR 2020 (arXiv 2001.07384).
+    """
+    if not isinstance(correction, int) or isinstance(correction, bool):
+        raise TypeError(f"correction: expected an int, but got {type(correction).__name__}")
+    entries = entries_of(grads)
+    environments = entries.environments
+    if correction < 0 or environments <= correction:
+        raise ValueError(
+            f"correction: expected a number from 0 to environments - 1 = {environments - 1}, "
+            f"but got {correction}"
+        )
+    return entries.like([
+        _ratio(total / environments, squares / (environments - correction))
+        for total, squares in zip(*_sums_and_squares(entries), strict=True)
+    ])  # fmt: skip
+
+
+def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
+    r"""Return how far gradients of environments add up: their m-coherence.
+
+    .. math:: \|\sum_e g_e\|^2 / \sum_e \|g_e\|^2
+
+    d if all are the same, 1 if they are orthogonal, 0 if they cancel: as many environments as a
+    step on one of them helps, on average.
+
+    Args:
+        grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
+            :class:`andmask_ext.Moments` with squares, or whose ``track_norms`` was set.
+        per_parameter: return one value for each parameter instead of one for all.
+
+    Returns:
+        A 0-dim float64 tensor; or 0-dim tensors in the form in which gradients came. NaN where all
+        gradients are zero.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype.
+        ValueError: there is no environment, or moments keep neither squares nor norms.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> am.metrics.coherence(torch.tensor([[3.0, 4.0], [3.0, -4.0]]))
+        tensor(0.7200, dtype=torch.float64)
+
+    Reference:
+        Chatterjee and Zielinski, *Making coherence out of nothing at all*, 2020 (arXiv 2008.01217).
+    """
+    check_bool("per_parameter", per_parameter)
+    entries = entries_of(grads)
+    together, apart = _squared_norms(entries)
+    if per_parameter:
+        return entries.like([one / other for one, other in zip(together, apart, strict=True)])
+    device = together[0].device
+    return _total(together, device) / _total(apart, device)
+
+
+def squared_norm(tensor: Tensor) -> Tensor:
+    """Return the sum of squares, a 0-dim float64 tensor. Nothing overflows but float64 itself."""
+    parts = (tensor,) if tensor.is_cuda else tensor.flatten().split(_CHUNK)  # widened in cache
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+    return torch.stack(norms).square().sum()
+
+
+def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
+    """Return ``|sum_e g_e|^2`` and ``sum_e |g_e|^2`` of each parameter."""
+    if entries.stacked is not None:
+        wide = [
+            grads.sum(0, dtype=torch.float64 if grads.dtype == torch.float64 else torch.float32)
+            for grads in entries.stacked
+        ]
+        return [squared_norm(one) for one in wide], [squared_norm(g) for g in entries.stacked]
+    moments = entries.moments
+    assert moments is not None
+    together = [squared_norm(one) for one in entries.of_moments("sum")]
+    norms = moments.squared_norms
+    if norms is not None:
+        return together, [one for one in norms if one is not None]
+    if "squares" not in moments.kinds:
+        raise ValueError(
+            f"grads: expected moments with squares, or with track_norms set, but got {moments}"
+        )
+    squares = [one.sum(dtype=torch.float64) for one in entries.of_moments("squares")]
+    return together, [
+        deviation + one / entries.environments
+        for deviation, one in zip(squares, together, strict=True)
+    ]
+
+
+def _sums_and_squares(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
+    if entries.stacked is None:
+        return entries.of_moments("sum"), entries.of_moments("squares")
+    sums, squares = [], []
+    for grads in entries.stacked:
+        wide = grads if grads.dtype == torch.float64 else grads.float()
+        sums.append(wide.sum(0))
+        squares.append(wide.var(0, correction=0) * len(grads))
+    return sums, squares
+
+
+def _ratio(mean: Tensor, variance: Tensor) -> Tensor:
+    ratio = mean.square() / variance
+    return torch.where((mean == 0) & (variance == 0), 0.0, ratio)
+
+
+def _total(values: list[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([one.to(device) for one in values]).sum()

@@ -1,0 +1,306 @@
+"""Metrics of votes: how many environments agree on the sign of each coordinate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import check_bool, check_tau
+from ..reference import vote_threshold
+from ._inputs import Gradients, entries_of
+
+__all__ = [
+    "TauCurve",
+    "VoteHistogram",
+    "kept_fraction",
+    "noise_kept_fraction",
+    "noise_votes",
+    "sign_agreement",
+    "tau_curve",
+    "vote_histogram",
+]
+
+
+def sign_agreement(grads: Gradients) -> Any:
+    r"""Return how far the environments agree on the sign of each coordinate.
+
+    .. math:: |\sum_e \mathrm{sign}(g_e)| / d
+
+    1: all agree; 0: as many point one way as the other. The AND-mask keeps a coordinate where this
+    is at least tau. Of noise it is about :math:`\sqrt{2 / (\pi d)}` on average.
+
+    Args:
+        grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
+            :class:`andmask_ext.Moments` with votes.
+
+    Returns:
+        One tensor ``[*shape]`` for each parameter, in the form in which gradients came (of moments
+        a list, with None for untouched parameters); float32, float64 for float64 gradients.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype.
+        ValueError: there is no environment, or moments keep no votes.
+
+    Shape:
+        - grads: :math:`(d, *)`
+        - output: :math:`(*)`
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> am.metrics.sign_agreement(torch.tensor([[1.0, -2.0, 0.0], [3.0, 4.0, 5.0]]))
+        tensor([1.0000, 0.0000, 0.5000])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+    entries = entries_of(grads)
+    wide = [_wide(one) for one in entries.stacked or entries.of_moments("sum")]
+    votes = entries.of_moments("votes")
+    return entries.like([
+        vote.abs().to(dtype).div_(entries.environments)
+        for vote, dtype in zip(votes, wide, strict=True)
+    ])  # fmt: skip
+
+
+def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) -> Any:
+    r"""Return the share of coordinates that the AND-mask keeps.
+
+    Compare it with :func:`noise_kept_fraction`: what is kept of gradients that are nothing but
+    noise.
+
+    Args:
+        grads: as for :func:`sign_agreement`.
+        tau: agreement threshold in [0, 1].
+        per_parameter: return one share for each parameter instead of one for all coordinates.
+
+    Returns:
+        A 0-dim float64 tensor; or 0-dim tensors in the form in which gradients came. NaN where
+        there are no coordinates.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype, or ``tau`` is not a number.
+        ValueError: there is no environment, moments keep no votes, or ``tau`` lies outside [0, 1].
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> grads = torch.tensor([[1.0, -2.0, 3.0, 5.0], [3.0, 4.0, 5.0, 1.0]])
+        >>> am.metrics.kept_fraction(grads, tau=1.0)
+        tensor(0.7500, dtype=torch.float64)
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+    check_tau(tau)
+    check_bool("per_parameter", per_parameter)
+    entries = entries_of(grads)
+    counts, _ = entries.histograms()
+    if per_parameter:
+        return entries.like(list(_kept(counts, tau).unbind()))
+    return _kept(counts.sum(0), tau)
+
+
+def noise_kept_fraction(environments: int, tau: float) -> float:
+    r"""Return the share of coordinates that the AND-mask keeps of pure noise.
+
+    Signs that are independent and fair make votes binomial: the chance that
+    :math:`|\mathrm{votes}| \ge \tau d`. Exact up to rounding. This is the level that a measured
+    :func:`kept_fraction` has to stand out from; it decays exponentially with the environments.
+
+    Args:
+        environments: their number d.
+        tau: agreement threshold in [0, 1].
+
+    Raises:
+        TypeError: an argument is not a number.
+        ValueError: there is no environment, or ``tau`` lies outside [0, 1].
+
+    Example:
+        >>> import andmask_ext as am
+        >>> [round(am.metrics.noise_kept_fraction(d, 0.4), 5) for d in (4, 16, 80)]
+        [0.625, 0.07681, 0.00045]
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021,
+        proposition 2 (appendix A.3), of which this is the probability.
+    """
+    check_tau(tau)
+    _check_environments(environments)
+    return float(_noise(environments)[vote_threshold(tau, environments) :].flip(0).sum())
+
+
+def noise_votes(environments: int) -> Tensor:
+    """Return the distribution of ``|votes|`` under pure noise: float64 ``[environments + 1]``.
+
+    Args:
+        environments: their number d.
+
+    Raises:
+        TypeError: ``environments`` is not an int.
+        ValueError: ``environments`` is not positive.
+
+    Example:
+        >>> import andmask_ext as am
+        >>> am.metrics.noise_votes(4)
+        tensor([0.3750, 0.0000, 0.5000, 0.0000, 0.1250], dtype=torch.float64)
+    """
+    _check_environments(environments)
+    return _noise(environments).clone()
+
+
+@dataclass(frozen=True, eq=False)
+class VoteHistogram:
+    """How many coordinates have how many votes.
+
+    Attributes:
+        environments: their number d.
+        counts: int64 ``[d + 1]``, of coordinates with ``|votes|`` = k.
+        squares: float64 ``[d + 1]``, the squared norm of the mean gradient on these coordinates.
+    """
+
+    environments: int
+    counts: Tensor
+    squares: Tensor
+
+    @property
+    def share(self) -> Tensor:
+        """The counts as shares of all coordinates, float64 ``[d + 1]``."""
+        return self.counts / self.counts.sum().double()
+
+    @property
+    def noise(self) -> Tensor:
+        """The shares expected of pure noise, float64 ``[d + 1]``: see :func:`noise_votes`."""
+        return _noise(self.environments).to(self.counts.device, copy=True)
+
+    def kept_fraction(self, tau: float) -> Tensor:
+        """Return the share of coordinates that the AND-mask keeps, a 0-dim float64 tensor."""
+        check_tau(tau)
+        return _kept(self.counts, tau)
+
+    def tau_curve(self) -> TauCurve:
+        """Return what the AND-mask keeps, for every threshold that differs from the others."""
+        total = self.squares.sum()
+        kept = _at_least(self.counts).double() / self.counts.sum()
+        steps = torch.arange(self.environments + 1, dtype=torch.float64, device=self.counts.device)
+        return TauCurve(
+            tau=steps / self.environments,
+            kept_fraction=kept,
+            noise_kept_fraction=_at_least(self.noise),
+            # The mask multiplies: what is not finite shows under it too.
+            norm=(_at_least(self.squares) + total * 0).sqrt(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class TauCurve:
+    """What the AND-mask keeps, over its threshold. All float64 ``[d + 1]``.
+
+    The mask of any threshold in ``(tau[k - 1], tau[k]]`` is that of ``tau[k]``.
+
+    Attributes:
+        tau: 0, 1/d, ..., 1.
+        kept_fraction: share of coordinates that are kept.
+        noise_kept_fraction: the same of pure noise.
+        norm: of the masked mean gradient.
+    """
+
+    tau: Tensor
+    kept_fraction: Tensor
+    noise_kept_fraction: Tensor
+    norm: Tensor
+
+
+def vote_histogram(grads: Gradients) -> VoteHistogram:
+    """Count the coordinates of all parameters by ``|votes|``, in one pass.
+
+    Args:
+        grads: as for :func:`sign_agreement`.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype.
+        ValueError: there is no environment, or moments keep no votes.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> grads = torch.tensor([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0]])
+        >>> am.metrics.vote_histogram(grads).counts
+        tensor([1, 0, 2])
+    """
+    entries = entries_of(grads)
+    counts, squares = entries.histograms()
+    return VoteHistogram(
+        entries.environments, counts.sum(0), squares.sum(0) / entries.environments**2
+    )
+
+
+def tau_curve(grads: Gradients) -> TauCurve:
+    r"""Return the share of kept coordinates and the norm of the masked mean for *every* tau.
+
+    One pass over the gradients gives the whole curve: it is a function of the histogram of votes.
+
+    Args:
+        grads: as for :func:`sign_agreement`.
+
+    Raises:
+        TypeError: ``grads`` has another form or dtype.
+        ValueError: there is no environment, or moments keep no votes.
+
+    Example:
+        >>> import torch, andmask_ext as am
+        >>> curve = am.metrics.tau_curve(torch.tensor([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0]]))
+        >>> curve.tau
+        tensor([0.0000, 0.5000, 1.0000], dtype=torch.float64)
+        >>> curve.kept_fraction
+        tensor([1.0000, 0.6667, 0.6667], dtype=torch.float64)
+        >>> curve.norm
+        tensor([4.5826, 4.4721, 4.4721], dtype=torch.float64)
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
+    """
+    return vote_histogram(grads).tau_curve()
+
+
+# ---- helpers ----
+
+
+def _wide(grads: Tensor) -> torch.dtype:
+    return torch.float64 if grads.dtype == torch.float64 else torch.float32
+
+
+def _at_least(values: Tensor) -> Tensor:
+    """Return sums over k, k + 1, ..., along the last dimension."""
+    return values.flip(-1).cumsum(-1).flip(-1)
+
+
+def _kept(counts: Tensor, tau: float) -> Tensor:
+    """Return the shares of kept coordinates, from counts ``[..., d + 1]``."""
+    threshold = vote_threshold(tau, counts.shape[-1] - 1)
+    return counts[..., threshold:].sum(-1) / counts.sum(-1).double()
+
+
+def _check_environments(environments: object) -> None:
+    if not isinstance(environments, int) or isinstance(environments, bool):
+        raise TypeError(f"environments: expected an int, but got {type(environments).__name__}")
+    if environments < 1:
+        raise ValueError(f"environments: expected a positive number, but got {environments}")
+
+
+@lru_cache(maxsize=16)
+def _noise(environments: int) -> Tensor:
+    """Return the distribution of ``|votes|``; to be read only.
+
+    From the most probable number of votes outwards each probability follows from the one before
+    by a factor, and in the end they are divided by their sum: no factorial is ever formed.
+    """
+    plus = torch.arange((environments + 1) // 2, environments, dtype=torch.float64)
+    ratios = (environments - plus) / (plus + 1)  # C(d, p + 1) / C(d, p)
+    shares = torch.cat([torch.ones(1, dtype=torch.float64), ratios.cumprod(0)])
+    probabilities = torch.zeros(environments + 1, dtype=torch.float64)
+    probabilities[environments % 2 :: 2] = 2 * shares
+    if environments % 2 == 0:
+        probabilities[0] /= 2  # no votes: one way to get there, not two
+    return probabilities / probabilities.flip(0).sum()

@@ -1,0 +1,360 @@
+"""The monitor: what it records, when, and how it comes out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import andmask_ext as am
+from andmask_ext import metrics, reference
+from andmask_ext.metrics._monitor import METRICS
+from tests.optim.common import (
+    MAKERS,
+    backward,
+    batches,
+    environments,
+    mlp,
+    parameters,
+    random_grads,
+    train_step,
+)
+
+makers = pytest.mark.parametrize("maker", MAKERS)
+
+
+def expected(grads: list[Tensor], tau: float) -> dict[str, list[float]]:
+    """What each metric is for each parameter, and for all."""
+    flat = [one.double().reshape(len(one), -1) for one in grads]
+    rows: dict[str, list[float]] = {metric: [] for metric in METRICS}
+    for one in (*flat, torch.cat(flat, 1)):
+        mean = one.mean(0)
+        mask = reference.agreement_mask(one, tau)
+        rows["sign_agreement"].append((reference.votes(one).abs() / len(one)).mean().item())
+        rows["kept_fraction"].append(mask.mean().item())
+        rows["noise_kept_fraction"].append(metrics.noise_kept_fraction(len(one), tau))
+        rows["norm"].append(mean.norm().item())
+        rows["masked_norm"].append((mask * mean).norm().item())
+        rows["coherence"].append((one.sum(0).square().sum() / one.square().sum()).item())
+    return rows
+
+
+def assert_record(monitor: metrics.Monitor, grads: list[Tensor], tau: float) -> None:
+    for metric, row in expected(grads, tau).items():
+        found = [*monitor.series(metric)[-1].tolist(), monitor.total(metric)[-1].item()]
+        assert found == pytest.approx(row, rel=1e-5, abs=1e-7), metric
+
+
+@makers
+def test_every_metric_of_an_optimizer(maker: str) -> None:
+    params = parameters()
+    optimizer = MAKERS[maker](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer, every=1)
+    for step in range(3):
+        grads = random_grads(params, environments=5)
+        environments(optimizer, params, grads)
+        optimizer.step()
+        assert_record(monitor, grads, 0.5)
+        assert monitor.steps == list(range(step + 1))
+    assert monitor.names == ["0.0", "0.1", "0.2"]
+    assert monitor.series("norm").shape == (3, 3)
+    assert monitor.total("norm").shape == (3,)
+
+
+@makers
+def test_training_is_the_same_to_the_bit(maker: str) -> None:
+    results = []
+    data = batches()
+    for watched in (False, True):
+        torch.manual_seed(1)
+        model = mlp()
+        optimizer = MAKERS[maker](model.parameters(), tau=0.5)
+        if watched:
+            metrics.Monitor(optimizer, every=2)
+        for _ in range(4):
+            train_step(optimizer, model, data)
+        results.append([p.detach() for p in model.parameters()])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("with_optimizer", [False, True])
+def test_an_agreement(with_optimizer: bool) -> None:
+    model = mlp()
+    x, y = torch.randn(6, 5), torch.randn(6, 2)
+    grads = []
+    for row in range(6):
+        loss = nn.functional.mse_loss(model(x[row : row + 1]), y[row : row + 1])
+        grads.append(torch.autograd.grad(loss, list(model.parameters())))
+    stacked = [torch.stack(column) for column in zip(*grads, strict=True)]
+    rule: Any = am.AndMask(0.5)
+    if with_optimizer:
+        rule = am.optim.AndMaskSGD(model.parameters(), lr=0.1, tau=0.5)
+    agreement = am.Agreement(model, rule)
+    monitor = metrics.Monitor(agreement)
+    with agreement():
+        nn.functional.mse_loss(model(x), y).backward()
+    if with_optimizer:
+        rule.step()
+    assert monitor.names == [name for name, _ in model.named_parameters()]
+    assert_record(monitor, stacked, 0.5)
+
+
+def test_micro_batches_of_an_agreement_are_one_record() -> None:
+    model = mlp()
+    agreement = am.Agreement(model, am.AndMask(0.5))
+    monitor = metrics.Monitor(agreement, every=1)
+    for part in range(3):
+        with agreement(2, resolve=part == 2):
+            model(torch.randn(4, 5)).square().mean().backward()
+    assert monitor.steps == [0]
+    assert monitor.total("noise_kept_fraction")[0].item() == pytest.approx(
+        metrics.noise_kept_fraction(6, 0.5)
+    )
+    assert torch.isfinite(monitor.total("coherence")).all()
+
+
+def test_only_some_steps_are_recorded_and_norms_are_not_taken_between() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer, every=3)
+    tracked = []
+    for _ in range(7):
+        environments(optimizer, params, random_grads(params))
+        tracked.append(optimizer._moments[0].squared_norms is not None)
+        optimizer.step()
+    assert monitor.steps == [0, 3, 6]
+    assert tracked == [True, False, False, True, False, False, True]
+    assert torch.isfinite(monitor.series("coherence")).all()
+
+
+def test_without_coherence_and_with_another_tau() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.0)  # plain training
+    monitor = metrics.Monitor(optimizer, tau=1.0, coherence=False)
+    grads = random_grads(params)
+    environments(optimizer, params, grads)
+    assert optimizer._moments[0].squared_norms is None
+    optimizer.step()
+    assert torch.isnan(monitor.series("coherence")).all()
+    row = expected(grads, 1.0)
+    assert monitor.series("kept_fraction")[0].tolist() == pytest.approx(row["kept_fraction"][:-1])
+    assert monitor.total("masked_norm")[0].item() == pytest.approx(row["masked_norm"][-1])
+
+
+def test_squares_that_a_rule_keeps_give_the_coherence() -> None:
+    """A state that was saved half-way through a step brings no norms with it."""
+    params = parameters()
+    grads = random_grads(params)
+    rule = am.SandMask(tau=0.3, k=1.0)
+    first = MAKERS["sgd"](params, rule=rule)
+    environments(first, params, grads)
+    second = MAKERS["sgd"](params, rule=rule)
+    monitor = metrics.Monitor(second)
+    second.load_state_dict(first.state_dict())
+    second.step()
+    assert_record(monitor, grads, 0.3)
+
+
+def test_groups_rules_and_parameters_that_nothing_touches() -> None:
+    params = parameters()
+    optimizer = am.optim.AndMaskSGD(
+        [{"params": params[:1], "tau": 0.4}, {"params": params[1:], "rule": am.Mean()}], lr=0.1
+    )
+    monitor = metrics.Monitor(optimizer, names=[("a", params[0]), ("b", params[1])])
+    grads = [torch.randn(4, *p.shape) for p in params]
+    for row in range(4):
+        with optimizer.environment():
+            backward(params[:2], [one[row] for one in grads[:2]])
+    optimizer.step()
+    assert monitor.names == ["a", "b", "1.1"]
+    whole = expected(grads[:2], 0.4)
+    # The mean keeps no votes: agreement and shares are those of the other group.
+    first = expected(grads[:1], 0.4)
+    assert monitor.series("kept_fraction")[0].isnan().tolist() == [False, True, True]
+    assert monitor.total("kept_fraction").item() == pytest.approx(first["kept_fraction"][0])
+    assert monitor.total("sign_agreement").item() == pytest.approx(first["sign_agreement"][0])
+    assert monitor.total("masked_norm").item() == pytest.approx(first["masked_norm"][0])
+    assert monitor.series("norm")[0, :2].tolist() == pytest.approx(whole["norm"][:2])
+    assert monitor.series("norm")[0].isnan().tolist() == [False, False, True]
+    assert monitor.total("norm").item() == pytest.approx(whole["norm"][-1])
+    assert monitor.total("coherence").item() == pytest.approx(whole["coherence"][-1])
+
+
+def test_what_is_not_finite_is_not_hidden() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=1.0)
+    monitor = metrics.Monitor(optimizer)
+    grads = random_grads(params)
+    grads[0][1, 0, 0] = torch.nan
+    environments(optimizer, params, grads)
+    optimizer.step()
+    for metric in ("norm", "masked_norm", "coherence"):
+        assert monitor.series(metric)[0].isnan().tolist() == [True, False, False]
+        assert monitor.total(metric).isnan().all()
+
+
+def test_a_step_that_overflows_is_none() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer, every=1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    for bad in (True, False):
+        grads = random_grads(params)
+        if bad:
+            grads[0][0, 0, 0] = torch.inf
+        for row in range(3):
+            with optimizer.environment(grad_scaler=scaler):
+                backward(params, [one[row] for one in grads], scaler.get_scale())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert monitor.steps == [0]
+    assert_record(monitor, grads, 0.5)
+
+
+def test_a_step_after_resolve() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer)
+    grads = random_grads(params)
+    environments(optimizer, params, grads)
+    optimizer.resolve()
+    nn.utils.clip_grad_norm_(params, 0.01)
+    optimizer.step()
+    assert_record(monitor, grads, 0.5)
+
+
+def test_latest() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer)
+    with pytest.raises(RuntimeError, match="latest: expected a step before"):
+        monitor.latest  # noqa: B018
+    assert monitor.total("norm").shape == (0,)
+    assert monitor.to_dataframe().empty
+    environments(optimizer, params, random_grads(params))
+    optimizer.step()
+    latest = monitor.latest
+    assert len(latest) == len(METRICS) * 4
+    assert all(one.dim() == 0 for one in latest.values())
+    assert latest["norm/all"] == monitor.total("norm")[-1]
+    assert latest["norm/0.1"] == monitor.series("norm")[-1, 1]
+
+
+def trained(records: int = 3) -> metrics.Monitor:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer, every=2)
+    for _ in range(2 * records - 1):
+        environments(optimizer, params, random_grads(params))
+        optimizer.step()
+    return monitor
+
+
+def test_dataframe() -> None:
+    monitor = trained()
+    frame = monitor.to_dataframe()
+    assert list(frame.columns) == ["step", "parameter", *METRICS]
+    assert len(frame) == 3 * 4
+    assert frame.step.unique().tolist() == [0, 2, 4]
+    chosen = frame[(frame.step == 2) & (frame.parameter == "0.1")]
+    for metric in METRICS:
+        assert chosen[metric].item() == monitor.series(metric)[1, 1].item()
+    assert frame[frame.parameter == "all"].norm.tolist() == monitor.total("norm").tolist()
+
+
+def test_dataframe_without_pandas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(
+        ImportError, match=r"to_dataframe needs pandas: pip install 'andmask_ext\[m"
+    ):
+        trained().to_dataframe()
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monitor = trained()
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        monitor.write(writer)
+        monitor.write(writer)  # nothing new
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    curve = events.Scalars("kept_fraction/all")
+    assert [point.step for point in curve] == [0, 2, 4]
+    assert [point.value for point in curve] == pytest.approx(
+        monitor.total("kept_fraction").tolist()
+    )
+    assert len(events.Tags()["scalars"]) == len(METRICS) * 4
+
+
+def test_a_run_that_is_resumed() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    grads = [random_grads(params) for _ in range(4)]
+    whole = metrics.Monitor(optimizer, every=2)
+    first = metrics.Monitor(optimizer, every=2)
+    second = metrics.Monitor(optimizer, every=2)
+    for step in range(4):
+        if step == 3:
+            state = pickle.loads(pickle.dumps(first.state_dict()))
+            second.load_state_dict(state)
+            first.close()
+            first.close()  # once more does no harm
+        environments(optimizer, params, grads[step])
+        optimizer.step()
+    assert first.steps == second.steps == whole.steps == [0, 2]
+    assert torch.equal(second.series("norm"), whole.series("norm"))
+    assert second._step == whole._step == 4
+    assert first._step == 3
+
+
+def test_optimizers_copy_and_pickle_without_their_monitors() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params, tau=0.5)
+    monitor = metrics.Monitor(optimizer, every=1)
+    for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        own = other.param_groups[0]["params"]
+        environments(other, own, random_grads(own))
+        other.step()
+    assert monitor.steps == []
+
+
+def test_parameters_that_are_added() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params[:2], tau=0.5)
+    metrics.Monitor(optimizer, every=1)
+    environments(optimizer, params[:2], random_grads(params[:2]))
+    optimizer.step()
+    optimizer.add_param_group({"params": params[2:]})
+    environments(optimizer, params, random_grads(params))
+    with pytest.raises(
+        RuntimeError, match="Monitor: expected the 2 parameters of the first record"
+    ):
+        optimizer.step()
+
+
+def test_errors() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params)
+    with pytest.raises(TypeError, match=r"source: expected an optimizer of andmask_ext.optim that"):
+        metrics.Monitor(torch.optim.SGD(params, lr=0.1))
+    with pytest.raises(TypeError, match=r"source: expected .* but got TemporalAndMaskAdam"):
+        metrics.Monitor(am.optim.TemporalAndMaskAdam(params))
+    with pytest.raises(ValueError, match="every: expected a positive number, but got 0"):
+        metrics.Monitor(optimizer, every=0)
+    with pytest.raises(TypeError, match="every: expected an int, but got float"):
+        metrics.Monitor(optimizer, every=0.5)
+    with pytest.raises(ValueError, match="tau: expected"):
+        metrics.Monitor(optimizer, tau=2.0)
+    with pytest.raises(ValueError, match=r"metric: expected one of sign_agreement, .*but got 'x'"):
+        metrics.Monitor(optimizer).series("x")
