@@ -47,6 +47,12 @@ class Groups:
             return None
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)])
 
+    def part(self, environment: int) -> slice | Tensor:
+        """Return what picks the examples of an environment: where they lie together, no copy."""
+        if self.size is None:
+            return self.members(environment)
+        return slice(environment * self.size, (environment + 1) * self.size)
+
     def members(self, environment: int) -> Tensor:
         """Return the examples of an environment, int64."""
         if self.size is not None:

@@ -27,6 +27,7 @@ class Products:
 
     def __init__(self, pairs: bool, groups: Groups, weights: Sequence[float]) -> None:
         self.pairs = pairs
+        self.environments = groups.environments
         self.found: dict[int, Tensor] = {}  # by the parameter's number, float64
         self._groups = groups
         self._weights = weights
@@ -43,7 +44,7 @@ class Products:
         partners = rows if self.pairs else rows // environments  # of each row
         if use.groups.environments != environments or rows * partners * 4 > SCRATCH_BYTES:
             return False
-        if not self.pairs and use.groups.size is None:
+        if not self.pairs and (use.groups.size is None or partners > 1):
             return False
         columns = use.activations.shape[2], use.grads.shape[2]
         gradients = columns[0] * columns[1]
@@ -58,11 +59,7 @@ class Products:
                 half = found.new_zeros(environments, rows).index_add_(0, ids, found)
                 found = half.new_zeros(environments, environments).index_add_(1, ids, half)
         else:
-            a, d = (factor.reshape(environments, -1, factor.shape[1]) for factor in factors)
-            if a.shape[1] == 1:
-                found = (a.square().sum(2) * d.square().sum(2)).flatten()
-            else:
-                found = (a.bmm(a.mT) * d.bmm(d.mT)).sum((1, 2))
+            found = factors[0].square().sum(1) * factors[1].square().sum(1)
         self._keep(param, found)
         return True
 

@@ -17,6 +17,7 @@ from ..moments import Moments
 from ._chain import View
 from ._graph import Graph, Operand
 from ._groups import Groups
+from ._layout import wide_dtype
 from ._products import SCRATCH_BYTES, Products
 from ._uses import Convolution, Lookup, OneByOne, Outer, Stacked, Use, add_up
 
@@ -121,24 +122,51 @@ class Session:
         target = self._targets[param]
         paths = sorted({entry.use.path for entry in entries})
         record = self._records[param] = Record(len(entries), paths)
-        if self.products is not None:
-            self._take_products(self.products, param, entries)
-        reason = self._add_directly(target, entries)
+        squares = None
+        if self.products is not None and not self._take_products(param, entries):
+            squares = torch.empty_like(target.param, dtype=wide_dtype(target.param))
+        reason = self._add_directly(target, entries, squares)
         if reason:
             self._add_in_chunks(target, entries, param)
             record.paths.append(f"gradients of a few environments at a time ({reason})")
 
-    def _take_products(self, products: Products, param: int, entries: list[_Entry]) -> None:
-        joined, tensor = _joined(entries), self._targets[param].param
-        use, view = joined[0].use, joined[0].operand.view
-        if len(joined) == 1 and isinstance(use, Outer) and view is not None:
-            if products.of_factors(param, use):
-                return
-        parts = [partial(self._gradients, entry, tensor) for entry in entries]
-        products.of_gradients(param, parts, _at_once(tensor))
+    def _take_products(self, param: int, entries: list[_Entry]) -> bool:
+        """Take scalar products; or return False, if they will be had from squares almost for free.
 
-    def _add_directly(self, target: Target, entries: list[_Entry]) -> str:
-        """Add uses that nothing has to be added to before they vote; or say why that cannot be."""
+        Squares are those that the native ops add up with the moments, in memory of their own.
+        """
+        products, target = self.products, self._targets[param]
+        assert products is not None
+        joined = _joined(entries)
+        use, view = joined[0].use, joined[0].operand.view
+        if len(joined) == 1 and view is not None:
+            if isinstance(use, Outer) and products.of_factors(param, use):
+                return True
+            tiled = isinstance(use, Convolution) or (
+                isinstance(use, Outer) and use.activations[..., 0].numel() > products.environments
+            )
+            first = target.moments.count == 0 and "squares" not in target.moments.kinds
+            if not products.pairs and tiled and first and self._is_whole(target, joined[0]):
+                return False
+        parts = [partial(self._gradients, entry, target.param) for entry in entries]
+        products.of_gradients(param, parts, _at_once(target.param))
+        return True
+
+    def _is_whole(self, target: Target, entry: _Entry) -> bool:
+        """Return whether a native op adds this use to all of a parameter."""
+        view = entry.operand.view
+        assert view is not None
+        return view.full and target.param.is_contiguous() and self._is_direct(target, entry)
+
+    def _add_directly(self, target: Target, entries: list[_Entry], squares: Tensor | None) -> str:
+        """Add uses that nothing has to be added to before they vote; or say why that cannot be.
+
+        Args:
+            target: where to.
+            entries: the uses.
+            squares: memory for them, only to know the norms of the gradients; None: they are not
+                wanted.
+        """
         entries = _joined(entries)
         if not target.param.is_contiguous():
             return "the parameter is not contiguous"
@@ -158,6 +186,8 @@ class Session:
                 self._wait(target, use, view)
                 return ""
         memory = self._memory(target)
+        if squares is not None:
+            memory[2] = squares
         if covered < target.param.numel() and target.moments.count == 0:
             for one in memory:
                 if one is not None:
@@ -166,6 +196,11 @@ class Session:
             view = entry.operand.view
             assert view is not None
             self._add(target, [None if one is None else view.of(one) for one in memory], entry.use)
+        if squares is not None and memory[0] is not None:
+            count = self._groups.environments
+            norms = squares.sum(dtype=torch.float64)
+            norms += memory[0].norm(dtype=wide_dtype(squares)).double().square() / count
+            target.moments.add_squared_norm(target.index, norms)
         return ""
 
     def _is_direct(self, target: Target, entry: _Entry) -> bool:

@@ -124,7 +124,7 @@ class Convolution(Use):
         zeros = [0] * len(self.stride)
         gradients = []
         for environment in range(begin, end):
-            members = self.groups.members(environment)
+            members = self.groups.part(environment)
             gradients.append(
                 torch.ops.aten.convolution_backward(
                     self.grads[members].to(wide), self.images[members].to(wide), weight, None,

@@ -1,0 +1,261 @@
+"""Metrics: histograms against a read pass, pairs against TorchJD, monitors against no monitor.
+
+python benchmarks/bench_metrics.py --quick
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from common import Row, measure, parser, peak_memory, run
+from models import MODELS
+from torch import Tensor, nn
+
+import andmask_ext as am
+
+Step = Callable[[], object]
+
+
+def histogram(environments: int, columns: int, dtype: torch.dtype) -> list[Row]:
+    torch.manual_seed(0)
+    grads = torch.randn(environments, columns).to(dtype)
+
+    def eager() -> tuple[Tensor, Tensor]:
+        votes = grads.sign().sum(0, dtype=torch.float32).abs().long()
+        squares = grads.sum(0, dtype=torch.float32).double().square()
+        counts = torch.bincount(votes, minlength=environments + 1)
+        return counts, torch.bincount(votes, squares, minlength=environments + 1)
+
+    return measure(
+        f"vote histogram, {environments} x {columns} {str(dtype).removeprefix('torch.')}",
+        {
+            "andmask": lambda: am.ops.vote_histogram(grads),
+            "masked_mean": lambda: am.ops.masked_mean(grads, 0.5),
+            "read pass": lambda: grads.sum(),
+            "eager": eager,
+        },
+        bytes_moved=grads.nbytes,
+        yardstick="read pass",
+    )
+
+
+def histogram_of_moments(environments: int, columns: int) -> list[Row]:
+    torch.manual_seed(0)
+    moments = am.Moments([torch.empty(columns)])
+    moments.add_stacked([torch.randn(environments, columns)])
+    sums, votes = moments.sum[0], moments.votes[0]
+    assert sums is not None
+    assert votes is not None
+
+    def eager() -> tuple[Tensor, Tensor]:
+        found = votes.abs().long()
+        counts = torch.bincount(found, minlength=environments + 1)
+        return counts, torch.bincount(found, sums.double().square(), minlength=environments + 1)
+
+    return measure(
+        f"vote histogram of moments, {environments} x {columns}",
+        {
+            "andmask": lambda: torch.ops.andmask.vote_histograms([sums], [votes], environments),
+            "read pass": lambda: (sums.sum(), votes.view(torch.int32).sum()),
+            "eager": eager,
+        },
+        bytes_moved=sums.nbytes + votes.nbytes,
+        yardstick="read pass",
+    )
+
+
+def curve(environments: int, columns: int) -> list[Row]:
+    """Kept fraction and masked norm for all d + 1 thresholds."""
+    torch.manual_seed(0)
+    grads = torch.randn(environments, columns)
+
+    def eager() -> list[tuple[Tensor, Tensor]]:
+        votes, mean = grads.sign().sum(0).abs(), grads.mean(0)
+        masks = [votes >= k for k in range(environments + 1)]
+        return [(mask.float().mean(), (mask * mean).norm()) for mask in masks]
+
+    return measure(
+        f"tau curve, {environments} x {columns}",
+        {
+            "andmask": lambda: am.metrics.tau_curve(grads),
+            "read pass": lambda: grads.sum(),
+            "eager": eager,
+        },
+        bytes_moved=grads.nbytes,
+        yardstick="read pass",
+    )
+
+
+def cosines(environments: int, columns: int) -> list[Row]:
+    torch.manual_seed(0)
+    layers = [torch.randn(environments, columns // 4) for _ in range(4)]
+
+    def eager() -> Tensor:
+        flat = F.normalize(torch.cat(layers, 1), dim=1)
+        return flat @ flat.t()
+
+    contestants: dict[str, Step] = {
+        "andmask": lambda: am.metrics.gradient_cosines(layers),
+        "normalize, matmul": eager,
+        "read pass": lambda: [layer.sum() for layer in layers],
+    }
+    rows = measure(
+        f"cosines, {environments} x {columns} in 4 layers",
+        contestants,
+        bytes_moved=sum(layer.nbytes for layer in layers),
+        yardstick="read pass",
+    )
+    return with_memory(rows, contestants, "normalize, matmul")
+
+
+def with_memory(rows: list[Row], contestants: dict[str, Step], yardstick: str) -> list[Row]:
+    peaks = {name: peak_memory(step) for name, step in contestants.items()}
+    for row in rows:
+        row.megabytes = peaks[row.contestant] / 2**20
+        row.memory_ratio = peaks[row.contestant] / max(1, peaks[yardstick])
+        row.process_ratio = float("nan")
+    return rows
+
+
+def pairs(model: str) -> list[Row]:
+    """The Gram matrix of the gradients of all examples: one backward pass each."""
+    torch.manual_seed(0)
+    build, make_batch, examples = MODELS[model]
+    network, (x, y) = build(), make_batch(examples)
+    agreement = am.Agreement(network, am.AndMask(0.2))
+
+    def aggregate(gram: bool) -> Step:
+        def step() -> None:
+            network.zero_grad()
+            with agreement(gram=gram):
+                F.cross_entropy(network(x), y).backward()
+
+        return step
+
+    def plain() -> None:
+        network.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+
+    def per_example() -> Tensor:
+        params = {name: p.detach() for name, p in network.named_parameters()}
+
+        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            out = torch.func.functional_call(network, params, (x[None],))
+            return F.cross_entropy(out, y[None])
+
+        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, y)
+        flat = torch.cat([one.flatten(1) for one in grads.values()], 1)
+        return flat @ flat.t()
+
+    contestants: dict[str, Step] = {
+        "Agreement, gram": aggregate(True),
+        "Agreement": aggregate(False),
+        "plain": plain,
+        "vmap, matmul": per_example,
+    }
+    other = copy.deepcopy(network)  # the engine wants a backward pass for each forward pass
+    engine = torchjd_engine(other)
+    if engine is not None:
+        contestants["TorchJD autogram"] = lambda: engine.compute_gramian(
+            F.cross_entropy(other(x), y, reduction="none")
+        )
+    return measure(
+        f"Gram matrix, {model}, {examples} examples", contestants, bytes_moved=0, yardstick="plain"
+    )
+
+
+def torchjd_engine(network: nn.Module):
+    try:
+        from torchjd.autogram import Engine
+    except ImportError:
+        return None
+    return Engine(network, batch_dim=0)
+
+
+def monitor(model: str, every_example: bool) -> list[Row]:
+    """Training steps with and without; twenty together, of which two are recorded."""
+    names = {"no monitor": None, "andmask": 10, "recorded each step": 1}
+    steps: dict[str, Step] = {}
+    for name, every in names.items():
+        torch.manual_seed(0)
+        build, make_batch, examples = MODELS[model]
+        network, (x, y) = build(), make_batch(examples)
+        optimizer = am.optim.AndMaskAdamW(network.parameters(), lr=1e-4, tau=0.2)
+        agreement = am.Agreement(network, optimizer)
+        if every is not None:
+            am.metrics.Monitor(agreement, every=every)
+
+        def step(network=network, x=x, y=y, optimizer=optimizer, agreement=agreement) -> None:
+            if every_example:
+                with agreement():
+                    F.cross_entropy(network(x), y).backward()
+            else:
+                for part, labels in zip(x.chunk(8), y.chunk(8), strict=True):
+                    with optimizer.environment():
+                        F.cross_entropy(network(part), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        steps[name] = step
+    what = "every example" if every_example else "8 backward passes"
+    return alternately(f"monitor, {model}, {what}", steps, yardstick="no monitor")
+
+
+def alternately(case: str, steps: dict[str, Step], yardstick: str) -> list[Row]:
+    """Time twenty steps of each in turn, step by step: what disturbs one disturbs all."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        step()  # the first is recorded, and proves
+    for _ in range(7):
+        sums = dict.fromkeys(steps, 0.0)
+        for _ in range(20):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                step()
+                sums[name] += time.perf_counter() - start
+        for name, total in sums.items():
+            times[name].append(total / 20)
+    base = times[yardstick]
+    isa = str(am.build_info()["isa"])
+    rows = []
+    for name, found in times.items():
+        ratio = median(one / other for one, other in zip(found, base, strict=True))
+        spread = sorted(found)
+        rows.append(
+            Row(case, name, torch.get_num_threads(), isa, median(found), spread[-2] - spread[1],
+                min(found), 0.0, ratio)
+        )  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__.splitlines()[0]).parse_args()
+    shapes = [
+        (2, 1 << 24),
+        (8, 1 << 22),
+        (16, 1 << 22),
+        (64, 1 << 20),
+        (128, 1 << 20),
+        (1024, 1 << 16),
+    ]
+    models = ["MLP", "CNN", "transformer"]
+    if options.quick:
+        shapes, models = shapes[1:4:2], models[:1]
+    dtypes = (torch.float32, torch.bfloat16)
+    cases: list[Callable[[], list[Row]]] = []
+    cases += [lambda s=s, t=t: histogram(*s, t) for s in shapes for t in dtypes]
+    cases += [lambda s=s: histogram_of_moments(*s) for s in shapes]
+    cases += [lambda s=s: curve(*s) for s in shapes[:4]]
+    cases += [lambda s=s: cosines(*s) for s in shapes[:5]]
+    cases += [lambda m=m: pairs(m) for m in models]
+    cases += [lambda m=m, e=e: monitor(m, e) for m in models for e in (True, False)]
+    run(options, cases)
+
+
+if __name__ == "__main__":
+    main()
