@@ -5,6 +5,7 @@ or :class:`andmask_ext.Moments`; and return 0-dim tensors or small frozen datacl
 for a GPU.
 """
 
+from . import landscapes
 from ._alignment import GradientCorrelation, gradient_correlation, gradient_cosines
 from ._monitor import Monitor
 from ._signal import coherence, signal_to_noise
@@ -28,6 +29,7 @@ __all__ = [
     "gradient_correlation",
     "gradient_cosines",
     "kept_fraction",
+    "landscapes",
     "noise_kept_fraction",
     "noise_votes",
     "sign_agreement",

@@ -106,6 +106,21 @@ def test_a_few_environments_at_a_time(scratch: int, monkeypatch: pytest.MonkeyPa
     check(model, torch.randn(8, 2, 8, dtype=torch.float64), IDS)
 
 
+def test_norms_of_several_batches_add_up() -> None:
+    """Norms from squares hold for the first environments only; for others there is another way."""
+    model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(30, 4)).double()
+    batches = torch.randn(3, 4, 2, 8, dtype=torch.float64)
+    agreement = am.Agreement(model, am.AndMask(0.6), keep_moments=True)
+    am.metrics.Monitor(agreement)
+    exact = 0.0
+    for number, x in enumerate(batches):
+        exact += sum(float(g.square().sum()) for g in loop(model, curved, (x,)).values())
+        with agreement(resolve=number == 2):
+            curved(model, x).backward()
+    norms = agreement.moments[0].squared_norms
+    assert sum(float(norm) for norm in norms) == pytest.approx(exact, rel=1e-10)
+
+
 def test_a_parameter_that_is_used_twice() -> None:
     class Tied(nn.Module):
         def __init__(self) -> None:

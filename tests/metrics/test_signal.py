@@ -121,6 +121,11 @@ def test_norms_are_forgotten_merged_and_absent() -> None:
     assert plain.squared_norms is None
     halves[1].merge(plain)  # it does not know all norms any more
     assert halves[1].squared_norms is None
+    plain.merge(halves[0])  # nor did this one
+    assert plain.squared_norms is None
+    empty = am.Moments([grads[0] for grads in many])
+    empty.merge(halves[0])
+    assert [n.item() for n in empty.squared_norms] == pytest.approx([n.item() for n in total])
     halves[0].reset()
     assert halves[0].squared_norms is None
     halves[0].track_norms = False

@@ -14,14 +14,13 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from ...plots.palette import BLUE, GREY, VERMILION
 from ..records import write_atomically
 from .data import Array, SpiralsConfig, draw_spirals
 from .settings import Settings
 from .training import build_model
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart; the classes are its purple and
-# green, darkened for points and lightened for regions.
-BLUE, VERMILION, GREY = "#0072B2", "#D55E00", "#666666"
+# The classes are the palette's purple and green, darkened for points and lightened for regions.
 COLOURS = {"and-mask": BLUE, "mean": VERMILION}
 NAMES = {"and-mask": "AND-mask", "mean": "plain training"}
 CLASSES = ("#B5528A", "#00805D")

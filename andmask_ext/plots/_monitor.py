@@ -1,0 +1,147 @@
+"""Kept coordinates of every parameter over training."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.ticker import LogLocator, StrMethodFormatter
+
+from .._checks import check_bool
+from ._data import Records
+from ._style import DIVERGING, WIDTH, Array, as_array, axes_or_new, style
+
+__all__ = ["kept_fraction"]
+
+_LETTERS = 30  # of a parameter's name
+_ROWS = 40  # with a name each; of more parameters some are named
+
+
+def kept_fraction(
+    monitor: Records,
+    *,
+    relative: bool = False,
+    limits: tuple[float, float] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw a heat map of the share of coordinates that the AND-mask keeps, by parameter and step.
+
+    Args:
+        monitor: as :class:`andmask_ext.metrics.Monitor` recorded it.
+        relative: draw shares as multiples of what is kept of pure noise, logarithmically: white is
+            noise, blue more than that, vermilion less.
+        limits: lowest and highest value of the colours; by default 0, or as far below noise as
+            above it, up to the highest value there is.
+        ax: where to draw.
+
+    Returns:
+        The axes: the first parameter is the top row; long names are cut in the middle. Grey is not
+        a number.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: there is no record or no parameter, shapes differ, or ``limits`` do not rise.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from andmask_ext import plots
+        >>> monitor = SimpleNamespace(steps=[0, 10], names=["0.weight", "0.bias"],
+        ...                           series=lambda metric: torch.tensor([[0.1, 0.5], [0.2, 0.6]]))
+        >>> [text.get_text() for text in plots.kept_fraction(monitor).get_yticklabels()]
+        ['0.weight', '0.bias']
+    """
+    check_bool("relative", relative)
+    steps, names = np.asarray(monitor.steps, dtype=float), list(monitor.names)
+    if not len(steps) or not names:
+        raise ValueError(
+            f"monitor: expected records of parameters, but got {len(steps)} records "
+            f"of {len(names)} parameters"
+        )
+    values = _series(monitor, "kept_fraction", (len(steps), len(names)))
+    if relative:
+        noise = _series(monitor, "noise_kept_fraction", (len(steps), len(names)))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            values = values / noise
+    low, high = _limits(values, relative, limits)
+    if relative:  # a logarithmic scale has no place for 0, which belongs at its low end
+        values = np.where(values <= 0, low, np.where(np.isposinf(values), high, values))
+    with style():
+        axes = axes_or_new(ax, (WIDTH, 1.3 + min(max(0.21 * len(names), 1.2), 7)))
+        mesh = axes.pcolormesh(
+            _edges(steps),
+            np.arange(len(names) + 1) - 0.5,
+            np.ma.masked_invalid(values.T),
+            cmap=DIVERGING if relative else "cividis",
+            norm=LogNorm(low, high) if relative else Normalize(low, high),
+            rasterized=True,
+        )
+        axes.set_facecolor("#BBBBBB")
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        shown = range(0, len(names), -(-len(names) // _ROWS))
+        axes.set_yticks(
+            list(shown), [_elided(names[i]) for i in shown], fontsize=8 if len(names) > 12 else 9
+        )
+        axes.tick_params(axis="y", length=0 if len(shown) == len(names) else 3)
+        axes.set_xlabel("training step")
+        if len(steps) == 1:
+            axes.set_xticks(steps, [f"{steps[0]:.0f}"])
+        axes.spines[:].set_visible(False)
+        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=25)
+        bar.outline.set_visible(False)
+        if relative:
+            steps_of_ten = (1, 2, 5) if high / low < 1000 else (1,)
+            bar.set_ticks(LogLocator(subs=steps_of_ten))
+            bar.formatter = StrMethodFormatter("{x:g}")
+            bar.minorticks_off()
+        bar.set_label("kept: multiple of noise" if relative else "share of coordinates kept")
+    return axes
+
+
+def _series(monitor: Records, metric: str, shape: tuple[int, int]) -> Array:
+    values = as_array(metric, monitor.series(metric), 2)
+    if values.shape != shape:
+        raise ValueError(
+            f"{metric}: expected shape [records, parameters] = {list(shape)}, "
+            f"but got {list(values.shape)}"
+        )
+    return values
+
+
+def _limits(
+    values: Array, relative: bool, limits: tuple[float, float] | None
+) -> tuple[float, float]:
+    if limits is not None:
+        low, high = limits
+        if not (0 if relative else -math.inf) < low < high:
+            raise ValueError(
+                f"limits: expected two {'positive ' if relative else ''}rising numbers, "
+                f"but got {low} and {high}"
+            )
+    elif relative:
+        usual = values[np.isfinite(values) & (values > 0)]
+        far = math.exp(np.abs(np.log(usual)).max()) if len(usual) else 1.0
+        high = max(far, 2.0)
+        low = 1 / high
+    else:
+        high = np.nanmax(values, initial=0.0, where=np.isfinite(values))
+        low, high = 0.0, high if high > 0 else 1.0
+    return low, high
+
+
+def _edges(steps: Array) -> Array:
+    """Return borders half-way between the steps."""
+    if len(steps) == 1:
+        return np.array([steps[0] - 0.5, steps[0] + 0.5])
+    middle = (steps[:-1] + steps[1:]) / 2
+    return np.concatenate([[2 * steps[0] - middle[0]], middle, [2 * steps[-1] - middle[-1]]])
+
+
+def _elided(name: str) -> str:
+    """Cut a long name in its middle: what tells parameters apart stands at both ends."""
+    if len(name) <= _LETTERS:
+        return name
+    head = _LETTERS // 3
+    return f"{name[:head]}…{name[head + 1 - _LETTERS :]}"

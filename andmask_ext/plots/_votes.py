@@ -1,0 +1,253 @@
+"""Votes: their histogram, and what a threshold keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from .._checks import check_bool, check_tau
+from ..reference import vote_threshold
+from . import palette
+from ._data import Curve, Votes
+from ._style import SMALL, WIDTH, Array, as_array, axes_or_new, panels_or_new, percent, style
+
+__all__ = ["tau_curve", "vote_histogram"]
+
+_DOTS = 33  # steps that are told apart
+_BARS = 64  # more numbers of votes than this are merged
+
+
+def vote_histogram(
+    histogram: Votes, tau: float | None = None, *, log: bool = False, ax: Axes | None = None
+) -> Axes:
+    """Draw how many coordinates have how much agreement, beside what pure noise would have.
+
+    Signs of d environments add up to d, d - 2, ...: these numbers of votes have bars. A coordinate
+    where gradients are exactly 0 can lie in between, and is drawn with the number below. With more
+    than 64 numbers neighbours share a bar.
+
+    Args:
+        histogram: as :func:`andmask_ext.metrics.vote_histogram` returns it.
+        tau: mark this threshold, and say what it keeps; the share is counted, not read off bars.
+        log: logarithmic shares.
+        ax: where to draw.
+
+    Returns:
+        The axes: bars are shares of coordinates, the outline is noise.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: ``tau`` lies outside [0, 1], or there are not d + 1 counts.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from andmask_ext import plots
+        >>> votes = SimpleNamespace(environments=2, counts=torch.tensor([3, 0, 1]),
+        ...                         noise=torch.tensor([0.5, 0.0, 0.5]))
+        >>> axes = plots.vote_histogram(votes, tau=1.0)
+        >>> [float(bar.get_height()) for bar in axes.patches[:2]]
+        [0.75, 0.25]
+    """
+    check_bool("log", log)
+    if tau is not None:
+        check_tau(tau)
+    environments = histogram.environments
+    counts, noise = as_array("counts", histogram.counts, 1), as_array("noise", histogram.noise, 1)
+    if not len(counts) == len(noise) == environments + 1:
+        raise ValueError(
+            f"histogram: expected environments + 1 = {environments + 1} counts and noise shares, "
+            f"but got {len(counts)} and {len(noise)}"
+        )
+    total = counts.sum()
+    shares = counts / max(total, 1)
+    starts, edges = _bars(environments, with_zero=shares[0] > 0)
+    heights, null = np.add.reduceat(shares, starts), np.add.reduceat(noise, starts)
+    merged = len(starts) > 1 and starts[-1] != environments
+    centres = (edges[:-1] + edges[1:]) / 2
+    with style():
+        axes = axes_or_new(ax, (WIDTH, 3.4))
+        width = np.diff(edges) * (1.0 if merged else 0.82)
+        axes.bar(
+            centres / environments,
+            heights,
+            width / environments,
+            color=palette.SKY,
+            edgecolor=palette.BLUE,
+            linewidth=0.8,
+            label="gradients" if total else "gradients: no coordinates",
+        )
+        axes.stairs(
+            null,
+            edges / environments,
+            color=palette.BLACK,
+            linestyle=(0, (4, 1.6)),
+            linewidth=1.5,
+            label="pure noise",
+            baseline=None if log else 0,
+        )
+        room = 0.02 * (edges[-1] - edges[0])
+        axes.set_xlim((edges[0] - room) / environments, (edges[-1] + room) / environments)
+        plural = "s" if environments > 1 else ""
+        axes.set_xlabel(f"agreement |votes| / d, of d = {environments} environment{plural}")
+        axes.set_ylabel("share of coordinates")
+        if environments <= 2:
+            possible = starts if len(starts) > 1 or environments > 1 else [1]
+            axes.set_xticks(centres / environments, [f"{k / environments:g}" for k in possible])
+        else:
+            axes.set_xticks(np.linspace(0, 1, 6), ["0", "0.2", "0.4", "0.6", "0.8", "1"])
+        top = max(heights.max(), null.max())
+        if log:
+            floor = min(0.5 / total, heights[heights > 0].min() / 2) if total else 1e-6
+            axes.set(yscale="log", ylim=(floor, top * (top / floor) ** 0.25))
+        else:
+            axes.set_ylim(0, 1.3 * top)
+        half = len(heights) // 2
+        right = heights[:half].sum() > heights[half:].sum()
+        if tau is not None:
+            least = vote_threshold(tau, environments)
+            right = _mark_threshold(axes, tau, least, environments, shares, noise)
+        axes.legend(loc="upper right" if right else "upper left", borderaxespad=0.2)
+    return axes
+
+
+def _bars(environments: int, with_zero: bool) -> tuple[Array, Array]:
+    """Return of each bar its first number of votes, and the edges of all bars, in votes."""
+    possible = np.arange(environments % 2, environments + 1, 2)
+    least = -(-len(possible) // _BARS)
+    # Bars are filled from unanimity downwards, with the size that leaves the lowest one fullest.
+    size = min(range(least, 3 * least // 2 + 1), key=lambda n: (-len(possible) % n / n, n))
+    lowest = len(possible) % size
+    starts = np.append(possible[:1] if lowest else [], possible[lowest::size]).astype(int)
+    edges = np.append(starts - 1.0, environments + 1.0)
+    if with_zero and environments % 2 and size == 1:  # no votes, out of an odd number: a bar more
+        return np.append(0, starts), np.append(-1.0, edges)
+    starts[0] = 0
+    return starts, edges
+
+
+def _mark_threshold(
+    axes: Axes, tau: float, least: int, environments: int, shares: Array, noise: Array
+) -> bool:
+    """Draw a line left of what the threshold keeps, and say how much; return if the text is right.
+
+    The line is the border between bars, or in the middle of one that stands for many.
+    """
+    place = (least - (environments - least + 1) % 2) / environments
+    axes.axvline(place, color=palette.VERMILION, linewidth=1.6, label="_threshold")
+    left = place > 0.5
+    axes.plot(
+        place,
+        0.985,
+        ">",
+        transform=axes.get_xaxis_transform(),
+        color=palette.VERMILION,
+        markersize=8,
+        label="_kept side",
+    )
+    axes.annotate(
+        f"τ = {tau:g} keeps {percent(shares[least:].sum())}\n"
+        f"(of noise {percent(noise[least:].sum())})",
+        (place, 0.94),
+        xycoords=axes.get_xaxis_transform(),
+        xytext=(-5 if left else 5, 0),
+        textcoords="offset points",
+        ha="right" if left else "left",
+        va="top",
+        fontsize=SMALL + 0.5,
+        color=palette.VERMILION,
+    )
+    return not left
+
+
+def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = None) -> list[Axes]:
+    """Draw what the AND-mask keeps over its threshold: share of coordinates, norm of the update.
+
+    Both are steps: between two thresholds k / d nothing changes.
+
+    Args:
+        curve: as :func:`andmask_ext.metrics.tau_curve` returns it.
+        log: logarithmic shares; the noise falls exponentially.
+        ax: two axes, where to draw.
+
+    Returns:
+        The axes of shares, and those of norms. Values that are not finite are left out, and the
+        axes say so.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the parts of the curve differ in length, or ``ax`` are not two.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from andmask_ext import plots
+        >>> curve = SimpleNamespace(
+        ...     tau=torch.tensor([0.0, 0.5, 1.0]),
+        ...     kept_fraction=torch.tensor([1.0, 0.7, 0.7]),
+        ...     noise_kept_fraction=torch.tensor([1.0, 0.5, 0.5]),
+        ...     norm=torch.tensor([3.0, 2.0, 2.0]),
+        ... )
+        >>> shares, norms = plots.tau_curve(curve)
+        >>> norms.get_xlabel()
+        'threshold τ of the AND-mask'
+    """
+    check_bool("log", log)
+    tau, kept, null, norm = (
+        as_array(name, getattr(curve, name), 1)
+        for name in ("tau", "kept_fraction", "noise_kept_fraction", "norm")
+    )
+    if len({len(tau), len(kept), len(null), len(norm)}) > 1:
+        raise ValueError(
+            "curve: expected tau, kept_fraction, noise_kept_fraction and norm of one length, "
+            f"but got {len(tau)}, {len(kept)}, {len(null)} and {len(norm)}"
+        )
+    with style():
+        panels = panels_or_new(ax, 2, 2, (WIDTH, 4.4), sharex=True)
+        shares, norms = panels
+        look: dict[str, Any] = {"where": "pre", "linewidth": 1.9, "marker": "o", "markersize": 4}
+        for values, colour, dashes, label in (
+            (kept, palette.BLUE, "-", "gradients"),
+            (null, palette.BLACK, (0, (4, 1.6)), "pure noise"),
+        ):
+            shown = np.where(values > 0, values, np.nan) if log else values
+            shares.step(
+                tau, shown, color=colour, linestyle=dashes, label=label, **_ends(shown), **look
+            )
+        if log:
+            above = kept[kept > 0].min() if (kept > 0).any() else 1e-3
+            shares.set(yscale="log", ylim=(max(above / 10, 1e-12), 2))
+        else:
+            shares.set_ylim(0, 1.05)
+        shares.set_ylabel("share of\ncoordinates kept")
+        shares.legend(loc="lower left" if log else "upper right")
+        finite = np.where(np.isfinite(norm), norm, np.nan)
+        norms.step(tau, finite, color=palette.BLUE, **_ends(finite), **look)
+        top = np.nanmax(finite, initial=0.0)
+        norms.set_ylim(0, 1.08 * top if top > 0 else 1)
+        norms.set(xlabel="threshold τ of the AND-mask", xlim=(-0.01, 1.01))
+        norms.set_ylabel("norm of\nmasked gradient")
+        missing = int(np.isnan(finite).sum())
+        if missing:
+            norms.annotate(
+                f"not finite at {missing} of {len(norm)} thresholds",
+                (0.99, 0.95),
+                xycoords="axes fraction",
+                ha="right",
+                va="top",
+                fontsize=SMALL,
+                color=palette.VERMILION,
+            )
+        for axes in panels:
+            axes.grid(alpha=0.25)
+        shares.set_xlim(-0.01, 1.01)
+    return panels
+
+
+def _ends(values: Array) -> dict[str, Any]:
+    """Mark where steps end: up to tau = k / d, and there, the mask is that of k / d."""
+    last = np.flatnonzero(np.append(np.diff(values) != 0, True))
+    return {"markevery": last.tolist() if len(last) <= _DOTS else []}

@@ -1,0 +1,139 @@
+"""What holds for every figure, and for the package as an optional one."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from andmask_ext import plots
+from andmask_ext.metrics import landscapes
+
+from .pictures import Correlations, Curve, Histogram, Monitor, draw
+
+pytestmark = pytest.mark.cpu_only
+
+EXAMPLE = landscapes.two_minima()
+STARTS = torch.tensor([[2.6, -0.8], [-2.0, -1.0]])
+FIGURES = {
+    "vote_histogram": lambda **o: plots.vote_histogram(Histogram.of_noise(16), 0.8, **o),
+    "vote_histogram of one": lambda **o: plots.vote_histogram(Histogram.of_noise(1), 1.0, **o),
+    "kept_fraction": lambda **o: plots.kept_fraction(Monitor.of(20, 12), **o),
+    "kept_fraction, many": lambda **o: plots.kept_fraction(Monitor.of(20, 200), **o),
+    "kept_fraction, one": lambda **o: plots.kept_fraction(Monitor.of(1, 1), relative=True, **o),
+    "tau_curve": lambda **o: plots.tau_curve(Curve.of(Histogram.of_noise(16)), **o),
+    "gradient_cosines": lambda **o: plots.gradient_cosines(
+        torch.eye(4), ["photo", "art painting", "cartoon", "sketch"], **o
+    ),
+    "gradient_correlation": lambda **o: plots.gradient_correlation(
+        Correlations(torch.linspace(0, 1, 9), {"mechanism": torch.linspace(0.4, 1, 9)}), **o
+    ),
+    "loss_landscapes": lambda **o: plots.loss_landscapes(
+        EXAMPLE.losses, points=EXAMPLE.points, **o
+    ),
+    "trajectories": lambda **o: plots.trajectories(EXAMPLE.losses, STARTS, steps=5, **o),
+    "ellipses": lambda **o: plots.ellipses(torch.eye(2)[None], **o),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_new_figure_fits_a_readme_and_cuts_nothing_off(name):
+    result = FIGURES[name]()
+    assert len(plt.get_fignums()) == 1
+    figure = draw(result)
+    width, height = figure.get_size_inches()
+    assert 3 < width <= 8.3
+    assert 1.5 < height < 9
+    box = figure.get_tightbbox()
+    assert box.x0 > -0.01
+    assert box.y0 > -0.01
+    assert box.x1 < width + 0.01
+    assert box.y1 < height + 0.01
+    sizes = [
+        text.get_fontsize()
+        for text in figure.findobj(matplotlib.text.Text)
+        if text.get_visible() and text.get_text()
+    ]
+    assert min(sizes) >= 7.5
+    plt.close(figure)
+    assert not plt.get_fignums()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_given_axes_are_drawn_into_and_returned(name):
+    panels = {"tau_curve": 2, "loss_landscapes": 4, "trajectories": 3}.get(name)
+    figure = plt.figure(figsize=(12, 4))
+    axes = figure.subplots(1, panels or 1, squeeze=False)[0]
+    result = FIGURES[name](ax=list(axes) if panels else axes[0])
+    assert result == (list(axes) if panels else axes[0])
+    assert plt.get_fignums() == [figure.number]
+    assert all(one.has_data() for one in axes)
+    assert all(one.get_xlabel() for one in axes[-1:])
+    draw(result)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_axes_have_names(name):
+    result = FIGURES[name]()
+    axes = result if isinstance(result, list) else [result]
+    assert axes[-1].get_xlabel()
+    if not name.startswith("kept_fraction"):  # whose rows have names instead
+        assert axes[0].get_ylabel()
+
+
+def test_a_subfigure_and_a_mosaic_are_places_to_draw():
+    figure = plt.figure(layout="constrained")
+    left, right = figure.subfigures(1, 2)
+    plots.gradient_cosines(torch.eye(3), ax=left.subplots())
+    plots.tau_curve(Curve.of(Histogram.of_noise(4)), ax=right.subplots(2))
+    figure.canvas.draw()
+    assert len(left.axes) == 2
+    assert len(right.axes) == 2
+    grid = np.array(plt.figure().subplots(2, 2))
+    assert plots.loss_landscapes(EXAMPLE.losses, resolution=9, ax=grid) == list(grid.flat)
+
+
+def modules():
+    found = [landscapes]
+    for entry in pkgutil.iter_modules(plots.__path__):
+        found.append(importlib.import_module(f"andmask_ext.plots.{entry.name}"))
+    return found
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__)
+def test_examples_print_what_they_say(module):
+    assert doctest.testmod(module).failed == 0
+    for name in getattr(module, "__all__", []):
+        value = getattr(module, name)
+        if inspect.isfunction(value) and value.__module__ == module.__name__:
+            assert inspect.getdoc(value)
+
+
+def test_every_public_function_has_an_example():
+    for name in plots.__all__:
+        if name != "palette":
+            assert "Example:" in inspect.getdoc(getattr(plots, name)), name
+
+
+def run(program):
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+
+def test_the_library_does_not_import_matplotlib():
+    program = "import sys, andmask_ext; assert 'matplotlib' not in sys.modules"
+    result = run(program)
+    assert result.returncode == 0, result.stderr
+
+
+def test_without_matplotlib_the_error_names_the_extra():
+    result = run("import sys; sys.modules['matplotlib'] = None; from andmask_ext import plots")
+    assert result.returncode == 1
+    assert "ImportError: andmask_ext.plots needs matplotlib" in result.stderr
+    assert "pip install 'andmask_ext[plots]'" in result.stderr
