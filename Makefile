@@ -68,6 +68,7 @@ bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python benchmarks/bench_optim.py
 	$(BIN)/python benchmarks/bench_outer.py
 	$(BIN)/python benchmarks/bench_agreement.py
+	$(BIN)/python benchmarks/bench_metrics.py
 	$(BIN)/python benchmarks/bench_cuda.py
 
 .PHONY: lint

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_bool, check_tau
 from ..agreement import Agreement
 from ..reference import vote_threshold
-from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of
+from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, there
 
 __all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]
 
@@ -192,11 +192,9 @@ class _Means:
 
 
 def _means_and_votes(entries: Entries) -> _Means:
-    return _Means(
-        entries.environments,
-        [one.double() / entries.environments for one in entries.of_moments("sum")],
-        entries.of_moments("votes"),
-    )
+    moments = entries.with_kinds("votes")
+    means = [one.double() / entries.environments for one in there(moments.sum)]
+    return _Means(entries.environments, means, there(moments.votes))
 
 
 def _pearson(first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:

@@ -34,24 +34,20 @@ class Entries:
     moments: Moments | None
     like: Callable[[Sequence[Any]], Any]
 
-    def __len__(self) -> int:
-        return len(self.stacked if self.moments is None else self.moments.touched)  # type: ignore[arg-type]
-
-    def of_moments(self, kind: str) -> list[Tensor]:
-        """Return a kind of moments of the entries; of stacked gradients they are computed."""
-        moments = self.moments
-        if moments is None:
+    def with_kinds(self, *kinds: str) -> Moments:
+        """Return moments of the entries; of stacked gradients they are computed, in one pass."""
+        if self.moments is None:
             assert self.stacked is not None
-            moments = Moments(
-                [_row(grads) for grads in self.stacked], () if kind == "sum" else (kind,)
-            )
+            moments = Moments([_row(grads) for grads in self.stacked], kinds)
             moments.add_stacked(self.stacked)
-        elif kind not in ("sum", *moments.kinds):
-            raise ValueError(
-                f"grads: expected moments with {kind}, but got {moments}; make them with "
-                f"kinds=(..., {kind!r}), or let a rule that needs {kind} be the optimizer's"
-            )
-        return [one for one in getattr(moments, kind) if one is not None]
+            return moments
+        for kind in kinds:
+            if kind not in self.moments.kinds:
+                raise ValueError(
+                    f"grads: expected moments with {kind}, but got {self.moments}; make them with "
+                    f"kinds=(..., {kind!r}), or let a rule that needs {kind} be the optimizer's"
+                )
+        return self.moments
 
     def histograms(self) -> tuple[Tensor, Tensor]:
         """Return counts and squares, ``[entries, environments + 1]``, on the first device."""
@@ -62,7 +58,13 @@ class Entries:
                 torch.stack([one[part].to(device) for one in found]) for part in (0, 1)
             )
             return counts, squares
-        return vote_histograms(self.of_moments("sum"), self.of_moments("votes"), self.environments)
+        moments = self.with_kinds("votes")
+        return vote_histograms(there(moments.sum), there(moments.votes), self.environments)
+
+
+def there(values: Sequence[Tensor | None]) -> list[Tensor]:
+    """Leave out the parameters that no environment has touched."""
+    return [value for value in values if value is not None]
 
 
 def vote_histograms(sums: list[Tensor], votes: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
@@ -99,7 +101,7 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
         return Entries(grads.count, None, grads, _in_places(grads.touched, len(grads.sum)))
     if isinstance(grads, Tensor):
         check_grads(grads, name)
-        return Entries(grads.shape[0], [grads], None, lambda values: values[0])
+        return Entries(grads.shape[0], [grads.detach()], None, lambda values: values[0])
     if isinstance(grads, Mapping):
         keys = list(grads)
         labelled = [(f"{name}[{key!r}]", grads[key]) for key in keys]
@@ -144,7 +146,7 @@ def stacked_of(grads: object, name: str = "grads") -> list[Tensor]:
 
 def _row(grads: Tensor) -> Tensor:
     """Return a stand-in for the parameter of stacked gradients."""
-    return grads.detach()[0]
+    return grads[0]
 
 
 def _in_places(places: list[int], size: int) -> Callable[[Sequence[Any]], list[Any]]:

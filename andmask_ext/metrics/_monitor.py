@@ -14,7 +14,7 @@ from ..moments import Moments, Observer
 from ..optim._environments import MomentOptimizer
 from ..reference import vote_threshold
 from ..rules import AgreementSum, Rule
-from ._inputs import vote_histograms
+from ._inputs import there, vote_histograms
 from ._signal import squared_norm
 from ._votes import noise_kept_fraction
 
@@ -167,12 +167,11 @@ class Monitor(Observer):
     def _measure(self, moments: Moments, rule: Rule) -> dict[str, Tensor]:
         """Return sums over the coordinates of each touched parameter, as far as they are known."""
         count = moments.count
-        sums = [one for one in moments.sum if one is not None]
+        sums = there(moments.sum)
         tau = _tau_of(rule) if self._tau is None else self._tau
         found: dict[str, Tensor] = {}
         if "votes" in moments.kinds:
-            votes = [one for one in moments.votes if one is not None]
-            counts, squares = vote_histograms(sums, votes, count)
+            counts, squares = vote_histograms(sums, there(moments.votes), count)
             threshold = vote_threshold(tau, count)
             steps = torch.arange(count + 1, dtype=torch.float64, device=counts.device)
             together = squares.sum(1)
@@ -196,12 +195,10 @@ class Monitor(Observer):
             return None
         norms, device = moments.squared_norms, together.device
         if norms is not None:
-            return torch.stack([one.to(device) for one in norms if one is not None])
+            return torch.stack([one.to(device) for one in there(norms)])
         if "squares" not in moments.kinds:  # a state from elsewhere was loaded half-way
             return None
-        deviations = [
-            one.sum(dtype=torch.float64).to(device) for one in moments.squares if one is not None
-        ]
+        deviations = [one.sum(dtype=torch.float64).to(device) for one in there(moments.squares)]
         return torch.stack(deviations) + together / moments.count
 
     # ---- looking at it ----

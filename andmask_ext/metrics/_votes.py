@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .._checks import check_bool, check_tau
 from ..reference import vote_threshold
-from ._inputs import Gradients, entries_of
+from ._inputs import Gradients, entries_of, there
 
 __all__ = [
     "TauCurve",
@@ -58,11 +58,10 @@ def sign_agreement(grads: Gradients) -> Any:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     entries = entries_of(grads)
-    wide = [_wide(one) for one in entries.stacked or entries.of_moments("sum")]
-    votes = entries.of_moments("votes")
+    moments = entries.with_kinds("votes")
     return entries.like([
-        vote.abs().to(dtype).div_(entries.environments)
-        for vote, dtype in zip(votes, wide, strict=True)
+        votes.abs().to(total.dtype).div_(entries.environments)
+        for votes, total in zip(there(moments.votes), there(moments.sum), strict=True)
     ])  # fmt: skip
 
 
@@ -265,10 +264,6 @@ def tau_curve(grads: Gradients) -> TauCurve:
 
 
 # ---- helpers ----
-
-
-def _wide(grads: Tensor) -> torch.dtype:
-    return torch.float64 if grads.dtype == torch.float64 else torch.float32
 
 
 def _at_least(values: Tensor) -> Tensor:
