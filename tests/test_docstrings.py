@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 import doctest
+import importlib
 import inspect
+import pkgutil
+from types import ModuleType
 
 import pytest
 
 import andmask_ext
-from andmask_ext import _backward, _library, agreement, moments, nn, ops, optim, reference, rules
-from andmask_ext.agreement import _agreement
-from andmask_ext.nn import _batchnorm
-from andmask_ext.optim import adam, sgd, temporal, wrapper
-from andmask_ext.optim import reference as optim_reference
 
 pytestmark = pytest.mark.cpu_only
 
-EXAMPLES = [
-    _agreement,
-    _backward,
-    _batchnorm,
-    _library,
-    adam,
-    moments,
-    ops,
-    rules,
-    sgd,
-    temporal,
-    wrapper,
-]
-PUBLIC = [andmask_ext, agreement, moments, nn, ops, optim, optim_reference, reference, rules]
+
+def modules() -> list[ModuleType]:
+    """Return all modules of the package but the command line."""
+    names = [
+        found.name
+        for found in pkgutil.walk_packages(andmask_ext.__path__, "andmask_ext.")
+        if not found.name.endswith(("__main__", "._harness", "._cuda_on_host"))
+    ]
+    return [andmask_ext, *map(importlib.import_module, names)]
+
+
+def has_examples(module: ModuleType) -> bool:
+    return any(found.examples for found in doctest.DocTestFinder().find(module))
+
+
+EXAMPLES = list(filter(has_examples, modules()))
+PUBLIC = [module for module in modules() if hasattr(module, "__all__")]
 
 
 @pytest.mark.parametrize("module", EXAMPLES, ids=lambda m: m.__name__)
@@ -43,5 +44,5 @@ def test_examples(module: object) -> None:
 def test_every_public_name_has_a_docstring(module: object) -> None:
     for name in module.__all__:
         value = getattr(module, name)
-        if callable(value):
+        if inspect.isroutine(value) or inspect.isclass(value):
             assert inspect.getdoc(value), name

@@ -71,7 +71,10 @@ def ellipses(
     names = environment_names(len(matrices), labels)
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon: expected a positive finite number, but got {epsilon}")
-    arithmetic, geometric = _means(matrices)
+    means = metrics.hessian_means(matrices)
+    arithmetic, geometric = means.arithmetic, means.geometric
+    assert isinstance(arithmetic, Tensor)
+    assert isinstance(geometric, Tensor)
     with style():
         axes = axes_or_new(ax, (4.6, 4.9))
         for matrix, face, edge, hatch, name in (
@@ -126,23 +129,6 @@ def _checked(hessians: Tensor) -> Tensor:
             f"of environment {number} has eigenvalue {lowest[number]:.3g}"
         )
     return matrices
-
-
-def _means(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the arithmetic and the geometric mean."""
-    hessian_means = getattr(metrics, "hessian_means", None)
-    if hessian_means is not None:
-        means = hessian_means(matrices)
-        return means.arithmetic, means.geometric
-    arithmetic = matrices.mean(0)
-    if len(matrices) == 1:
-        return arithmetic, arithmetic
-    if len(matrices) > 2:
-        raise ValueError(f"hessians: expected at most 2 environments, but got {len(matrices)}")
-    # Of two matrices [2, 2] with determinant 1 the geometric mean is proportional to the sum.
-    roots = torch.linalg.det(matrices).sqrt()
-    total = (matrices / roots[:, None, None]).sum(0)
-    return arithmetic, total * (roots.prod() / torch.linalg.det(total)).sqrt()
 
 
 def _outline(matrix: Tensor, epsilon: float) -> Array:

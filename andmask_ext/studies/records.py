@@ -51,7 +51,7 @@ class RunFiles:
     Example:
         >>> files = RunFiles(Path("runs"), "mean-seed0", {"seed": 0, "tau": 0.8})
         >>> files.record.name
-        'mean-seed0-c07daab6.json'
+        'mean-seed0-0aa23cab.json'
     """
 
     def __init__(self, folder: Path, name: str, identity: Identity) -> None:

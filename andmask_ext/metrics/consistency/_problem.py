@@ -1,0 +1,256 @@
+"""The losses of the environments as functions of one flat vector: values, gradients, curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Params: TypeAlias = "Tensor | dict[str, Tensor]"
+Loss: TypeAlias = Callable[[Params], Tensor]
+
+CHUNK = 64  # points that vmap evaluates at once
+
+
+class Layout:
+    """How parameters, a tensor or a dict of tensors, lie in one vector."""
+
+    def __init__(self, params: object, name: str = "params") -> None:
+        if isinstance(params, Tensor):
+            items = {"": params}
+        elif isinstance(params, Mapping):
+            items = dict(params)
+            for key, value in items.items():
+                if not isinstance(key, str) or not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"{name}: expected a dict from str to Tensor, "
+                        f"but got {type(value).__name__} at {key!r}"
+                    )
+        else:
+            raise TypeError(
+                f"{name}: expected a Tensor or a dict of Tensors, but got {type(params).__name__}"
+            )
+        self.keys = None if isinstance(params, Tensor) else list(items)
+        self.shapes = [value.shape for value in items.values()]
+        self.size = sum(value.numel() for value in items.values())
+        if self.size == 0:
+            raise ValueError(f"{name}: expected at least 1 number, but got none")
+        kinds = {(value.dtype, value.device) for value in items.values()}
+        if len(kinds) > 1:
+            raise ValueError(
+                f"{name}: expected one dtype and one device, "
+                f"but got {', '.join(sorted(f'{t} on {d}' for t, d in kinds))}"
+            )
+
+    def flatten(self, params: Params) -> Tensor:
+        """Return the numbers of ``params`` as one vector."""
+        values = [params] if isinstance(params, Tensor) else [params[k] for k in self.keys or []]
+        return torch.cat([value.detach().reshape(-1) for value in values])
+
+    def unflatten(self, vector: Tensor) -> Params:
+        """Return the vector's numbers in the structure of the parameters."""
+        pieces = vector.split([math.prod(shape) for shape in self.shapes])
+        values = [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+        return values[0] if self.keys is None else dict(zip(self.keys, values, strict=True))
+
+
+class Problem:
+    """Losses of at least two environments about one point.
+
+    Values, gradients and Hessian-vector products are taken for many points at once by
+    :func:`torch.func.vmap`. A loss that vmap or :mod:`torch.func` cannot take is evaluated point by
+    point with plain autograd; ``looped`` names it and says why.
+    """
+
+    def __init__(self, losses: object, params: object, eps: float = 1.0) -> None:
+        self.layout = Layout(params)
+        self.point = self.layout.flatten(params)  # type: ignore[arg-type]
+        if self.point.dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                "params: expected dtype float32 or float64, "
+                f"but got {str(self.point.dtype).removeprefix('torch.')}"
+            )
+        self.losses = _check_losses(losses)
+        self.looped: dict[int, str] = {}
+        self.start = self._start(eps)
+
+    @property
+    def environments(self) -> int:
+        """How many environments there are."""
+        return len(self.losses)
+
+    @property
+    def size(self) -> int:
+        """How many parameters there are."""
+        return self.layout.size
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Return the ordered pairs of different environments."""
+        count = range(self.environments)
+        return [(one, other) for one in count for other in count if one != other]
+
+    def loss(self, environment: int, vector: Tensor) -> Tensor:
+        """Return one environment's loss at one flat point."""
+        value = self.losses[environment](self.layout.unflatten(vector))
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"losses[{environment}]: expected a 0-dim Tensor, but got {type(value).__name__}"
+            )
+        if value.dim() != 0 or not value.is_floating_point():
+            raise ValueError(
+                f"losses[{environment}]: expected a 0-dim floating-point Tensor, "
+                f"but got shape {list(value.shape)} and {value.dtype}"
+            )
+        return value
+
+    def values(self, environment: int, points: Tensor) -> Tensor:
+        """Return the loss at points ``[m, n]`` as ``[m]``."""
+        return self._map(environment, self.loss, self.loss, points).detach()
+
+    def gradients(self, environment: int, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Return loss ``[m]`` and gradient ``[m, n]`` at points ``[m, n]``."""
+
+        def fused(environment: int, point: Tensor) -> Tensor:
+            gradient, value = torch.func.grad_and_value(lambda x: self.loss(environment, x))(point)
+            return torch.cat([gradient, value.reshape(1).to(gradient.dtype)])
+
+        def plain(environment: int, point: Tensor) -> Tensor:
+            with torch.enable_grad():
+                point = point.detach().requires_grad_()
+                value = self.loss(environment, point)
+                gradient = _gradient(value, point)
+            return torch.cat([gradient, value.reshape(1).to(gradient.dtype)])
+
+        out = self._map(environment, fused, plain, points).detach()
+        return out[:, -1], out[:, :-1]
+
+    def products(self, environment: int, vectors: Tensor) -> Tensor:
+        """Return Hessian-vector products at the point: ``[m, n]`` of vectors ``[m, n]``."""
+
+        def fused(environment: int, vector: Tensor) -> Tensor:
+            gradient = torch.func.grad(lambda x: self.loss(environment, x))
+            # Backward over backward: forward over backward refuses more losses than it saves time.
+            product: Tensor = torch.func.vjp(gradient, self.point)[1](vector)[0]
+            return product
+
+        def plain(environment: int, vector: Tensor) -> Tensor:
+            return self.product(environment)(vector)
+
+        return self._map(environment, fused, plain, vectors).detach()
+
+    def product(self, environment: int) -> Callable[[Tensor], Tensor]:
+        """Return the Hessian at the point as a function of one vector, by plain autograd."""
+        with torch.enable_grad():
+            point = self.point.detach().requires_grad_()
+            gradient = _gradient(self.loss(environment, point), point, create_graph=True)
+
+        def apply(vector: Tensor) -> Tensor:
+            if not gradient.requires_grad:  # a linear loss
+                return torch.zeros_like(point)
+            (product,) = torch.autograd.grad(
+                gradient, point, vector, retain_graph=True, materialize_grads=True
+            )
+            return product
+
+        return apply
+
+    def hessian(self, environment: int) -> Tensor:
+        """Return the Hessian at the point, in float64 on the CPU, symmetric."""
+        identity = torch.eye(self.size, dtype=self.point.dtype, device=self.point.device)
+        hessian = self.products(environment, identity).to("cpu", torch.float64)
+        return hessian.add(hessian.mT).div(2)
+
+    def gradient(self, environment: int) -> Tensor:
+        """Return the gradient at the point, in float64 on the CPU."""
+        gradient = self.gradients(environment, self.point[None])[1][0].to("cpu", torch.float64)
+        if not bool(gradient.isfinite().all()):
+            raise ValueError(f"losses[{environment}]: the gradient at params is not finite")
+        return gradient
+
+    def notes(self) -> tuple[str, ...]:
+        """Say which losses were evaluated point by point, and why."""
+        return tuple(
+            f"losses[{environment}] evaluated point by point, as torch.func refused it ({why})"
+            for environment, why in sorted(self.looped.items())
+        )
+
+    def _map(
+        self,
+        environment: int,
+        fused: Callable[[int, Tensor], Tensor],
+        plain: Callable[[int, Tensor], Tensor],
+        points: Tensor,
+    ) -> Tensor:
+        if environment not in self.looped:
+            try:
+                batched = torch.func.vmap(lambda x: fused(environment, x), chunk_size=CHUNK)
+                return batched(points)
+            except Exception as error:  # the loop raises what is the loss's own fault
+                # Noted only once the loop has got through.
+                why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                out = torch.stack([plain(environment, point) for point in points])
+                self.looped[environment] = why[:120]
+                return out
+        return torch.stack([plain(environment, point) for point in points])
+
+    def _start(self, eps: float) -> list[float]:
+        environments = range(self.environments)
+        first = torch.stack([self.loss(e, self.point).detach().double() for e in environments])
+        again = torch.stack([self.loss(e, self.point).detach().double() for e in environments])
+        two = self.point.expand(2, -1)
+        mapped = torch.stack([self.values(e, two)[1].double() for e in environments])
+        digits = torch.finfo(self.point.dtype).eps
+        for e, (one, *others) in enumerate(torch.stack([first, again, mapped]).cpu().mT.tolist()):
+            if not math.isfinite(one):
+                raise ValueError(f"losses[{e}]: expected a finite loss at params, but got {one}")
+            if eps < 16 * digits * abs(one):
+                raise ValueError(
+                    f"eps: expected at least {16 * digits * abs(one):.2g}, as losses[{e}] is "
+                    f"{one:.4g} and {self.point.dtype} tells no less apart, but got {eps:g}"
+                )
+            for other, how in zip(others, ("a second call", "torch.func.vmap"), strict=True):
+                if not abs(one - other) <= max(math.sqrt(digits) * abs(one), 1e-3 * eps):
+                    raise ValueError(
+                        f"losses[{e}]: expected a function of the parameters alone, but got {one} "
+                        f"at params and {other} from {how} (dropout, or sampled data?)"
+                    )
+        return [float(value) for value in first]
+
+
+def _gradient(value: Tensor, point: Tensor, create_graph: bool = False) -> Tensor:
+    if not value.requires_grad:
+        return torch.zeros_like(point)
+    (gradient,) = torch.autograd.grad(
+        value, point, create_graph=create_graph, materialize_grads=True
+    )
+    return gradient
+
+
+def _check_losses(losses: object) -> list[Loss]:
+    if not isinstance(losses, Sequence) or not all(callable(loss) for loss in losses):
+        raise TypeError(
+            "losses: expected a sequence of callables from parameters to a 0-dim Tensor, "
+            f"but got {type(losses).__name__}"
+        )
+    if len(losses) < 2:
+        raise ValueError(f"losses: expected at least 2 environments, but got {len(losses)}")
+    return list(losses)
+
+
+def draw_normal(problem: Problem, rows: int, generator: torch.Generator | None) -> Tensor:
+    """Return standard normal numbers ``[rows, n]``, drawn where the generator is."""
+    device = "cpu" if generator is None else generator.device
+    out = torch.randn(
+        rows, problem.size, dtype=problem.point.dtype, device=device, generator=generator
+    )
+    return out.to(problem.point.device)
+
+
+def draw_signs(problem: Problem, rows: int, generator: torch.Generator | None) -> Tensor:
+    """Return +1 and -1 with equal chance, ``[rows, n]``, drawn where the generator is."""
+    device = "cpu" if generator is None else generator.device
+    bits = torch.randint(0, 2, (rows, problem.size), device=device, generator=generator)
+    return (2 * bits - 1).to(problem.point)

@@ -1,0 +1,143 @@
+"""The inconsistency score of a point."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..._checks import check_number
+from ._arguments import check_count, check_eps, check_generator
+from ._diagonal import diagonal
+from ._matrix_free import matrix_free
+from ._problem import Loss, Params, Problem
+from ._quadratic import DENSE_LIMIT, default_rtol, quadratic
+from ._result import Inconsistency
+from ._search import Progress, Settings, search
+
+METHODS = ("auto", "quadratic", "diagonal", "search")
+
+
+def inconsistency_score(
+    losses: Sequence[Loss],
+    params: Params,
+    eps: float,
+    method: str = "auto",
+    *,
+    probes: int = 64,
+    starts: int = 8,
+    steps: int = 300,
+    checks: int = 8,
+    rtol: float | None = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Inconsistency:
+    r"""Score how far one environment's loss can move while another's stays within eps.
+
+    .. math:: \mathcal{I}^\epsilon(\theta^*) = \max_{e, e'} \max_{\theta \in N^\epsilon_e}
+        |L_{e'}(\theta) - L_e(\theta^*)|
+
+    over ordered pairs of different environments; :math:`N^\epsilon_e` is the largest
+    path-connected set about :math:`\theta^*` in which :math:`|L_e(\theta) - L_e(\theta^*)| \le
+    \epsilon`. Low is consistent.
+
+    - ``quadratic`` takes the losses for their second-order models. At a shared minimum that is
+      :math:`\epsilon \max_{e, e'} \lambda_{\max}(H_e^{-1} H_{e'})`. Losses that differ at
+      ``params``, and gradients that are not zero there, are part of the model and handled exactly.
+      Where a direction leaves e flat but not e', the score is infinite and ``direction`` is that
+      direction; directions flat for both are left out. Negative curvature is an error. The losses
+      are then evaluated at each pair's extreme and at random points on the edges of the level sets:
+      where they leave the models, ``bound`` is ``estimate``.
+      Beyond 1000 parameters scipy's Lanczos iteration works on Hessian-vector products; there
+      the Hessians must be positive definite and the gradients close to zero.
+    - ``diagonal`` is for networks: the same for the Hessians' diagonals, estimated from random
+      probes. Coordinates whose curvature is negative or within three standard errors of zero are
+      left out, and ``notes`` counts them. The largest of many noisy ratios tends to be too large.
+    - ``search`` climbs :math:`|L_{e'}|` along paths from ``params`` whose segments stay in the
+      level set of e, at each of ``checks`` points: a lower bound, attained at the witness. A wall
+      between two such points goes unseen; more ``checks`` see thinner walls. An infinite score
+      shows as a large number that grows with ``steps``.
+    - ``auto`` is ``quadratic`` where that is exact, with up to 1000 parameters; else ``search``.
+
+    Args:
+        losses: one callable per environment, from the parameters to a 0-dim loss; see
+            :func:`model_losses` for those of a module.
+        params: the point, a Tensor or a dict of Tensors, float32 or float64. Curvature is as exact
+            as its dtype: use float64 where you can.
+        eps: the level, positive.
+        method: ``auto``, ``quadratic``, ``diagonal`` or ``search``.
+        probes: of ``diagonal``: Hessian-vector products per environment.
+        starts: of ``search``: paths per pair. Every fourth pushes the loss down instead of up.
+        steps: of ``search``: steps per path, at most.
+        checks: of ``search``: points of each segment at which the kept loss is evaluated.
+        rtol: curvature, relative to the largest, taken as none; by default the dtype's rounding to
+            the power 2/3: 4e-11 in float64, 2e-5 in float32.
+        generator: source of probes and starts; the default generator if None.
+        progress: of ``search``: called with the steps done and their number, at most; a true
+            return value ends the search, and what it has found is the result.
+
+    Returns:
+        The score with the pair of environments, the witness, and whether it is exact, an estimate
+        or a lower bound.
+
+    Raises:
+        TypeError: an argument has the wrong type, or ``params`` the wrong dtype.
+        ValueError: a number is out of range; ``eps`` is below the losses' rounding; a loss is not
+            finite, or not a function of the parameters alone; ``quadratic``: ``params`` is no
+            minimum of a loss's quadratic model; ``diagonal``: no curvature stands clear of the
+            noise.
+        ImportError: scipy is needed and missing.
+        RuntimeError: an eigenvalue iteration did not converge.
+
+    Shape:
+        - losses: d callables
+        - values of the result: :math:`(d, d)`
+
+    Example:
+        >>> import torch
+        >>> from andmask_ext.metrics import inconsistency_score
+        >>> def loss(curvature):
+        ...     return lambda x: (torch.tensor(curvature, dtype=torch.float64) * x * x).sum() / 2
+        >>> losses = [loss([1.0, 4.0]), loss([2.0, 1.0])]
+        >>> inconsistency_score(losses, torch.zeros(2, dtype=torch.float64), eps=0.1)
+        Inconsistency 0.4 at eps 0.1: environment 1 kept, 0 moves (quadratic, exact)
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.1.
+    """
+    check_eps(eps)
+    if method not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, but got {method!r}")
+    check_count("probes", probes, 2)
+    for name, value in (("starts", starts), ("steps", steps), ("checks", checks)):
+        check_count(name, value, 1)
+    check_generator(generator)
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress: expected a callable, but got {type(progress).__name__}")
+    if rtol is not None:
+        check_number("rtol", rtol, "a number in [0, 1)", lambda value: 0 <= value < 1)
+    problem = Problem(losses, params, float(eps))
+    rtol = default_rtol(problem.point.dtype) if rtol is None else rtol
+    settings = Settings(starts, steps, checks, generator, progress)
+    eps = float(eps)
+    if method == "search":
+        return search(problem, eps, settings)
+    if method == "diagonal":
+        return diagonal(problem, eps, rtol, probes, generator)
+    if method == "quadratic":
+        few = problem.size <= DENSE_LIMIT
+        return quadratic(problem, eps, rtol) if few else matrix_free(problem, eps)
+    return _auto(problem, eps, rtol, settings)
+
+
+def _auto(problem: Problem, eps: float, rtol: float, settings: Settings) -> Inconsistency:
+    if problem.size > DENSE_LIMIT:
+        return search(problem, eps, settings)
+    try:
+        found = quadratic(problem, eps, rtol)
+    except ValueError as error:
+        why = str(error).removeprefix("params: ").removesuffix("; method='search' needs no minimum")
+        return search(problem, eps, settings, (f"not quadratic: {why}",))
+    if found.bound == "exact":
+        return found
+    return search(problem, eps, settings, (f"not quadratic: {found.notes[-1]}",))

@@ -1,0 +1,292 @@
+"""Constrained ascent: how far one loss moves on a path along which another stays within eps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ._problem import Problem, draw_normal
+from ._result import Inconsistency, best_pair, result
+
+DENSE_LIMIT = 2000  # parameters up to which directions are scaled by the whole Hessian
+FLATTEST = 1e-6  # curvature, relative to the largest, below which scaling takes all for alike
+BENT, POWER_ROUNDS = 32, 5  # directions of many parameters that are scaled, and how they are found
+TARGET = 0.999  # share of eps to which a step that leaves the level set is drawn back
+CAPS = (TARGET, 0.5, 0.1)  # the same for the starts in turn, until they stall
+DRAWS = 1
+PATIENCE = 30  # steps without progress after which the search ends
+# Exploring ends within some hundred widths of the level set at params: far out along directions in
+# which all losses are flat, it would find rounding errors.
+RAY_STEPS, ROAMING, STRIDE = 28, 40, 3.0
+
+Progress = Callable[[int, int], object]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How hard to search."""
+
+    starts: int
+    steps: int
+    checks: int
+    generator: torch.Generator | None
+    progress: Progress | None
+
+
+class Scale:
+    """Maps directions in which the kept loss bends about alike everywhere to the parameters.
+
+    With many parameters only the most bent directions are told apart from the rest.
+    """
+
+    def __init__(self, problem: Problem, environment: int, generator: torch.Generator | None):
+        many = problem.size > DENSE_LIMIT
+        find = _most_bent if many else _all_bent
+        curvature, basis = find(problem, environment, generator)
+        widths = curvature.abs()
+        widths = widths.clamp(min=FLATTEST * float(widths.max())).rsqrt()
+        if not bool(widths.isfinite().all()):  # no curvature at all, or none that exists
+            widths, basis = torch.ones_like(widths), torch.zeros_like(basis).fill_diagonal_(1.0)
+        self.rest = float(widths.max()) if many else 0.0
+        self.basis = basis.to(problem.point)
+        self.widths = widths.to(problem.point)
+
+    def __call__(self, directions: Tensor) -> Tensor:
+        """Map scaled directions ``[m, n]`` to steps, and gradients to scaled ones."""
+        return self._apply(directions, self.widths, self.rest)
+
+    def inverse(self, directions: Tensor) -> Tensor:
+        """Map steps ``[m, n]`` to scaled directions, and scaled gradients to gradients."""
+        return self._apply(directions, 1 / self.widths, 1 / self.rest if self.rest else 0.0)
+
+    def _apply(self, directions: Tensor, widths: Tensor, rest: float) -> Tensor:
+        scaled = torch.matmul(directions @ self.basis * (widths - rest), self.basis.mT)
+        return scaled + rest * directions if rest else scaled
+
+
+def _all_bent(problem: Problem, environment: int, _: object) -> tuple[Tensor, Tensor]:
+    """Return all eigenvalues and vectors of the Hessian, NaN where it is not finite."""
+    hessian = problem.hessian(environment)
+    if not bool(hessian.isfinite().all()):
+        return hessian.new_full((problem.size,), torch.nan), hessian
+    curvature, basis = torch.linalg.eigh(hessian)
+    return curvature, basis
+
+
+def _most_bent(
+    problem: Problem, environment: int, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
+    """Return Ritz values and vectors of the Hessian for its largest eigenvalues, roughly."""
+    block = draw_normal(problem, BENT, generator)
+    for _ in range(POWER_ROUNDS):
+        basis = torch.linalg.qr(block.mT)[0]
+        block = problem.products(environment, basis.mT.contiguous())
+        if not bool(block.isfinite().all()):
+            return block.new_full((BENT,), torch.nan), basis
+    inner = block @ basis
+    curvature, mix = torch.linalg.eigh((inner + inner.mT) / 2)
+    return curvature, basis @ mix
+
+
+@dataclass
+class Climb:
+    """Paths for one kept environment: rows of (moved environment, start).
+
+    Every accepted point is joined to the one before by a straight segment, on which the kept loss
+    was within eps at ``checks`` evenly spaced points.
+    """
+
+    problem: Problem
+    kept: int
+    eps: float
+    settings: Settings
+    scale: Scale
+    points: Tensor = field(init=False)
+    level: Tensor = field(init=False)
+    level_slope: Tensor = field(init=False)
+    height: Tensor = field(init=False)
+    height_slope: Tensor = field(init=False)
+    best: Tensor = field(init=False)
+    best_points: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        problem, starts = self.problem, self.settings.starts
+        self.targets = [e for e in range(problem.environments) if e != self.kept]
+        rows = len(self.targets) * starts
+        self.points = problem.point.expand(rows, -1).clone()
+        # Most starts push the loss up, every fourth down.
+        down = torch.arange(rows, device=problem.point.device) % starts % 4 == 2
+        self.push = torch.where(down, -1.0, 1.0).to(problem.point.dtype)
+        # Every other start first goes as far as it can in a random direction, to climb from there.
+        self.roams = torch.arange(rows, device=problem.point.device) % starts % 2 == 1
+        heading = draw_normal(problem, rows, self.settings.generator).view(-1, starts, problem.size)
+        opposite = heading[:, 3::4]
+        opposite.copy_(-heading[:, 1::4][:, : opposite.shape[1]])  # roam there and back again
+        self.compass = self.scale.inverse(heading.flatten(0, 1))
+        self.level, self.level_slope, self.height, self.height_slope = self.look(self.points)
+        self.best, self.best_points = self.height.abs(), self.points.clone()
+
+    def look(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return change and gradient of the kept loss, and of the moved loss, at the points."""
+        start = self.problem.start[self.kept]
+        level, level_slope = self.problem.gradients(self.kept, points)
+        groups = points.chunk(len(self.targets))
+        moved = [self.problem.gradients(e, g) for e, g in zip(self.targets, groups, strict=True)]
+        height = torch.cat([value for value, _ in moved])
+        return level - start, level_slope, height - start, torch.cat([slope for _, slope in moved])
+
+    def stays(self, ends: Tensor) -> Tensor:
+        """Return whether the kept loss is within eps all along the segments to ``ends``."""
+        checks = self.settings.checks
+        shares = torch.arange(1, checks + 1, device=ends.device, dtype=ends.dtype) / checks
+        between = torch.lerp(self.points[:, None], ends[:, None], shares[:, None])
+        between[:, -1] = ends
+        levels = self.problem.values(self.kept, between.flatten(0, 1)).view(-1, checks)
+        return ((levels - self.problem.start[self.kept]).abs() <= self.eps).all(1)
+
+    def move(self, ends: Tensor, roams: Tensor, wanted: Tensor) -> Tensor:
+        """Go to those ``ends`` that can be reached inside the level set; return which.
+
+        Rows that roam go where it is ``wanted``, the others where they climb.
+        """
+        reached = self.stays(ends)
+        level, level_slope, height, height_slope = self.look(ends)
+        reached &= height.isfinite() & height_slope.isfinite().all(1)
+        reached &= level_slope.isfinite().all(1)
+        reached &= torch.where(roams, wanted, self.push * height >= self.push * self.height)
+        one = reached[:, None]
+        self.points = torch.where(one, ends, self.points)
+        self.level = torch.where(reached, level, self.level)
+        self.level_slope = torch.where(one, level_slope, self.level_slope)
+        self.height = torch.where(reached, height, self.height)
+        self.height_slope = torch.where(one, height_slope, self.height_slope)
+        better = self.height.abs() > self.best
+        self.best = torch.where(better, self.height.abs(), self.best)
+        self.best_points = torch.where(better[:, None], self.points, self.best_points)
+        return reached
+
+    def rays(self) -> None:
+        """Leave the start along random rays: a little, or to the edge where they are to roam."""
+        rows = len(self.points)
+        directions = draw_normal(self.problem, rows, self.settings.generator)
+        directions = self.scale(directions / directions.norm(dim=1, keepdim=True))
+        step = torch.full_like(self.level, 1e-3 * math.sqrt(2 * self.eps))
+        going = torch.ones_like(step, dtype=torch.bool)
+        everywhere = torch.ones_like(self.roams)
+        for _ in range(RAY_STEPS):
+            ends = torch.where(
+                going[:, None], self.points + step[:, None] * directions, self.points
+            )
+            going &= self.move(ends, everywhere, everywhere) & self.roams
+            if not bool(going.any()):
+                return
+            step = step * 1.5
+
+    def step(self, length: Tensor, cap: Tensor, roaming: bool) -> Tensor:
+        """Take one step up, of a length in scaled directions; return which rows gained.
+
+        While ``roaming``, rows that roam follow their compass instead. ``cap`` is how far the kept
+        loss may be off, in the mind of each row: short of eps, a row runs along the middle of a
+        valley and not along its wall.
+        """
+        roams = self.roams & roaming
+        uphill = self.push[:, None] * self.height_slope
+        uphill = self.scale(torch.where(roams[:, None], self.compass, uphill))
+        wall = self.scale(self.level_slope)
+        lost = uphill.norm(dim=1, keepdim=True) == 0
+        if bool(lost.any()):
+            noise = draw_normal(self.problem, len(uphill), self.settings.generator)
+            uphill = torch.where(lost, noise, uphill)
+        # Heading for the edge: the closer to it, the more along it.
+        tiny = torch.finfo(wall.dtype).tiny
+        steep = wall.square().sum(1, keepdim=True).clamp(min=tiny)
+        over = (uphill * wall).sum(1, keepdim=True)
+        used = self.level[:, None].abs() / cap[:, None]
+        share = torch.where(over * self.level[:, None] > 0, (2 * used - 1).clamp(0, 1), 0.0)
+        direction = uphill - share * over / steep * wall
+        direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=tiny)
+        ends = self.points + self.scale(direction * length[:, None])
+        for _ in range(DRAWS):
+            ends = self.draw_back(ends, cap)
+        farther = ((ends - self.points) * self.compass).sum(1) >= 0
+        return self.move(ends, roams, farther)
+
+    def draw_back(self, ends: Tensor, cap: Tensor) -> Tensor:
+        """Draw ends beyond the cap back to it, by a Newton step down the kept loss."""
+        level, slope = self.problem.gradients(self.kept, ends)
+        level = level - self.problem.start[self.kept]
+        slope = self.scale(slope)
+        excess = (level - level.clamp(-cap, cap))[:, None]
+        share = excess / slope.square().sum(1, keepdim=True)
+        drawn = ends - self.scale(share * slope)
+        return torch.where((excess != 0) & drawn.isfinite().all(1, keepdim=True), drawn, ends)
+
+
+def climb(
+    problem: Problem, kept: int, eps: float, settings: Settings, done: int
+) -> tuple[Climb, bool]:
+    """Run the paths of one kept environment; also return whether they were stopped."""
+    total = settings.steps * problem.environments
+    paths = Climb(problem, kept, eps, settings, Scale(problem, kept, settings.generator))
+    paths.rays()
+    first = torch.full_like(paths.level, 0.1 * math.sqrt(2 * eps))
+    record, last, length = paths.best.clone(), 0, first
+    order = torch.arange(len(first), device=first.device) % settings.starts
+    cap = eps * torch.tensor(CAPS, dtype=first.dtype, device=first.device)[order % len(CAPS)]
+    finishing, roaming = False, min(ROAMING, settings.steps // 4)
+    for index in range(settings.steps):
+        if settings.progress is not None and settings.progress(done + index, total):
+            return paths, True
+        stalled = index - max(last, roaming) >= PATIENCE
+        if not finishing and (stalled or index >= settings.steps * 2 // 3):
+            cap, finishing, last = torch.full_like(cap, TARGET * eps), True, index
+            length = first
+        if index == roaming:
+            length = first
+        gained = paths.step(length, cap, index < roaming)
+        length = torch.where(gained, length * 1.5, length * 0.5)
+        if index < roaming:
+            length = length.clamp(max=STRIDE * math.sqrt(2 * eps))
+        progressed = paths.best > record * (1 + 1e-6)
+        if bool(progressed.any()):
+            record, last = torch.where(progressed, paths.best, record), index
+        elif finishing and index - last >= PATIENCE:
+            break
+    return paths, False
+
+
+def search(
+    problem: Problem, eps: float, settings: Settings, notes: tuple[str, ...] = ()
+) -> Inconsistency:
+    """Search all pairs; the score is a lower bound, attained at the witness."""
+    count = problem.environments
+    values = torch.full((count, count), math.nan, dtype=torch.float64, device="cpu")
+    witnesses = {}
+    stop: tuple[str, ...] = ()
+    for kept in range(count):
+        paths, stopped = climb(problem, kept, eps, settings, kept * settings.steps)
+        bests = paths.best.view(count - 1, -1).to("cpu", torch.float64)
+        for row, moved in enumerate(paths.targets):
+            place = int(bests[row].argmax())
+            values[kept, moved] = bests[row, place]
+            witnesses[kept, moved] = paths.best_points[row * settings.starts + place]
+        if stopped:
+            stop = (f"stopped by progress while losses[{kept}] was kept",)
+            break
+    witness = witnesses[best_pair(values)]
+    step = witness - problem.point
+    length = step.norm()
+    return result(
+        problem,
+        eps,
+        values,
+        "search",
+        "lower bound",
+        witness=witness,
+        direction=torch.where(length > 0, step / length, step),
+        notes=notes + stop,
+    )
