@@ -10,8 +10,9 @@ from torch import Tensor
 from ._groups import Groups
 from ._uses import Outer, add_up
 
-# No more is held at once.
-SCRATCH_BYTES = 32 << 20
+# Of one parameter, the gradients of so many environments are held at once as fit into this. More
+# have to be made again for every other part, and then it is the time that grows.
+SCRATCH_BYTES = 256 << 20
 
 Part = Callable[[int, int], Tensor]  # gradients of environments [begin, end) of one parameter
 
@@ -63,9 +64,10 @@ class Products:
         self._keep(param, found)
         return True
 
-    def of_gradients(self, param: int, parts: Sequence[Part], step: int) -> None:
-        """Take the products from gradients of ``step`` environments at a time."""
+    def of_gradients(self, param: int, parts: Sequence[Part], like: Tensor) -> None:
+        """Take the products from gradients of as many environments as may be held."""
         count = self._groups.environments
+        step = max(1, SCRATCH_BYTES // max(1, 2 * like.numel() * max(4, like.element_size())))
         blocks = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
         found: Tensor | None = None
         for number, (begin, end) in enumerate(blocks):

@@ -18,9 +18,11 @@ from ._chain import View
 from ._graph import Graph, Operand
 from ._groups import Groups
 from ._layout import wide_dtype
-from ._products import SCRATCH_BYTES, Products
+from ._products import Products
 from ._uses import Convolution, Lookup, OneByOne, Outer, Stacked, Use, add_up
 
+# Gradients of several environments are held only in buffers of at most this size.
+SCRATCH_BYTES = 32 << 20
 # Small gradients wait for each other: a call into the native library costs microseconds.
 _FLUSH_BYTES = 256 << 10
 
@@ -148,8 +150,11 @@ class Session:
             first = target.moments.count == 0 and "squares" not in target.moments.kinds
             if not products.pairs and tiled and first and self._is_whole(target, joined[0]):
                 return False
+            # In whatever order of elements: it is the same in all environments.
+            products.of_gradients(param, [use.stacked], target.param)
+            return True
         parts = [partial(self._gradients, entry, target.param) for entry in entries]
-        products.of_gradients(param, parts, _at_once(target.param))
+        products.of_gradients(param, parts, target.param)
         return True
 
     def _is_whole(self, target: Target, entry: _Entry) -> bool:
