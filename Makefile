@@ -50,10 +50,12 @@ CUDA_TESTS ?= tests/ops tests/optim tests/agreement tests/test_*.py
 test-cuda-on-host: $(READY)  ## the tests of ops and training on the CUDA kernels, without a GPU
 	ANDMASK_TEST_KERNELS=cuda-on-host $(BIN)/python -m pytest $(CUDA_TESTS)
 
+CUDA_CHECK ?=
+
 .PHONY: cuda-check
 cuda-check: $(READY)  ## compile for sm_80, 90, 100: registers, spills, wide loads (needs nvcc)
 	$(BIN)/pip install --quiet --no-build-isolation -e '.[cuda-check]'
-	$(BIN)/python tools/cuda_check.py
+	$(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
 .PHONY: cuda-sanitize
 cuda-sanitize: $(READY)  ## memcheck, racecheck and synccheck of the op tests (needs a GPU)
