@@ -233,6 +233,60 @@ def alternately(case: str, steps: dict[str, Step], yardstick: str) -> list[Row]:
     return rows
 
 
+def quadratics(count: int, size: int) -> list[Callable[[Tensor], Tensor]]:
+    torch.manual_seed(0)
+    roots = torch.randn(count, size, 2 * size, dtype=torch.float64)
+    hessians = roots @ roots.mT / size
+    return [lambda x, h=h: x @ h @ x / 2 for h in hessians]
+
+
+def exact_score(size: int) -> list[Row]:
+    """The score of three quadratics: Hessians and generalised eigenvalues of all pairs."""
+    import scipy.linalg
+
+    losses = quadratics(3, size)
+    point = torch.zeros(size, dtype=torch.float64)
+
+    def by_hand() -> float:
+        hessians = [torch.func.hessian(loss)(point).numpy() for loss in losses]
+        top = [size - 1, size - 1]
+        return max(
+            scipy.linalg.eigh(b, a, eigvals_only=True, subset_by_index=top)[0]
+            for i, a in enumerate(hessians)
+            for j, b in enumerate(hessians)
+            if i != j
+        )
+
+    return measure(
+        f"inconsistency score, 3 quadratics of {size} parameters",
+        {
+            "andmask": lambda: am.metrics.inconsistency_score(losses, point, 1.0, "quadratic"),
+            "hessian, scipy": by_hand,
+        },
+        bytes_moved=0,
+        yardstick="hessian, scipy",
+    )
+
+
+def search(size: int) -> list[Row]:
+    """All starts together, against one after the other."""
+    losses = quadratics(2, size)
+    point = torch.zeros(size, dtype=torch.float64)
+
+    def score(starts: int) -> object:
+        generator = torch.Generator().manual_seed(0)
+        return am.metrics.inconsistency_score(
+            losses, point, 1.0, "search", starts=starts, steps=50, generator=generator
+        )
+
+    return measure(
+        f"search, 2 quadratics of {size} parameters, 50 steps",
+        {"andmask, 8 starts": lambda: score(8), "8 times 1": lambda: [score(1) for _ in range(8)]},
+        bytes_moved=0,
+        yardstick="8 times 1",
+    )
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0]).parse_args()
     shapes = [
@@ -254,6 +308,8 @@ def main() -> None:
     cases += [lambda s=s: cosines(*s) for s in shapes[:5]]
     cases += [lambda m=m: pairs(m) for m in models]
     cases += [lambda m=m, e=e: monitor(m, e) for m in models for e in (True, False)]
+    cases += [lambda n=n: exact_score(n) for n in (50, 400)]
+    cases += [lambda n=n: search(n) for n in (10, 200)]
     run(options, cases)
 
 

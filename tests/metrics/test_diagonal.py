@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from andmask_ext.metrics.consistency import _diagonal as diagonal_module
 from andmask_ext.metrics.consistency import (
     hessian_diagonals,
     hessian_means,
@@ -49,6 +50,16 @@ def test_estimates_within_their_standard_errors(probes: int) -> None:
         assert np.abs(scores).max() < 4.5
         assert 0.7 < np.sqrt((scores**2).mean()) < 1.3
     assert found.probes == probes
+
+
+def test_probes_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Means and errors do not depend on how many probes are held at once."""
+    losses = quadratic_losses([random_spd(np.random.default_rng(0), 6)] * 2)
+    whole = hessian_diagonals(losses, point(6), probes=20, generator=seeded())
+    monkeypatch.setattr(diagonal_module, "CHUNK", 3)
+    parts = hessian_diagonals(losses, point(6), probes=20, generator=seeded())
+    torch.testing.assert_close(parts.diagonals, whole.diagonals)
+    torch.testing.assert_close(parts.standard_errors, whole.standard_errors)
 
 
 def test_many_probes_find_the_largest_ratio() -> None:

@@ -248,6 +248,13 @@ def test_infinite_scores_of_models_are_checked_far_out() -> None:
     assert float(searched.score) == pytest.approx(0.1**0.5, rel=5e-3)
 
 
+def test_walls_far_out_in_a_flat_direction_are_seen() -> None:
+    """The kept loss is level near the point, and ends the level set farther out."""
+    losses = [lambda x: x[0].square() + (x[1].abs() - 5).relu(), lambda x: x.square().sum()]
+    found = inconsistency_score(losses, point(2), 0.1, "quadratic")
+    assert (float(found.score), found.bound) == (math.inf, "estimate")
+
+
 # ---- dtypes, structures, many parameters ----
 
 

@@ -102,7 +102,7 @@ def test_travels_along_a_curved_valley(seed: int) -> None:
 
 def test_needs_the_draw_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """The valley is a test of the steps: without the way back to the level set it is not passed."""
-    monkeypatch.setattr(search_module.Climb, "draw_back", lambda self, ends, cap: ends)
+    monkeypatch.setattr(search_module.Climb, "draw_back", lambda self, ends: ends)
     found = inconsistency_score(
         [valley, lambda x: x.square().sum()], point(2), 0.1, "search", generator=seeded()
     )
@@ -162,6 +162,25 @@ def test_losses_may_move_down() -> None:
     assert 0.39 <= float(found.values[0, 1]) <= 0.4 + 1e-9
 
 
+def test_pushes_down_where_that_leads_farther() -> None:
+    """Up is worth less than 1 on the edge, down more than 20, and no random direction is it."""
+    axis = torch.nn.functional.normalize(torch.ones(12, dtype=F64), dim=0)
+    losses = [lambda x: x.square().sum(), lambda x: 1 - (-10 * (axis @ x)).exp()]
+    found = inconsistency_score(losses, point(12), 0.1, "search", generator=seeded())
+    expected = np.exp(10 * 0.1**0.5) - 1
+    assert 0.98 * expected <= float(found.values[0, 1]) <= expected * (1 + 1e-9)
+
+
+def test_witness_is_that_of_its_pair() -> None:
+    rng = np.random.default_rng(0)
+    losses = quadratic_losses([np.eye(3), 2 * np.eye(3), random_spd(rng, 3) + 5 * np.eye(3)])
+    found = inconsistency_score(losses, point(3), 0.1, "search", generator=seeded())
+    assert found.environments == (0, 2)
+    assert isinstance(found.witness, Tensor)
+    assert float(losses[0](found.witness)) <= 0.1
+    assert float(losses[2](found.witness)) == pytest.approx(float(found.score))
+
+
 def test_infinity_in_a_loss_is_not_a_witness() -> None:
     losses = [lambda x: 0 * x.sum(), lambda x: x[0].exp()]
     found = inconsistency_score(losses, point(1), 0.1, "search", generator=seeded())
@@ -175,6 +194,14 @@ def test_losses_without_a_hessian() -> None:
     found = inconsistency_score(losses, start, 0.1, "search", generator=seeded())
     # 1 -> 3 at the point already; .9 <= kept <= 1.1
     assert float(found.values[0, 1]) == pytest.approx(3.3 - 1, rel=1e-3)
+
+
+@pytest.mark.parametrize("limit", [2000, 10])
+def test_infinite_curvature(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    monkeypatch.setattr(search_module, "DENSE_LIMIT", limit)
+    losses = [lambda x: x.abs().pow(1.5).sum(), lambda x: 3 * x.abs().pow(1.5).sum()]
+    found = inconsistency_score(losses, point(40), 0.1, "search", steps=60, generator=seeded())
+    assert 0.29 <= float(found.score) <= 0.3 * (1 + 1e-9)
 
 
 def test_many_parameters(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,6 @@ DENSE_LIMIT = 2000  # parameters up to which directions are scaled by the whole 
 FLATTEST = 1e-6  # curvature, relative to the largest, below which scaling takes all for alike
 BENT, POWER_ROUNDS = 32, 5  # directions of many parameters that are scaled, and how they are found
 TARGET = 0.999  # share of eps to which a step that leaves the level set is drawn back
-CAPS = (TARGET, 0.5, 0.1)  # the same for the starts in turn, until they stall
-DRAWS = 1
 PATIENCE = 30  # steps without progress after which the search ends
 # Exploring ends within some hundred widths of the level set at params: far out along directions in
 # which all losses are flat, it would find rounding errors.
@@ -186,12 +184,10 @@ class Climb:
                 return
             step = step * 1.5
 
-    def step(self, length: Tensor, cap: Tensor, roaming: bool) -> Tensor:
+    def step(self, length: Tensor, roaming: bool) -> Tensor:
         """Take one step up, of a length in scaled directions; return which rows gained.
 
-        While ``roaming``, rows that roam follow their compass instead. ``cap`` is how far the kept
-        loss may be off, in the mind of each row: short of eps, a row runs along the middle of a
-        valley and not along its wall.
+        While ``roaming``, rows that roam follow their compass instead.
         """
         roams = self.roams & roaming
         uphill = self.push[:, None] * self.height_slope
@@ -205,22 +201,22 @@ class Climb:
         tiny = torch.finfo(wall.dtype).tiny
         steep = wall.square().sum(1, keepdim=True).clamp(min=tiny)
         over = (uphill * wall).sum(1, keepdim=True)
-        used = self.level[:, None].abs() / cap[:, None]
+        used = self.level[:, None].abs() / (TARGET * self.eps)
         share = torch.where(over * self.level[:, None] > 0, (2 * used - 1).clamp(0, 1), 0.0)
         direction = uphill - share * over / steep * wall
         direction = direction / direction.norm(dim=1, keepdim=True).clamp(min=tiny)
         ends = self.points + self.scale(direction * length[:, None])
-        for _ in range(DRAWS):
-            ends = self.draw_back(ends, cap)
+        ends = self.draw_back(ends)
         farther = ((ends - self.points) * self.compass).sum(1) >= 0
         return self.move(ends, roams, farther)
 
-    def draw_back(self, ends: Tensor, cap: Tensor) -> Tensor:
-        """Draw ends beyond the cap back to it, by a Newton step down the kept loss."""
+    def draw_back(self, ends: Tensor) -> Tensor:
+        """Draw ends outside the level set back to its edge, by a Newton step."""
         level, slope = self.problem.gradients(self.kept, ends)
         level = level - self.problem.start[self.kept]
         slope = self.scale(slope)
-        excess = (level - level.clamp(-cap, cap))[:, None]
+        edge = TARGET * self.eps
+        excess = (level - level.clamp(-edge, edge))[:, None]
         share = excess / slope.square().sum(1, keepdim=True)
         drawn = ends - self.scale(share * slope)
         return torch.where((excess != 0) & drawn.isfinite().all(1, keepdim=True), drawn, ends)
@@ -235,26 +231,20 @@ def climb(
     paths.rays()
     first = torch.full_like(paths.level, 0.1 * math.sqrt(2 * eps))
     record, last, length = paths.best.clone(), 0, first
-    order = torch.arange(len(first), device=first.device) % settings.starts
-    cap = eps * torch.tensor(CAPS, dtype=first.dtype, device=first.device)[order % len(CAPS)]
-    finishing, roaming = False, min(ROAMING, settings.steps // 4)
+    roaming = min(ROAMING, settings.steps // 4)
     for index in range(settings.steps):
         if settings.progress is not None and settings.progress(done + index, total):
             return paths, True
-        stalled = index - max(last, roaming) >= PATIENCE
-        if not finishing and (stalled or index >= settings.steps * 2 // 3):
-            cap, finishing, last = torch.full_like(cap, TARGET * eps), True, index
-            length = first
         if index == roaming:
             length = first
-        gained = paths.step(length, cap, index < roaming)
+        gained = paths.step(length, index < roaming)
         length = torch.where(gained, length * 1.5, length * 0.5)
         if index < roaming:
             length = length.clamp(max=STRIDE * math.sqrt(2 * eps))
         progressed = paths.best > record * (1 + 1e-6)
         if bool(progressed.any()):
             record, last = torch.where(progressed, paths.best, record), index
-        elif finishing and index - last >= PATIENCE:
+        elif index - max(last, roaming) >= PATIENCE:
             break
     return paths, False
 
