@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import copy
 import math
+import sys
 from typing import Any
 
 import numpy as np
@@ -225,6 +226,8 @@ def test_without_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
             raise ImportError(name)
         return real(name, *rest)
 
+    module = "andmask_ext.metrics.consistency._matrix_free"
+    monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr(builtins, "__import__", refuse)
     assert float(inconsistency_score([bowl, bowl], point(2), 0.1).score) == pytest.approx(0.1)
     monkeypatch.setattr(score_module, "DENSE_LIMIT", 1)

@@ -1,4 +1,7 @@
-"""The score of the quadratic model from Hessian-vector products, for many parameters."""
+"""The score of the quadratic model from Hessian-vector products, for many parameters.
+
+Imported where it is needed: it needs scipy, which the rest does not.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import scipy.sparse.linalg as sparse
 import torch
 from torch import Tensor
 
@@ -18,17 +22,6 @@ from ._result import Inconsistency, best_pair, result
 def _condition(digits: float) -> float:
     """Return the condition beyond which conjugate gradients lose the digits they need."""
     return min(1e8, 0.01 / digits)
-
-
-def _scipy() -> Any:
-    try:
-        import scipy.sparse.linalg
-    except ImportError as error:
-        raise ImportError(
-            "inconsistency_score: method='quadratic' with this many parameters needs scipy; "
-            "pip install 'andmask_ext[metrics]', or take method='diagonal' or 'search'"
-        ) from error
-    return scipy.sparse.linalg
 
 
 class _Hessian:
@@ -43,7 +36,7 @@ class _Hessian:
         flat = torch.from_numpy(np.array(vector, dtype=np.float64).ravel())
         return self.product(flat.to(self.problem.point)).to("cpu", torch.float64).numpy()
 
-    def largest(self, sparse: Any, shift: float | None = None) -> tuple[float, Any]:
+    def largest(self, shift: float | None = None) -> tuple[float, Any]:
         """Return the largest eigenpair; with a shift, that of shift - Hessian."""
         size = self.problem.size
 
@@ -57,7 +50,7 @@ class _Hessian:
         operator = sparse.LinearOperator((size, size), matvec=apply, dtype=np.float64)
         tolerance = max(1e-7, 10 * self.digits)
         where = f"losses[{self.environment}]"
-        return _eigenpair(sparse, where, operator, tol=tolerance, v0=start)
+        return _eigenpair(where, operator, tol=tolerance, v0=start)
 
     def solve(self, right: Any) -> Any:
         """Return the solution of Hessian x = right by conjugate gradients."""
@@ -87,7 +80,7 @@ def _start(size: int) -> Any:
     return np.random.default_rng(0).standard_normal(size)
 
 
-def _eigenpair(sparse: Any, where: str, operator: Any, **options: Any) -> tuple[float, Any]:
+def _eigenpair(where: str, operator: Any, **options: Any) -> tuple[float, Any]:
     """Return the largest eigenpair by Lanczos iteration."""
     try:
         values, vectors = sparse.eigsh(operator, k=1, which="LA", **options)
@@ -101,14 +94,13 @@ def _eigenpair(sparse: Any, where: str, operator: Any, **options: Any) -> tuple[
 
 def matrix_free(problem: Problem, eps: float) -> Inconsistency:
     """Score the quadratic models by Lanczos iteration; raise where they are no minima."""
-    sparse = _scipy()
     count = problem.environments
     hessians = [_Hessian(problem, e) for e in range(count)]
     gradients = [problem.gradient(e).numpy() for e in range(count)]
-    tops = [hessian.largest(sparse)[0] for hessian in hessians]
+    tops = [hessian.largest()[0] for hessian in hessians]
     values = torch.full((count, count), math.nan, dtype=torch.float64, device="cpu")
     for e, hessian in enumerate(hessians):
-        gap, flattest = hessian.largest(sparse, shift=2 * tops[e])
+        gap, flattest = hessian.largest(shift=2 * tops[e])
         bottom = 2 * tops[e] - gap
         if bottom > max(tops[e], 0.0) / _condition(hessian.digits):
             continue
@@ -120,7 +112,7 @@ def matrix_free(problem: Problem, eps: float) -> Inconsistency:
     witnesses: dict[tuple[int, int], Any] = {}
     influence = 0.0
     for kept, moved in problem.pairs():
-        ratio, vector = _largest_ratio(sparse, hessians[kept], hessians[moved])
+        ratio, vector = _largest_ratio(hessians[kept], hessians[moved])
         gap = problem.start[moved] - problem.start[kept]
         values[kept, moved] = max(abs(gap), abs(gap + eps * ratio))
         length = math.sqrt(2 * eps / (vector @ hessians[kept](vector)))
@@ -154,7 +146,7 @@ def matrix_free(problem: Problem, eps: float) -> Inconsistency:
     )
 
 
-def _largest_ratio(sparse: Any, kept: _Hessian, moved: _Hessian) -> tuple[float, Any]:
+def _largest_ratio(kept: _Hessian, moved: _Hessian) -> tuple[float, Any]:
     """Return the largest eigenvalue of kept^-1 moved and its vector, residual checked."""
     size = kept.problem.size
     maps = [
@@ -166,9 +158,7 @@ def _largest_ratio(sparse: Any, kept: _Hessian, moved: _Hessian) -> tuple[float,
     if not moved(start).any():
         return 0.0, start
     where = f"losses[{kept.environment}], losses[{moved.environment}]"
-    ratio, vector = _eigenpair(
-        sparse, where, maps[0], M=maps[1], Minv=maps[2], tol=tolerance, v0=start
-    )
+    ratio, vector = _eigenpair(where, maps[0], M=maps[1], Minv=maps[2], tol=tolerance, v0=start)
     one, other = moved(vector), ratio * kept(vector)
     residual = float(np.linalg.norm(one - other)) / max(float(np.linalg.norm(one)), 1e-300)
     if residual > max(1e-3, 1e3 * kept.digits):

@@ -9,7 +9,6 @@ import torch
 from ..._checks import check_number
 from ._arguments import check_count, check_eps, check_generator
 from ._diagonal import diagonal
-from ._matrix_free import matrix_free
 from ._problem import Loss, Params, Problem
 from ._quadratic import DENSE_LIMIT, default_rtol, quadratic
 from ._result import Inconsistency
@@ -126,7 +125,7 @@ def inconsistency_score(
         return diagonal(problem, eps, rtol, probes, generator)
     if method == "quadratic":
         few = problem.size <= DENSE_LIMIT
-        return quadratic(problem, eps, rtol) if few else matrix_free(problem, eps)
+        return quadratic(problem, eps, rtol) if few else _matrix_free(problem, eps)
     return _auto(problem, eps, rtol, settings)
 
 
@@ -141,3 +140,14 @@ def _auto(problem: Problem, eps: float, rtol: float, settings: Settings) -> Inco
     if found.bound == "exact":
         return found
     return search(problem, eps, settings, (f"not quadratic: {found.notes[-1]}",))
+
+
+def _matrix_free(problem: Problem, eps: float) -> Inconsistency:
+    try:
+        from ._matrix_free import matrix_free
+    except ImportError as error:
+        raise ImportError(
+            "inconsistency_score: method='quadratic' with this many parameters needs scipy; "
+            "pip install 'andmask_ext[metrics]', or take method='diagonal' or 'search'"
+        ) from error
+    return matrix_free(problem, eps)
