@@ -33,5 +33,8 @@ assert torch.ops.andmask.masked_mean(grads, 1.0).tolist() == [2.0, 0.0, 4.0]
 weight = torch.ones(2, requires_grad=True)
 am.backward([(weight * k).sum() for k in (1.0, 3.0)], am.AndMask())
 assert weight.grad.tolist() == [2.0, 2.0]
+assert am.metrics.vote_histogram(grads).counts.tolist() == [1, 0, 2]
+losses = [lambda x: x.square().sum(), lambda x: 3 * x.square().sum()]
+assert am.metrics.inconsistency_score(losses, torch.zeros(2), 0.1).bound == "exact"
 PYTHON
 venv/bin/andmask info
