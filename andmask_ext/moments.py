@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._checks import check_dtype, check_weight
 from ._devices import by_device
+from ._norms import squared_norm
 
 if TYPE_CHECKING:
     from .rules import Rule
@@ -96,6 +97,7 @@ class Moments:
         self._touched = [False] * len(self._params)
         self._open: set[int] = set()  # touched in the environment that is being added
         self.track_norms = False
+        self.observed = False  # an observer wants norms in this step
         self._norms: list[Tensor | None] | None = None
         self._memory: dict[str, list[Tensor | None]] = {
             kind: [None] * len(self._params) for kind in ("sum", *self.kinds)
@@ -147,6 +149,11 @@ class Moments:
             norm if touched else None
             for norm, touched in zip(self._norms, self._touched, strict=True)
         ]
+
+    @property
+    def tracks_norms(self) -> bool:
+        """Whether squared norms are tracked, for the user or for an observer."""
+        return self.track_norms or self.observed
 
     # ---- producers ----
 
@@ -303,9 +310,9 @@ class Moments:
         """Make sure that a parameter has its memory, and that it holds the zeros before."""
         if self._touched[index]:
             return
-        self._touched[index] = True
-        if self.count == 0 and self.track_norms and self._norms is None:
+        if self.tracks_norms and not any(self._touched):  # environments before were zero here
             self._norms = [None] * len(self._params)
+        self._touched[index] = True
         param = self._params[index]
         for kind, memory in self._memory.items():
             kept, dtype = memory[index], self._dtype(kind, param)
@@ -519,24 +526,13 @@ class Moments:
 
 
 def _squared_norms(grads: Sequence[Tensor], weights: list[float], stacked: bool) -> list[Tensor]:
-    """Return the sum over environments of the squared norm of each gradient, 0-dim float64.
-
-    Norms are taken in float32 (float64 of float64), as ``torch.nn.utils.clip_grad_norm_`` does.
-    """
+    """Return the sum over environments of the squared norm of each gradient, 0-dim float64."""
     if stacked and len(weights) > 1:
-        norms = [
-            torch.linalg.vector_norm(
-                grad.reshape(len(grad), -1)
-                * torch.tensor(weights, dtype=_wide(grad), device=grad.device)[:, None]
-            )
+        return [
+            torch.stack(
+                [squared_norm(row) * weight**2 for row, weight in zip(grad, weights, strict=True)]
+            ).sum()
             for grad in grads
         ]
-        weights = []
-    else:
-        norms = [torch.linalg.vector_norm(grad, dtype=_wide(grad)) for grad in grads]
     factor = weights[0] ** 2 if weights else 1.0
-    return list((torch.stack([norm.double() for norm in norms]).square() * factor).unbind())
-
-
-def _wide(grad: Tensor) -> torch.dtype:
-    return torch.float64 if grad.dtype == torch.float64 else torch.float32
+    return [squared_norm(grad) * factor for grad in grads]

@@ -117,7 +117,7 @@ class Agreement:
         self._moments: list[Moments] = []
         if self._optimizer is None:
             self._moments = [Moments(self._params, rule.moments or ())]  # type: ignore[union-attr]
-        self._names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+        self._names = {id(p): name for name, p in model.named_parameters()}
         self._plans: dict[Any, Plan] = {}
         self._records: dict[int, Record] = {}
         self._run: Run | None = None
@@ -141,7 +141,7 @@ class Agreement:
             got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
             raise TypeError(
                 "rule: expected a rule such as andmask_ext.AndMask() or an optimizer of "
-                f"andmask_ext.optim, but got {got}"
+                f"andmask_ext.optim that takes environments, but got {got}"
             )
         if rule.moments is None:
             raise TypeError(
@@ -224,8 +224,9 @@ class Agreement:
             (leaf, leaf.grad, 0 if leaf.grad is None else leaf.grad._version)
             for leaf in self._leaves
         ]
+        self._gram = None
         run = self._run = self._begin(environments, grad_scaler)
-        run.gram, self._gram = gram, None
+        run.gram = gram
         complete = False
         try:
             with BackwardMode(run), activate(environments), run.watch:
@@ -259,7 +260,7 @@ class Agreement:
             if not self._open:
                 self._records.clear()
                 self._moments[0].reset()
-                self._moments[0].track_norms = begin_all(self._observers)
+                self._moments[0].observed = begin_all(self._observers)
             targets = [
                 Target(param, self._moments[0], index) for index, param in enumerate(self._params)
             ]

@@ -7,12 +7,15 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._norms import squared_norms
 from ._groups import Groups
 from ._uses import Outer, add_up
 
 # Of one parameter, the gradients of so many environments are held at once as fit into this. More
 # have to be made again for every other part, and then it is the time that grows.
 SCRATCH_BYTES = 256 << 20
+
+_COLUMNS = 1 << 16
 
 Part = Callable[[int, int], Tensor]  # gradients of environments [begin, end) of one parameter
 
@@ -32,6 +35,7 @@ class Products:
         self.found: dict[int, Tensor] = {}  # by the parameter's number, float64
         self._groups = groups
         self._weights = weights
+        self._factors: dict[torch.device, Tensor] = {}
 
     def of_factors(self, param: int, use: Outer) -> bool:
         """Take the products from the factors of outer products, if that is cheaper.
@@ -54,13 +58,14 @@ class Products:
             return False
         factors = [_rows(factor) for factor in (use.activations, use.grads)]
         if self.pairs:
-            found = _product(factors[0]) * _product(factors[1])
+            with exact(factors[0]):
+                found = _product(factors[0]) * _product(factors[1])
             if use.groups.size != 1 or each != 1:
                 ids = use.groups.ids.repeat_interleave(each).to(found.device)
                 half = found.new_zeros(environments, rows).index_add_(0, ids, found)
                 found = half.new_zeros(environments, environments).index_add_(1, ids, half)
         else:
-            found = factors[0].square().sum(1) * factors[1].square().sum(1)
+            found = squared_norms(factors[0]) * squared_norms(factors[1])
         self._keep(param, found)
         return True
 
@@ -76,11 +81,11 @@ class Products:
                 shape = (count, count) if self.pairs else (count,)
                 found = grads.new_zeros(shape, dtype=torch.float64)
             if not self.pairs:
-                found[begin:end] = torch.linalg.vector_norm(grads, dim=1).double().square()
+                found[begin:end] = squared_norms(grads)
                 continue
             for first, last in blocks[number:]:
                 others = grads if first == begin else _flat(add_up(parts, first, last))
-                corner = grads @ others.t()
+                corner = _scalar_products(grads, others)
                 found[begin:end, first:last] = corner
                 found[first:last, begin:end] = corner.t()
         assert found is not None
@@ -88,11 +93,20 @@ class Products:
 
     def _keep(self, param: int, products: Tensor) -> None:
         products = products.double()
-        weights = torch.tensor(self._weights, dtype=torch.float64, device=products.device)
-        factors = (
-            weights[:, None] * weights if self.pairs and len(weights) > 1 else weights.square()
-        )
+        if len(self._weights) == 1:
+            self.found[param] = products * self._weights[0] ** 2
+            return
+        weights = self._factors.get(products.device)
+        if weights is None:  # one copy to the device for all parameters
+            weights = torch.tensor(self._weights, dtype=torch.float64, device=products.device)
+            self._factors[products.device] = weights
+        factors = weights[:, None] * weights if self.pairs else weights.square()
         self.found[param] = products * factors
+
+
+def exact(like: Tensor) -> torch.autocast:
+    """Return a context without autocast, which would round matrix products to 16 bits."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -109,4 +123,12 @@ def _rows(factor: Tensor) -> Tensor:
 
 
 def _product(rows: Tensor) -> Tensor:
-    return (rows @ rows.t()).double()
+    return _scalar_products(rows, rows)
+
+
+def _scalar_products(rows: Tensor, others: Tensor) -> Tensor:
+    """Return them in float64, of parts that are added up in the precision of the rows."""
+    total = rows.new_zeros(len(rows), len(others), dtype=torch.float64)
+    for part, other in zip(rows.split(_COLUMNS, 1), others.split(_COLUMNS, 1), strict=True):
+        total += part @ other.t()
+    return total

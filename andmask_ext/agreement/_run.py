@@ -162,7 +162,7 @@ class Run:
         plan = self._plan(graph)
         self._inner = 0
         weights, products = self._weights(groups), None
-        if self.gram or any(target.moments.track_norms for target in self.targets):
+        if self.gram or any(target.moments.tracks_norms for target in self.targets):
             products = Products(self.gram, groups, weights)
         session = Session(self.targets, groups, weights, plan.deferred, self._records, products)
         self._session = session

@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._devices import by_device
+from .._norms import squared_norm
 from ..moments import Moments
 from ._chain import View
 from ._graph import Graph, Operand
 from ._groups import Groups
 from ._layout import wide_dtype
-from ._products import Products
+from ._products import Part, Products, exact
 from ._uses import Convolution, Lookup, OneByOne, Outer, Stacked, Use, add_up
 
 # Gradients of several environments are held only in buffers of at most this size.
@@ -151,10 +152,11 @@ class Session:
             if not products.pairs and tiled and first and self._is_whole(target, joined[0]):
                 return False
             # In whatever order of elements: it is the same in all environments.
-            products.of_gradients(param, [use.stacked], target.param)
-            return True
-        parts = [partial(self._gradients, entry, target.param) for entry in entries]
-        products.of_gradients(param, parts, target.param)
+            parts: list[Part] = [use.stacked]
+        else:
+            parts = [partial(self._gradients, entry, target.param) for entry in entries]
+        with exact(target.param):
+            products.of_gradients(param, parts, target.param)
         return True
 
     def _is_whole(self, target: Target, entry: _Entry) -> bool:
@@ -204,7 +206,7 @@ class Session:
         if squares is not None and memory[0] is not None:
             count = self._groups.environments
             norms = squares.sum(dtype=torch.float64)
-            norms += memory[0].norm(dtype=wide_dtype(squares)).double().square() / count
+            norms += squared_norm(memory[0]) / count
             target.moments.add_squared_norm(target.index, norms)
         return ""
 

@@ -53,6 +53,11 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
     """
     if isinstance(grads, Agreement):
         products = list(grads.gram.values())
+        if not products:
+            raise RuntimeError(
+                "gradient_cosines: expected a backward pass that reaches a parameter of the "
+                "agreement, but none was reached"
+            )
     else:
         products = [_gram(one) for one in stacked_of(grads)]
     device = products[0].device
@@ -149,13 +154,24 @@ def gradient_correlation(
         raise TypeError(
             f"signals: expected a dict from names to gradients, but got {type(signals).__name__}"
         )
+    if not isinstance(taus, Sequence):
+        raise TypeError(f"taus: expected a sequence of numbers, but got {type(taus).__name__}")
     thresholds = list(taus)
+    if not thresholds:
+        raise ValueError("taus: expected at least one number, but got none")
     for tau in thresholds:
         check_tau(tau)
-    whole = _means_and_votes(entries_of(grads))
+    entries = entries_of(grads)
+    whole = _means_and_votes(entries)
     correlations, coordinates = {}, {}
     for name, signal in signals.items():
-        other = _means_and_votes(entries_of(signal, f"signals[{name!r}]"))
+        others = entries_of(signal, f"signals[{name!r}]")
+        if others.keys != entries.keys:
+            raise ValueError(
+                f"signals[{name!r}]: expected gradients for the parameters of grads, in their "
+                f"order ({entries.keys}), but got {others.keys}"
+            )
+        other = _means_and_votes(others)
         shapes, expected = ([one.shape for one in m.means] for m in (other, whole))
         if shapes != expected:
             raise ValueError(
@@ -172,7 +188,9 @@ def gradient_correlation(
         correlations[name] = torch.stack([one for one, _ in results])
         coordinates[name] = torch.stack([count for _, count in results])
     return GradientCorrelation(
-        torch.tensor(thresholds, dtype=torch.float64), correlations, coordinates
+        torch.tensor(thresholds, dtype=torch.float64, device=whole.means[0].device),
+        correlations,
+        coordinates,
     )
 
 

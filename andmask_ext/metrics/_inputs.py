@@ -25,6 +25,7 @@ class Entries:
         environments: how many there are.
         stacked: ``[environments, *shape]`` of each parameter; None: there are moments.
         moments: in the place of that.
+        keys: the names of a dict's entries, or the numbers of those of a list or of moments.
         like: puts one value for each entry into the form in which the gradients came. Moments
             become a list, with None for parameters that no environment has touched.
     """
@@ -32,6 +33,7 @@ class Entries:
     environments: int
     stacked: list[Tensor] | None
     moments: Moments | None
+    keys: list[Any]
     like: Callable[[Sequence[Any]], Any]
 
     def with_kinds(self, *kinds: str) -> Moments:
@@ -98,10 +100,11 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
                 f"{name}: expected moments of at least 1 environment that has touched a parameter, "
                 f"but got {grads}"
             )
-        return Entries(grads.count, None, grads, _in_places(grads.touched, len(grads.sum)))
+        places = grads.touched
+        return Entries(grads.count, None, grads, places, _in_places(places, len(grads.sum)))
     if isinstance(grads, Tensor):
         check_grads(grads, name)
-        return Entries(grads.shape[0], [grads.detach()], None, lambda values: values[0])
+        return Entries(grads.shape[0], [grads.detach()], None, [0], lambda values: values[0])
     if isinstance(grads, Mapping):
         keys = list(grads)
         labelled = [(f"{name}[{key!r}]", grads[key]) for key in keys]
@@ -109,9 +112,10 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
         keys = []
         labelled = [(f"{name}[{index}]", one) for index, one in enumerate(grads)]
     else:
+        hint = "; its moments are in .moments" if hasattr(type(grads), "moments") else ""
         raise TypeError(
             f"{name}: expected stacked gradients (a Tensor, or a dict or list of them) or Moments, "
-            f"but got {type(grads).__name__}"
+            f"but got {type(grads).__name__}{hint}"
         )
     if not labelled:
         raise ValueError(f"{name}: expected gradients of at least 1 parameter, but got none")
@@ -127,9 +131,9 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
     stacked = [one.detach() for _, one in labelled]
     if isinstance(grads, Mapping):
         return Entries(
-            first.shape[0], stacked, None, lambda values: dict(zip(keys, values, strict=True))
+            first.shape[0], stacked, None, keys, lambda values: dict(zip(keys, values, strict=True))
         )
-    return Entries(first.shape[0], stacked, None, list)
+    return Entries(first.shape[0], stacked, None, list(range(len(stacked))), list)
 
 
 def stacked_of(grads: object, name: str = "grads") -> list[Tensor]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from .._checks import check_bool, check_tau
 from ..agreement import Agreement
 from ..moments import Moments, Observer
+from ..optim import TemporalAndMaskAdam
 from ..optim._environments import MomentOptimizer
 from ..reference import vote_threshold
 from ..rules import AgreementSum, Rule
@@ -51,7 +53,8 @@ class Monitor(Observer):
 
     In the steps between nothing is done. In those recorded, one pass is made over sums and votes,
     and the squared norm of each environment's gradient is taken (``coherence=False``: not). Results
-    stay on the device of the parameters: nothing waits for it.
+    stay on the device of the parameters: nothing waits for it. The source keeps its monitor, until
+    :meth:`close`.
 
     To watch plain training, train with ``AndMask(tau=0.0)``, which is the mean, and say what would
     be kept: ``Monitor(optimizer, tau=0.8)``.
@@ -62,8 +65,8 @@ class Monitor(Observer):
         tau: threshold of ``kept_fraction``; None: that of each group's rule.
         every: record each so many steps, the first one included.
         coherence: also take the norms of environments' gradients.
-        names: names of the parameters, as ``model.named_parameters()``. None: those the source
-            knows, else numbers of group and parameter.
+        names: names of the parameters, as ``model.named_parameters()``, or a dict. None: those
+            the source knows, else numbers of group and parameter.
 
     Raises:
         TypeError: ``source`` is something else (``TemporalAndMaskAdam`` has one environment in each
@@ -94,7 +97,7 @@ class Monitor(Observer):
         tau: float | None = None,
         every: int = 10,
         coherence: bool = True,
-        names: Iterable[tuple[str, Tensor]] | None = None,
+        names: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None = None,
     ) -> None:
         if tau is not None:
             check_tau(tau)
@@ -112,12 +115,14 @@ class Monitor(Observer):
             raise TypeError(
                 "source: expected an optimizer of andmask_ext.optim that takes environments, or an "
                 f"Agreement, but got {type(source).__name__}"
+                + (", which sees one in each step" * isinstance(source, TemporalAndMaskAdam))
             )
-        self._source = source
+        # The source holds the monitor: a cycle would keep both alive.
+        self._source = weakref.ref(source)
         self._tau = tau
         self._every = every
         self._coherence = coherence
-        self._known = known if names is None else {id(param): name for name, param in names}
+        self._known = known if names is None else _by_id(names)
         self._step = 0
         self._written = 0
         self.steps: list[int] = []
@@ -134,8 +139,9 @@ class Monitor(Observer):
 
     def close(self) -> None:
         """Stop recording. What has been recorded stays."""
-        if self in self._source._observers:
-            self._source._observers.remove(self)
+        source = self._source()
+        if source is not None and self in source._observers:
+            source._observers.remove(self)
 
     # ---- what the source calls ----
 
@@ -147,22 +153,36 @@ class Monitor(Observer):
         step, self._step = self._step, self._step + 1
         if step % self._every:
             return
-        names = [
-            self._known.get(id(param), f"{number}.{index}")
-            for number, (params, _, _) in enumerate(groups)
-            for index, param in enumerate(params)
-        ]
-        if self.names and names != self.names:
-            raise RuntimeError(
-                f"Monitor: expected the {_number(len(self.names))} of the first record, but got "
-                f"{_number(len(names))}; make a new Monitor after add_param_group"
-            )
+        names = self._names([params for params, _, _ in groups])
+        if self._records and names != self.names:
+            self._rename(names)
         self.names = names
         measured = [
             self._measure(moments, rule) if moments.touched else {} for _, moments, rule in groups
         ]
         self._records.append(_joined(groups, measured))
         self.steps.append(step)
+
+    def _rename(self, names: list[str]) -> None:
+        """Bring earlier records into a new list of parameters: NaN for those that were not there.
+
+        A group may be added to an optimizer while it is watched.
+        """
+        before = {name: place for place, name in enumerate(self.names)}
+        for record in self._records:
+            for metric, values in record.items():
+                nothing = values.new_full((), torch.nan)
+                record[metric] = torch.stack([
+                    *(values[before[name]] if name in before else nothing for name in names),
+                    values[-1],
+                ])  # fmt: skip
+
+    def _names(self, groups: Sequence[Sequence[Tensor]]) -> list[str]:
+        return [
+            self._known.get(id(param), f"{number}.{index}")
+            for number, params in enumerate(groups)
+            for index, param in enumerate(params)
+        ]
 
     def _measure(self, moments: Moments, rule: Rule) -> dict[str, Tensor]:
         """Return sums over the coordinates of each touched parameter, as far as they are known."""
@@ -245,7 +265,8 @@ class Monitor(Observer):
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, but got {metric!r}")
         if not self._records:
             return torch.zeros(0, len(self.names) + 1, dtype=torch.float64)
-        return torch.stack([record[metric] for record in self._records])
+        device = self._records[-1][metric].device  # a loaded record may lie elsewhere
+        return torch.stack([record[metric].to(device) for record in self._records])
 
     def write(self, writer: SummaryWriter) -> None:
         """Write all records that have not been written yet to TensorBoard.
@@ -256,8 +277,9 @@ class Monitor(Observer):
             writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
         """
         for record in range(self._written, len(self._records)):
-            for tag, value in self._scalars(record).items():
-                writer.add_scalar(tag, value.item(), self.steps[record])
+            for metric, values in self._records[record].items():
+                for name, value in zip((*self.names, _ALL), values.tolist(), strict=True):
+                    writer.add_scalar(f"{metric}/{name}", value, self.steps[record])
         self._written = len(self._records)
 
     def to_dataframe(self) -> Any:
@@ -295,7 +317,23 @@ class Monitor(Observer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the records of a run that is resumed."""
+        """Take over the records of a run that is resumed.
+
+        Raises:
+            ValueError: they are of other parameters.
+        """
+        source = self._source()
+        groups: list[list[Tensor]] = []
+        if isinstance(source, Agreement):
+            groups = [source._params]
+        elif source is not None:
+            groups = [group["params"] for group in source.param_groups]
+        own = self._names(groups)
+        if state["names"] and source is not None and state["names"] != own:
+            raise ValueError(
+                f"state: expected records of {_number(len(own))} ({_some(own)}), but got "
+                f"{_number(len(state['names']))} ({_some(state['names'])})"
+            )
         self._step, self._written = state["step"], state["written"]
         self.steps, self.names = list(state["steps"]), list(state["names"])
         self._records = [dict(record) for record in state["records"]]
@@ -308,18 +346,27 @@ def _joined(
     groups: Sequence[tuple[list[Tensor], Moments, Rule]], measured: Sequence[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Return the metrics of each parameter, and of all that have them."""
-    device = next(found["mean"].device for found in measured if found)
+    devices = [found["mean"].device for found in measured if found]
+    device = devices[0] if devices else groups[0][0][0].device
+    nothing = torch.full((1,), torch.nan, dtype=torch.float64, device=device)
     sums = {}
     for name in _SUMS:
-        parts, total = [], torch.zeros(1, dtype=torch.float64, device=device)
+        parts = []
+        total = torch.zeros(1, dtype=torch.float64, device=device)
         for (params, moments, _), found in zip(groups, measured, strict=True):
-            part = torch.full((len(params),), torch.nan, dtype=torch.float64, device=device)
-            if name in found:
-                part[moments.touched] = found[name].to(device)
-                total += found[name].sum().to(device)
-            parts.append(part)
-        if not any(name in found for found in measured):
-            total += torch.nan
+            if name not in found:
+                parts += [nothing] * len(params)
+                continue
+            values = found[name].to(device)
+            total += values.sum()
+            if len(moments.touched) == len(params):
+                parts.append(values)
+                continue
+            there_ = dict(zip(moments.touched, values.split(1), strict=True))
+            parts += [there_.get(index, nothing) for index in range(len(params))]
+        lacking = any(found and name not in found for found in measured)
+        if not any(name in found for found in measured) or (lacking and name == "apart"):
+            total = nothing
         sums[name] = torch.cat([*parts, total])
     return {
         "sign_agreement": sums["agreement"] / sums["sizes"],
@@ -329,6 +376,26 @@ def _joined(
         "masked_norm": sums["masked"].sqrt(),
         "coherence": sums["together"] / sums["apart"],
     }
+
+
+def _by_id(names: object) -> dict[int, str]:
+    pairs = names.items() if isinstance(names, Mapping) else names
+    found = {}
+    try:
+        for name, param in pairs:  # type: ignore[attr-defined]
+            if not isinstance(name, str) or not isinstance(param, Tensor):
+                raise TypeError
+            found[id(param)] = name
+    except (TypeError, ValueError):
+        raise TypeError(
+            "names: expected pairs of name and parameter, as model.named_parameters(), "
+            f"but got {type(names).__name__}"
+        ) from None
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _tau_of(rule: Rule) -> float:

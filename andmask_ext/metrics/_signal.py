@@ -143,13 +143,15 @@ def _sums_and_squares(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
     for grads in entries.stacked:
         wide = grads if grads.dtype == torch.float64 else grads.float()
         sums.append(wide.sum(0))
-        squares.append(wide.var(0, correction=0) * len(grads))
+        columns = wide.reshape(len(grads), -1).split(max(1, _CHUNK // len(grads)), 1)
+        variances = torch.cat([part.double().var(0, correction=0) for part in columns])
+        squares.append(variances.view(grads.shape[1:]) * len(grads))
     return sums, squares
 
 
 def _ratio(mean: Tensor, variance: Tensor) -> Tensor:
-    ratio = mean.square() / variance
-    return torch.where((mean == 0) & (variance == 0), 0.0, ratio)
+    ratio = mean.double().square() / variance.double()
+    return torch.where((mean == 0) & (variance == 0), 0.0, ratio).to(mean.dtype)
 
 
 def _total(values: list[Tensor], device: torch.device) -> Tensor:

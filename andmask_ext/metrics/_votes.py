@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
+from ..moments import Moments
 from ..reference import vote_threshold
-from ._inputs import Gradients, entries_of, there
+from ._inputs import Gradients, Stacked, entries_of, stacked_of, there
 
 __all__ = [
     "TauCurve",
@@ -102,33 +105,57 @@ def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) 
     return _kept(counts.sum(0), tau)
 
 
-def noise_kept_fraction(environments: int, tau: float) -> float:
+def noise_kept_fraction(environments: int | Stacked, tau: float) -> Any:
     r"""Return the share of coordinates that the AND-mask keeps of pure noise.
 
     Signs that are independent and fair make votes binomial: the chance that
     :math:`|\mathrm{votes}| \ge \tau d`. Exact up to rounding. This is the level that a measured
     :func:`kept_fraction` has to stand out from; it decays exponentially with the environments.
 
+    Environments whose gradient is exactly zero cast no vote but count in d. Where there are many,
+    as in a layer before or after a ReLU with one example in each environment, noise passes far
+    less often than the binomial level of d votes says. Pass the gradients, and the level is that
+    of *their* zeros: the share that would be kept on average if every other sign were drawn anew.
+
     Args:
-        environments: their number d.
+        environments: their number d; or stacked gradients, a tensor ``[d, *shape]`` or a dict or
+            list of them.
         tau: agreement threshold in [0, 1].
 
+    Returns:
+        A float; of gradients a 0-dim float64 tensor, NaN where there are no coordinates.
+
     Raises:
-        TypeError: an argument is not a number.
+        TypeError: an argument has another type; moments do not know which gradients are zero.
         ValueError: there is no environment, or ``tau`` lies outside [0, 1].
 
     Example:
-        >>> import andmask_ext as am
+        >>> import torch, andmask_ext as am
         >>> [round(am.metrics.noise_kept_fraction(d, 0.4), 5) for d in (4, 16, 80)]
         [0.625, 0.07681, 0.00045]
+        >>> grads = torch.randn(16, 1000)
+        >>> grads[:12] = 0
+        >>> am.metrics.noise_kept_fraction(grads, 0.4)  # four votes are too few
+        tensor(0., dtype=torch.float64)
 
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021,
         proposition 2 (appendix A.3), of which this is the probability.
     """
     check_tau(tau)
-    _check_environments(environments)
-    return float(_noise(environments)[vote_threshold(tau, environments) :].flip(0).sum())
+    if not isinstance(environments, (Tensor, Mapping, Sequence, Moments)):
+        _check_environments(environments)
+        return _noise_level(environments, vote_threshold(tau, environments))
+    stacked = stacked_of(environments, "environments")
+    count, device = len(stacked[0]), stacked[0].device
+    voters = torch.zeros(count + 1, dtype=torch.int64, device=device)
+    for grads in stacked:
+        # Those that are not zero agree on the sign of their magnitude.
+        voters += torch.ops.andmask.vote_histogram.default(grads.abs())[0].to(device)
+    levels = torch.tensor(
+        _noise_levels(count, vote_threshold(tau, count)), dtype=torch.float64, device=device
+    )
+    return (voters * levels).sum() / voters.sum()
 
 
 def noise_votes(environments: int) -> Tensor:
@@ -147,10 +174,10 @@ def noise_votes(environments: int) -> Tensor:
         tensor([0.3750, 0.0000, 0.5000, 0.0000, 0.1250], dtype=torch.float64)
     """
     _check_environments(environments)
-    return _noise(environments).clone()
+    return torch.tensor(_noise(environments), dtype=torch.float64)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VoteHistogram:
     """How many coordinates have how many votes.
 
@@ -164,6 +191,10 @@ class VoteHistogram:
     counts: Tensor
     squares: Tensor
 
+    def __repr__(self) -> str:
+        coordinates = int(self.counts.sum())
+        return f"VoteHistogram({self.environments} environments, {coordinates} coordinates)"
+
     @property
     def share(self) -> Tensor:
         """The counts as shares of all coordinates, float64 ``[d + 1]``."""
@@ -171,8 +202,10 @@ class VoteHistogram:
 
     @property
     def noise(self) -> Tensor:
-        """The shares expected of pure noise, float64 ``[d + 1]``: see :func:`noise_votes`."""
-        return _noise(self.environments).to(self.counts.device, copy=True)
+        """The shares expected of pure noise without zeros, float64 ``[d + 1]``."""
+        return torch.tensor(
+            _noise(self.environments), dtype=torch.float64, device=self.counts.device
+        )
 
     def kept_fraction(self, tau: float) -> Tensor:
         """Return the share of coordinates that the AND-mask keeps, a 0-dim float64 tensor."""
@@ -284,18 +317,32 @@ def _check_environments(environments: object) -> None:
         raise ValueError(f"environments: expected a positive number, but got {environments}")
 
 
+def _noise_level(environments: int, threshold: int) -> float:
+    return math.fsum(_noise(environments)[threshold:])
+
+
+@lru_cache(maxsize=64)
+def _noise_levels(environments: int, threshold: int) -> list[float]:
+    """Return the level of 0, 1, ..., d voters; to be read only."""
+    return [
+        _noise_level(voters, threshold) if voters else float(threshold == 0)
+        for voters in range(environments + 1)
+    ]
+
+
 @lru_cache(maxsize=16)
-def _noise(environments: int) -> Tensor:
+def _noise(environments: int) -> list[float]:
     """Return the distribution of ``|votes|``; to be read only.
 
     From the most probable number of votes outwards each probability follows from the one before
-    by a factor, and in the end they are divided by their sum: no factorial is ever formed.
+    by a factor, and in the end they are divided by their sum: no factorial is ever formed. Numbers,
+    not a tensor: what is kept must not depend on the device or mode of its first use.
     """
-    plus = torch.arange((environments + 1) // 2, environments, dtype=torch.float64)
-    ratios = (environments - plus) / (plus + 1)  # C(d, p + 1) / C(d, p)
-    shares = torch.cat([torch.ones(1, dtype=torch.float64), ratios.cumprod(0)])
-    probabilities = torch.zeros(environments + 1, dtype=torch.float64)
-    probabilities[environments % 2 :: 2] = 2 * shares
-    if environments % 2 == 0:
-        probabilities[0] /= 2  # no votes: one way to get there, not two
-    return probabilities / probabilities.flip(0).sum()
+    probabilities = [0.0] * (environments + 1)
+    share = 1.0
+    for plus in range((environments + 1) // 2, environments + 1):
+        votes = 2 * plus - environments
+        probabilities[votes] = share if votes == 0 else 2 * share  # two ways to get there
+        share *= (environments - plus) / (plus + 1)  # C(d, plus + 1) / C(d, plus)
+    total = math.fsum(probabilities)
+    return [probability / total for probability in probabilities]

@@ -167,9 +167,9 @@ class MomentOptimizer(Optimizer):
                     for g, group in enumerate(self.param_groups)
                     for i, param in enumerate(group["params"])
                 }
-            tracked = begin_all(self._observers)
+            observed = begin_all(self._observers)
             for moments in self._moments:
-                moments.track_norms = tracked
+                moments.observed = observed
         if len(self._hooks) < len(self._slots):
             hook = Hook(self)
             for group in self.param_groups:

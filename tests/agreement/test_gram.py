@@ -218,3 +218,54 @@ def test_gradients_are_the_same_with_and_without() -> None:
         results.append([p.grad.clone() for p in model.parameters()])
     for one, other in zip(*results, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("rows", [(), (40,)])
+def test_autocast_does_not_reach_the_products(rows: tuple[int, ...]) -> None:
+    """One layer: the gradient of its output comes from no matrix product."""
+    model = nn.Linear(50, 40)
+    x = torch.randn(8, *rows, 50)
+    results = []
+    for enabled in (False, True):
+        agreement = am.Agreement(model, am.AndMask(0.5))
+        with agreement(gram=True):
+            loss = curved(model, x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                loss.backward()
+        results.append(agreement.gram["weight"])
+        model.zero_grad()
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-7)
+
+
+def test_a_context_that_cannot_begin_leaves_no_old_products() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1)
+    agreement = am.Agreement(model, optimizer)
+    x = torch.randn(4, 3)
+    with agreement(gram=True):
+        curved(model, x).backward()
+    assert agreement.gram
+    optimizer.step()
+    curved(model, x).backward()  # a gradient from outside
+    with pytest.raises(RuntimeError, match=r"has a \.grad from outside"), agreement(gram=True):
+        pass
+    with pytest.raises(RuntimeError, match="gram: expected a context with gram=True before"):
+        agreement.gram  # noqa: B018
+
+
+def test_tied_parameters_have_the_name_that_the_model_gives() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).double()
+    model[1].weight = model[0].weight
+    agreement = check(model, torch.randn(4, 4, dtype=torch.float64), None)
+    assert set(agreement.gram) == {name for name, _ in model.named_parameters()}
+
+
+def test_cosines_without_any_parameter() -> None:
+    model = nn.Linear(3, 2)
+    agreement = am.Agreement(model, am.AndMask())
+    other = torch.ones((), requires_grad=True)
+    with agreement(gram=True):
+        model(torch.randn(4, 3))
+        (other * 1).backward()
+    with pytest.raises(RuntimeError, match="gradient_cosines: expected a backward pass that reach"):
+        am.metrics.gradient_cosines(agreement)

@@ -150,6 +150,14 @@ def test_errors_of_correlation() -> None:
         metrics.gradient_correlation(grads, {"x": None})
     with pytest.raises(ValueError, match="tau: expected a number"):
         metrics.gradient_correlation(grads, {"x": grads}, [0.5, 1.5])
+    with pytest.raises(ValueError, match="taus: expected at least one number, but got none"):
+        metrics.gradient_correlation(grads, {"x": grads}, [])
+    with pytest.raises(
+        ValueError, match=r"signals\['x'\]: expected gradients for the parameters of"
+    ):
+        metrics.gradient_correlation({"a": grads, "b": grads}, {"x": {"b": grads, "a": grads}})
+    with pytest.raises(TypeError, match="taus: expected a sequence of numbers, but got float"):
+        metrics.gradient_correlation(grads, {"x": grads}, 0.4)
     with pytest.raises(TypeError, match="xor: expected a bool"):
         metrics.gradient_correlation(grads, {"x": grads}, xor=1)
 
@@ -159,3 +167,12 @@ def test_reach_of_the_agreement() -> None:
     agreement = am.Agreement(model, am.AndMask())
     with pytest.raises(RuntimeError, match="gram: expected a context with gram=True before"):
         metrics.gradient_cosines(agreement)
+
+
+def test_moments_of_other_parameters_are_no_signal() -> None:
+    params = [torch.zeros(3), torch.zeros(3)]
+    one, other = am.Moments(params), am.Moments(params)
+    one.add([torch.ones(3), None])
+    other.add([None, torch.ones(3)])
+    with pytest.raises(ValueError, match="expected gradients for the parameters of grads, in thei"):
+        metrics.gradient_correlation(one, {"s": other}, [0.0])

@@ -145,7 +145,8 @@ def bowl(x: Tensor) -> Tensor:
     ("options", "kind", "message"),
     [
         ({"losses": 3}, TypeError, "losses: expected a sequence of callables.*but got int"),
-        ({"losses": [bowl, 3]}, TypeError, "losses: expected a sequence of callables"),
+        ({"losses": [bowl, 3]}, TypeError, r"losses\[1\]: expected a callable .* but got int"),
+        ({"losses": 3}, TypeError, "losses: expected a sequence of callables .* but got int"),
         ({"losses": [bowl]}, ValueError, "losses: expected at least 2 environments, but got 1"),
         (
             {"losses": [bowl, lambda x: x]},

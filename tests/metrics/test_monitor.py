@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -330,17 +332,24 @@ def test_optimizers_copy_and_pickle_without_their_monitors() -> None:
 
 
 def test_parameters_that_are_added() -> None:
+    """Earlier records have no value for them."""
     params = parameters()
     optimizer = MAKERS["sgd"](params[:2], tau=0.5)
-    metrics.Monitor(optimizer, every=1)
-    environments(optimizer, params[:2], random_grads(params[:2]))
+    monitor = metrics.Monitor(optimizer, every=1)
+    first = random_grads(params[:2])
+    environments(optimizer, params[:2], first)
     optimizer.step()
     optimizer.add_param_group({"params": params[2:]})
-    environments(optimizer, params, random_grads(params))
-    with pytest.raises(
-        RuntimeError, match="Monitor: expected the 2 parameters of the first record"
-    ):
-        optimizer.step()
+    grads = random_grads(params)
+    environments(optimizer, params, grads)
+    optimizer.step()
+    assert_record(monitor, grads, 0.5)
+    assert monitor.names == ["0.0", "0.1", "1.0"]
+    for metric, row in expected(first, 0.5).items():
+        assert monitor.series(metric)[0].tolist() == pytest.approx(
+            [*row[:2], float("nan")], rel=1e-5, nan_ok=True
+        )
+        assert monitor.total(metric)[0].item() == pytest.approx(row[-1], rel=1e-5)
 
 
 def test_errors() -> None:
@@ -358,3 +367,121 @@ def test_errors() -> None:
         metrics.Monitor(optimizer, tau=2.0)
     with pytest.raises(ValueError, match=r"metric: expected one of sign_agreement, .*but got 'x'"):
         metrics.Monitor(optimizer).series("x")
+
+
+def test_names_in_a_dict_and_what_are_no_names() -> None:
+    params = parameters()
+    optimizer = MAKERS["sgd"](params)
+    named = dict(zip("abc", params, strict=True))
+    monitor = metrics.Monitor(optimizer, names=named)
+    environments(optimizer, params, random_grads(params))
+    optimizer.step()
+    assert monitor.names == ["a", "b", "c"]
+    for wrong in ("abc", params, ["a", "b"], 3):
+        with pytest.raises(TypeError, match="names: expected pairs of name and parameter"):
+            metrics.Monitor(optimizer, names=wrong)
+
+
+def test_records_of_another_model() -> None:
+    state = trained().state_dict()
+    model = mlp()
+    for source in (am.Agreement(model, am.AndMask()), MAKERS["sgd"](model.parameters())):
+        monitor = metrics.Monitor(source)
+        with pytest.raises(ValueError, match=r"state: expected records of 4 parameters \(.*got 3"):
+            monitor.load_state_dict(state)
+        monitor.load_state_dict(metrics.Monitor(source).state_dict())  # no records yet
+
+
+def test_norms_that_the_user_wants_are_tracked_in_every_step() -> None:
+    model = mlp()
+    agreement = am.Agreement(model, am.AndMask(), keep_moments=True)
+    metrics.Monitor(agreement, every=2)
+    agreement.moments[0].track_norms = True
+    for _ in range(3):
+        with agreement():
+            model(torch.randn(4, 5)).square().mean().backward()
+        assert torch.isfinite(metrics.coherence(agreement.moments[0]))
+    agreement.moments[0].track_norms = False
+    tracked = []
+    for _ in range(2):
+        with agreement():
+            model(torch.randn(4, 5)).square().mean().backward()
+        tracked.append(agreement.moments[0].squared_norms is not None)
+    assert tracked == [False, True]
+
+
+def test_a_temporal_optimizer_is_refused_with_a_reason() -> None:
+    optimizer = am.optim.TemporalAndMaskAdam(parameters())
+    with pytest.raises(TypeError, match="but got TemporalAndMaskAdam, which sees one in each step"):
+        metrics.Monitor(optimizer)
+
+
+def test_groups_that_are_touched_late() -> None:
+    """An environment that does not reach a group has gradient zero there, and counts."""
+    params = parameters()
+    grads = random_grads(params, environments=4)
+    results = []
+    for order in ((0, 1, 2, 3), (1, 0, 2, 3)):
+        optimizer = am.optim.AndMaskSGD(
+            [{"params": params[:1]}, {"params": params[1:]}], lr=0.0, tau=0.5
+        )
+        monitor = metrics.Monitor(optimizer)
+        for row in order:
+            with optimizer.environment():
+                some = slice(0, 1) if row == 0 else slice(None)
+                backward(params[some], [one[row] for one in grads[some]])
+        optimizer.step()
+        results.append(monitor)
+    whole = [grads[0], *(one.clone() for one in grads[1:])]
+    for one in whole[1:]:
+        one[0] = 0
+    for monitor in results:
+        assert_record(monitor, whole, 0.5)
+
+
+def test_a_step_that_reaches_no_parameter() -> None:
+    model = mlp()
+    agreement = am.Agreement(model, am.AndMask())
+    monitor = metrics.Monitor(agreement, every=1)
+    other = torch.ones((), requires_grad=True)
+    with agreement():
+        model(torch.randn(4, 5))
+        (other * 1).backward()
+    assert monitor.steps == [0]
+    assert all(torch.isnan(value) for value in monitor.latest.values())
+
+
+def test_the_optimizer_is_freed_with_its_last_reference() -> None:
+    optimizer = MAKERS["sgd"](parameters())
+    monitor = metrics.Monitor(optimizer)
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()
+    monitor.close()
+
+
+@pytest.mark.cpu_only
+def test_norms_of_large_parameters() -> None:
+    """Equal environments have a coherence of their number, however long the gradient is."""
+    param = nn.Parameter(torch.zeros(6_000_000))
+    optimizer = MAKERS["sgd"]([param])
+    monitor = metrics.Monitor(optimizer)
+    grad = torch.randn(6_000_000)
+    for _ in range(3):
+        with optimizer.environment():
+            backward([param], [grad])
+    optimizer.step()
+    assert monitor.total("coherence").item() == pytest.approx(3.0, rel=1e-6)
+
+
+def test_records_from_elsewhere_join_those_of_a_device() -> None:
+    monitor = trained()
+    state = monitor.state_dict()
+    state["records"][0] = {k: v.to("meta") for k, v in state["records"][0].items()}
+    monitor.load_state_dict(state)
+    with pytest.raises(NotImplementedError, match="meta"):  # moved to the device of the last one
+        monitor.series("norm")

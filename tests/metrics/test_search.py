@@ -248,3 +248,14 @@ def test_an_exception_in_progress_gets_out() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         inconsistency_score(quadratic_losses([np.eye(2)] * 2), point(2), 1, "search", progress=fail)
+
+
+def test_says_that_it_was_still_climbing() -> None:
+    """The true score is infinite: it grows with the steps."""
+    losses, theta = patchwork()
+    found = inconsistency_score(losses, theta, 0.01, "search", steps=20, generator=seeded())
+    assert any("still rising when the 20 steps ran out" in note for note in found.notes)
+    assert "still rising" in repr(found)
+    bowls = quadratic_losses(np.stack([np.eye(2), 3 * np.eye(2)]))
+    done = inconsistency_score(bowls, point(2), 0.01, "search", generator=seeded())
+    assert not any("rising" in note for note in done.notes)

@@ -163,3 +163,36 @@ def test_errors() -> None:
         metrics.signal_to_noise(torch.ones(2, 3), correction=0.5)
     with pytest.raises(TypeError, match="per_parameter: expected a bool"):
         metrics.coherence(torch.ones(2, 3), per_parameter="yes")
+
+
+@pytest.mark.parametrize("size", [1e-24, 1e20])
+def test_signal_to_noise_neither_over_nor_underflows(size: float) -> None:
+    grads = torch.tensor([[1.0], [2.0]]) * size
+    assert metrics.signal_to_noise(grads).item() == pytest.approx(4.5, rel=1e-5)
+
+
+def test_norms_when_the_first_environment_is_zero() -> None:
+    moments = am.Moments([torch.zeros(2), torch.zeros(2)])
+    moments.track_norms = True
+    moments.add([None, None])
+    moments.add([torch.tensor([3.0, 4.0]), None])
+    assert [None if n is None else n.item() for n in moments.squared_norms] == [25.0, None]
+
+
+def test_squared_norms_of_all_lengths_and_layouts() -> None:
+    from andmask_ext._norms import squared_norm, squared_norms
+
+    for size in (0, 1, 1 << 14, (1 << 14) + 1, 100_001):
+        rows = torch.randn(3, size)
+        expected = rows.double().square().sum(1)
+        torch.testing.assert_close(squared_norms(rows), expected, rtol=1e-6, atol=0)
+    tensors = [
+        torch.randn(20, 30).t(),
+        torch.randn(2, 3, 40, 5)[..., ::2],
+        torch.randn(4, 1).expand(4, 7),
+        torch.tensor(3.0),
+        torch.randn(5).half(),
+    ]
+    for tensor in tensors:
+        exact = tensor.double().square().sum().item()
+        assert squared_norm(tensor).item() == pytest.approx(exact, rel=1e-5)

@@ -220,3 +220,66 @@ def test_other_errors() -> None:
         metrics.noise_kept_fraction(4, -0.5)
     with pytest.raises(ValueError, match="tau: expected"):
         metrics.vote_histogram(grads).kept_fraction(1.5)
+
+
+# ---- the null of gradients with zeros ----
+
+
+@given(stacked(np.float32), st.data())
+def test_noise_of_gradients_is_the_mean_over_their_voters(
+    values: np.ndarray, data: st.DataObject
+) -> None:
+    grads = torch.from_numpy(values)
+    tau = data.draw(st.one_of(taus, tie_taus(len(grads))))
+    threshold = reference.vote_threshold(tau, len(grads))
+    voters = ((grads > 0).sum(0) + (grads < 0).sum(0)).tolist()
+    levels = []
+    for count in voters:
+        kept = [p for p in range(count + 1) if abs(2 * p - count) >= threshold]
+        levels.append(float(sum(Fraction(math.comb(count, p), 2**count) for p in kept)))
+    result = metrics.noise_kept_fraction(grads, tau)
+    assert result.dim() == 0
+    assert result.item() == pytest.approx(sum(levels) / len(levels), rel=1e-9, abs=1e-15)
+
+
+def test_noise_of_gradients_without_zeros_is_binomial() -> None:
+    many = {"a": torch.rand(16, 3) + 1, "b": -torch.rand(16, 2, 2) - 1}
+    for tau in (0.0, 0.4, 1.0):
+        expected = metrics.noise_kept_fraction(16, tau)
+        assert metrics.noise_kept_fraction(many, tau).item() == pytest.approx(expected)
+
+
+def test_noise_of_gradients_of_examples_through_a_relu() -> None:
+    """What random signs keep is met by the level of the zeros, and far below the binomial one."""
+    active = (torch.rand(64, 4000) < 0.4).float()
+    grads = active * torch.randn(64, 4000)
+    kept = metrics.kept_fraction(grads, 0.2).item()
+    level = metrics.noise_kept_fraction(grads, 0.2).item()
+    assert level == pytest.approx(kept, rel=0.25)
+    assert level < metrics.noise_kept_fraction(64, 0.2) / 4
+
+
+def test_what_has_no_noise_level() -> None:
+    with pytest.raises(TypeError, match="environments: expected the stacked gradients of all"):
+        metrics.noise_kept_fraction(am.Moments([torch.ones(2)]), 0.5)
+    with pytest.raises(TypeError, match="environments: expected an int, but got float"):
+        metrics.noise_kept_fraction(0.4, 0.5)
+    assert torch.isnan(metrics.noise_kept_fraction(torch.zeros(3, 0), 0.5))
+
+
+def test_a_histogram_is_printed_in_one_line() -> None:
+    histogram = metrics.vote_histogram(torch.randn(3, 7))
+    assert repr(histogram) == "VoteHistogram(3 environments, 7 coordinates)"
+
+
+def test_an_agreement_is_no_gradients() -> None:
+    agreement = am.Agreement(torch.nn.Linear(2, 1), am.AndMask())
+    with pytest.raises(TypeError, match=r"but got Agreement; its moments are in \.moments"):
+        metrics.kept_fraction(agreement, 0.5)
+
+
+def test_the_null_does_not_depend_on_where_it_was_first_asked_for() -> None:
+    with torch.device("meta"):
+        assert metrics.noise_kept_fraction(37, 0.5) > 0
+    assert metrics.noise_kept_fraction(37, 0.5) > 0
+    assert metrics.tau_curve(torch.randn(37, 5)).noise_kept_fraction.device.type == "cpu"

@@ -230,11 +230,16 @@ def _gradient(value: Tensor, point: Tensor, create_graph: bool = False) -> Tenso
 
 
 def _check_losses(losses: object) -> list[Loss]:
-    if not isinstance(losses, Sequence) or not all(callable(loss) for loss in losses):
+    expected = "from parameters to a 0-dim Tensor (model_losses makes them of a model)"
+    if not isinstance(losses, Sequence):
         raise TypeError(
-            "losses: expected a sequence of callables from parameters to a 0-dim Tensor, "
-            f"but got {type(losses).__name__}"
+            f"losses: expected a sequence of callables {expected}, but got {type(losses).__name__}"
         )
+    for index, loss in enumerate(losses):
+        if not callable(loss):
+            raise TypeError(
+                f"losses[{index}]: expected a callable {expected}, but got {type(loss).__name__}"
+            )
     if len(losses) < 2:
         raise ValueError(f"losses: expected at least 2 environments, but got {len(losses)}")
     return list(losses)

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ._problem import Params, Problem
 
+_LETTERS = 120  # of a note, in what is printed
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Inconsistency:
@@ -60,7 +62,11 @@ class Inconsistency:
     def __repr__(self) -> str:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
         kept, moved = self.environments
-        notes = "".join(f"; {note}" for note in self.notes)
+        notes = ""
+        if self.notes:  # one line: the last says most
+            short, more = self.notes[-1], len(self.notes) - 1
+            short = short if len(short) <= _LETTERS else f"{short[:_LETTERS].rstrip()} …"
+            notes = f"; {short}" + (f"; {more} more in .notes" if more else "")
         return (
             f"Inconsistency {float(self.score):.6g}{error} at eps {self.eps:g}: environment {kept} "
             f"kept, {moved} moves ({self.method}, {self.bound}{notes})"

@@ -16,6 +16,7 @@ DENSE_LIMIT = 2000  # parameters up to which directions are scaled by the whole 
 FLATTEST = 1e-6  # curvature, relative to the largest, below which scaling takes all for alike
 BENT, POWER_ROUNDS = 32, 5  # directions of many parameters that are scaled, and how they are found
 TARGET = 0.999  # share of eps to which a step that leaves the level set is drawn back
+RISING = 1.02  # growth over the second half of the steps that is told
 PATIENCE = 30  # steps without progress after which the search ends
 # Exploring ends within some hundred widths of the level set at params: far out along directions in
 # which all losses are flat, it would find rounding errors.
@@ -110,6 +111,7 @@ class Climb:
     height_slope: Tensor = field(init=False)
     best: Tensor = field(init=False)
     best_points: Tensor = field(init=False)
+    half_way: Tensor | None = field(init=False, default=None)  # best, after half of the steps
 
     def __post_init__(self) -> None:
         problem, starts = self.problem, self.settings.starts
@@ -233,6 +235,8 @@ def climb(
     record, last, length = paths.best.clone(), 0, first
     roaming = min(ROAMING, settings.steps // 4)
     for index in range(settings.steps):
+        if index == settings.steps // 2:
+            paths.half_way = paths.best.clone()
         if settings.progress is not None and settings.progress(done + index, total):
             return paths, True
         if index == roaming:
@@ -256,6 +260,7 @@ def search(
     count = problem.environments
     values = torch.full((count, count), math.nan, dtype=torch.float64, device="cpu")
     witnesses = {}
+    half_way = torch.full_like(values, math.inf)
     stop: tuple[str, ...] = ()
     for kept in range(count):
         paths, stopped = climb(problem, kept, eps, settings, kept * settings.steps)
@@ -263,11 +268,19 @@ def search(
         for row, moved in enumerate(paths.targets):
             place = int(bests[row].argmax())
             values[kept, moved] = bests[row, place]
+            if paths.half_way is not None:
+                half_way[kept, moved] = paths.half_way.view(count - 1, -1)[row].max().cpu()
             witnesses[kept, moved] = paths.best_points[row * settings.starts + place]
         if stopped:
             stop = (f"stopped by progress while losses[{kept}] was kept",)
             break
-    witness = witnesses[best_pair(values)]
+    pair = best_pair(values)
+    if not stop and float(values[pair]) > RISING * float(half_way[pair]):
+        stop = (
+            f"still rising when the {settings.steps} steps ran out, from {half_way[pair]:.3g} half "
+            "way: more steps find more",
+        )
+    witness = witnesses[pair]
     step = witness - problem.point
     length = step.norm()
     return result(
