@@ -23,22 +23,6 @@ _LOG_OF_ZERO = math.log(1e-10)
 _VOTE_TYPES = (torch.int8, torch.int16, torch.int32)
 
 
-class Observer:
-    """Looks at the moments of all environments of a step, just before they become an update."""
-
-    def begin(self) -> bool:
-        """Return whether squared norms are to be tracked in the step that begins."""
-        return False
-
-    def end(self, groups: Sequence[tuple[list[Tensor], Moments, Rule]]) -> None:
-        """Take parameters, moments and rule of each group."""
-
-
-def begin_all(observers: Sequence[Observer]) -> bool:
-    """Tell all observers that a step begins; return whether squared norms are to be tracked."""
-    return any([observer.begin() for observer in observers])
-
-
 class Moments:
     r"""Sums over environments for a list of parameters, in memory that does not grow with them.
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_dtype
-from ..moments import Moments, Observer, begin_all
+from .._observers import Observer, begin_all
+from ..moments import Moments
 from ..optim._environments import MomentOptimizer
 from ..rules import AndMask, Rule
 from ._active import activate

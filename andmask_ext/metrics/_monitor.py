@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
+from .._observers import Observer
 from ..agreement import Agreement
-from ..moments import Moments, Observer
+from ..moments import Moments
 from ..optim import TemporalAndMaskAdam
 from ..optim._environments import MomentOptimizer
 from ..reference import vote_threshold

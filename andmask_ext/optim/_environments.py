@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dtype, check_tau, check_weight
 from .._devices import by_device
-from ..moments import Moments, Observer, begin_all
+from .._observers import Observer, begin_all
+from ..moments import Moments
 from ..rules import AndMask, Mean, Rule
 from ._context import Environment, Hook
 from ._state import load_wide_state
