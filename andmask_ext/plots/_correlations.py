@@ -17,6 +17,7 @@ from ._style import (
     WIDTH,
     as_array,
     axes_or_new,
+    check_has,
     environment_names,
     style,
 )
@@ -126,6 +127,8 @@ def gradient_correlation(result: Correlations, *, ax: Axes | None = None) -> Axe
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 4.1.
     """
+    maker = "metrics.gradient_correlation(grads, signals)"
+    check_has("result", result, ("tau", "correlations"), maker)
     tau = as_array("tau", result.tau, 1)
     signals = {name: as_array(name, values, 1) for name, values in result.correlations.items()}
     if not signals:

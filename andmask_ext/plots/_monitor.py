@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from .._checks import check_bool
 from ._data import Records
-from ._style import DIVERGING, WIDTH, Array, as_array, axes_or_new, style
+from ._style import DIVERGING, WIDTH, Array, as_array, axes_or_new, check_has, style
 
 __all__ = ["kept_fraction"]
 
@@ -37,8 +37,8 @@ def kept_fraction(
         ax: where to draw.
 
     Returns:
-        The axes: the first parameter is the top row; long names are cut in the middle. Grey is not
-        a number.
+        The axes: the first parameter is the top row; long names are cut in the middle. What is
+        not a number is hatched.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -53,6 +53,7 @@ def kept_fraction(
         >>> [text.get_text() for text in plots.kept_fraction(monitor).get_yticklabels()]
         ['0.weight', '0.bias']
     """
+    check_has("monitor", monitor, ("steps", "names", "series"), "a metrics.Monitor")
     check_bool("relative", relative)
     steps, names = np.asarray(monitor.steps, dtype=float), list(monitor.names)
     if not len(steps) or not names:
@@ -74,11 +75,12 @@ def kept_fraction(
             _edges(steps),
             np.arange(len(names) + 1) - 0.5,
             np.ma.masked_invalid(values.T),
-            cmap=DIVERGING if relative else "cividis",
+            cmap=DIVERGING.with_extremes(bad=(0, 0, 0, 0)) if relative else "cividis",
             norm=LogNorm(low, high) if relative else Normalize(low, high),
             rasterized=True,
         )
-        axes.set_facecolor("#BBBBBB")
+        # Grey alone would look like the middle of the colours.
+        axes.patch.set(facecolor="white", hatch="/////", edgecolor="#777777", linewidth=0)
         axes.set_ylim(len(names) - 0.5, -0.5)
         shown = range(0, len(names), -(-len(names) // _ROWS))
         axes.set_yticks(

@@ -104,6 +104,12 @@ def environment_names(count: int, labels: Sequence[str] | None) -> list[str]:
     return list(labels)
 
 
+def check_has(name: str, value: object, attributes: tuple[str, ...], maker: str) -> None:
+    """Raise unless ``value`` is what some function of the metrics returns."""
+    if not all(hasattr(value, attribute) for attribute in attributes):
+        raise TypeError(f"{name}: expected {maker}, but got {type(value).__name__}")
+
+
 def as_array(name: str, value: object, dims: int) -> Array:
     """Return a tensor's values as a float64 array, wherever they lie."""
     if not isinstance(value, Tensor):

@@ -12,7 +12,17 @@ from .._checks import check_bool, check_tau
 from ..reference import vote_threshold
 from . import palette
 from ._data import Curve, Votes
-from ._style import SMALL, WIDTH, Array, as_array, axes_or_new, panels_or_new, percent, style
+from ._style import (
+    SMALL,
+    WIDTH,
+    Array,
+    as_array,
+    axes_or_new,
+    check_has,
+    panels_or_new,
+    percent,
+    style,
+)
 
 __all__ = ["tau_curve", "vote_histogram"]
 
@@ -52,6 +62,7 @@ def vote_histogram(
         >>> [float(bar.get_height()) for bar in axes.patches[:2]]
         [0.75, 0.25]
     """
+    check_has("histogram", histogram, ("counts", "noise"), "metrics.vote_histogram(grads)")
     check_bool("log", log)
     if tau is not None:
         check_tau(tau)
@@ -195,6 +206,7 @@ def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = No
         >>> norms.get_xlabel()
         'threshold τ of the AND-mask'
     """
+    check_has("curve", curve, ("kept_fraction", "norm"), "metrics.tau_curve(grads)")
     check_bool("log", log)
     tau, kept, null, norm = (
         as_array(name, getattr(curve, name), 1)

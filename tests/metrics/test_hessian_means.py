@@ -128,8 +128,9 @@ def test_diagonals_in_the_structure_of_parameters() -> None:
     assert isinstance(found.arithmetic, dict)
     torch.testing.assert_close(found.arithmetic["weight"], torch.tensor([[5.0, 4.0]]))
     assert float(found.log_det_ratio) == pytest.approx(np.log(5 / 3) + np.log(5 / 4))
-    listed = hessian_means([torch.eye(2) + 1, torch.eye(2) + 1])  # diagonals of 2 x 2 weights
-    torch.testing.assert_close(listed.geometric, torch.eye(2) + 1)
+    diagonal = torch.tensor([[1.0, 2.0], [3.0, 4.0]])  # of 2 x 2 weights
+    listed = hessian_means([diagonal, diagonal])
+    torch.testing.assert_close(listed.geometric, diagonal)
 
 
 def test_zeros_in_diagonals() -> None:
@@ -198,3 +199,10 @@ def test_errors_of_options() -> None:
         hessian_means(torch.ones(2, 2), tol=0)
     with pytest.raises(ValueError, match="max_iterations: expected at least 1, but got 0"):
         hessian_means(torch.ones(2, 2), max_iterations=0)
+
+
+def test_a_list_of_matrices_is_no_list_of_diagonals() -> None:
+    matrices = torch.eye(2).expand(3, 2, 2)
+    with pytest.raises(ValueError, match="but got a sequence of symmetric matrices"):
+        hessian_means(list(matrices))
+    assert torch.equal(hessian_means(matrices).arithmetic, torch.eye(2))

@@ -137,3 +137,17 @@ def test_without_matplotlib_the_error_names_the_extra():
     assert result.returncode == 1
     assert "ImportError: andmask_ext.plots needs matplotlib" in result.stderr
     assert "pip install 'andmask_ext[plots]'" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        ("vote_histogram", r"histogram: expected metrics\.vote_histogram\(grads\), but got Tensor"),
+        ("tau_curve", r"curve: expected metrics\.tau_curve\(grads\), but got Tensor"),
+        ("kept_fraction", r"monitor: expected a metrics\.Monitor, but got Tensor"),
+        ("gradient_correlation", r"result: expected metrics\.gradient_correlation\(.* got Tensor"),
+    ],
+)
+def test_gradients_are_no_metrics(draw, message):
+    with pytest.raises(TypeError, match=message):
+        getattr(plots, draw)(torch.randn(3, 4))

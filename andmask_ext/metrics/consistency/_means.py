@@ -114,6 +114,12 @@ def hessian_means(
     return HessianMeans(arithmetic.to(hessians.dtype), geometric.to(hessians.dtype), ratio)
 
 
+def _is_symmetric_matrix(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.dim() != 2 or len(value) < 2:
+        return False
+    return value.shape[0] == value.shape[1] and bool((value == value.mT).all())
+
+
 def _of_diagonals(hessians: object) -> HessianMeans:
     if not isinstance(hessians, Sequence):
         raise TypeError(
@@ -122,6 +128,11 @@ def _of_diagonals(hessians: object) -> HessianMeans:
         )
     if len(hessians) == 0:
         raise ValueError("hessians: expected at least 1 diagonal, but got none")
+    if all(_is_symmetric_matrix(one) for one in hessians):
+        raise ValueError(
+            "hessians: expected matrices in one Tensor [d, n, n] (torch.stack them) or a sequence "
+            "of diagonals, but got a sequence of symmetric matrices"
+        )
     layouts = [Layout(diagonal, f"hessians[{e}]") for e, diagonal in enumerate(hessians)]
     for e, layout in enumerate(layouts):
         if (layout.keys, layout.shapes) != (layouts[0].keys, layouts[0].shapes):
