@@ -28,7 +28,7 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]`` or a dict or list of them; or
             an :class:`andmask_ext.Agreement` after ``with agreement(gram=True)``: one backward pass
-            has then given all pairs, and no gradient of an environment was kept.
+            has then given all pairs, and gradients were held of one parameter at a time at most.
 
     Returns:
         float64 ``[d, d]``, symmetric, with ones on the diagonal. Zero for an environment whose
