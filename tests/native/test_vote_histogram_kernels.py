@@ -135,3 +135,13 @@ def test_the_cuda_bodies_on_stacked_gradients(dtype: type) -> None:
         assert np.allclose(squares, wanted[1], rtol=0, atol=size * len(grads) * 1e-6)
 
     check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_cuda_bodies_on_more_columns_than_fit_in_scratch(dtype: type) -> None:
+    columns = (1 << 20) + 5000
+    values = np.ones((2, columns), np.float32)
+    values[1, -4000:] = -1  # votes differ behind the first part only
+    counts, squares = native.cuda_vote_histogram(stored(values, dtype))
+    assert counts.tolist() == [4000, 0, columns - 4000]
+    assert squares.tolist() == [0, 0, 4.0 * (columns - 4000)]
