@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._norms import squared_norms
 from ._groups import Groups
+from ._layout import wide_dtype
 from ._uses import Outer, add_up
 
 # Of one parameter, the gradients of so many environments are held at once as fit into this. More
@@ -109,17 +110,13 @@ def exact(like: Tensor) -> torch.autocast:
     return torch.autocast(like.device.type, enabled=False)
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _flat(grads: Tensor) -> Tensor:
-    return _wide(grads).reshape(len(grads), -1)
+    return grads.to(wide_dtype(grads)).reshape(len(grads), -1)
 
 
 def _rows(factor: Tensor) -> Tensor:
     """Return ``[examples * rows of each, columns]``."""
-    return _wide(factor).flatten(0, 1)
+    return factor.to(wide_dtype(factor)).flatten(0, 1)
 
 
 def _product(rows: Tensor) -> Tensor:

@@ -304,7 +304,7 @@ class Monitor(Observer):
             "parameter": names * len(self.steps),
         }
         for metric in METRICS:
-            columns[metric] = self._stacked(metric).flatten()[: len(columns["step"])].tolist()
+            columns[metric] = self._stacked(metric).flatten().tolist()
         return pandas.DataFrame(columns)
 
     def state_dict(self) -> dict[str, Any]:
