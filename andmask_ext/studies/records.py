@@ -12,13 +12,28 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import torch
 
 Identity = Mapping[str, Any]
+History = dict[str, list[Any]]
+
+CHECKPOINT_SECONDS = 1.0  # at least, between checkpoints
+CHECKPOINT_SHARE = 1 / 20  # of the time, at most, goes into them
+
+
+class Stateful(Protocol):
+    """A model, an optimizer, a schedule: what has a state dict."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
+        """Take a state."""
 
 
 def canonical(identity: Identity) -> str:
@@ -46,7 +61,9 @@ class RunFiles:
     Args:
         folder: output folder; made when something is first written.
         name: readable start of the file names, such as ``and-mask-seed0``.
-        identity: everything that decides the outcome of the run; a hash of it ends the file names.
+        identity: everything that decides the outcome of the run; its hash ends the file names.
+
+    The time of a run counts from the making of this object, and goes on where a checkpoint left it.
 
     Example:
         >>> files = RunFiles(Path("runs"), "mean-seed0", {"seed": 0, "tau": 0.8})
@@ -54,12 +71,13 @@ class RunFiles:
         'mean-seed0-0aa23cab.json'
     """
 
-    def __init__(self, folder: Path, name: str, identity: Identity) -> None:
+    def __init__(self, folder: Path | str, name: str, identity: Identity) -> None:
         self._identity = json.loads(canonical(identity))
         key = hashlib.sha256(canonical(identity).encode()).hexdigest()[:8]
         self.record = Path(folder) / f"{name}-{key}.json"
         self.weights = self.record.with_suffix(".pt")
         self.checkpoint = self.record.with_suffix(".checkpoint")
+        self._started = time.perf_counter()
 
     def read_record(self) -> dict[str, Any] | None:
         """Read the finished record.
@@ -71,19 +89,29 @@ class RunFiles:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
             return None
-        matches = isinstance(record, dict) and record.get("identity") == self._identity
-        return record if matches and self.weights.exists() else None
+        if not isinstance(record, dict) or record.get("identity") != self._identity:
+            return None
+        return record if self.weights.exists() or not record["weights"] else None
 
-    def finish(self, results: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> None:
+    def finish(
+        self, results: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
+    ) -> None:
         """Write weights and record, then drop the checkpoint.
 
         Args:
-            results: what to keep beside the identity; NaN and infinities, which JSON does not
+            results: what to keep beside identity and time; NaN and infinities, which JSON does not
                 know, are written as null.
-            weights: state dict of the trained model.
+            weights: state dict of the trained model, where it is needed later.
         """
-        write_atomically(self.weights, lambda file: torch.save(dict(weights), file))
-        record = {"identity": self._identity, **_without_nan(dict(results))}
+        if weights is not None:
+            content = dict(weights)
+            write_atomically(self.weights, lambda file: torch.save(content, file))
+        record = {
+            "identity": self._identity,
+            **without_nan(dict(results)),
+            "seconds": self._seconds(),
+            "weights": weights is not None,
+        }
         text = json.dumps(record, indent=1, allow_nan=False)
         write_atomically(self.record, lambda file: file.write(text.encode() + b"\n"))
         self.checkpoint.unlink(missing_ok=True)
@@ -98,7 +126,11 @@ class RunFiles:
             saved: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
         except FileNotFoundError:
             return None
-        return saved["state"] if saved["identity"] == self._identity else None
+        if saved["identity"] != self._identity:
+            return None
+        self._started = time.perf_counter() - saved["seconds"]
+        state: dict[str, Any] = saved["state"]
+        return state
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint.
@@ -106,8 +138,58 @@ class RunFiles:
         Args:
             state: tensors, numbers, strings and containers of them.
         """
-        saved = {"identity": self._identity, "state": dict(state)}
+        saved = {"identity": self._identity, "seconds": self._seconds(), "state": dict(state)}
         write_atomically(self.checkpoint, lambda file: torch.save(saved, file))
+
+    def epochs(
+        self, total: int, seed: int, history: History, parts: Mapping[str, Stateful]
+    ) -> Iterator[int]:
+        """Yield the epochs that are still to be done, and keep checkpoints between them.
+
+        Before each epoch torch's global generator is seeded by ``seed`` and the epoch: if all that
+        is random in an epoch comes from there, it needs nothing from the one before but ``parts``,
+        and a run that was interrupted ends with the same bits as one that was not.
+
+        Args:
+            total: how many epochs the run has.
+            seed: that of the run.
+            history: lists that the loop's body appends to; those of a checkpoint are put in.
+            parts: model, optimizer and whatever else changes; a checkpoint is loaded into them.
+
+        Yields:
+            The number of the epoch, from 0.
+
+        Example:
+            >>> import tempfile
+            >>> files = RunFiles(tempfile.mkdtemp(), "run", {"seed": 0})
+            >>> model, history = torch.nn.Linear(1, 1), {"loss": []}
+            >>> for epoch in files.epochs(3, 0, history, {"model": model}):
+            ...     history["loss"].append(1 / (1 + epoch))
+            >>> len(history["loss"])
+            3
+        """
+        done = 0
+        if state := self.read_checkpoint():
+            done = state["done"]
+            for name, part in parts.items():
+                part.load_state_dict(state["parts"][name])
+            for name, values in state["history"].items():
+                history[name][:] = values
+        saved, pause = time.perf_counter(), CHECKPOINT_SECONDS
+        for epoch in range(done, total):
+            torch.manual_seed(seed * 1_000_003 + epoch)
+            yield epoch
+            now = time.perf_counter()
+            if now - saved >= pause and epoch + 1 < total:
+                self.write_checkpoint(
+                    {
+                        "done": epoch + 1,
+                        "parts": {name: part.state_dict() for name, part in parts.items()},
+                        "history": history,
+                    }
+                )
+                saved = time.perf_counter()
+                pause = max(CHECKPOINT_SECONDS, (saved - now) / CHECKPOINT_SHARE)
 
     def read_weights(self) -> dict[str, torch.Tensor]:
         """Read the final weights.
@@ -118,12 +200,16 @@ class RunFiles:
         weights: dict[str, torch.Tensor] = torch.load(self.weights, weights_only=True)
         return weights
 
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
 
-def _without_nan(value: Any) -> Any:
+
+def without_nan(value: Any) -> Any:
+    """Return a JSON-like value with None in the place of NaN and infinities."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

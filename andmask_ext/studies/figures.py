@@ -1,0 +1,32 @@
+"""What the figures of all studies share: how they are saved."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from .records import write_atomically
+
+DPI = 160
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Save a figure as PNG with 256 colours: a third of the bytes, and no difference that one sees.
+
+    Args:
+        figure: made with :class:`matplotlib.figure.Figure` rather than pyplot, so that nothing of
+            it is kept.
+        path: PNG file to write; it appears whole or not at all.
+
+    Returns:
+        The path.
+    """
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=DPI)
+    image = Image.open(picture).convert("RGB")
+    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
+    write_atomically(Path(path), lambda file: image.save(file, format="png", optimize=True))
+    return Path(path)

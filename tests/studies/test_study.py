@@ -1,0 +1,183 @@
+"""The frame of all studies: options, records, resuming, processes, the summary."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from andmask_ext.studies.summary import Claim, Summary, Table, shown, spread
+
+from .common import read_records as records
+from .common import read_summary
+from .toy import main
+
+pytestmark = pytest.mark.cpu_only
+
+
+def summary(folder):
+    return read_summary(folder, "toy")
+
+
+def process(folder, *arguments):
+    call = [sys.executable, "-m", "tests.studies.toy", "--output", folder, *map(str, arguments)]
+    root = Path(__file__).parents[2]
+    return subprocess.run(call, capture_output=True, text=True, timeout=120, cwd=root)
+
+
+def test_runs_leave_records_and_a_summary(tmp_path, capsys):
+    assert main(["--output", str(tmp_path), "--lr", "0.5", "0.1"]) == 0
+    found = records(tmp_path)
+    assert len(found) == 4
+    assert {one["identity"]["seed"] for one in found} == {0, 1}
+    assert all(one["seconds"] > 0 and one["build"] for one in found)
+    content = summary(tmp_path)
+    assert content["runs"] == 4
+    assert content["seconds"] == pytest.approx(sum(one["seconds"] for one in found))
+    assert content["claims"][0]["holds"] is True
+    assert content["tables"][0]["rows"][0][:2] == ["lr=0.5", 0]
+    assert content["command"] == f"python -m andmask_ext toy --output {tmp_path} --lr 0.5 0.1"
+    output = capsys.readouterr().out
+    assert "[4/4] lr=0.1 seed=1  loss" in output
+    assert "[holds] losses are numbers: 4 of them" in output
+
+
+def test_quick_has_its_own_seeds_and_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--quick", "--epochs", "1"]) == 0
+    assert len(records(tmp_path / "runs" / "toy-quick")) == 1
+    assert summary(tmp_path / "runs" / "toy-quick")["quick"] is True
+
+
+def test_what_is_done_is_not_run_again(tmp_path, capsys):
+    arguments = ["--output", str(tmp_path), "--seeds", "0"]
+    assert main(arguments) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("lr*")}
+    capsys.readouterr()
+    assert main([*arguments, "--lr", "0.5", "0.2"]) == 0
+    assert capsys.readouterr().out.count("done before") == 1
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.glob("lr*")}
+    assert after.items() > before.items()
+
+
+def test_runs_that_depend_on_others_follow(tmp_path):
+    assert main(["--output", str(tmp_path), "--lr", "0.5", "0.1", "--again"]) == 0
+    rows = summary(tmp_path)["tables"][0]["rows"]
+    assert rows[-1][:2] == ["best", 99]
+    assert len(rows) == 5
+
+
+def test_processes_give_the_same_records(tmp_path):
+    alone = process(tmp_path / "alone", "--lr", 0.5, 0.1)
+    assert alone.returncode == 0, alone.stderr
+    together = process(tmp_path / "together", "--lr", 0.5, 0.1, "--jobs", 2)
+    assert together.returncode == 0, together.stderr
+    one, two = (records(tmp_path / name) for name in ("alone", "together"))
+    for record in (*one, *two):
+        del record["seconds"]
+    assert one == two
+    tables = [summary(tmp_path / name)["tables"] for name in ("alone", "together")]
+    assert tables[0] == tables[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path, number):
+    arguments = ["--seeds", "0", "--epochs", "9"]
+    whole = process(tmp_path / "whole", *arguments)
+    assert whole.returncode == 0, whole.stderr
+    stopped = process(tmp_path / "stopped", *arguments, "--stop", int(number), 5)
+    if number == signal.SIGINT:
+        assert stopped.returncode == 130
+        assert "the same command goes on from there" in stopped.stderr
+        assert "Traceback" not in stopped.stderr
+    else:
+        assert stopped.returncode == -number
+    assert not records(tmp_path / "stopped")
+    assert len(list((tmp_path / "stopped").glob("*.checkpoint"))) == 1
+    again = process(tmp_path / "stopped", *arguments)
+    assert "goes on after epoch 5" in again.stdout
+    one, two = (records(tmp_path / name)[0] for name in ("whole", "stopped"))
+    assert two.pop("seconds") > 0
+    assert one.pop("seconds") > 0
+    assert one == two
+    assert not list((tmp_path / "stopped").glob("*.checkpoint"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--threads", "0"], "threads: expected at least 1, got 0"),
+        (["--jobs", "0"], "jobs: expected at least 1, got 0"),
+        (["--seeds", "0", "-2"], "seeds: expected numbers >= 0, got -2"),
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--lr", "much"], "invalid float value: 'much'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path / "none"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_wrong_data_are_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path), "--lr", "13"])
+    assert stopped.value.code == 2
+    assert "lr: expected no 13" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path / "file")])
+    assert stopped.value.code == 2
+    assert "output: expected a folder" in capsys.readouterr().err
+
+
+def test_preparing_can_be_all(tmp_path):
+    assert main(["--output", str(tmp_path), "--only-prepare"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_says_seeds_and_source(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "default: 0 1 (--quick: 0)" in text
+    assert "Reference: none." in text
+
+
+# ---- the summary ----
+
+
+def test_tables_line_up():
+    table = Table("t", ("name", "n"), [("a", 1), ("long name", None), ("b", 0.123456)])
+    lines = str(table).splitlines()
+    assert lines[1] == "name            n"
+    assert lines[3:] == ["a               1", "long name       -", "b          0.1235"]
+    with pytest.raises(ValueError, match="rows: expected 2 cells"):
+        Table("t", ("a", "b"), [(1,)])
+
+
+def test_numbers_for_people():
+    assert [shown(value) for value in (3, 3.0, 1e-9, None, "x")] == ["3", "3", "1e-09", "-", "x"]
+    assert spread([]) == "-"
+    assert spread([1.234]) == "1.23"
+    assert spread([1.0, 3.0], digits=1) == "2.0 ± 1.4"
+
+
+def test_not_a_number_is_null_in_json(tmp_path):
+    path = Summary(tables=[Table("t", ("a",), [(float("nan"),)])]).write(tmp_path, "x", {"a": 1})
+    assert path.name == "x.summary.json"
+    assert json.loads(path.read_text())["tables"][0]["rows"] == [[None]]
+
+
+def test_claims_say_whether_they_hold():
+    assert str(Claim("a", False, "b")) == "[does not hold] a: b"
