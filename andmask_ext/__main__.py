@@ -17,6 +17,34 @@ COMMANDS = {
         "andmask_ext.studies.spirals.cli:main",
         "the paper's synthetic memorization study: spirals with shortcuts",
     ),
+    "correlation": (
+        "andmask_ext.studies.correlation:main",
+        "what is left in the gradient, of the mechanism and of the shortcut",
+    ),
+    "linear": (
+        "andmask_ext.studies.linear:main",
+        "the authors' linear regression, and the linear unit tests",
+    ),
+    "landscape": (
+        "andmask_ext.studies.landscape:main",
+        "loss surfaces, where rules lead on them, the patchwork solution",
+    ),
+    "label-noise": (
+        "andmask_ext.studies.label_noise:main",
+        "random and noisy labels: every example is an environment",
+    ),
+    "coinrun": (
+        "andmask_ext.studies.coinrun:main",
+        "behavioural cloning on CoinRun levels, played on unseen ones",
+    ),
+    "benchmark": (
+        "andmask_ext.studies.benchmark:main",
+        "time and memory of a training step, beside other libraries",
+    ),
+    "report": (
+        "andmask_ext.studies.report:main",
+        "one page of all that studies left in a folder",
+    ),
 }
 
 
