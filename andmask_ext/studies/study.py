@@ -239,6 +239,7 @@ class Study(ABC, Generic[S]):
                 {
                     "study": self.name,
                     "title": self.title,
+                    "about": self.about,
                     "reference": self.reference,
                     "command": shlex.join([*prog.split(), *arguments]),
                     "quick": options.quick,
