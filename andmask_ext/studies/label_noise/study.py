@@ -1,0 +1,122 @@
+"""The command ``label-noise``: which runs there are, and what they come to."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..records import RunFiles
+from ..study import Finished, Outcome, Report, Run, Study
+from ..summary import Summary
+from .data import DATA
+from .networks import NORMS
+from .results import PAPER, present_label_noise, present_random_labels
+from .training import NoiseSettings, train
+
+PARTS = ("random-labels", "label-noise")
+TAUS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # the paper's
+QUICK_TAUS = (0.0, 0.2)
+NOISY_TAUS = (0.1, 0.2, 0.4)
+
+# What the options are unless said otherwise: sized for two cores, for a test, and the paper's.
+FULL: dict[str, Any] = {"width": 8, "size": 16, "epochs": 40, "lr": 5e-4}
+QUICK: dict[str, Any] = {"epochs": 15, "examples": 480, "lr": 1e-3}
+CIFAR10: dict[str, Any] = {"width": 64, "size": 32, "epochs": 80, "lr": 5e-4}
+
+
+class LabelNoise(Study[NoiseSettings]):
+    """Random labels, and labels of which a quarter are wrong."""
+
+    name = "label-noise"
+    title = "Random and noisy labels"
+    about = (
+        "Train a small residual network with every example an environment. Part random-labels: "
+        "does it still learn true labels while the mask keeps it from memorising random ones? Part "
+        "label-noise: a quarter of the labels are wrong; are they memorised, and does the accuracy "
+        "on test images fall again?"
+    )
+    reference = (
+        "Parascandolo et al., Learning explanations that are hard to vary, ICLR 2021, section 4.2"
+    )
+    packages = (*Study.packages, "scikit-learn")
+    seeds = (0, 1, 2)
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add the study's own options to the common ones."""
+        which = parser.add_argument_group("this study")
+        which.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
+        which.add_argument(
+            "--tau", nargs="+", type=float, help="thresholds of the chosen parts (default: several)"
+        )
+        which.add_argument("--norm", nargs="+", choices=NORMS, help="with noisy labels")
+        which.add_argument("--noise", type=float, default=0.25, help="share of wrong labels")
+        which.add_argument("--rescale", action="store_true", help="make up for what is masked")
+        which.add_argument("--data", choices=DATA, default="digits")
+        which.add_argument("--data-dir", default="", help="folder that holds cifar-10-batches-py")
+        which.add_argument("--examples", type=int, help="training images (default: all)")
+        for name, what in (("width", "of the network"), ("size", "side of the images")):
+            which.add_argument(f"--{name}", type=int, help=what)
+        which.add_argument("--epochs", type=int)
+        which.add_argument("--batch", type=int, default=80)
+        which.add_argument("--lr", type=float, help="learning rate (default: 5e-4)")
+
+    def plan(self, options: argparse.Namespace) -> list[Run[NoiseSettings]]:
+        """Turn options into runs."""
+        common = CIFAR10 if options.data == "cifar10" else FULL
+        common = dict(common, **(QUICK if options.quick else {}))
+        for name in ("width", "size", "epochs", "examples", "lr"):
+            if getattr(options, name) is not None:
+                common[name] = getattr(options, name)
+        for name in ("data", "noise", "rescale", "batch"):
+            common[name] = getattr(options, name)
+        common["folder"] = options.data_dir
+        settings: list[NoiseSettings] = []
+        if "random-labels" in options.part:
+            for tau in options.tau or (QUICK_TAUS if options.quick else TAUS):
+                for labels in ("true", "random"):
+                    settings.append(NoiseSettings(labels=labels, tau=tau, **common))
+        if "label-noise" in options.part:
+            taus = options.tau or ((PAPER,) if options.quick else NOISY_TAUS)
+            for norm in options.norm or (("group",) if options.quick else NORMS):
+                for method in (None, *taus):
+                    one = NoiseSettings(labels="noisy", tau=method, norm=norm, **common)
+                    settings.append(one)
+        return [
+            Run(f"{one.labels} {one.norm} {one.method}", one, seed)
+            for one in dict.fromkeys(settings)
+            for seed in options.seeds
+        ]
+
+    def prepare(self, options: argparse.Namespace) -> bool:
+        """Load the data once before anything is trained."""
+        first = self.plan(options)[0]
+        first.settings.load(first.seed)
+        return True
+
+    def execute(
+        self, settings: NoiseSettings, seed: int, files: RunFiles, report: Report
+    ) -> Outcome:
+        """Train one network."""
+        return train(settings, seed, files, report)
+
+    def summary_name(self, options: argparse.Namespace) -> str:
+        """Return the study's name, or that of its only part."""
+        return self.name if len(set(options.part)) == 2 else f"{options.part[0]}-only"
+
+    def present(
+        self, finished: Sequence[Finished[NoiseSettings]], folder: Path, options: argparse.Namespace
+    ) -> Summary:
+        """Say what the runs come to, and draw it."""
+        summary = Summary(notes=[])
+        random = [one for one in finished if one.run.settings.labels != "noisy"]
+        noisy = [one for one in finished if one.run.settings.labels == "noisy"]
+        if random:
+            present_random_labels(random, folder, summary)
+        if noisy:
+            present_label_noise(noisy, folder, summary)
+        return summary
+
+
+main = LabelNoise().main

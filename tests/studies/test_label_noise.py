@@ -1,0 +1,226 @@
+"""``python -m andmask_ext label-noise``: networks, training steps, the command itself."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
+
+from torch import nn
+from torch.nn import functional as F
+
+import andmask_ext as am
+from andmask_ext.__main__ import main
+from andmask_ext.studies.label_noise.networks import fast_resnet
+from andmask_ext.studies.label_noise.results import fall, smoothed
+from andmask_ext.studies.label_noise.training import NoiseSettings, Trainer, accuracies
+
+from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
+
+pytestmark = pytest.mark.cpu_only
+
+SMALL = {"width": 2, "size": 16, "examples": 16, "batch": 16, "epochs": 1}
+
+
+def weights(model):
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+# ---- the network ----
+
+
+def test_the_network_is_the_resnet_9_of_dawnbench():
+    model = fast_resnet()
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    assert [m.out_channels for m in convolutions] == [64, 128, 128, 128, 256, 512, 512, 512]
+    assert sum(p.numel() for p in model.parameters()) == 6_573_130
+    norms = [m for m in model.modules() if isinstance(m, nn.GroupNorm)]
+    assert {m.num_groups for m in norms} == {32}
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_groups_divide_the_channels():
+    norms = [m for m in fast_resnet(1, 10, 6, groups=4).modules() if isinstance(m, nn.GroupNorm)]
+    assert [(m.num_groups, m.num_channels) for m in norms[:2]] == [(2, 6), (4, 12)]
+
+
+def test_its_batch_norm_is_plain_outside_and_of_each_image_inside():
+    torch.manual_seed(0)
+    model = fast_resnet(1, width=4, norm="batch")
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert len(norms) == 8
+    images = torch.randn(5, 1, 16, 16)
+    images[3] *= 100
+    plain = nn.BatchNorm2d(4)(model[0][0](images))
+    assert torch.allclose(model[0][1](model[0][0](images)), plain)
+    agreement = am.Agreement(model, am.AndMask(0.2))
+    with agreement():
+        inside = model(images)
+        inside.sum().backward()
+    for example, logits in zip(images, inside, strict=True):
+        with agreement():
+            alone = model(example[None])
+            alone.sum().backward()
+        torch.testing.assert_close(alone[0], logits, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unknown_norm_is_refused():
+    with pytest.raises(ValueError, match="norm: expected one of group, batch, got 'layer'"):
+        fast_resnet(norm="layer")
+
+
+# ---- a step ----
+
+
+@pytest.fixture(scope="module")
+def batch():
+    torch.manual_seed(3)
+    return torch.randn(16, 1, 16, 16), torch.arange(16) % 10
+
+
+@pytest.mark.parametrize("tau", [0.2, 0.5])
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_step_is_that_of_gradients_of_single_examples(batch, tau, norm):
+    """Adam's first step is the sign of the masked mean, whose votes are counted here by hand."""
+    images, labels = batch
+    torch.manual_seed(0)
+    settings = NoiseSettings(tau=tau, norm=norm, **SMALL)
+    model = fast_resnet(1, width=2, norm=norm, groups=2).double()
+    before = weights(model)
+    gradients = []
+    for example, label in zip(images.double(), labels, strict=True):
+        loss = F.cross_entropy(model(example[None]), label[None])
+        gradients.append(
+            torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+        )
+    stacked = torch.stack(gradients)
+    kept = stacked.sign().sum(0).abs() >= tau * len(labels) - 1e-6
+    update = stacked.mean(0) * kept
+    trainer = Trainer(model, settings)
+    _, share = trainer.step(images.double(), labels, measure=True)
+    step = weights(model) - before
+    expected = -settings.lr * update / (update.abs() + 1e-8)
+    # Where the mean is rounding error its sign is arbitrary: leave those out.
+    sure = (stacked.abs().max(0).values > 1e-9) | (stacked == 0).all(0)
+    assert sure.double().mean() > 0.8
+    torch.testing.assert_close(step[sure], expected[sure], rtol=1e-3, atol=1e-9)
+    assert 0 < share < 1
+    assert share == pytest.approx(kept.double().mean().item(), abs=0.02)
+
+
+def test_tau_zero_is_adam(batch):
+    models = []
+    for tau in (None, 0.0):
+        torch.manual_seed(0)
+        model = fast_resnet(1, width=2, groups=2)
+        trainer = Trainer(model, NoiseSettings(tau=tau, **SMALL))
+        for _ in range(4):
+            _, kept = trainer.step(*batch, measure=True)
+        assert kept == 1
+        models.append(weights(model))
+    torch.testing.assert_close(*models, rtol=1e-3, atol=2e-5)  # steps are 5e-4 each
+
+
+def test_accuracies_are_those_of_the_labels_they_name():
+    class Says(nn.Module):
+        def forward(self, x):
+            return F.one_hot(x.long(), 10).float()
+
+    from andmask_ext.studies.label_noise.data import Images
+
+    images = Images(
+        train=torch.tensor([1.0, 2, 3, 4]),  # what the model says
+        given=torch.tensor([1, 2, 9, 5]),
+        truth=torch.tensor([1, 0, 3, 6]),
+        test=torch.tensor([7.0, 8, 9, 9, 9]),
+        test_truth=torch.tensor([7, 7, 7, 7, 7]),
+    )
+    model = Says()
+    assert accuracies(model, images) == {
+        "train": 0.5,
+        "mislabeled": pytest.approx(1 / 3),  # of 2, 9, 5: the first
+        "recovered": pytest.approx(1 / 3),  # of 0, 3, 6: the second
+        "test": 0.2,
+    }
+    assert model.training
+
+
+# ---- what is computed from histories ----
+
+
+def test_the_fall_is_from_the_peak_of_three_epochs_to_the_last_three():
+    values = np.array([[0.1, 0.9, 0.8, 0.7, 0.2, 0.4, 0.3], [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]])
+    assert fall(values) == pytest.approx([0.8 - 0.3, 0])
+    assert smoothed(values[:, :2])[:, 0] == pytest.approx([0.5, 0.15])
+
+
+# ---- the command ----
+
+TINY = "label-noise --width 2 --examples 32 --batch 16 --epochs 2 --seeds 0".split()
+
+
+def test_quick_shows_the_effect(tmp_path):
+    run("label-noise", "--quick", "--output", tmp_path)
+    summary = read_summary(tmp_path, "label-noise")
+    assert len(summary["claims"]) == 6
+    assert_claims_hold(summary)
+    assert_picture(tmp_path / "random-labels.png")
+    assert_picture(tmp_path / "label-noise.png")
+    records = read_records(tmp_path)
+    assert len(records) == summary["runs"] == 6
+    for record in records:
+        settings, history = record["identity"]["settings"], record["history"]
+        assert all(len(series) == settings["epochs"] for series in history.values())
+        assert record["final"]["test"] == history["test"][-1]
+        noisy, masked = settings["labels"] == "noisy", bool(settings["tau"])
+        assert ("noise" in settings) == noisy
+        assert all((share < 1) == masked for share in history["kept"])
+        if settings["labels"] == "true":
+            assert set(history["mislabeled"]) == {None}
+        else:
+            pairs = zip(history["mislabeled"], history["recovered"], strict=True)
+            assert all(wrong + right <= 1 for wrong, right in pairs)
+
+
+def test_parts_thresholds_and_norms_are_chosen(tmp_path, capsys):
+    run(*TINY, "--part", "label-noise", "--tau", 0.3, 0.6, "--output", tmp_path)
+    found = [record["identity"]["settings"] for record in read_records(tmp_path)]
+    assert sorted((s["norm"], s["tau"] or 0) for s in found) == [
+        (norm, tau) for norm in ("batch", "group") for tau in (0, 0.3, 0.6)
+    ]
+    assert all("rescale" not in s for s in found if s["tau"] is None)
+    summary = read_summary(tmp_path, "label-noise-only")
+    assert "batch norm: with tau=0.3 test accuracy" in " ".join(
+        c["text"] for c in summary["claims"]
+    )
+    run(*TINY, "--part", "random-labels", "--tau", 0.3, "--output", tmp_path)
+    assert len(read_records(tmp_path)) == 6 + 2
+    assert "tau" in capsys.readouterr().out
+    assert (tmp_path / "random-labels-only.summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--tau", "1.5"], "tau: expected a number in [0, 1], got 1.5"),
+        (["--tau", "nan"], "tau: expected a number in [0, 1], got nan"),
+        (["--noise", "1"], "noise: expected a share between 0 and 1, got 1.0"),
+        (["--lr", "inf"], "lr: expected a finite number > 0, got inf"),
+        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
+        (["--width", "0"], "width: expected at least 1, got 0"),
+        (["--size", "8"], "size: expected at least 16, got 8"),
+        (["--size", "4", "--norm", "group"], "size: expected at least 8, got 4"),
+        (["--examples", "40"], "examples: expected at least 80, got 40"),
+        (["--examples", "5000"], "examples: expected at most the 1440 training images, got 5000"),
+        (["--data", "cifar10"], "data-dir: expected a folder that holds CIFAR-10, got none"),
+        (["--part", "both"], "invalid choice: 'both'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["label-noise", *arguments, "--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
