@@ -4,7 +4,11 @@ TORCH ?= torch==2.13.0
 PYTHON ?= python3
 VENV ?= .venv
 
+# Tests run in this many processes.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
+
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 TOOLS := $(VENV)/.tools-$(subst =,-,$(TORCH))
 READY := $(VENV)/.ready
 
@@ -31,13 +35,34 @@ build: $(READY)  ## set up .venv and build the native library
 demo: $(READY)  ## train with and without the AND-mask; writes figures into runs/
 	$(BIN)/python -m andmask_ext spirals --quick
 
+# CoinRun's package wants an old numpy: the game has a Python 3.11 of its own.
+GAME := $(VENV)/game
+GAME_PYTHON ?= python3.11
+
+$(GAME)/.ready:
+	$(GAME_PYTHON) -m venv $(GAME)
+	$(GAME)/bin/pip install --quiet procgen2 'numpy<2'
+	touch $@
+
+.PHONY: game
+game: $(GAME)/.ready  ## the Python in which CoinRun is played: ANDMASK_GAME_PYTHON=.venv/game/bin/python
+
+STUDIES := spirals correlation linear landscape label-noise coinrun benchmark
+
+.PHONY: results
+results: $(READY) game  ## every study in full, some two hours; and one page of all: runs/report.html
+	for study in $(STUDIES); do \
+	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m andmask_ext $$study || exit; \
+	done
+	$(BIN)/python -m andmask_ext report
+
 .PHONY: test
 test: $(READY)  ## run the test suite
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 .PHONY: test-long
 test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hour)
-	ANDMASK_HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest
+	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST)
 
 .PHONY: test-large
 test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
@@ -48,7 +73,7 @@ CUDA_TESTS ?= tests/ops tests/optim tests/agreement tests/test_*.py
 
 .PHONY: test-cuda-on-host
 test-cuda-on-host: $(READY)  ## the tests of ops and training on the CUDA kernels, without a GPU
-	ANDMASK_TEST_KERNELS=cuda-on-host $(BIN)/python -m pytest $(CUDA_TESTS)
+	ANDMASK_TEST_KERNELS=cuda-on-host $(PYTEST) $(CUDA_TESTS)
 
 CUDA_CHECK ?=
 
@@ -96,7 +121,7 @@ sanitize: $(READY)  ## the kernel tests under ASan and UBSan
 	$(BIN)/cmake --build build/sanitize --target _harness
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 ANDMASK_HARNESS_DIR=build/sanitize \
-	  $(BIN)/python -m pytest tests/native/test_*_kernels.py tests/native/test_elementary.py \
+	  $(PYTEST) tests/native/test_*_kernels.py tests/native/test_elementary.py \
 	  tests/native/test_cuda_*.py
 
 .PHONY: clean
