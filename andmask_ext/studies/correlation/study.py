@@ -1,0 +1,203 @@
+"""The study ``correlation``: what is run, and what it comes to."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..records import RunFiles
+from ..study import Finished, Outcome, Report, Run, Study
+from ..summary import Claim, Picture, Summary, Table, spread
+from .figures import draw_conditions, draw_main
+from .measuring import CONDITIONS, SIGNALS, CorrelationSettings, curve, measure
+
+
+class Correlation(Study[CorrelationSettings]):
+    """Gradient correlation with mechanism and shortcut."""
+
+    name = "correlation"
+    title = "What is left in the gradient: correlation with the mechanism and with the shortcut"
+    about = (
+        "Correlate masked gradients of a random network with those of data in which the mechanism, "
+        "the shortcut, or neither is left."
+    )
+    reference = "Parascandolo et al., ICLR 2021, section 4.1, gradient correlations"
+    unit = "part"
+    seeds = tuple(range(10))
+    quick_seeds = (0, 1, 2)
+
+    def add_options(self, parser: argparse.ArgumentParser) -> None:
+        """Add conditions and sizes."""
+        parser.add_argument(
+            "--conditions",
+            nargs="+",
+            choices=CONDITIONS,
+            help="default: all (--quick: paper)",
+        )
+        default = CorrelationSettings()
+        for name, text in (
+            ("environments", "number of environments"),
+            ("examples", "examples in each, all in one batch"),
+            ("width", "units in each hidden layer"),
+        ):
+            parser.add_argument(
+                f"--{name}",
+                type=int,
+                default=getattr(default, name),
+                metavar="N",
+                help=f"{text} (default: {getattr(default, name)})",
+            )
+
+    def plan(self, options: argparse.Namespace) -> Sequence[Run[CorrelationSettings]]:
+        """Each condition and seed."""
+        for name, least in (("environments", 2), ("examples", 2), ("width", 1)):
+            if getattr(options, name) < least:
+                raise ValueError(f"{name}: expected at least {least}, got {getattr(options, name)}")
+        sizes = {name: getattr(options, name) for name in ("environments", "examples", "width")}
+        conditions = options.conditions or (["paper"] if options.quick else list(CONDITIONS))
+        return [
+            Run(condition, CorrelationSettings(**CONDITIONS[condition], **sizes), seed)
+            for condition in dict.fromkeys(conditions)
+            for seed in options.seeds
+        ]
+
+    def execute(
+        self, settings: CorrelationSettings, seed: int, files: RunFiles, report: Report
+    ) -> Outcome:
+        """Measure one network."""
+        results = measure(settings, seed, report)
+        plain = results["curves"]["and"]["plain"]
+        ends = {"mechanism": plain["mechanism"], "shortcut": plain["shortcut"]}
+        final = {
+            f"{name} {place}": values[index]
+            for name, values in ends.items()
+            for place, index in (("unmasked", 0), ("unanimous", -1))
+        }
+        return Outcome({"final": final, **results})
+
+    def present(
+        self,
+        finished: Sequence[Finished[CorrelationSettings]],
+        folder: Path,
+        options: argparse.Namespace,
+    ) -> Summary:
+        """Claims about the first condition, a table of all, and figures."""
+        groups: dict[str, list[Mapping[str, Any]]] = {}
+        for one in finished:
+            groups.setdefault(one.run.label, []).append(one.record)
+        first, records = next(iter(groups.items()))
+        pictures = [
+            Picture(
+                draw_main(records, folder / "correlation.png"),
+                f"Condition '{first}': mean over {len(records)} seeds, and one standard deviation. "
+                "Left: what the AND-mask keeps, against gradients of data in which one cause is "
+                "left, or neither. Middle: the XOR-mask keeps what the AND-mask drops. Right: how "
+                "many coordinates are left of each. (With an even number of environments two "
+                "thresholds in a row make the same mask.)",
+            )
+        ]
+        if len(groups) > 1:
+            pictures.append(
+                Picture(
+                    draw_conditions(groups, folder / "conditions.png"),
+                    "The AND-mask for other data and starts. Dashed, without markers: the signal's "
+                    "gradient is masked by the votes of its own environments as well, so that only "
+                    "coordinates count on which both agree.",
+                )
+            )
+        return Summary(
+            claims=claims(records),
+            tables=[_table(groups)],
+            pictures=pictures,
+            notes=[
+                f"Claims are about the condition '{first}', with signals as they are. The paper "
+                "prints neither the number of revolutions nor how weights are drawn. Permutations "
+                "stay within an environment. A correlation needs two coordinates that are zero in "
+                "neither gradient; seeds that have none at some threshold are left out there."
+            ],
+        )
+
+
+def claims(records: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """Compare correlations at the ends of the range of thresholds.
+
+    Args:
+        records: what was found, for each seed.
+
+    Returns:
+        The paper's claims. A change counts if its mean over seeds is larger than two standard
+        errors.
+    """
+    plain = {name: curve(records, "and", "plain", name) for name in SIGNALS}
+    xor = {name: curve(records, "xor", "plain", name) for name in SIGNALS}
+    tau = torch.tensor(records[0]["tau"])
+    quarter = int((tau - 0.25).abs().argmin())
+    start = {name: plain[name][:, 0] for name in SIGNALS}
+    end = {name: plain[name][:, -1] for name in SIGNALS}
+    low = {name: xor[name][:, quarter] for name in SIGNALS}
+
+    def change(values: Tensor, reference: Tensor) -> tuple[float, float]:
+        change = (values - reference)[~(values - reference).isnan()].tolist()
+        if not change:
+            return float("nan"), float("nan")
+        error = statistics.stdev(change) / len(change) ** 0.5 if len(change) > 1 else 0.0
+        return statistics.mean(change), error
+
+    rise, rise_error = change(end["mechanism"], start["mechanism"])
+    fall, fall_error = change(end["shortcut"], start["shortcut"])
+    lost, lost_error = change(low["mechanism"], start["mechanism"])
+    kept, _ = change(low["shortcut"], start["shortcut"])
+    begin = start["mechanism"].mean().item()
+    return [
+        Claim(
+            "without a mask the gradient correlates with the mechanism at about .4",
+            abs(begin - 0.4) <= 0.1,
+            f"{_spread(start['mechanism'])}; with the shortcut {_spread(start['shortcut'])}",
+        ),
+        Claim(
+            "towards unanimity the correlation with the shortcut is suppressed",
+            fall < -2 * fall_error,
+            f"{_spread(start['shortcut'])} at τ = 0, {_spread(end['shortcut'])} at τ = 1",
+        ),
+        Claim(
+            "that with the mechanism stays or grows",
+            rise > -2 * rise_error,
+            f"{_spread(start['mechanism'])} at τ = 0, {_spread(end['mechanism'])} at τ = 1",
+        ),
+        Claim(
+            "the XOR-mask does the reverse",
+            lost < -2 * lost_error and kept > lost,
+            f"at τ = {tau[quarter]:g} mechanism {_spread(low['mechanism'])}, shortcut "
+            f"{_spread(low['shortcut'])}",
+        ),
+    ]
+
+
+def _spread(values: Tensor) -> str:
+    return spread(values[~values.isnan()].tolist())
+
+
+def _table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    taus = (0.0, 0.5, 0.75, 1.0)
+    rows = []
+    for condition, records in groups.items():
+        grid = torch.tensor(records[0]["tau"])
+        places = [int((grid - tau).abs().argmin()) for tau in taus]
+        for signals in ("plain", "masked"):
+            for name in SIGNALS:
+                values = curve(records, "and", signals, name)
+                rows.append((condition, signals, name, *(_spread(values[:, i]) for i in places)))
+    return Table(
+        "correlation of the masked gradient with each signal, mean ± standard deviation over seeds",
+        ("condition", "signal's gradient", "signal", *(f"τ = {tau:g}" for tau in taus)),
+        rows,
+    )
+
+
+main = Correlation().main
