@@ -1,0 +1,476 @@
+"""The page of all results: what is on it, and how it behaves in a real browser."""
+
+import base64
+import io
+import json
+import shutil
+import time
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from matplotlib.figure import Figure
+from PIL import Image
+
+from andmask_ext.__main__ import main
+from andmask_ext.studies.figures import save
+from andmask_ext.studies.records import RunFiles
+from andmask_ext.studies.report.cells import DASH, cell, duration, number
+from andmask_ext.studies.report.collect import FoundRecord, collect
+from andmask_ext.studies.report.runs import lay_out
+from andmask_ext.studies.summary import Claim, Picture, Summary, Table
+
+from . import toy
+from .common import need, run
+
+pytestmark = pytest.mark.cpu_only
+
+TEST = ["51.20 ± 0.94", "9.50 ± 0.1", None, "100.00 ± 0.00", DASH]
+DECAY = [1e-9, 0.001, 0.5, None, 3e-7]
+METHODS = ["mean", "AND-mask <b>τ</b> & more", "seed10", "seed9", "mean"]
+SCRIPT = "</script><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
+
+
+def write_linear(folder):
+    """Write a summary with all that can be in one, and runs of which one diverged."""
+    figure = Figure(figsize=(6, 4))
+    figure.subplots().plot([1, 3, 2])
+    picture = Picture(save(figure, folder / "curve.png"), 'losses "of <all> rules" & more')
+    Summary(
+        claims=[Claim("it <holds>", True, "1 > 0"), Claim("it breaks", False, "0 < 1")],
+        tables=[
+            Table(
+                "few", ("method", "test %", "decay"), list(zip(METHODS, TEST, DECAY, strict=True))
+            ),
+            Table("many", ("trial",), [(trial,) for trial in range(30)]),
+        ],
+        pictures=[picture, Picture(folder / "lost.png", "gone")],
+        notes=[SCRIPT],
+    ).write(
+        folder,
+        "linear",
+        {
+            "study": "linear",
+            "title": "lines & points",
+            "about": "All about lines.",
+            "reference": "a paper, section 1",
+            "command": "python -m andmask_ext linear --name 'two words'",
+            "quick": False,
+            "runs": 24,
+            "seconds": 200.4,
+            "cpus": 2,
+            "build": {"torch": "9.9", "isa": "x86-64-v4", "threads": 1},
+        },
+    )
+    for seed in range(24):
+        history = {"epoch": list(range(100)), "loss": [1 / (1 + epoch) for epoch in range(100)]}
+        if seed == 3:
+            history["loss"][50:] = [float("nan")] * 50
+        settings = {"lr": [0.1, 0.5][seed % 2], "data": {"n": 7}, "method": "mean"}
+        identity = {"study": "linear", "settings": settings, "seed": seed}
+        final = {"test_loss": None if seed == 3 else 1e-3 / (seed + 1)}
+        files = RunFiles(folder, f"run seed{seed}", identity)
+        files.finish({"final": final, "history": history})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    for place, *options in (("toy-quick", "--quick"), ("toy", "--lr", "0.5", "0.1")):
+        assert toy.main(["--output", str(folder / place), "--epochs", "5", *options]) == 0
+    write_linear(folder / "deep" / "linear")
+    (folder / "interrupted").mkdir()
+    for record in list((folder / "toy").glob("lr*.json"))[:3]:
+        shutil.copy(record, folder / "interrupted")
+    (folder / "interrupted" / "more.checkpoint").touch()
+    (folder / "toy" / "cut.json").write_text('{"identity": {"stu')
+    (folder / "toy" / "odd.json").write_text('{"identity": {"study": 3}}')
+    (folder / "toy" / "odd.summary.json").write_text('{"study": "toy", "claims": [{"text": "?"}]}')
+    (folder / "toy" / "nan.json").write_text('{"identity": {"study": "toy"}, "seconds": NaN}')
+    (folder / "toy" / "others.json").write_text('{"no": "record"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(folder):
+    run("report", folder)
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    need(find_spec("selenium"), "selenium")
+    need(shutil.which("chromium") and shutil.which("chromedriver"), "chromium with its driver")
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = shutil.which("chromium")
+    for flag in (
+        "headless=new",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-quic",
+        "disable-dev-shm-usage",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+class Browser:
+    """The page in a window of some size."""
+
+    def __init__(self, driver, page):
+        self.driver, self.page = driver, page
+        self.open()
+
+    def open(self, width=1280, scheme="light", part=""):
+        self.cdp(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=844,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
+        self.cdp(
+            "Emulation.setEmulatedMedia",
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
+        )
+        self.driver.get("about:blank")
+        self.logs = {kind: self.driver.get_log(kind) for kind in ("browser", "performance")}
+        self.driver.get(self.page.as_uri() + part)
+
+    def cdp(self, command, **arguments):
+        return self.driver.execute_cdp_cmd(command, arguments)
+
+    def run(self, script, *arguments):
+        return self.driver.execute_script(f"return {script}", *arguments)
+
+    def find(self, selector, text=""):
+        found = self.driver.find_elements("css selector", selector)
+        (one,) = [each for each in found if text in each.text]
+        return one
+
+    def click(self, selector, text=""):
+        one = self.find(selector, text)
+        self.run("arguments[0].scrollIntoView({block: 'center'})", one)
+        one.click()
+
+    def column(self, selector, place):
+        cells = f"{selector} tbody tr:not([hidden]) td:nth-child({place})"
+        return self.run("[...document.querySelectorAll(arguments[0])].map(c => c.innerText)", cells)
+
+    def background(self):
+        color = self.run("getComputedStyle(document.body).backgroundColor")
+        return sum(int(part) for part in color[4:-1].split(","))
+
+    def screenshot(self):
+        png = self.cdp("Page.captureScreenshot", format="png")["data"]
+        return Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
+
+
+@pytest.fixture
+def browser(chromium, page):
+    return Browser(chromium, page)
+
+
+FEW = '.scroll[aria-label="few"]'
+RUNS = '.scroll[aria-label="Runs of linear"]'
+
+
+def test_the_page_loads_whole_and_asks_nobody_for_anything(browser):
+    assert browser.driver.get_log("browser") == []
+    events = [
+        json.loads(one["message"])["message"] for one in browser.driver.get_log("performance")
+    ]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert browser.page.as_uri() in asked
+    assert {url.split(":")[0] for url in asked} <= {"file", "data"}
+    assert [url for url in asked if url.startswith("file")] == [browser.page.as_uri()]
+    assert browser.driver.title == f"AND-mask: studies in {browser.page.parent}"
+    widths = browser.run("[...document.querySelectorAll('main img')].map(i => i.naturalWidth)")
+    assert widths == [960]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_its_window_and_shows_something(browser, scheme):
+    for width in (390, 768, 1280, 1920):
+        browser.open(width, scheme)
+        browser.run("document.querySelectorAll('details').forEach(one => { one.open = true; })")
+        assert browser.run("innerWidth") == width
+        assert browser.run("document.scrollingElement.scrollWidth") <= width
+        picture = browser.screenshot()
+        assert picture.size == (width, 844)
+        darkest, brightest = picture.convert("L").getextrema()
+        assert brightest - darkest > 150, "nothing to read"
+        assert len(picture.getcolors(1 << 24)) > 50
+        small = browser.run(
+            "[...document.querySelectorAll('button, input')].filter(one => one.checkVisibility() "
+            "&& (one.offsetHeight < 38 || one.offsetWidth < 38)).map(one => one.outerHTML)"
+        )
+        assert not small, "too small for a finger"
+
+
+def test_dark_and_light_follow_the_system_until_the_reader_chooses(browser):
+    light = browser.background()
+    browser.open(scheme="dark")
+    dark = browser.background()
+    assert dark < 200 < 600 < light
+    assert browser.find("#theme").text == "Light mode"
+    browser.click("#theme")
+    assert browser.background() == light
+    assert browser.find("#theme").text == "Dark mode"
+    browser.open(scheme="dark")
+    assert browser.background() == light, "the choice is forgotten"
+    paper = "getComputedStyle(document.querySelector('.paper')).backgroundColor"
+    browser.open(scheme="light")
+    browser.click("#theme")
+    assert browser.background() == dark
+    assert browser.run(paper) == "rgb(255, 255, 255)"
+    browser.run("localStorage.clear()")
+
+
+@pytest.mark.parametrize(
+    ("heading", "place", "ascending", "descending"),
+    [
+        # As numbers, empty cells last both times.
+        (
+            "test %",
+            2,
+            ["9.50 ± 0.1", "51.20 ± 0.94", "100.00 ± 0.00", DASH, DASH],
+            ["100.00 ± 0.00", "51.20 ± 0.94", "9.50 ± 0.1", DASH, DASH],
+        ),
+        (
+            "decay",
+            3,
+            ["1e-09", "3e-07", "0.001", "0.5", DASH],
+            ["0.5", "0.001", "3e-07", "1e-09", DASH],
+        ),
+        # As words, with the numbers in them.
+        (
+            "method",
+            1,
+            [METHODS[1], "mean", "mean", "seed9", "seed10"],
+            ["seed10", "seed9", "mean", "mean", METHODS[1]],
+        ),
+    ],
+)
+def test_a_click_on_a_heading_sorts(browser, heading, place, ascending, descending):
+    before = browser.column(FEW, place)
+    head = f"{FEW} th:nth-child({place})"
+    for expected, state in [(ascending, "ascending"), (descending, "descending"), (before, None)]:
+        browser.click(f"{head} button", heading)
+        assert browser.column(FEW, place) == expected
+        assert browser.find(head).get_attribute("aria-sort") == state
+        assert len(browser.driver.find_elements("css selector", f"{FEW} [aria-sort]")) == bool(
+            state
+        )
+
+
+def test_rows_that_tie_keep_their_order(browser):
+    for expected in (["51.20 ± 0.94", DASH], ["51.20 ± 0.94", DASH]):
+        browser.click(f"{FEW} th:nth-child(1) button")
+        rows = zip(browser.column(FEW, 1), browser.column(FEW, 2), strict=True)
+        assert [test for method, test in rows if method == "mean"] == expected
+
+
+def test_headings_are_buttons_for_the_keyboard(browser):
+    button = browser.find(f"{FEW} th:nth-child(3) button")
+    button.send_keys("\ue007")  # enter
+    assert browser.column(FEW, 3)[0] == "1e-09"
+    assert browser.run("document.activeElement.closest('th').ariaSort") == "ascending"
+
+
+def test_a_link_opens_the_runs_and_the_filter_finds_some(browser):
+    assert not browser.find(RUNS).is_displayed(), "a long table, folded at first"
+    browser.click("#summary-1 a", "all of them")
+    assert browser.find(RUNS).is_displayed()
+    names = [head.text for head in browser.driver.find_elements("css selector", f"{RUNS} th")]
+    assert names == ["lr", "seed", "test loss", "time", "loss, curve", "record"]
+    assert browser.column(RUNS, 2) == [str(seed) for seed in range(24)]
+    field = browser.find("#runs-1 input")
+    for words, seeds in [
+        ("lr=0.5 seed1", ["1", "11", "13", "15", "17", "19"]),
+        ("SEED=3", ["3"]),
+        ("test_loss=0.001", ["0"]),
+        ("nowhere", []),
+    ]:
+        field.clear()
+        field.send_keys(words)
+        assert browser.column(RUNS, 2) == seeds
+        assert browser.find("#runs-1 output").text == f"{len(seeds)} of 24 runs"
+    field.clear()
+    field.send_keys("lr=0.1")
+    browser.click(f"{RUNS} th button", "test loss")
+    assert browser.column(RUNS, 2) == [str(seed) for seed in range(22, -1, -2)]
+
+
+def test_a_link_from_elsewhere_opens_what_is_folded(browser):
+    browser.open(part="#runs-1")
+    assert browser.find(RUNS).is_displayed()
+
+
+def test_curves_are_drawn_as_far_as_they_go(browser):
+    browser.open(part="#runs-1")
+    box = "[...document.querySelectorAll(arguments[0])].map(path => path.getBBox())"
+    curves = browser.run(box, f"{RUNS} svg path")
+    assert len(curves) == 24
+    for seed, curve in enumerate(curves):
+        assert curve["width"] == pytest.approx(100 if seed != 3 else 49, abs=1)
+        assert curve["height"] == pytest.approx(24, abs=1)
+
+
+def test_a_picture_opens_in_full_size(browser):
+    browser.click("button.paper")
+    assert browser.find("#zoom").is_displayed()
+    assert browser.run("document.querySelector('#zoom img').naturalWidth") == 960
+    browser.click("#zoom button")
+    assert not browser.find("#zoom").is_displayed()
+
+
+def test_the_command_line_is_copied_as_it_is(browser):
+    allowed = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    browser.cdp("Browser.grantPermissions", permissions=allowed)
+    section = browser.find("main section h2", "linear").find_element("xpath", "..")
+    button = section.find_element("css selector", ".copy")
+    button.click()
+    for _ in range(100):
+        if button.text == "Copied":
+            break
+        time.sleep(0.05)
+    assert button.text == "Copied"
+    read = "const done = arguments[0]; navigator.clipboard.readText().then(done, done);"
+    copied = browser.driver.execute_async_script(read)
+    assert copied == "python -m andmask_ext linear --name 'two words'"
+
+
+def test_what_is_found_is_on_the_page(browser, folder):
+    text = browser.run("document.querySelector('main').textContent")
+    for words in (
+        *("lines & points", "All about lines.", "a paper, section 1", "torch 9.9 · x86-64-v4"),
+        *("1 thread · 2 CPUs", "3 min 20 s together", "1 of 2 hold", "it <holds>", "1 > 0"),
+        *("✓ holds", "✗ does not hold", 'losses "of <all> rules" & more', METHODS[1], SCRIPT),
+        *("lost.png cannot be read: No such file", "There is no summary of these runs"),
+        *("toy/cut.json", "cannot be read", "study: expected str, got int"),
+        *("odd.summary.json", "interrupted/more.checkpoint"),
+    ):
+        assert words in text, words
+    assert "others.json" not in text
+    studies = browser.run(
+        "[...document.querySelectorAll('.overview tbody th')].map(one => one.textContent)"
+    )
+    assert studies == ["linear", "toy", "toy", "toy"], "the order of the command line"
+    settings = browser.column(".overview", 5)
+    assert settings == ["full", "full", "quick", DASH]
+    assert [browser.column(".overview", place)[0] for place in (3, 4, 6)] == ["1", "1", "24"]
+    links = "[...document.querySelectorAll('a')].filter(a => !document.querySelector(a.hash))"
+    assert browser.run(f"{links}.length") == 0, "links that lead nowhere"
+    ids = browser.run("[...document.querySelectorAll('[id]')].map(one => one.id)")
+    assert len(ids) == len(set(ids))
+
+
+def test_damaged_files_are_named_and_the_rest_is_written(folder, tmp_path, capsys):
+    run("report", folder, "--output", tmp_path / "new" / "page.html")
+    told = capsys.readouterr()
+    for name in ("cut.json", "odd.json", "nan.json", "odd.summary.json"):
+        assert f"{folder / 'toy' / name} is left out: " in told.err
+    assert told.out.startswith(f"page  {tmp_path / 'new' / 'page.html'}  (3 summaries, 32 runs, ")
+    html = (tmp_path / "new" / "page.html").read_text()
+    assert html.startswith("<!doctype html>")
+    assert "http://" not in html.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in html
+
+
+@pytest.mark.parametrize("make", [False, True])
+def test_a_folder_without_results_says_what_to_run(tmp_path, make, capsys):
+    folder = tmp_path / "empty"
+    if make:
+        folder.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(folder)])
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert (
+        f"{folder}; run a study first, such as 'python -m andmask_ext spirals --quick'" in message
+    )
+    assert not (folder / "report.html").exists()
+
+
+def test_an_output_that_cannot_be_written_is_told(folder, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", str(folder), "--output", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "output: expected a file that can be written, got" in capsys.readouterr().err
+
+
+def test_texts_are_sorted_as_the_numbers_they_begin_with():
+    for text, expected in {
+        "51.20 ± 0.94": 51.2,
+        "-3": -3,
+        "\N{MINUS SIGN}3": -3,
+        "1e-9": 1e-9,
+        ".5 %": 0.5,
+        "< 0.001": 0.001,
+        "1,024 MB": 1024,
+        "12 (of 20)": 12,
+        "3-layer": None,
+        "0.5, 0.75": None,
+        "2026-11-28": None,
+        "seed 3": None,
+        "": None,
+        ".": None,
+        "e5": None,
+    }.items():
+        assert number(text) == expected, text
+    assert cell(1 / 3).key == 1 / 3
+    assert [cell(value).text for value in (None, "-", True, [1, 0.25], [0] * 9, 1e-9)] == [
+        *(DASH, DASH, "yes", "1, 0.25", "9 values", "1e-09")
+    ]
+    assert [duration(seconds).text for seconds in (0.04, 9.94, 9.96, 59.6, 3600, 7380, None)] == [
+        *("0.0 s", "9.9 s", "10 s", "1 min 0 s", "1 h 0 min", "2 h 3 min", DASH)
+    ]
+
+
+def test_runs_show_in_what_they_differ(tmp_path):
+    for number_, (settings, threads) in enumerate(
+        [({"lr": 0.1, "net": {"depth": 2}}, 1), ({"lr": 0.1, "net": {"depth": 3}, "tau": 1}, 2)]
+    ):
+        identity = {"study": "s", "settings": settings, "seed": 0, "threads": threads}
+        curves = {f"c{curve}": [0, None, curve] for curve in range(6)} | {"words": ["a", "b"]}
+        RunFiles(tmp_path, str(number_), identity).finish({"final": {}, "history": curves})
+    runs = lay_out("", collect(tmp_path).records)
+    curves = [f"c{curve}, curve" for curve in range(4)]
+    assert runs.grid.columns == ["net.depth", "threads", "tau", "seed", "time", *curves, "record"]
+    assert [[one.text for one in row[:4]] for row in runs.grid.rows] == [
+        ["2", "1", DASH, "0"],
+        ["3", "2", "1", "0"],
+    ]
+    assert runs.common == [("lr", "0.1")]
+    assert runs.undrawn == ["c4", "c5"]
+
+
+def test_runs_stand_in_the_order_of_their_numbers():
+    names = ["lr0.1_seed10-a.json", "lr0.1_seed9-b.json", "lr0.05_seed1-c.json"]
+    records = [
+        FoundRecord(SimpleNamespace(name=name), {"identity": {"study": "s"}}) for name in names
+    ]
+    rows = lay_out("", records).grid.rows
+    assert [row[-1].text for row in rows] == names[::-1]
