@@ -143,6 +143,15 @@ def test_the_largest_vote_finds_a_dimension_that_all_environments_share():
     assert draw_spirals(config, seed=1).largest_vote() < 16
 
 
+def test_validation_data_are_like_test_data_but_others():
+    data = draw_spirals(SpiralsConfig(2, 3, 4000), seed=0)
+    assert data.validation_inputs.shape == data.test_inputs.shape
+    assert not (data.validation_inputs == data.test_inputs).any()
+    for inputs in (data.validation_inputs, data.test_inputs):
+        assert inputs.mean(axis=0) == pytest.approx(0, abs=0.03)
+        assert inputs[:, 2:].std(axis=0) == pytest.approx(0.1**0.5, rel=0.05)
+
+
 def test_no_shortcut_dimensions():
     data = draw_spirals(SpiralsConfig(environments=2, examples=3, shortcut_dims=0), seed=0)
     assert data.train_inputs.shape == (2, 3, 2)

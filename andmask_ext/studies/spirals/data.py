@@ -79,17 +79,21 @@ class Spirals:
         train_labels: float32 array of zeros and ones.
         test_inputs: float32 array.
         test_labels: float32 array of zeros and ones.
+        validation_inputs: drawn as the test set is, from another random stream.
+        validation_labels: theirs.
         shortcuts: the vector that each environment adds for class 1 and subtracts for class 0.
 
     Shape:
         ``train_inputs`` [d, n, 2 + s], ``train_labels`` [d, n], ``test_inputs`` [m, 2 + s],
-        ``test_labels`` [m], ``shortcuts`` [d, s].
+        ``test_labels`` [m], those of validation likewise, ``shortcuts`` [d, s].
     """
 
     train_inputs: Array
     train_labels: Array
     test_inputs: Array
     test_labels: Array
+    validation_inputs: Array
+    validation_labels: Array
     shortcuts: Array
 
     def largest_vote(self) -> int:
@@ -144,7 +148,8 @@ def draw_spirals(config: SpiralsConfig, seed: int) -> Spirals:
     """Draw a whole data set.
 
     Every environment has a random stream of its own, so environment 3 is the same data whether it
-    is one of 4 or one of 400, and the test set does not depend on the number of environments.
+    is one of 4 or one of 400, and the test set does not depend on the number of environments. A
+    validation set, for those who choose settings, is drawn like the test set.
 
     Args:
         config: sizes and parameterisation.
@@ -175,23 +180,27 @@ def draw_spirals(config: SpiralsConfig, seed: int) -> Spirals:
             rng, config.examples, config.revolutions, config.standardize
         )
         shown = np.outer(2 * classes - 1, shortcut)
-        inputs.append(np.hstack((points, shown)))
+        inputs.append(np.hstack((points, shown)).astype(np.float32))
         labels.append(classes)
         shortcuts.append(shortcut)
-
-    rng = _stream(seed, 0)
-    points, test_labels = draw_mechanism(
-        rng, config.test_examples, config.revolutions, config.standardize
-    )
-    uninformative = scale * rng.standard_normal((config.test_examples, config.shortcut_dims))
     return Spirals(
-        train_inputs=np.stack(inputs).astype(np.float32),
-        train_labels=np.stack(labels),
-        test_inputs=np.hstack((points, uninformative)).astype(np.float32),
-        test_labels=test_labels,
+        np.stack(inputs),
+        np.stack(labels),
+        *_without_shortcut(config, _stream(seed, 0)),
+        *_without_shortcut(config, _stream(seed, 0, 1)),
         shortcuts=np.stack(shortcuts).astype(np.float32),
     )
 
 
-def _stream(seed: int, index: int) -> np.random.Generator:
-    return np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=(index,)))
+def _without_shortcut(config: SpiralsConfig, rng: np.random.Generator) -> tuple[Array, Array]:
+    points, labels = draw_mechanism(
+        rng, config.test_examples, config.revolutions, config.standardize
+    )
+    uninformative = config.shortcut_variance**0.5 * rng.standard_normal(
+        (config.test_examples, config.shortcut_dims)
+    )
+    return np.hstack((points, uninformative)).astype(np.float32), labels
+
+
+def _stream(seed: int, *key: int) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence(entropy=seed, spawn_key=key))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ...plots.palette import BLUE, GREY, VERMILION
-from ..records import write_atomically
+from ..figures import save
 from .data import Array, SpiralsConfig, draw_spirals
-from .settings import Settings
-from .training import build_model
+from .networks import build_model
+from .parts import Done
 
 # The classes are the palette's purple and green, darkened for points and lightened for regions.
 COLOURS = {"and-mask": BLUE, "mean": VERMILION}
@@ -27,50 +26,36 @@ CLASSES = ("#B5528A", "#00805D")
 REGIONS = LinearSegmentedColormap.from_list("regions", ["#E3B0CB", "#FFFFFF", "#8CCFB9"])
 
 
-@dataclass(frozen=True)
-class Run:
-    """One finished run, as the figures need it.
-
-    Args:
-        settings: its settings.
-        seed: its seed.
-        record: its record: ``history`` and ``final`` are read.
-        weights: state dict of the trained network.
-    """
-
-    settings: Settings
-    seed: int
-    record: Mapping[str, Any]
-    weights: Mapping[str, torch.Tensor]
-
-
-def draw_curves(runs: Sequence[Run], path: Path) -> None:
+def draw_curves(runs: Sequence[Done], path: Path) -> Path:
     """Draw accuracy over time for every method and seed, and the decision regions of one seed.
 
     Args:
         runs: runs of one data set, each method with one tau.
         path: PNG file to write.
 
+    Returns:
+        The path.
+
     Raises:
         ValueError: there is no run.
     """
     if not runs:
         raise ValueError("runs: expected at least one, got none")
-    methods = [method for method in COLOURS if any(r.settings.method == method for r in runs)]
+    methods = [method for method in COLOURS if any(r.run.settings.method == method for r in runs)]
     figure = Figure(figsize=(5.0 + 3.3 * len(methods), 3.9), layout="constrained")
     grid = figure.add_gridspec(1, 1 + len(methods), width_ratios=[1.5] + [1.0] * len(methods))
     curves = figure.add_subplot(grid[0])
     for method in methods:
-        _draw_history(curves, [r for r in runs if r.settings.method == method])
+        _draw_history(curves, [r for r in runs if r.run.settings.method == method])
     _finish_history(curves, runs, methods)
     for column, method in enumerate(methods, start=1):
         axes = figure.add_subplot(grid[column])
-        _draw_regions(axes, next(r for r in runs if r.settings.method == method))
-    _save(figure, path)
+        _draw_regions(axes, next(r for r in runs if r.run.settings.method == method))
+    return save(figure, path)
 
 
-def _draw_history(axes: Axes, runs: Sequence[Run]) -> None:
-    colour = COLOURS[runs[0].settings.method]
+def _draw_history(axes: Axes, runs: Sequence[Done]) -> None:
+    colour = COLOURS[runs[0].run.settings.method]
     for which, dashes in (("test_accuracy", "-"), ("train_accuracy", (0, (4, 2)))):
         each = [100 * np.array(run.record["history"][which]) for run in runs]
         longest = max(map(len, each))
@@ -83,7 +68,7 @@ def _draw_history(axes: Axes, runs: Sequence[Run]) -> None:
         axes.plot(epochs, series.mean(axis=0), color=colour, linestyle=dashes, linewidth=2.2)
 
 
-def _finish_history(axes: Axes, runs: Sequence[Run], methods: Sequence[str]) -> None:
+def _finish_history(axes: Axes, runs: Sequence[Done], methods: Sequence[str]) -> None:
     axes.axhline(50, color=GREY, linewidth=1, linestyle=":", zorder=0)
     epochs = max(len(run.record["history"]["loss"]) for run in runs)
     axes.text(epochs, 48.6, "chance", color=GREY, fontsize=9, ha="right", va="top")
@@ -94,12 +79,12 @@ def _finish_history(axes: Axes, runs: Sequence[Run], methods: Sequence[str]) -> 
         for method in methods
     ] + [Line2D([], [], color=GREY, linewidth=2.2, linestyle=(0, (4, 2)), label="on training data")]
     axes.legend(handles=handles, frameon=False, fontsize=9.5, loc="center right")
-    seeds = len({run.seed for run in runs})
+    seeds = len({run.run.seed for run in runs})
     axes.set_title("one seed" if seeds == 1 else f"mean of {seeds} seeds, and each", fontsize=11)
 
 
-def _draw_regions(axes: Axes, run: Run) -> None:
-    data = draw_spirals(run.settings.data_config(), run.seed)
+def _draw_regions(axes: Axes, run: Done) -> None:
+    data = draw_spirals(run.run.settings.data_config(), run.run.seed)
     extent = 1.12 * float(np.abs(data.test_inputs[:, :2]).max())
     axes.imshow(
         class_probability(run, extent),
@@ -119,15 +104,15 @@ def _draw_regions(axes: Axes, run: Run) -> None:
     axes.set_ylabel("mechanism dimension 2", labelpad=2)
     accuracy = 100 * run.record["final"]["test_accuracy"]
     axes.set_title(
-        f"{NAMES[run.settings.method]}: {accuracy:.1f} % test",
-        color=COLOURS[run.settings.method],
+        f"{NAMES[run.run.settings.method]}: {accuracy:.1f} % test",
+        color=COLOURS[run.run.settings.method],
         fontsize=11,
     )
 
 
 @torch.no_grad()
 def class_probability(
-    run: Run, extent: float, resolution: int = 120, draws: int = 32
+    run: Done, extent: float, resolution: int = 120, draws: int = 32
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Compute what a network says about points of the mechanism plane when shortcuts say nothing.
 
@@ -146,11 +131,11 @@ def class_probability(
     Shape:
         [resolution, resolution].
     """
-    settings, model = run.settings, _network(run)
+    settings, model = run.run.settings, _network(run)
     line = torch.linspace(-extent, extent, resolution)
     rows, columns = torch.meshgrid(line, line, indexing="ij")
     plane = torch.stack((columns, rows), dim=-1).flatten(0, 1)
-    noise = torch.Generator().manual_seed(run.seed)
+    noise = torch.Generator().manual_seed(run.run.seed)
     total = torch.zeros(len(plane))
     for _ in range(draws):
         shortcut = torch.randn(settings.shortcut_dims, generator=noise)
@@ -160,25 +145,28 @@ def class_probability(
     return mean
 
 
-def _network(run: Run) -> torch.nn.Module:
-    model = build_model(run.settings, run.seed)
-    model.load_state_dict(dict(run.weights))
-    return model
+def _network(run: Done) -> torch.nn.Module:
+    model = build_model(run.run.settings, run.run.seed)
+    model.load_state_dict(run.files.read_weights())
+    return model.eval()
 
 
-def draw_map(runs: Sequence[Run], path: Path) -> None:
+def draw_map(runs: Sequence[Done], path: Path) -> Path:
     """Draw final test and training accuracy over tau and revolutions, averaged over seeds.
 
     Args:
         runs: runs that differ in method, tau, revolutions and seed.
         path: PNG file to write.
 
+    Returns:
+        The path.
+
     Raises:
         ValueError: there is no run.
     """
     if not runs:
         raise ValueError("runs: expected at least one, got none")
-    revolutions = sorted({run.settings.revolutions for run in runs})
+    revolutions = sorted({run.run.settings.revolutions for run in runs})
     columns = sorted({_column(run) for run in runs})
     figure = Figure(
         figsize=(2.2 + 0.92 * len(columns), 1.6 + 1.45 * len(revolutions)), layout="constrained"
@@ -207,29 +195,32 @@ def draw_map(runs: Sequence[Run], path: Path) -> None:
             axes.axhline(i + 0.5, color="white", linewidth=1)
         figure.colorbar(image, ax=axes, ticks=[50, 75, 100], pad=0.01).outline.set_visible(False)
     panels[1].set_xlabel("threshold τ of the AND-mask")
-    _save(figure, path)
+    return save(figure, path)
 
 
-def _mean(runs: Sequence[Run], which: str, revolutions: float, column: float) -> float:
+def _mean(runs: Sequence[Done], which: str, revolutions: float, column: float) -> float:
     cell = [
         100 * run.record["final"][which]
         for run in runs
-        if run.settings.revolutions == revolutions and _column(run) == column
+        if run.run.settings.revolutions == revolutions and _column(run) == column
     ]
     return sum(cell) / len(cell) if cell else float("nan")
 
 
-def _column(run: Run) -> float:
-    return run.settings.tau if run.settings.method == "and-mask" else -1.0
+def _column(run: Done) -> float:
+    return run.run.settings.tau if run.run.settings.method == "and-mask" else -1.0
 
 
-def draw_data(configs: Sequence[SpiralsConfig], seed: int, path: Path) -> None:
+def draw_data(configs: Sequence[SpiralsConfig], seed: int, path: Path) -> Path:
     """Draw data sets: the mechanism of each, and the shortcuts of a few environments of the last.
 
     Args:
         configs: what to draw.
         seed: which data set.
         path: PNG file to write.
+
+    Returns:
+        The path.
 
     Raises:
         ValueError: there is no configuration, or the last has fewer than two shortcut dimensions.
@@ -279,13 +270,9 @@ def draw_data(configs: Sequence[SpiralsConfig], seed: int, path: Path) -> None:
     for axes in panels:
         limit = reach_shortcut if axes is panels[-1] else reach
         axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    _save(figure, path)
+    return save(figure, path)
 
 
 def _mechanism(config: SpiralsConfig, seed: int) -> tuple[Array, Array]:
     data = draw_spirals(config, seed)
     return data.test_inputs[:, :2], data.test_labels
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=160))

@@ -1,97 +1,72 @@
-"""The options of ``python -m andmask_ext spirals``, and the runs that they ask for."""
+"""The options of ``python -m andmask_ext spirals``, and the settings that they mean."""
 
 from __future__ import annotations
 
 import argparse
-import itertools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any
 
-from .settings import METHODS, OPTIMIZERS, SETTINGS, Settings
+from .settings import METHODS, OPTIMIZERS, QUICK, SETTINGS, Settings
+
+SEVERAL = ("tau", "revolutions", "environments")  # options that take several values
 
 
-def build_parser(prog: str) -> argparse.ArgumentParser:
-    """Build the parser of the command's options.
+def add_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
+    """Add the study's options; those that override a setting are None unless given.
 
     Args:
-        prog: how the command was called.
-
-    Returns:
-        The parser; options that override a setting are None unless given.
+        parser: has the common ones.
+        parts: what ``--part`` can be, the default first.
     """
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Train a network on spirals with shortcuts, by the AND-mask and in the "
-        "ordinary way. Several values for --method, --tau, --revolutions and --seeds mean every "
-        "combination of them; with several --tau the figure is a map. What is finished is not run "
-        "again, and what was interrupted goes on from its checkpoint.",
+    what = parser.add_argument_group("spirals")
+    what.add_argument(
+        "--part",
+        choices=parts,
+        default=parts[0],
+        help="compare methods in one setting (the default); a random search for every method, and "
+        "the best of each again; plain training and the AND-mask on 2 to 1024 environments",
     )
-    what = parser.add_argument_group("what to run")
     what.add_argument(
         "--setting",
         choices=SETTINGS,
         default="paper",
         help="what to start from: the paper's text, the command in the authors' README (released), "
-        "that one tuned, or a short version of the first (default: paper)",
+        "or that one tuned (default: paper)",
     )
     what.add_argument(
-        "--quick",
-        dest="setting",
-        action="store_const",
-        const="quick",
-        help="the same as --setting quick: done in a minute or two",
+        "--method",
+        nargs="+",
+        choices=METHODS,
+        metavar="METHOD",
+        help=f"some of {', '.join(METHODS)} (default: mean and-mask; all of them with --quick and "
+        "in the search)",
     )
-    what.add_argument(
-        "--method", nargs="+", choices=METHODS, default=list(METHODS), help="default: both"
-    )
-    what.add_argument(
-        "--seeds", nargs="+", type=int, metavar="SEED", help="default: 0 1 2 3 4 (--quick: 0 1 2)"
-    )
-    what.add_argument(
-        "--output",
-        type=Path,
-        default=Path("runs/spirals"),
-        metavar="FOLDER",
-        help="default: runs/spirals",
-    )
-    what.add_argument(
-        "--threads",
-        type=int,
-        default=1,
-        metavar="N",
-        help="default: 1; more gain little, and lose much on a busy machine",
-    )
+    what.add_argument("--trials", type=int, metavar="N", help="of each method's search")
     what.add_argument("--draw-data", action="store_true", help="draw the data set and stop")
 
-    rule = parser.add_argument_group("rule")
-    add = _override(rule)
+    add = _override(parser.add_argument_group("methods"))
     add("tau", float, "share of net votes that a coordinate needs", nargs="+")
-    add(
-        "rescale",
-        None,
-        "divide by the share of kept coordinates",
-        action=argparse.BooleanOptionalAction,
-    )
+    add("rescale", bool, "divide by the share of kept coordinates")
+    add("sharpness", float, "k of the SAND-mask")
+    add("dropout", float, "share of hidden units left out")
+    add("l1", float, "penalty, a part of the loss")
+    add("l2", float, "penalty, added to the masked gradient; mean, l1, dropout, batch-norm: none")
+    add("reversal", float, "DANN: factor of the reversed gradient")
+    add("penalty", float, "IRM: weight of the penalty")
+    add("anneal", int, "IRM: epochs in which that weight is 1")
+    add("pooled", bool, "plain training: draw a step's batch from all environments together")
 
-    data = parser.add_argument_group("data")
-    add = _override(data)
+    add = _override(parser.add_argument_group("data"))
     add("revolutions", float, "turns of the spirals", nargs="+")
-    add("environments", int, "training environments")
+    add("environments", int, "training environments", nargs="+")
     add("examples", int, "examples in each environment")
     add("test_examples", int, "examples in the test set")
     add("shortcut_dims", int, "shortcut dimensions")
     add("shortcut_variance", float, "variance of a shortcut's entries")
-    add(
-        "standardize",
-        None,
-        "divide mechanism dimensions by their standard deviation",
-        action=argparse.BooleanOptionalAction,
-    )
+    add("standardize", bool, "divide mechanism dimensions by their standard deviation")
 
-    training = parser.add_argument_group("training")
-    add = _override(training)
+    add = _override(parser.add_argument_group("training"))
     add("epochs", int, "passes over the data")
     add("batch", int, "examples from each environment in one step")
     add("optimizer", str, "sgd has momentum .9", choices=OPTIMIZERS)
@@ -99,15 +74,15 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     add("beta2", float, "memory of Adam's second moment")
     add("decay", float, "shares of the epochs after which the rate falls to a tenth", nargs="*")
     add("fit", float, "training accuracy after which the rate falls once, and training ends soon")
-    add("l2", float, "penalty, added to the masked gradient")
     add("width", int, "units in a hidden layer")
     add("layers", int, "hidden layers")
-    return parser
 
 
 def _override(group: Any) -> Any:
     def add(name: str, kind: Any, text: str, **more: Any) -> None:
-        if kind is not None:
+        if kind is bool:
+            more |= {"action": argparse.BooleanOptionalAction}
+        else:
             more |= {"type": kind}
             more.setdefault("metavar", {int: "N", float: "X", str: None}[kind])
         option = "--" + name.replace("_", "-")
@@ -118,6 +93,8 @@ def _override(group: Any) -> Any:
 
 def _default(name: str) -> str:
     values = {setting: _shown(getattr(s, name)) for setting, s in SETTINGS.items()}
+    if name in QUICK:
+        values["--quick"] = _shown(QUICK[name])
     paper = values["paper"]
     others = [f"{setting}: {value}" for setting, value in values.items() if value != paper]
     return f"default: {'; '.join([paper, *others])}"
@@ -133,48 +110,48 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def unique(values: Iterable[Any]) -> list[Any]:
-    """Return the values without repetitions, in order of their first appearance."""
-    return list(dict.fromkeys(values))
-
-
-def plan(options: argparse.Namespace) -> Iterable[tuple[Settings, int]]:
-    """Turn options into runs.
+def given(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings that were given, but the method; a list where an option takes several.
 
     Args:
-        options: what :func:`build_parser` parsed.
+        options: what the parser found.
 
-    Yields:
-        Settings and seed of each run; ordinary training has no tau and appears once for all.
+    Returns:
+        Names and values.
+    """
+    values = {
+        field.name: getattr(options, field.name)
+        for field in fields(Settings)
+        if field.name != "method" and getattr(options, field.name) is not None
+    }
+    if "decay" in values:
+        values["decay"] = tuple(values["decay"])
+    return values
+
+
+def base(options: argparse.Namespace, several: Sequence[str] = (), **changes: Any) -> Settings:
+    """Return the setting to start from, with all that was given for it.
+
+    Args:
+        options: what the parser found.
+        several: options that may have several values here; they are left to the caller.
+        changes: what a part of the study has otherwise, unless options say something else.
+
+    Returns:
+        The settings.
 
     Raises:
-        ValueError: a setting that cannot be meant.
+        ValueError: several values where one is expected, or one that cannot be meant.
     """
-    if options.threads < 1:
-        raise ValueError(f"threads: expected at least 1, got {options.threads}")
-    base = SETTINGS[options.setting]
-    grid = {"tau", "revolutions", "method"}
-    given = {
-        f.name: getattr(options, f.name)
-        for f in fields(Settings)
-        if f.name not in grid and getattr(options, f.name) is not None
-    }
-    if "decay" in given:
-        given["decay"] = tuple(given["decay"])
-    base = replace(base, **given)
-    seeds = options.seeds or ([0, 1, 2] if options.setting == "quick" else [0, 1, 2, 3, 4])
-    if min(seeds) < 0:
-        raise ValueError(f"seeds: expected numbers >= 0, got {min(seeds)}")
-    seen = set()
-    for seed, revolutions, method, tau in itertools.product(
-        unique(seeds),
-        options.revolutions or [base.revolutions],
-        unique(options.method),
-        options.tau or [base.tau],
-    ):
-        settings = replace(base, revolutions=revolutions, method=method, tau=tau)
-        if method == "mean":
-            settings = replace(settings, tau=0.0)
-        if (settings, seed) not in seen:
-            seen.add((settings, seed))
-            yield settings, seed
+    values = given(options)
+    for name in SEVERAL:
+        if name in values:
+            chosen = values.pop(name)
+            if name not in several:
+                if len(chosen) > 1:
+                    raise ValueError(f"{name}: expected one value in this part, got {chosen}")
+                values[name] = chosen[0]
+    start = SETTINGS[options.setting]
+    if options.quick:
+        start = replace(start, **QUICK)
+    return replace(start, **{**changes, **values})

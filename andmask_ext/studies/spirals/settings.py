@@ -1,4 +1,4 @@
-"""What a run is made of, and the two parameterisations to start from."""
+"""What a run is made of, and the parameterisations to start from."""
 
 from __future__ import annotations
 
@@ -6,21 +6,47 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from .. import study
 from .data import SpiralsConfig
 
-METHODS = ("and-mask", "mean")
+# The methods, and the settings that only some of them have.
+METHODS: dict[str, tuple[str, ...]] = {
+    "mean": ("pooled",),
+    "dropout": ("pooled", "dropout"),
+    "l1": ("pooled", "l1"),
+    "l2": ("pooled", "l2"),
+    "batch-norm": ("pooled",),
+    "dann": ("reversal", "l2"),
+    "irm": ("penalty", "anneal", "l2"),
+    "and-mask": ("tau", "rescale", "l2"),
+    "geometric-mean": ("tau", "rescale", "l2"),
+    "sand-mask": ("tau", "rescale", "sharpness", "l2"),
+    "masked-average": ("tau", "l2"),
+    "median": ("l2",),
+    "sign-dropout": ("l2",),
+}
+OF_SOME = {name for names in METHODS.values() for name in names}
 OPTIMIZERS = ("adam", "sgd")
 SETTLE = 40
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(study.Settings):
     """Everything that decides one run but its seed; the defaults are the paper's.
 
     Args:
-        method: ``and-mask``, or ``mean`` for ordinary training on the pooled environments.
-        tau: share of net votes that a coordinate needs; ignored by ``mean``.
-        rescale: divide each masked gradient by its share of kept coordinates; ignored by ``mean``.
+        method: one of ``METHODS``, which also says which of the others it ignores.
+        tau: share of net votes that a coordinate needs.
+        rescale: divide each masked gradient by its share of kept coordinates.
+        sharpness: ``k`` of the SAND-mask.
+        dropout: share of hidden units that are left out.
+        l1: penalty on the sum of absolute weights, a part of the loss.
+        l2: penalty that the optimizer adds to the (masked) gradient.
+        reversal: by how much the gradient is multiplied, beside -1, on its way from DANN's
+            environment classifier to the features.
+        penalty: weight of IRM's penalty.
+        anneal: epochs in which that weight is 1.
+        pooled: mix the environments, and draw ``batch`` examples for a step from all of them.
         environments: number of training environments.
         examples: examples in each.
         test_examples: size of the test set.
@@ -38,7 +64,6 @@ class Settings:
         decay: shares of the epochs after which the learning rate falls to a tenth.
         fit: share of right answers on the training data, in one epoch, at which the learning rate
             falls to a tenth and training ends ``SETTLE`` epochs later; None for never.
-        l2: penalty that the optimizer adds to the masked gradient.
 
     Raises:
         ValueError: a value that cannot be meant; the message names it.
@@ -54,6 +79,14 @@ class Settings:
     method: str = "and-mask"
     tau: float = 0.8
     rescale: bool = True
+    sharpness: float = 10.0
+    dropout: float = 0.5
+    l1: float = 1e-5
+    l2: float = 1e-4
+    reversal: float = 1.0
+    penalty: float = 100.0
+    anneal: int = 1
+    pooled: bool = False
     environments: int = 32
     examples: int = 1280
     test_examples: int = 2000
@@ -70,7 +103,6 @@ class Settings:
     beta2: float = 0.999
     decay: tuple[float, ...] = (0.5, 0.75)
     fit: float | None = None
-    l2: float = 1e-4
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -83,17 +115,32 @@ class Settings:
         for name in ("width", "layers", "batch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.batch > self.examples:
+        most, of = self.examples, "an environment"
+        if self.pooled:
+            most, of = most * self.environments, "all environments"
+        if self.batch > most:
             raise ValueError(
-                f"batch: expected at most the {self.examples} examples of an environment, "
-                f"got {self.batch}"
+                f"batch: expected at most the {most} examples of {of}, got {self.batch}"
             )
         if not 0 < self.lr < float("inf"):
             raise ValueError(f"lr: expected a finite number > 0, got {self.lr}")
         if not 0 <= self.beta2 < 1:
             raise ValueError(f"beta2: expected a number in [0, 1), got {self.beta2}")
-        if not 0 <= self.l2 < float("inf"):
-            raise ValueError(f"l2: expected a finite number >= 0, got {self.l2}")
+        for name in ("l1", "l2", "reversal", "penalty"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name}: expected a finite number >= 0, got {getattr(self, name)}"
+                )
+        if not 0 < self.sharpness < float("inf"):
+            raise ValueError(f"sharpness: expected a finite number > 0, got {self.sharpness}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
+        if self.anneal < 0:
+            raise ValueError(f"anneal: expected at least 0, got {self.anneal}")
+        if self.pooled and "pooled" not in METHODS[self.method]:
+            raise ValueError(
+                f"pooled: expected a method that does without environments, got {self.method!r}"
+            )
         if self.fit is not None and not 0 < self.fit <= 1:
             raise ValueError(f"fit: expected a share in (0, 1], got {self.fit}")
         if not all(0 <= share <= 1 for share in self.decay):
@@ -105,17 +152,17 @@ class Settings:
         names = [f.name for f in fields(SpiralsConfig)]
         return SpiralsConfig(**{name: getattr(self, name) for name in names})
 
-    def learning_rate(self, epoch: int, train_accuracy: Sequence[float] = ()) -> float | None:
-        """Return the learning rate of an epoch.
+    def learning_rate(self, epoch: float, train_accuracy: Sequence[float] = ()) -> float | None:
+        """Return the learning rate of a step.
 
         Args:
-            epoch: counted from 0.
+            epoch: counted from 0, with the fraction of it that is done.
             train_accuracy: of the epochs before it; matters with ``fit`` only.
 
         Returns:
             The rate, or None where training has come to its end.
         """
-        passed = sum(epoch >= round(share * self.epochs) for share in self.decay)
+        passed = sum(epoch >= share * self.epochs for share in self.decay)
         fitted = next(
             (e for e, share in enumerate(train_accuracy, start=1) if self.fits(share)), None
         )
@@ -128,13 +175,11 @@ class Settings:
         return self.fit is not None and train_accuracy >= self.fit
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the outcome: ``mean`` has no tau or rescale, ``sgd`` no beta2."""
-        identity = asdict(self)
-        if self.method == "mean":
-            del identity["tau"], identity["rescale"]
+        """Return what decides the outcome, without what the method or the optimizer ignores."""
+        ignored = OF_SOME - set(METHODS[self.method])
         if self.optimizer == "sgd":
-            del identity["beta2"]
-        return identity
+            ignored.add("beta2")
+        return {name: value for name, value in asdict(self).items() if name not in ignored}
 
 
 PAPER = Settings()
@@ -154,6 +199,6 @@ RELEASED = replace(
 )
 # The same data and network, with an optimizer and a schedule that do better.
 TUNED = replace(RELEASED, beta2=0.99, l2=2e-3, epochs=600, decay=(), fit=0.99)
-# Enough to see the effect in a minute.
-QUICK = replace(PAPER, revolutions=2.0, epochs=32)
-SETTINGS = {"paper": PAPER, "released": RELEASED, "tuned": TUNED, "quick": QUICK}
+SETTINGS = {"paper": PAPER, "released": RELEASED, "tuned": TUNED}
+# What --quick changes in any of them: enough to see the effect in a minute.
+QUICK: dict[str, Any] = {"revolutions": 1.0, "width": 96, "epochs": 16}

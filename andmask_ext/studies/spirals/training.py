@@ -1,80 +1,32 @@
-"""Train one network on the spirals, by the AND-mask or in the ordinary way.
+"""Train one network on the spirals.
 
-The lesson is :func:`train_epoch`: ordinary training pools the environments into one batch; the
-AND-mask has an optimizer of its own, and a backward pass for each environment inside
-``with optimizer.environment():``. Nothing else differs.
+All methods share what stands here. Where they differ, :mod:`.methods` has a function for each:
+ordinary training pools the environments into one batch; the AND-mask has an optimizer of its own,
+and a backward pass for each environment inside ``with optimizer.environment():``.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 
 import andmask_ext as am
 
-from ..records import RunFiles
+from ..records import RunFiles, Stateful
+from ..study import Outcome, Report
 from .data import draw_spirals
-from .settings import Settings
+from .methods import RULES, STEPS, Learner
+from .networks import build_model
+from .settings import METHODS, Settings
 
-CHECKPOINT_SECONDS = 1.0
-
-
-@dataclass
-class History:
-    """What was seen after each epoch; equal lengths.
-
-    Args:
-        train_accuracy: share of right answers during the epoch, while the network was changing.
-        test_accuracy: share of right answers on the test set after the epoch.
-        loss: mean training loss during the epoch.
-    """
-
-    train_accuracy: list[float] = field(default_factory=list)
-    test_accuracy: list[float] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-
-    def __len__(self) -> int:
-        return len(self.loss)
-
-
-def build_model(settings: Settings, seed: int) -> nn.Sequential:
-    """Build the LeakyReLU network of the paper, with the initial weights of the authors' code.
-
-    Args:
-        settings: gives the number of inputs, hidden layers and hidden units.
-        seed: decides the initial weights.
-
-    Returns:
-        A module that maps inputs to one logit each.
-
-    Shape:
-        Input [..., 2 + s], output [...].
-
-    Example:
-        >>> build_model(Settings(), seed=0)(torch.zeros(5, 34)).shape
-        torch.Size([5])
-    """
-    generator = torch.Generator().manual_seed(seed)
-    widths = [2 + settings.shortcut_dims] + [settings.width] * settings.layers + [1]
-    modules: list[nn.Module] = []
-    for fan_in, fan_out in pairwise(widths):
-        linear = nn.Linear(fan_in, fan_out)
-        nn.init.kaiming_normal_(linear.weight, generator=generator)
-        nn.init.constant_(linear.bias, 0.01)
-        modules += [linear, nn.LeakyReLU()]
-    modules[-1] = nn.Flatten(-2)
-    return nn.Sequential(*modules)
+CHUNK = 2**14  # examples that are in memory with all their hidden units, when accuracy is measured
 
 
 def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer: a stock one for ordinary training, else its AND-mask counterpart.
+    """Build the optimizer: one of ours for a rule on moments, else a stock one.
 
     The L2 penalty is added to the aggregated gradient, thus *after* the mask and before Adam's
     moments: weights without agreement shrink. The authors have it there too.
@@ -86,28 +38,27 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
     Returns:
         The optimizer of all parameters.
     """
-    options: dict[str, Any] = {"lr": settings.lr, "weight_decay": settings.l2}
-    if settings.optimizer == "adam":
-        options["betas"] = (0.9, settings.beta2)
-    else:
-        options["momentum"] = 0.9
-    if settings.method == "mean":
-        stock = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.SGD
-        return stock(model.parameters(), **options)
-    masked = am.optim.AndMaskAdam if settings.optimizer == "adam" else am.optim.AndMaskSGD
-    return masked(model.parameters(), **options, tau=settings.tau, rescale=settings.rescale)
+    options: dict[str, Any] = {"lr": settings.lr}
+    if "l2" in METHODS[settings.method]:
+        options["weight_decay"] = settings.l2
+    adam = settings.optimizer == "adam"
+    options |= {"betas": (0.9, settings.beta2)} if adam else {"momentum": 0.9}
+    rule = RULES[settings.method](settings) if settings.method in RULES else None
+    if rule is None or rule.moments is None:
+        return (torch.optim.Adam if adam else torch.optim.SGD)(model.parameters(), **options)
+    masked = am.optim.AndMaskAdam if adam else am.optim.AndMaskSGD
+    return masked(model.parameters(), **options, rule=rule)
 
 
-def batches(
-    inputs: Tensor, labels: Tensor, size: int, generator: torch.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(inputs: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffle every environment by itself and cut it into batches; a rest is left out.
+
+    The shuffle comes from torch's global generator.
 
     Args:
         inputs: examples of all environments.
         labels: their labels.
         size: examples from each environment in one batch.
-        generator: source of the shuffle.
 
     Yields:
         Inputs and labels of one step.
@@ -116,7 +67,7 @@ def batches(
         ``inputs`` [d, n, f] and ``labels`` [d, n] give [d, size, f] and [d, size].
     """
     environments, examples = labels.shape
-    order = torch.rand(environments, examples, generator=generator).argsort(dim=1)
+    order = torch.rand(environments, examples).argsort(dim=1)
     rows = torch.arange(environments)[:, None]
     for start in range(0, examples - size + 1, size):
         chosen = order[:, start : start + size]
@@ -124,44 +75,37 @@ def batches(
 
 
 def train_epoch(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    learner: Learner,
     steps: Iterator[tuple[Tensor, Tensor]],
+    rate: Callable[[int], float],
 ) -> tuple[float, float]:
     """Train for one epoch.
 
     Args:
-        model: network to train.
-        optimizer: one of :mod:`andmask_ext.optim`, or a stock one for ordinary training.
+        learner: model, optimizer and settings.
         steps: inputs [d, b, f] and labels [d, b] of each step.
+        rate: the learning rate of a step, counted from 0.
 
     Returns:
         Training accuracy and mean loss during the epoch.
     """
+    make_gradients = STEPS[learner.settings.method]
     losses, hits = [], []
-    for inputs, labels in steps:
-        optimizer.zero_grad()
-        if isinstance(optimizer, am.optim.MomentOptimizer):
-            for x, y in zip(inputs, labels, strict=True):
-                with optimizer.environment():
-                    logits = model(x)
-                    loss = binary_cross_entropy_with_logits(logits, y)
-                    loss.backward()
-                losses.append(loss.detach())
-                hits.append(((logits > 0) == (y > 0.5)).double().mean())
-        else:
-            logits = model(inputs.flatten(0, 1)).view_as(labels)
-            loss = binary_cross_entropy_with_logits(logits, labels)
-            loss.backward()
-            losses.append(loss.detach())
-            hits.append(((logits > 0) == (labels > 0.5)).double().mean())
-        optimizer.step()
+    learner.model.train()
+    for number, (inputs, labels) in enumerate(steps):
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate(number)
+        learner.optimizer.zero_grad()
+        logits, loss = make_gradients(learner, inputs, labels)
+        learner.optimizer.step()
+        losses.append(loss.detach())
+        hits.append(((logits > 0) == (labels > 0.5)).double().mean())
     return torch.stack(hits).mean().item(), torch.stack(losses).mean().item()
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Measure the share of right answers.
+    """Measure the share of right answers, with dropout and batch norm as at test time.
 
     Args:
         model: network that gives one logit for each example.
@@ -171,80 +115,76 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
     Returns:
         A number between 0 and 1.
     """
-    right = (model(inputs) > 0) == (labels > 0.5)
-    return float(right.double().mean())
+    model.eval()
+    right = sum(
+        int(((model(x) > 0) == (y > 0.5)).sum())
+        for x, y in zip(
+            inputs.flatten(0, -2).split(CHUNK), labels.flatten().split(CHUNK), strict=True
+        )
+    )
+    return right / labels.numel()
 
 
 def train(
     settings: Settings,
     seed: int,
     files: RunFiles,
-    report: Callable[[int, History], None] = lambda epoch, history: None,
-) -> dict[str, Any]:
-    """Train one network from start, or from its checkpoint, to its record.
-
-    Every random draw follows from the seed (and, for the shuffle, the epoch) alone. An epoch
-    therefore needs nothing from the one before but weights and optimizer state, and a run that was
-    interrupted and resumed ends with the same bits as one that was not.
+    report: Report = lambda done, total, text: None,
+) -> Outcome:
+    """Train one network from start, or from its checkpoint, to its end.
 
     Args:
-        settings: data, network, rule and schedule.
-        seed: decides data, initial weights and shuffle.
-        files: where checkpoint, weights and record are kept.
-        report: called after each epoch with the number of finished epochs and the history.
+        settings: data, network, method and schedule.
+        seed: decides data, initial weights and all that is random in an epoch.
+        files: where checkpoints are kept.
+        report: called after each epoch.
 
     Returns:
-        The part of the record that was measured: ``final``, ``history``, ``largest_shortcut_vote``,
-        ``seconds``, ``build``.
+        Weights, and for the record ``final``, ``history`` and ``largest_shortcut_vote``. In the
+        history are, after each epoch: training accuracy and loss *during* it, while the network was
+        changing, and the accuracy on the test set after it.
     """
     data = draw_spirals(settings.data_config(), seed)
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
     test = torch.from_numpy(data.test_inputs), torch.from_numpy(data.test_labels)
+    validation = torch.from_numpy(data.validation_inputs), torch.from_numpy(data.validation_labels)
     model = build_model(settings, seed)
-    optimizer = build_optimizer(settings, model)
+    learner = Learner(settings, model, build_optimizer(settings, model))
+    if settings.pooled:  # as one environment
+        inputs, labels = inputs.flatten(0, 1)[None], labels.flatten()[None]
+    steps = labels.shape[1] // settings.batch
 
-    history, seconds = History(), 0.0
-    if state := files.read_checkpoint():
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history, seconds = History(**state["history"]), state["seconds"]
+    history: dict[str, list[float]] = {"train_accuracy": [], "test_accuracy": [], "loss": []}
+    parts: dict[str, Stateful] = {"model": model, "optimizer": learner.optimizer}
+    for epoch in files.epochs(settings.epochs, seed, history, parts):
+        if settings.learning_rate(epoch, history["train_accuracy"]) is None:
+            break
 
-    started = saved = time.perf_counter()
-    while (lr := settings.learning_rate(len(history), history.train_accuracy)) is not None:
-        epoch = len(history)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        shuffle = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        steps = batches(inputs, labels, settings.batch, shuffle)
-        train_accuracy, loss = train_epoch(model, optimizer, steps)
-        history.train_accuracy.append(train_accuracy)
-        history.loss.append(loss)
-        history.test_accuracy.append(accuracy(model, *test))
-        report(epoch + 1, history)
+        def rate(step: int, epoch: int = epoch) -> float:
+            lr = settings.learning_rate(epoch + step / steps, history["train_accuracy"])
+            assert lr is not None  # for epoch < settings.epochs
+            return lr
 
-        now = time.perf_counter()
-        if now - saved >= CHECKPOINT_SECONDS:
-            saved = now
-            files.write_checkpoint(
-                {
-                    "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "history": vars(history),
-                    "seconds": seconds + now - started,
-                }
-            )
-
-    seconds += time.perf_counter() - started
-    results = {
-        "final": {
-            "train_accuracy": accuracy(model, inputs, labels),
-            "test_accuracy": history.test_accuracy[-1],
-            "loss": history.loss[-1],
+        learner.epoch = epoch
+        train_accuracy, loss = train_epoch(learner, batches(inputs, labels, settings.batch), rate)
+        history["train_accuracy"].append(train_accuracy)
+        history["loss"].append(loss)
+        history["test_accuracy"].append(accuracy(model, *test))
+        report(
+            epoch + 1,
+            settings.epochs,
+            f"train {100 * train_accuracy:.1f} %  test {100 * history['test_accuracy'][-1]:.1f} %",
+        )
+    return Outcome(
+        {
+            "final": {
+                "train_accuracy": accuracy(model, inputs, labels),
+                "validation_accuracy": accuracy(model, *validation),
+                "test_accuracy": history["test_accuracy"][-1],
+                "loss": history["loss"][-1],
+            },
+            "history": history,
+            "largest_shortcut_vote": data.largest_vote(),
         },
-        "history": vars(history),
-        "largest_shortcut_vote": data.largest_vote(),
-        "seconds": seconds,
-        "build": am.build_info(),
-    }
-    files.finish(results, model.state_dict())
-    return results
+        model.state_dict(),
+    )
