@@ -1,11 +1,8 @@
 """The page of all results: what is on it, and how it behaves in a real browser."""
 
-import base64
-import io
 import json
 import shutil
 import time
-from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +11,6 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from matplotlib.figure import Figure
-from PIL import Image
 
 from andmask_ext.__main__ import main
 from andmask_ext.studies.figures import save
@@ -25,7 +21,8 @@ from andmask_ext.studies.report.runs import lay_out
 from andmask_ext.studies.summary import Claim, Picture, Summary, Table
 
 from . import toy
-from .common import need, run
+from .browser import Browser, start
+from .common import run
 
 pytestmark = pytest.mark.cpu_only
 
@@ -103,84 +100,8 @@ def page(folder):
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    need(find_spec("selenium"), "selenium")
-    need(shutil.which("chromium") and shutil.which("chromedriver"), "chromium with its driver")
-    from selenium.webdriver import Chrome, ChromeOptions
-    from selenium.webdriver.chrome.service import Service
-
-    options = ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    for flag in (
-        "headless=new",
-        "no-sandbox",
-        "disable-gpu",
-        "disable-quic",
-        "disable-dev-shm-usage",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    try:
+    with start(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
-    finally:
-        driver.quit()
-
-
-class Browser:
-    """The page in a window of some size."""
-
-    def __init__(self, driver, page):
-        self.driver, self.page = driver, page
-        self.open()
-
-    def open(self, width=1280, scheme="light", part=""):
-        self.cdp(
-            "Emulation.setDeviceMetricsOverride",
-            width=width,
-            height=844,
-            deviceScaleFactor=1,
-            mobile=width < 600,
-        )
-        self.cdp(
-            "Emulation.setEmulatedMedia",
-            features=[{"name": "prefers-color-scheme", "value": scheme}],
-        )
-        self.driver.get("about:blank")
-        self.logs = {kind: self.driver.get_log(kind) for kind in ("browser", "performance")}
-        self.driver.get(self.page.as_uri() + part)
-
-    def cdp(self, command, **arguments):
-        return self.driver.execute_cdp_cmd(command, arguments)
-
-    def run(self, script, *arguments):
-        return self.driver.execute_script(f"return {script}", *arguments)
-
-    def find(self, selector, text=""):
-        found = self.driver.find_elements("css selector", selector)
-        (one,) = [each for each in found if text in each.text]
-        return one
-
-    def click(self, selector, text=""):
-        one = self.find(selector, text)
-        self.run("arguments[0].scrollIntoView({block: 'center'})", one)
-        one.click()
-
-    def column(self, selector, place):
-        cells = f"{selector} tbody tr:not([hidden]) td:nth-child({place})"
-        return self.run("[...document.querySelectorAll(arguments[0])].map(c => c.innerText)", cells)
-
-    def background(self):
-        color = self.run("getComputedStyle(document.body).backgroundColor")
-        return sum(int(part) for part in color[4:-1].split(","))
-
-    def screenshot(self):
-        png = self.cdp("Page.captureScreenshot", format="png")["data"]
-        return Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")
 
 
 @pytest.fixture
