@@ -40,7 +40,7 @@ def collect_level(level: int, options: Search) -> Parts:
         nodes = np.random.default_rng((options.seed, level)).permutation(useful)
         nodes = np.sort(nodes[: options.states])
     reward, frames = replay(level, plan or [], options.mode)
-    plans = [graph.plan(node) for node in nodes]
+    plans = [graph.plan(int(node)) for node in nodes]
     longest = max(map(len, plans), default=0)
     return {
         "frames": np.array([graph.images[node] for node in nodes], np.uint8).reshape(-1, 64, 64, 3),

@@ -1,0 +1,190 @@
+"""The data: which levels, where they lie, and how the game's Python makes them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .game.world import Array
+
+VARIABLE = "ANDMASK_GAME_PYTHON"
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The levels of one split.
+
+    Args:
+        first: number of the first; the others follow.
+        count: how many.
+        states: kept of each, at most.
+        expansions: of the expert's search in each.
+    """
+
+    first: int
+    count: int
+    states: int
+    expansions: int
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What decides the data.
+
+    Args:
+        train: levels to clone the expert on.
+        validation: levels that settings are chosen by.
+        test: levels for the results.
+        revision: raised when the search changes.
+    """
+
+    train: Levels = Levels(0, 64, 400, 700)
+    validation: Levels = Levels(1000, 40, 50, 300)
+    test: Levels = Levels(2000, 100, 20, 300)
+    revision: int = 1
+
+    @property
+    def key(self) -> str:
+        """Return what names these data."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+
+    def file(self, folder: Path) -> Path:
+        """Return where the data lie in a folder."""
+        return folder / f"levels-{self.key}.npz"
+
+
+@dataclass(frozen=True)
+class States:
+    """Recorded states.
+
+    Args:
+        frames: uint8 of shape [states, 3, 64, 64].
+        targets: the expert's policy, [states, actions].
+        level: number of the level of each.
+        levels: all levels, with or without states.
+        plans: the expert's actions from the start of each level, then -1.
+        rewards, durations: reward and frames when that plan is played.
+    """
+
+    frames: Tensor
+    targets: Tensor
+    level: Tensor
+    levels: list[int]
+    plans: Array
+    rewards: Array
+    durations: Array
+
+
+@lru_cache(maxsize=3)
+def load(file: Path, split: str) -> States:
+    """Read one split.
+
+    Args:
+        file: what the game's side has written.
+        split: ``train``, ``validation`` or ``test``.
+
+    Returns:
+        Its states.
+    """
+    with np.load(file) as content:
+        part = {
+            name: content[f"{split}_{name}"]
+            for name in ("frames", "targets", "level", "levels", "expert_plan", "expert")
+        }
+    return States(
+        frames=torch.from_numpy(part["frames"]).permute(0, 3, 1, 2),
+        targets=torch.from_numpy(part["targets"]),
+        level=torch.from_numpy(part["level"]),
+        levels=part["levels"].tolist(),
+        plans=part["expert_plan"],
+        rewards=part["expert"][:, 0],
+        durations=part["expert"][:, 1],
+    )
+
+
+def find_python(given: str | None) -> str:
+    """Find a Python that has the game.
+
+    Args:
+        given: the one to use; None: that of the environment, or this one.
+
+    Returns:
+        Its path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found = given or os.environ.get(VARIABLE)
+    if found is None and importlib.util.find_spec("procgen"):
+        found = sys.executable
+    advice = (
+        "procgen2 needs numpy < 2, so give it an environment of its own: "
+        "python3 -m venv ~/.procgen; ~/.procgen/bin/pip install procgen2 'numpy<2'; "
+        f"then --game-python ~/.procgen/bin/python, or {VARIABLE}"
+    )
+    if found is None:
+        raise ValueError(f"game-python: expected a Python with procgen2, got none; {advice}")
+    found = os.path.expanduser(found)
+    try:
+        call = [found, "-c", "import procgen"]
+        answer = subprocess.run(call, capture_output=True, text=True, check=False)
+        problem = answer.stderr.strip().rpartition("\n")[2] if answer.returncode else ""
+    except OSError as error:
+        problem = str(error)
+    if problem:
+        raise ValueError(
+            f"game-python: expected a Python with procgen2, got {found} ({problem}); {advice}"
+        )
+    return found
+
+
+def game_command(python: str) -> list[str]:
+    """Return the command that runs the game's side.
+
+    Args:
+        python: one that has the game.
+
+    Returns:
+        It, without arguments.
+    """
+    run = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
+    run += "runpy.run_module('game', run_name='__main__', alter_sys=True)"
+    return [python, "-c", run, str(HERE)]
+
+
+def make(settings: DataSettings, file: Path, command: Sequence[str]) -> None:
+    """Have the game's side make the data; what it did before an interruption is not done again.
+
+    Args:
+        settings: which levels.
+        file: where to.
+        command: that of the game's side.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    arguments = [*command, "collect", "--output", str(file)]
+    for split in ("train", "validation", "test"):
+        arguments += [f"--{split}", *map(str, asdict(getattr(settings, split)).values())]
+    # A session of its own, so that Ctrl-C comes to us alone and ends it in our way.
+    with subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.PIPE) as process:
+        try:
+            _, errors = process.communicate()
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode:
+        raise RuntimeError(f"the game's side failed:\n{errors.decode(errors='replace')}")

@@ -1,0 +1,233 @@
+"""What the runs come to: tables and claims."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..study import Finished
+from ..summary import Cell, Claim, Table, spread
+from .data import States
+from .player import Played
+from .settings import METHODS, REFERENCES
+from .training import CoinRunSettings, divergence
+
+Done = Finished[CoinRunSettings]
+Finals = Mapping[str, Sequence[Done]]
+
+EXPERT_SHARE = 0.95  # of levels that an expert should solve
+
+
+def of(finished: Iterable[Done], role: str, method: str) -> list[Done]:
+    """Return the runs of one role and method."""
+    return [
+        one
+        for one in finished
+        if (one.run.settings.role, one.run.settings.method) == (role, method)
+    ]
+
+
+def value(one: Done, name: str) -> float:
+    """Return a final number of a run; infinity where it is not a number."""
+    number = one.record["final"][name]
+    return math.inf if number is None else float(number)
+
+
+def mean(runs: Sequence[Done], name: str) -> float:
+    """Return the mean of a final number."""
+    return statistics.mean(value(one, name) for one in runs)
+
+
+def best_trial(finished: Sequence[Done], method: str) -> Done:
+    """Return the trial with the lowest loss on validation levels.
+
+    Args:
+        finished: all runs.
+        method: whose.
+
+    Returns:
+        The run.
+    """
+    return min(of(finished, "trial", method), key=lambda one: value(one, "validation_loss"))
+
+
+def returns(played: Mapping[str, Played]) -> dict[str, dict[str, Any]]:
+    """Put what was played into a record.
+
+    Args:
+        played: by split.
+
+    Returns:
+        ``final``: mean returns; ``played``: the return and the decisions of each level.
+    """
+    return {
+        "final": {f"{split}_return": float(one.rewards.mean()) for split, one in played.items()},
+        "played": {
+            split: {"returns": one.rewards.tolist(), "decisions": one.decisions.tolist()}
+            for split, one in played.items()
+        },
+    }
+
+
+def constant_policy(states: States, where: Sequence[States]) -> list[float]:
+    """Return the divergence from the expert of its own mean, whatever the frame.
+
+    Args:
+        states: whose mean is taken: no policy that ignores the frame does better on these.
+        where: the states on which it is measured.
+
+    Returns:
+        A number for each of these.
+    """
+    logits = states.targets.mean(0, keepdim=True).clamp(min=1e-6).log()
+    return [divergence(logits.expand_as(one.targets), one.targets).item() for one in where]
+
+
+def loss_table(final: Finals, constant: Sequence[float]) -> Table:
+    """Show how near clones are to the expert.
+
+    Args:
+        final: final runs by method.
+        constant: the loss on training and test states of a policy that ignores the frame.
+
+    Returns:
+        The table.
+    """
+    rows: list[Sequence[Cell]] = []
+    for method, name in METHODS.items():
+        cells = [
+            spread((scale * value(one, f"{split}_{what}") for one in final[method]), digits)
+            for what, scale, digits in (("loss", 1, 3), ("accuracy", 100, 1))
+            for split in ("train", "test")
+        ]
+        rows.append((name, *cells))
+    rows.append(("nothing: the expert's mean", *(f"{one:.3f}" for one in constant), None, None))
+    columns = ("trained by", "train KL", "test KL", "train accuracy %", "test accuracy %")
+    return Table("clones on the expert's states", columns, rows)
+
+
+def return_table(finished: Sequence[Done], final: Finals, train: States, test: States) -> Table:
+    """Show what policies reach in the game.
+
+    Args:
+        finished: all runs.
+        final: final runs by method.
+        train: states of training levels, with what the expert reached.
+        test: those of unseen levels.
+
+    Returns:
+        The table.
+    """
+    rows: list[Sequence[Cell]] = [
+        ("expert", f"{test.rewards.mean():.2f}", None, f"{train.rewards.mean():.2f}")
+    ]
+    everyone = [(name, final[method]) for method, name in METHODS.items()]
+    everyone += [(name, of(finished, "reference", key)) for key, name in REFERENCES.items()]
+    for name, runs in everyone:
+        cells = [
+            spread(value(one, key) for one in runs if key in one.record["final"])
+            for key in ("test_return", "test_sampled_return", "train_return")
+        ]
+        rows.append((name, *cells))
+    columns = ("policy", f"{len(test.levels)} unseen levels", "drawn by probability")
+    return Table(
+        "return of a level: 10 for the coin, or 0",
+        (*columns, f"{len(train.levels)} training levels"),
+        rows,
+    )
+
+
+def search_table(finished: Sequence[Done]) -> Table:
+    """Show what the searches found."""
+    rows: list[Sequence[Cell]] = []
+    for method, name in METHODS.items():
+        trials = of(finished, "trial", method)
+        best, losses = (
+            best_trial(finished, method),
+            [value(one, "validation_loss") for one in trials],
+        )
+        chosen = best.run.settings
+        masked = method == "temporal"
+        rows.append(
+            (
+                name,
+                len(trials),
+                f"{losses[0]:.3f}",
+                f"{statistics.median(losses):.3f}",
+                f"{min(losses):.3f}",
+                f"{chosen.lr:g}",
+                f"{chosen.beta1:g}",
+                f"{chosen.beta3:g}" if masked else None,
+                f"{chosen.tau:g}" if masked else None,
+                f"{chosen.weight_decay:g}{'' if chosen.decoupled else ' (penalty)'}",
+                ("yes" if chosen.bias_correction else "no") if masked else None,
+            )
+        )
+    columns = ("method", "trials", "given", "median", "best", "lr", "β1", "β3", "τ")
+    return Table(
+        "search: validation KL, and the settings with the best",
+        (*columns, "weight decay", "bias correction"),
+        rows,
+    )
+
+
+def claims(
+    finished: Sequence[Done], final: Finals, train: States, test: States, constant: float
+) -> list[Claim]:
+    """Return what the runs can contradict.
+
+    Args:
+        finished: all runs.
+        final: final runs by method.
+        train: states of training levels, with what the expert reached.
+        test: those of unseen levels.
+        constant: loss on training states of the best policy that ignores the frame.
+
+    Returns:
+        Claims of the paper, and those that they stand on.
+    """
+    solved = {
+        name: (states.rewards > 0) for name, states in (("training", train), ("unseen", test))
+    }
+    any_action = mean(of(finished, "reference", "random"), "test_return")
+    best_reference = max(mean(of(finished, "reference", key), "test_return") for key in REFERENCES)
+    adam, temporal = final["adam"], final["temporal"]
+    losses = [mean(runs, "test_loss") for runs in (temporal, adam)]
+    gaps = [mean(runs, "test_loss") - mean(runs, "train_loss") for runs in (temporal, adam)]
+    reached = [mean(runs, "test_return") for runs in (temporal, adam)]
+    fitted = [mean(runs, "train_loss") for runs in (temporal, adam)]
+    return [
+        Claim(
+            "the expert reaches the coin in at least 95 % of levels",
+            all(one.mean() >= EXPERT_SHARE for one in solved.values()),
+            ", ".join(f"{one.sum()} of {len(one)} {name}" for name, one in solved.items())
+            + f"; any action reaches it in {10 * any_action:.0f} % of the unseen ones",
+        ),
+        Claim(
+            "both optimizers clone better than any policy that ignores the frame",
+            max(fitted) < constant,
+            f"training KL {fitted[0]:.3f} (temporal), {fitted[1]:.3f} (Adam), {constant:.3f}",
+        ),
+        Claim(
+            "the temporal AND-mask has the lower loss on unseen levels, at an equal search budget",
+            losses[0] < losses[1],
+            f"test KL {losses[0]:.3f}, Adam {losses[1]:.3f}",
+        ),
+        Claim(
+            "the temporal AND-mask has the smaller gap between training and unseen levels",
+            gaps[0] < gaps[1],
+            f"{gaps[0]:.3f}, Adam {gaps[1]:.3f}",
+        ),
+        Claim(
+            "its clones reach at least the return of Adam's on unseen levels",
+            reached[0] >= reached[1],
+            f"{reached[0]:.2f}, Adam {reached[1]:.2f}",
+        ),
+        Claim(
+            "clones of both play unseen levels better than policies that do not look",
+            min(reached) > best_reference,
+            f"return {reached[0]:.2f} (temporal), {reached[1]:.2f} (Adam), {best_reference:.2f}",
+        ),
+    ]
