@@ -59,7 +59,7 @@ class CoinRunSettings(Settings):
     tau: float = 0.0
     bias_correction: bool = True
     measure_every: int = 5
-    limit: int = 60
+    limit: int = 100
     file: Path = field(default=Path(), kw_only=True)
     command: tuple[str, ...] = field(default=(), kw_only=True)
 

@@ -28,7 +28,7 @@ class Search:
         seed: decides which.
     """
 
-    mode: str = "easy"
+    mode: str = "hard"
     expansions: int = 700
     most: int = 3000
     temperature: float = 2.0
