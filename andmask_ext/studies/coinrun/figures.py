@@ -44,7 +44,8 @@ def draw_curves(final: Finals, constant: Sequence[float], path: Path) -> Path:
             axes.set_xlabel("steps, each on one level")
             axes.set_xlim(left=0)
         panels[0].set_ylabel("KL(expert ‖ clone)")
-        panels[0].set_ylim(0, 1.15 * constant[1])
+        losses = [loss for runs in final.values() for run in runs for loss in _after_start(run)]
+        panels[0].set_ylim(0, min(2.2 * constant[1], max(1.15 * constant[1], *losses)))
         panels[0].axhline(constant[1], color=GREY, linewidth=1, linestyle=":")
         panels[0].annotate(
             "no look at the frame",
@@ -79,6 +80,12 @@ def _curves(axes: Axes, runs: Sequence[Done], what: str, scale: float, colour: s
         axes.plot(steps, each.mean(0), color=colour, linestyle=dashes, linewidth=2.2)
 
 
+def _after_start(run: Done) -> list[float]:
+    history = run.record["history"]
+    both = [*history["test_loss"][1:], *history["train_loss"][1:]]
+    return [1.05 * loss for loss in both if loss is not None]
+
+
 def draw_search(finished: Sequence[Done], final: Finals, unseen: States, path: Path) -> Path:
     """Draw the loss of every trial, and the levels that policies solve.
 
@@ -111,8 +118,10 @@ def draw_search(finished: Sequence[Done], final: Finals, unseen: States, path: P
         for row, (_, values, colour) in enumerate(bars):
             shares = 10 * np.array(values)
             solved.barh(row, shares.mean(), color=colour, alpha=0.35, height=0.6)
-            solved.plot(shares, np.full(len(shares), row), "o", color=colour, markersize=5)
-            solved.text(102, row, f"{shares.mean():.0f} %", va="center", fontsize=9)
+            solved.plot(
+                shares, np.full(len(shares), row), "o", color=colour, markersize=5, clip_on=False
+            )
+            solved.text(103, row, f"{shares.mean():.0f} %", va="center", fontsize=9)
         solved.set_yticks(range(len(bars)), [name for name, _, _ in bars])
         solved.invert_yaxis()
         solved.set(xlim=(0, 100), xlabel=f"of {len(unseen.levels)} unseen levels, solved (%)")
@@ -173,6 +182,7 @@ def _strip(line: Sequence[Axes], name: str, played: Played, place: int) -> None:
     for axes, moment in zip(line, np.linspace(0, last, len(line)).round().astype(int), strict=True):
         axes.imshow(played.frames[moment][place].permute(1, 2, 0).numpy())
         axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
         axes.set_xlabel(f"{moment}", fontsize=7, labelpad=1)
     reward = played.rewards[place]
     end = "coin" if reward > 0 else "dead" if played.over[place] else "not there"

@@ -7,8 +7,8 @@ torch nor anything above it::
     python -m game collect --train 0 64 400 700 ... --output data.npz
     python -m game play 0 1 2
 
-**Levels** are those of the mode ``hard``, the game's own default: each has a background, walls and a
-figure of its own. In ``easy`` all levels look alike, and there is nothing to learn wrongly. The
+**Levels** are those of the mode ``hard``, the game's own default: each has a background, walls and
+a figure of its own. In ``easy`` all levels look alike, and there is nothing to learn wrongly. The
 player's velocity is painted into a corner, so that a frame says all that an expert needs.
 
 **Actions.** Of the game's 15 actions six do nothing here and three press down, which only drops
