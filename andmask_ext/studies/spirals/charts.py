@@ -37,7 +37,7 @@ def draw_methods(runs: Sequence[Done], path: Path) -> Path:
             for row, method in enumerate(methods):
                 values = percents(groups[method], which)
                 axes.plot(
-                    [0, float(np.mean(values))], [row, row], color="#DDDDDD", linewidth=6, zorder=1
+                    [0, float(np.mean(values))], [row, row], color="#DDDDDD", linewidth=4, zorder=1
                 )
                 axes.scatter(
                     values,
@@ -120,7 +120,7 @@ def draw_search(
 
 
 def _rows(methods: Sequence[str]) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(8.3, 1.15 + 0.36 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(8.3, 1.0 + 0.29 * len(methods)), layout="constrained")
     panels = list(figure.subplots(1, 2, sharey=True))
     for axes, (_, title) in zip(panels, WHICH, strict=True):
         axes.axvline(50, color=GREY, linewidth=1, linestyle=":", zorder=0)
