@@ -17,7 +17,7 @@ from andmask_ext.studies.figures import save
 from andmask_ext.studies.records import RunFiles
 from andmask_ext.studies.report.cells import DASH, cell, duration, number
 from andmask_ext.studies.report.collect import FoundRecord, collect
-from andmask_ext.studies.report.runs import lay_out
+from andmask_ext.studies.report.runs import lay_out, split
 from andmask_ext.studies.summary import Claim, Picture, Summary, Table
 
 from . import toy
@@ -83,6 +83,8 @@ def folder(tmp_path_factory):
     (folder / "interrupted").mkdir()
     for record in list((folder / "toy").glob("lr*.json"))[:3]:
         shutil.copy(record, folder / "interrupted")
+    another_kind = {"study": "toy", "settings": {"width": 3}, "seed": 0}
+    RunFiles(folder / "interrupted", "other", another_kind).finish({})
     (folder / "interrupted" / "more.checkpoint").touch()
     (folder / "toy" / "cut.json").write_text('{"identity": {"stu')
     (folder / "toy" / "odd.json").write_text('{"identity": {"study": 3}}')
@@ -290,6 +292,7 @@ def test_what_is_found_is_on_the_page(browser, folder):
         *("1 thread · 2 CPUs", "3 min 20 s together", "1 of 2 hold", "it <holds>", "1 > 0"),
         *("✓ holds", "✗ does not hold", 'losses "of <all> rules" & more', METHODS[1], SCRIPT),
         *("lost.png cannot be read: No such file", "There is no summary of these runs"),
+        *("Kind 1 3 runs", "Kind 2 1 run"),
         *("toy/cut.json", "cannot be read", "study: expected str, got int"),
         *("odd.summary.json", "interrupted/more.checkpoint"),
     ):
@@ -313,7 +316,7 @@ def test_damaged_files_are_named_and_the_rest_is_written(folder, tmp_path, capsy
     told = capsys.readouterr()
     for name in ("cut.json", "odd.json", "nan.json", "odd.summary.json"):
         assert f"{folder / 'toy' / name} is left out: " in told.err
-    assert told.out.startswith(f"page  {tmp_path / 'new' / 'page.html'}  (3 summaries, 32 runs, ")
+    assert told.out.startswith(f"page  {tmp_path / 'new' / 'page.html'}  (3 summaries, 33 runs, ")
     html = (tmp_path / "new" / "page.html").read_text()
     assert html.startswith("<!doctype html>")
     assert "http://" not in html.replace("http://www.w3.org/2000/svg", "")
@@ -388,10 +391,13 @@ def test_runs_show_in_what_they_differ(tmp_path):
     assert runs.undrawn == ["c4", "c5"]
 
 
-def test_runs_stand_in_the_order_of_their_numbers():
+def test_runs_of_other_settings_have_a_table_of_their_own_in_the_order_of_their_numbers():
     names = ["lr0.1_seed10-a.json", "lr0.1_seed9-b.json", "lr0.05_seed1-c.json"]
+    kinds = [{"lr": 0.1}, {"lr": 0.1}, {"lr": 0.05}]
+    other = ("other.json", {"lr": 0.1, "tau": 1})
     records = [
-        FoundRecord(SimpleNamespace(name=name), {"identity": {"study": "s"}}) for name in names
+        FoundRecord(SimpleNamespace(name=name), {"identity": {"study": "s", "settings": settings}})
+        for name, settings in [other, *zip(names, kinds, strict=True)]
     ]
-    rows = lay_out("", records).grid.rows
-    assert [row[-1].text for row in rows] == names[::-1]
+    found = [[record.path.name for record in kind] for kind in split(records)]
+    assert found == [names[::-1], [other[0]]]

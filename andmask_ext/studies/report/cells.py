@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from ..summary import shown
 
 DASH, MINUS, TIMES = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{MULTIPLICATION SIGN}"
+LONG = 20  # rows; longer tables are folded at first
 NUMBER = re.compile(
     r"[<>≤≥≈~]?\s*"
     rf"([+{MINUS}-]?(?:\d{{1,3}}(?:,\d{{3}})+|\d*)(?:\.\d*)?(?:e[+-]?\d+)?)"
@@ -47,12 +48,10 @@ class Grid:
     columns: Sequence[str]
     rows: Sequence[Sequence[Cell]]
 
-    LONG: ClassVar[int] = 20
-
     @property
     def long(self) -> bool:
-        """Whether it is so long that it shall stay closed at first."""
-        return len(self.rows) > self.LONG
+        """Whether it is so long that it shall stay folded at first."""
+        return len(self.rows) > LONG
 
     @property
     def numeric(self) -> list[bool]:

@@ -17,10 +17,10 @@ from markupsafe import Markup
 from andmask_ext.__main__ import COMMANDS
 
 from ..summary import Table
-from .cells import Cell, Grid, cell, duration
+from .cells import LONG, Cell, Grid, cell, duration
 from .collect import Found, FoundRecord, FoundSummary
 from .figures import Figure, embed
-from .runs import Runs, lay_out
+from .runs import Runs, lay_out, split
 
 # What a reader asks of a build first; the rest is folded away.
 FIRST_FACTS = ("andmask_ext", "torch", "python", "platform", "isa")
@@ -35,7 +35,8 @@ class Group:
         anchor: its place on the page.
         study: the command that did them.
         folder: where they lie.
-        runs: a table of them.
+        kinds: tables of them, one for each kind of settings.
+        count: how many there are.
         tag: what stands beside its name: that it was a quick version, or has no summary.
         written: when the last record was written.
         seconds: the time of all of them.
@@ -44,10 +45,16 @@ class Group:
     anchor: str
     study: str
     folder: Path
-    runs: Runs
+    kinds: Sequence[Runs]
+    count: int
     tag: str
     written: str
     seconds: Cell
+
+    @property
+    def long(self) -> bool:
+        """Whether there are so many that they shall stay folded at first."""
+        return self.count > LONG
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,11 @@ def _groups(found: Found) -> dict[tuple[str, Path], Group]:
             f"runs-{number}",
             study,
             place,
-            lay_out(f"Runs of {study}", own),
+            [
+                lay_out(f"Runs of {study}" + (f", kind {kind}" if kind > 1 else ""), some)
+                for kind, some in enumerate(split(own), start=1)
+            ],
+            len(own),
             {True: "quick", False: "", None: NO_SUMMARY}[quick.get(key)],
             _written(max(one.path.stat().st_mtime for one in own)),
             duration(sum(one.content.get("seconds") or 0 for one in own)),

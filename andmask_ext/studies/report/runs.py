@@ -21,7 +21,7 @@ PLACES = frozenset({"epoch", "epochs", "step", "steps", "iteration", "iterations
 
 @dataclass(frozen=True)
 class Runs:
-    """The runs of a study in one folder.
+    """Runs of one kind.
 
     Args:
         grid: in what they differ, seeds, results, times, curves, names of their files.
@@ -34,17 +34,32 @@ class Runs:
     undrawn: Sequence[str]
 
 
+def split(records: Sequence[FoundRecord]) -> list[list[FoundRecord]]:
+    """Split the records of a study that has runs of several kinds.
+
+    Args:
+        records: those of one study, in any order.
+
+    Returns:
+        Those whose settings have the same names together, in the order of their files' names.
+    """
+    kinds: dict[frozenset[str], list[FoundRecord]] = {}
+    for record in sorted(records, key=_natural):
+        names = frozenset(record.content["identity"].get("settings", {}))
+        kinds.setdefault(names, []).append(record)
+    return list(kinds.values())
+
+
 def lay_out(title: str, records: Sequence[FoundRecord]) -> Runs:
     """Lay out records as a table.
 
     Args:
         title: what the table shows.
-        records: those of one study, at least one.
+        records: at least one.
 
     Returns:
         The table, and what is not in it.
     """
-    records = sorted(records, key=_natural)
     settings = [_settings(record.content["identity"]) for record in records]
     finals = [dict(_flat(record.content.get("final", {}))) for record in records]
     curves = [_curves(record.content.get("history", {})) for record in records]
