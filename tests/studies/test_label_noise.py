@@ -13,9 +13,16 @@ from torch.nn import functional as F
 
 import andmask_ext as am
 from andmask_ext.__main__ import main
+from andmask_ext.studies import records
+from andmask_ext.studies.label_noise.data import Images
 from andmask_ext.studies.label_noise.networks import fast_resnet
 from andmask_ext.studies.label_noise.results import fall, smoothed
-from andmask_ext.studies.label_noise.training import NoiseSettings, Trainer, accuracies
+from andmask_ext.studies.label_noise.training import (
+    NoiseSettings,
+    Trainer,
+    accuracies,
+    train,
+)
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
 
@@ -128,8 +135,6 @@ def test_accuracies_are_those_of_the_labels_they_name():
         def forward(self, x):
             return F.one_hot(x.long(), 10).float()
 
-    from andmask_ext.studies.label_noise.data import Images
-
     images = Images(
         train=torch.tensor([1.0, 2, 3, 4]),  # what the model says
         given=torch.tensor([1, 2, 9, 5]),
@@ -145,6 +150,31 @@ def test_accuracies_are_those_of_the_labels_they_name():
         "test": 0.2,
     }
     assert model.training
+
+
+@pytest.mark.parametrize(("tau", "norm"), [(None, "group"), (0.2, "batch")])
+def test_a_stopped_run_ends_with_the_same_numbers(tmp_path, monkeypatch, tau, norm):
+    monkeypatch.setattr(records, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(records, "CHECKPOINT_SHARE", float("inf"))
+    settings = NoiseSettings(labels="noisy", tau=tau, norm=norm, **SMALL | {"epochs": 5})
+
+    def stop(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    def go(folder, report):
+        files = records.RunFiles(tmp_path / folder, "run", settings.identity())
+        return train(settings, 0, files, report).results
+
+    seen = []
+    whole = go("whole", lambda done, total, text: seen.append(done))
+    assert seen == [1, 2, 3, 4, 5]
+    with pytest.raises(KeyboardInterrupt):
+        go("stopped", stop)
+    seen.clear()
+    again = go("stopped", lambda done, total, text: seen.append(done))
+    assert seen == [3, 4, 5]  # the checkpoint is that of two epochs
+    assert str(again) == str(whole)
 
 
 # ---- what is computed from histories ----
@@ -168,9 +198,9 @@ def test_quick_shows_the_effect(tmp_path):
     assert_claims_hold(summary)
     assert_picture(tmp_path / "random-labels.png")
     assert_picture(tmp_path / "label-noise.png")
-    records = read_records(tmp_path)
-    assert len(records) == summary["runs"] == 6
-    for record in records:
+    found = read_records(tmp_path)
+    assert len(found) == summary["runs"] == 6
+    for record in found:
         settings, history = record["identity"]["settings"], record["history"]
         assert all(len(series) == settings["epochs"] for series in history.values())
         assert record["final"]["test"] == history["test"][-1]
