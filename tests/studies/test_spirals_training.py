@@ -208,3 +208,14 @@ def test_pooled_batches_come_from_all_environments(tmp_path):
 def test_settings_that_cannot_be_meant(argument, value):
     with pytest.raises(ValueError, match=f"{argument}: expected .* got"):
         Settings(**{argument: value})
+
+
+def test_irm_waits_for_its_penalty(tmp_path):
+    settings = replace(TINY, method="irm", epochs=3, penalty=1000.0)
+    early, late = (
+        train(replace(settings, anneal=n), 0, files(tmp_path / str(n), settings)).results
+        for n in (2, 3)
+    )
+    losses = early["history"]["loss"], late["history"]["loss"]
+    assert losses[0][:2] == losses[1][:2]
+    assert losses[0][2] != losses[1][2]
