@@ -14,6 +14,7 @@ from ..study import Outcome, Report, Run, Study
 from ..summary import Picture, Summary
 from .data import VARIABLE, States, find_python, game_command, load, make
 from .figures import draw_curves, draw_search, draw_sheet
+from .network import CHANNELS_OF_A_GROUP
 from .player import Played, always, follow, greedy, play, sampled, uniform
 from .results import (
     Done,
@@ -245,6 +246,10 @@ def _size(options: argparse.Namespace) -> Size:
             name = option.replace("_", "-")
             raise ValueError(f"{name}: expected at least 1, got {number}")
         given[option] = number
+    if given.get("width", 8) % CHANNELS_OF_A_GROUP:
+        raise ValueError(
+            f"width: expected a multiple of {CHANNELS_OF_A_GROUP}, got {given['width']}"
+        )
     levels, states = given.pop("levels", None), given.pop("states", None)
     train = size.data.train
     train = replace(train, count=levels or train.count, states=states or train.states)

@@ -1,0 +1,484 @@
+"""CoinRun without the game: the expert's search on a toy world, cloning, the talk with a server."""
+
+import argparse
+import math
+import struct
+import sys
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+pytest.importorskip("sklearn")
+
+from andmask_ext.__main__ import main
+from andmask_ext.studies.coinrun import data, training
+from andmask_ext.studies.coinrun.data import States, find_python
+from andmask_ext.studies.coinrun.game.expert import AT_ONCE, Search, policy, search
+from andmask_ext.studies.coinrun.game.world import ACTIONS, FRAMES, pose
+from andmask_ext.studies.coinrun.network import PolicyNetwork
+from andmask_ext.studies.coinrun.player import always, follow, greedy, play, sampled, uniform
+from andmask_ext.studies.coinrun.results import best_trial, constant_policy
+from andmask_ext.studies.coinrun.settings import FIRST, METHODS, SPACES, trials
+from andmask_ext.studies.coinrun.training import (
+    CoinRunSettings,
+    batches,
+    build_optimizer,
+    divergence,
+    measure,
+    train,
+)
+from andmask_ext.studies.records import RunFiles
+from andmask_ext.studies.study import Finished, Run
+
+pytestmark = pytest.mark.cpu_only
+
+# ---- the expert, in a corridor ----
+
+LEFT, WAIT, UP, RIGHT = (ACTIONS.index(one) for one in ("left", "wait", "up", "right"))
+PIT, END = 6, 12  # an action moves by 2 cells; a pit has to be jumped over; the coin is at the end
+
+
+def state_of(x, airborne):
+    def numbers(count):
+        return struct.pack(f"<{count}i", *range(count))
+
+    name, generator = b"coinrun", b"12 34 56"
+    text = numbers(1) + struct.pack("<i", len(name)) + name + numbers(17)
+    for after in (0, 17):
+        text += numbers(1) + struct.pack("<i", len(generator)) + generator + numbers(after)
+    return text + struct.pack("<4f", x, float(airborne), 0.0, 0.0)
+
+
+def step(x, airborne, action):
+    """Return where an action leads, and the frames after which the level ends, if it does."""
+    x = max(0, x + {"left": -2, "right": 2}.get(ACTIONS[action].split()[0], 0))
+    if x >= END:
+        return x, False, FRAMES - 1
+    if x == PIT and not airborne:
+        return x, False, 1
+    return x, ACTIONS[action].endswith("up") and not airborne, None
+
+
+class Corridor:
+    """Stands in for the game: pushing right from a jump is the only way over the pit."""
+
+    def __init__(self):
+        self.copies = AT_ONCE * len(ACTIONS)
+        self.places = [(0, False)] * self.copies
+        self.env = self
+
+    def get_state(self):
+        return [state_of(*place) for place in self.places]
+
+    def set_state(self, states):
+        self.places = [(int(pose(one)[0]), pose(one)[1] > 0) for one in states]
+
+    def frames(self):
+        return np.array([np.full((64, 64, 3), x) for x, _ in self.places], np.uint8)
+
+    def act(self, actions):
+        after = [step(*place, action) for place, action in zip(self.places, actions, strict=True)]
+        self.places = [(x, airborne) for x, airborne, _ in after]
+        done = np.array([end is not None for *_, end in after])
+        lasted = np.array([end or FRAMES for *_, end in after])
+        return np.array([10.0 * (x >= END) for x, *_ in after]), done, lasted
+
+
+def frames_of(plan):
+    """Return the frames after which a plan reaches the coin; infinity if it does not."""
+    place, frames = (0, False), 0
+    for action in plan:
+        x, airborne, end = step(*place, action)
+        frames += end or FRAMES
+        if end is not None:
+            return frames if x >= END else math.inf
+        place = x, airborne
+    return math.inf
+
+
+def test_position_and_velocity_are_read_from_a_state():
+    assert pose(state_of(3.5, True)) == (3.5, 1.0, 0.0, 0.0)
+
+
+def test_the_expert_finds_the_fastest_way():
+    graph = search(Corridor(), Search(expansions=100))
+    plan = graph.best_plan()
+    every = min(map(frames_of, product((LEFT, WAIT, UP, RIGHT, RIGHT + 1), repeat=7)))
+    assert frames_of(plan) == every == graph.costs()[0].min()
+    assert {image[0, 0, 0] for image in graph.images} == {0, 2, 4, 6, 8, 10}
+
+
+def test_costs_are_frames_to_the_coin():
+    graph = search(Corridor(), Search(expansions=100))
+    costs = graph.costs()
+    for node, image in enumerate(graph.images):
+        place = (int(image[0, 0, 0]), (node > 0) and ACTIONS[graph.origin[node][1]].endswith("up"))
+        if place[0] == PIT - 2 and not place[1]:
+            assert costs[node, RIGHT] == math.inf, "into the pit"
+            assert np.isfinite(costs[node, UP])
+        if place[0] == END - 2:
+            assert costs[node, RIGHT] == FRAMES - 1
+    np.testing.assert_allclose(costs[0, WAIT], costs[0].min() + FRAMES)
+
+
+def test_a_plan_leads_to_its_node():
+    graph = search(Corridor(), Search(expansions=100))
+    for node, image in enumerate(graph.images):
+        place = (0, False)
+        for action in graph.plan(node):
+            x, airborne, end = step(*place, action)
+            assert end is None
+            place = x, airborne
+        assert place[0] == image[0, 0, 0]
+
+
+def test_an_expert_that_may_not_look_finds_nothing():
+    graph = search(Corridor(), Search(expansions=1, most=1))
+    assert graph.best_plan() is None
+    assert np.isinf(graph.costs()).all()
+
+
+def test_the_policy_prefers_what_is_faster():
+    costs = np.array([[8.0, 8.0, 12.0, np.inf]])
+    expected = np.exp([0, 0, -2, -np.inf])
+    np.testing.assert_allclose(policy(costs, 2.0)[0], expected / expected.sum(), rtol=1e-6)
+
+
+# ---- the network ----
+
+
+def test_it_is_a_resnet_18():
+    # 11,176,512 parameters in front of the head, as in He et al. with 64 channels.
+    parameters = sum(p.numel() for p in PolicyNetwork(64, 6).parameters())
+    assert parameters == 11_176_512 + 6 * 512 + 6
+
+
+def test_what_a_frame_says_does_not_depend_on_the_batch():
+    model, frames = PolicyNetwork(8, 6), torch.randint(256, (5, 3, 64, 64)).to(torch.uint8)
+    together, alone = model(frames), torch.cat([model(one[None]) for one in frames])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_width_that_cannot_be():
+    with pytest.raises(ValueError, match="width: expected a multiple of 8, got 12"):
+        PolicyNetwork(12, 6)
+
+
+# ---- cloning ----
+
+
+def some_states(levels=3, each=10, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    count = levels * each
+    targets = torch.rand(count, len(ACTIONS), generator=generator)
+    targets[:, 0] = 0.0
+    return States(
+        frames=torch.randint(256, (count, 3, 64, 64), generator=generator).to(torch.uint8),
+        targets=targets / targets.sum(1, keepdim=True),
+        level=torch.arange(levels).repeat_interleave(each),
+        levels=list(range(levels)),
+        plans=np.zeros((levels, 4), np.int8),
+        rewards=np.full(levels, 10.0),
+        durations=np.full(levels, 9.0),
+    )
+
+
+@pytest.fixture
+def states(monkeypatch):
+    found = some_states()
+    monkeypatch.setattr(training, "load", lambda file, split: found)
+    return found
+
+
+TINY = CoinRunSettings("trial", "temporal", "x", epochs=4, batch=4, width=8, measure_every=2)
+TINY = replace(TINY, lr=1e-3, beta1=0.5, beta3=0.8, tau=0.3, bias_correction=False)
+
+
+def test_a_step_has_the_states_of_one_level(states):
+    torch.manual_seed(0)
+    number = {frame.numpy().tobytes(): place for place, frame in enumerate(states.frames)}
+    seen = []
+    for frames, targets in batches(states, 4):
+        rows = [number[frame.numpy().tobytes()] for frame in frames]
+        assert len(set(rows)) == 4
+        assert torch.equal(targets, states.targets[rows])
+        assert len(states.level[rows].unique()) == 1
+        seen.append(int(states.level[rows[0]]))
+    assert sorted(seen) == [0, 1, 2]
+    assert [len(frames) for frames, _ in batches(states, 99)] == [10, 10, 10]
+
+
+def test_the_divergence_is_that_of_the_expert_from_the_clone():
+    logits, targets = torch.randn(7, 6), some_states(1, 7).targets
+    shares = logits.softmax(1)
+    terms = targets * (targets / shares).log()
+    torch.testing.assert_close(divergence(logits, targets), terms.nan_to_num().sum(1).mean())
+
+
+def test_any_of_the_best_actions_is_right(states):
+    states.targets[:] = torch.tensor([0.0, 0.4, 0.4, 0.2, 0.0, 0.0])
+    rows = torch.eye(6)[[1, 2, 3, 0, 1]].repeat(6, 1)
+    found = measure(lambda frames: rows[: len(frames)], states)
+    assert found["accuracy"] == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_training_follows_the_printed_formula(states, tmp_path, method):
+    settings = replace(TINY, method=method, epochs=1, batch=99, weight_decay=0.1)
+    model, _ = train(settings, 0, RunFiles(tmp_path, "run", {}), lambda *_: None)
+    torch.manual_seed(0)
+    twin = PolicyNetwork(8, len(ACTIONS))
+    plain = [p.detach().clone() for p in twin.parameters()]
+    moments = [[torch.zeros_like(p) for p in plain] for _ in range(3)]
+    torch.manual_seed(0)  # that of epoch 0
+    for number, (frames, targets) in enumerate(batches(states, 99), start=1):
+        for p, value in zip(twin.parameters(), plain, strict=True):
+            p.data.copy_(value)
+        twin.zero_grad()
+        logits = twin(frames)
+        (-(targets * logits.log_softmax(1)).sum(1).mean()).backward()
+        for p, value, m, v, a in zip(twin.parameters(), plain, *moments, strict=True):
+            m.mul_(0.5).add_(p.grad, alpha=0.5)
+            v.mul_(0.999).addcmul_(p.grad, p.grad, value=0.001)
+            a.mul_(0.8).add_(p.grad.sign(), alpha=0.2)
+            value.mul_(1 - 1e-3 * 0.1)
+            if method == "adam":
+                value -= 1e-3 * (m / (1 - 0.5**number)) / ((v / (1 - 0.999**number)).sqrt() + 1e-8)
+            else:
+                value -= 1e-3 * m * (a.abs() >= 0.3 - 1e-6) / (v.sqrt() + 1e-8)
+    # Signs of gradients near zero may differ by rounding: nearly all coordinates are compared.
+    near = [
+        torch.isclose(p.detach(), value, rtol=1e-3, atol=1e-5).double().mean()
+        for p, value in zip(model.parameters(), plain, strict=True)
+    ]
+    moved = [
+        (p.detach() - value).abs().max() for p, value in zip(model.parameters(), plain, strict=True)
+    ]
+    assert min(near) > 0.9, moved
+    assert sum(near) / len(near) > 0.99
+
+
+def test_decay_may_be_a_penalty(states):
+    model = PolicyNetwork(8, 6)
+    kinds = [
+        type(build_optimizer(replace(TINY, method="adam", decoupled=one), model))
+        for one in (True, False)
+    ]
+    assert kinds == [torch.optim.AdamW, torch.optim.Adam]
+    group = build_optimizer(replace(TINY, decoupled=False), model).param_groups[0]
+    assert group["decoupled_weight_decay"] is False
+    assert group["betas"] == (0.5, 0.999, 0.8)
+
+
+def test_an_interrupted_run_ends_with_the_same_bits(states, tmp_path, monkeypatch):
+    from andmask_ext.studies import records
+
+    monkeypatch.setattr(records, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(records, "CHECKPOINT_SHARE", math.inf)
+    whole, history = train(TINY, 3, RunFiles(tmp_path, "whole", {}), lambda *_: None)
+
+    def stop(done, total, text):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(TINY, 3, RunFiles(tmp_path, "part", {}), stop)
+    seen = []
+    again, other = train(TINY, 3, RunFiles(tmp_path, "part", {}), lambda *a: seen.append(a[0]))
+    assert seen == [3, 4]
+    assert history == other
+    assert history["epoch"] == [2, 4]
+    for one, two in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_the_constant_policy_is_the_best_without_a_look(states):
+    best = constant_policy(states, [states])[0]
+    for _ in range(20):
+        logits = (states.targets.mean(0) + 1e-6).log() + 0.1 * torch.randn(6)
+        assert divergence(logits.expand(30, 6), states.targets) >= best - 1e-5
+
+
+# ---- the search ----
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_both_methods_have_equal_budgets(method):
+    found = trials(method, 8)
+    assert len({str(one) for one in found}) == len(found) == 8
+    assert found[0] == FIRST[method]
+    assert all(set(one) == set(SPACES[method]) for one in found[1:])
+    assert trials(method, 3) == found[:3]
+
+
+def test_the_paper_s_best_is_tried():
+    first = FIRST["temporal"]
+    found = [first[name] for name in ("lr", "beta1", "beta3", "tau", "weight_decay")]
+    assert found == [0.0078, 0.21, 0.79, 0.36, 0.057]
+
+
+def test_the_best_trial_has_the_lowest_validation_loss(tmp_path):
+    losses = {"a": 0.5, "b": 0.3, "c": None, "d": 0.4}
+    finished = [
+        Finished(
+            Run(label, replace(TINY, lr=1e-3 * number), 0),
+            {"final": {"validation_loss": loss}},
+            RunFiles(tmp_path, label, {}),
+        )
+        for number, (label, loss) in enumerate(losses.items())
+    ]
+    assert best_trial(finished, "temporal").run.label == "b"
+
+
+# ---- playing ----
+
+# Level k ends after k + 1 actions, with a reward if all of them were k. Frames show k, and how
+# many actions came.
+SERVER = """
+import sys
+levels = [int(one) for one in sys.argv[2:]]
+assert sys.argv[1] == "play"
+steps, right = [0] * len(levels), [True] * len(levels)
+rewards, over = [0.0] * len(levels), [False] * len(levels)
+import struct
+while True:
+    for level, step in zip(levels, steps):
+        sys.stdout.buffer.write(bytes([level, step, 7]) * 64 * 64)
+    sys.stdout.buffer.write(struct.pack(f"<{len(levels)}f", *rewards))
+    sys.stdout.buffer.write(bytes(over))
+    sys.stdout.buffer.flush()
+    actions = sys.stdin.buffer.read(len(levels))
+    if len(actions) < len(levels):
+        sys.exit()
+    if 5 in actions:
+        sys.exit("the fifth action breaks me")
+    for place, level in enumerate(levels):
+        rewards[place] = 0.0
+        if not over[place]:
+            steps[place] += 1
+            right[place] &= actions[place] == level
+            over[place] = steps[place] > level
+            rewards[place] = 10.0 * (over[place] and right[place])
+"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    path = tmp_path / "server.py"
+    path.write_text(SERVER)
+    return [sys.executable, str(path)]
+
+
+def test_each_level_is_played_to_its_end(server):
+    seen = []
+
+    def policy(frames, places):
+        seen.append((frames[:, 0, 0, 0].tolist(), frames[:, 1, 5, 5].tolist(), places.tolist()))
+        assert (frames[:, 2] == 7).all()
+        return torch.where(frames[:, 0, 0, 0] == 1, 0, frames[:, 0, 0, 0])
+
+    played = play(server, [2, 0, 1], policy, limit=9, keep=True)
+    assert seen == [([2, 0, 1], [0, 0, 0], [0, 1, 2]), ([2, 1], [1, 1], [0, 2]), ([2], [2], [0])]
+    assert played.rewards.tolist() == [10, 10, 0]
+    assert played.decisions.tolist() == [3, 1, 2]
+    assert played.over.all()
+    assert [frames[0, 1, 0, 0].item() for frames in played.frames] == [0, 1, 2, 3]
+
+
+def test_a_level_that_goes_on_is_left(server):
+    played = play(server, [4, 0], always("left"), limit=2)
+    assert played.decisions.tolist() == [2, 1]
+    assert played.over.tolist() == [False, True]
+    assert played.rewards.tolist() == [0, 10]
+
+
+def test_plans_are_followed(server):
+    plans = np.array([[2, 2, 2, -1], [1, 1, -1, -1], [1, 0, 0, -1]])
+    played = play(server, [2, 1, 2], follow(plans), limit=9)
+    assert played.rewards.tolist() == [10, 10, 0]
+
+
+def test_a_server_that_dies_is_heard(server):
+    with pytest.raises(RuntimeError, match="the fifth action breaks me"):
+        play(server, [4], always("right up"), limit=9)
+
+
+def test_policies_of_a_network():
+    logits = torch.log(torch.tensor([[0.1, 0.2, 0.7, 0, 0, 0]]))
+
+    def model(frames):
+        return logits.expand(len(frames), 6)
+
+    frames, places = torch.zeros(4000, 3, 64, 64, dtype=torch.uint8), torch.arange(4000)
+    assert (greedy(model)(frames, places) == 2).all()
+    counts = sampled(model, 0)(frames, places).bincount(minlength=6) / 4000
+    torch.testing.assert_close(counts, logits.exp()[0], rtol=0, atol=0.03)
+    counts = uniform(0)(frames, places).bincount(minlength=6) / 4000
+    torch.testing.assert_close(counts, torch.full((6,), 1 / 6), rtol=0, atol=0.03)
+
+
+# ---- messages ----
+
+
+def test_a_python_without_the_game_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv(data.VARIABLE, raising=False)
+    with pytest.raises(ValueError, match=r"game-python: .*got /no/python.*pip install procgen2"):
+        find_python("/no/python")
+    monkeypatch.setenv(data.VARIABLE, "/another/python")
+    with pytest.raises(ValueError, match="got /another/python"):
+        find_python(None)
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho 'No module named procgen' >&2\nexit 1\n")
+    fake.chmod(0o755)
+    with pytest.raises(ValueError, match="No module named procgen"):
+        find_python(str(fake))
+    fake.write_text("#!/bin/sh\nexit 0\n")
+    assert find_python(str(fake)) == str(fake)
+
+
+def test_the_two_commands_are_told_where_there_is_no_game(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv(data.VARIABLE, raising=False)
+    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as stopped:
+        main(["coinrun", "--quick", "--output", str(tmp_path / "none")])
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert "python3 -m venv ~/.procgen; ~/.procgen/bin/pip install procgen2 'numpy<2'" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--levels", "0"], "levels: expected at least 1, got 0"),
+        (["--levels", "2000"], "levels: expected at most 1000, got 2000"),
+        (["--trials", "0"], "trials: expected at least 1, got 0"),
+        (["--final-epochs", "-1"], "final-epochs: expected at least 1, got -1"),
+        (["--width", "12"], "width: expected a multiple of 8, got 12"),
+        (["--batch", "some"], "invalid int value: 'some'"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["coinrun", "--output", str(tmp_path / "none"), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_options_change_the_data():
+    from andmask_ext.studies.coinrun.study import _size
+
+    given = dict.fromkeys(
+        ("levels", "states", "trials", "epochs", "final_epochs", "batch", "width")
+    )
+    keys = {
+        _size(argparse.Namespace(**given | change, quick=quick)).data.key
+        for quick in (True, False)
+        for change in ({}, {"levels": 2}, {"states": 7})
+    }
+    assert len(keys) == 6
