@@ -64,7 +64,7 @@ class Size:
     width: int
 
 
-FULL = Size(DataSettings(), trials=8, epochs=15, final_epochs=40, batch=32, width=16)
+FULL = Size(DataSettings(), trials=8, epochs=12, final_epochs=40, batch=32, width=16)
 QUICK = Size(
     DataSettings(Levels(0, 4, 60, 100), Levels(1000, 2, 40, 100), Levels(2000, 6, 20, 100)),
     trials=2,
