@@ -382,7 +382,7 @@ def test_each_level_is_played_to_its_end(server):
         assert (frames[:, 2] == 7).all()
         return torch.where(frames[:, 0, 0, 0] == 1, 0, frames[:, 0, 0, 0])
 
-    played = play(server, [2, 0, 1], policy, limit=9, keep=True)
+    played = play(server, {"a": ([2, 0, 1], policy)}, limit=9, keep=True)["a"]
     assert seen == [([2, 0, 1], [0, 0, 0], [0, 1, 2]), ([2, 1], [1, 1], [0, 2]), ([2], [2], [0])]
     assert played.rewards.tolist() == [10, 10, 0]
     assert played.decisions.tolist() == [3, 1, 2]
@@ -391,7 +391,7 @@ def test_each_level_is_played_to_its_end(server):
 
 
 def test_a_level_that_goes_on_is_left(server):
-    played = play(server, [4, 0], always("left"), limit=2)
+    played = play(server, {"a": ([4, 0], always("left"))}, limit=2)["a"]
     assert played.decisions.tolist() == [2, 1]
     assert played.over.tolist() == [False, True]
     assert played.rewards.tolist() == [0, 10]
@@ -399,13 +399,26 @@ def test_a_level_that_goes_on_is_left(server):
 
 def test_plans_are_followed(server):
     plans = np.array([[2, 2, 2, -1], [1, 1, -1, -1], [1, 0, 0, -1]])
-    played = play(server, [2, 1, 2], follow(plans), limit=9)
+    played = play(server, {"a": ([2, 1, 2], follow(plans))}, limit=9)["a"]
     assert played.rewards.tolist() == [10, 10, 0]
+
+
+def test_policies_play_side_by_side(server):
+    plans = np.array([[3, 3, 3, 3], [0, 0, 0, 0]])
+    parts = {"a": ([0, 1], always("left")), "b": ([3, 1], follow(plans)), "c": ([0], uniform(0))}
+    alone = {name: play(server, {name: part}, limit=9)[name] for name, part in parts.items()}
+    parts = {"a": ([0, 1], always("left")), "b": ([3, 1], follow(plans)), "c": ([0], uniform(0))}
+    together = play(server, parts, limit=9)
+    assert together["a"].rewards.tolist() == [10, 0]
+    assert together["b"].rewards.tolist() == [10, 0]
+    for name, one in alone.items():
+        assert one.rewards.tolist() == together[name].rewards.tolist()
+        assert one.decisions.tolist() == together[name].decisions.tolist()
 
 
 def test_a_server_that_dies_is_heard(server):
     with pytest.raises(RuntimeError, match="the fifth action breaks me"):
-        play(server, [4], always("right up"), limit=9)
+        play(server, {"a": ([4], always("right up"))}, limit=9)
 
 
 def test_policies_of_a_network():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -110,37 +111,50 @@ class Played:
 
 
 def play(
-    command: Sequence[str], levels: Sequence[int], policy: Policy, limit: int, keep: bool = False
-) -> Played:
-    """Play each level once.
+    command: Sequence[str],
+    parts: Mapping[str, tuple[Sequence[int], Policy]],
+    limit: int,
+    keep: bool = False,
+) -> dict[str, Played]:
+    """Play levels once each, all at the same time.
 
     Args:
         command: that of the game's side.
-        levels: their numbers.
-        policy: gets frames and the places of their levels in ``levels``; returns actions.
+        parts: by name, numbers of levels and the policy that plays them. A policy gets frames and
+            the places of their levels within its part, and returns actions.
         limit: decisions after which a level that goes on is left.
         keep: whether to keep the frames.
 
     Returns:
-        How it went.
+        How each part went.
 
     Raises:
         RuntimeError: the game's process failed.
     """
-    played = Played(np.zeros(len(levels)), np.zeros(len(levels), int), np.zeros(len(levels), bool))
-    with GameServer(command, levels) as server:
+    played = {
+        name: Played(np.zeros(len(levels)), np.zeros(len(levels), int), np.zeros(len(levels), bool))
+        for name, (levels, _) in parts.items()
+    }
+    starts = np.cumsum([0, *(len(levels) for levels, _ in parts.values())])
+    slices = [slice(*ends) for ends in itertools.pairwise(starts.tolist())]
+    everything = [level for levels, _ in parts.values() for level in levels]
+    with GameServer(command, everything) as server:
         for decision in range(limit + 1):
             frames, rewards, over = server.look()
-            played.rewards += rewards
-            played.over = over
-            if keep:
-                played.frames.append(frames)
-            if decision == limit or over.all():
+            actions = np.zeros(len(everything), np.uint8)
+            last = decision == limit or bool(over.all())
+            for here, one, (_, policy) in zip(slices, played.values(), parts.values(), strict=True):
+                one.rewards += rewards[here]
+                one.over = over[here]
+                if keep:
+                    one.frames.append(frames[here])
+                places = np.flatnonzero(~over[here])
+                if not last and len(places):
+                    choice = policy(frames[here][places], torch.from_numpy(places))
+                    actions[here][places] = choice.numpy()
+                    one.decisions += ~over[here]
+            if last:
                 break
-            places = np.flatnonzero(~over)
-            actions = np.zeros(len(levels), np.uint8)
-            actions[places] = policy(frames[places], torch.from_numpy(places)).numpy()
-            played.decisions += ~over
             server.act(actions)
     return played
 

@@ -15,7 +15,7 @@ from ..summary import Picture, Summary
 from .data import VARIABLE, States, find_python, game_command, load, make
 from .figures import draw_curves, draw_search, draw_sheet
 from .network import CHANNELS_OF_A_GROUP
-from .player import Played, always, follow, greedy, play, sampled, uniform
+from .player import always, follow, greedy, play, sampled, uniform
 from .results import (
     Done,
     best_trial,
@@ -141,23 +141,17 @@ class CoinRun(Study[CoinRunSettings]):
         levels = {split: load(settings.file, split).levels for split in ("train", "test")}
         if settings.role == "reference":
             policy = uniform(seed) if settings.method == "random" else always(settings.method)
-            played = {
-                split: play(settings.command, levels[split], policy, settings.limit)
-                for split in levels
-            }
+            parts = {split: (numbers, policy) for split, numbers in levels.items()}
+            played = play(settings.command, parts, settings.limit)
             return Outcome(returns(played))
         model, history = train(settings, seed, files, report)
         final = {name: values[-1] for name, values in history.items() if name != "epoch"}
         results: dict[str, Any] = {"history": history, "levels": len(levels["train"])}
         if settings.role == "trial":
             return Outcome(results | {"final": final})
-        played = {
-            split: play(settings.command, levels[split], greedy(model), settings.limit)
-            for split in levels
-        }
-        played["test_sampled"] = play(
-            settings.command, levels["test"], sampled(model, seed), settings.limit
-        )
+        parts = {split: (numbers, greedy(model)) for split, numbers in levels.items()}
+        parts["test_sampled"] = (levels["test"], sampled(model, seed))
+        played = play(settings.command, parts, settings.limit)
         outcome = returns(played)
         return Outcome(results | outcome | {"final": final | outcome["final"]}, model.state_dict())
 
@@ -204,15 +198,12 @@ class CoinRun(Study[CoinRunSettings]):
     def _sheet(self, final: Mapping[str, Sequence[Done]], folder: Path, states: States) -> Picture:
         levels = states.levels[:SHEET_LEVELS]
         settings = final["adam"][0].run.settings
-        shown: dict[str, Played] = {
-            "expert": play(
-                settings.command, levels, follow(states.plans), settings.limit, keep=True
-            )
-        }
+        parts = {"expert": (levels, follow(states.plans))}
         for method, name in METHODS.items():
             one = final[method][0]
             model = load_model(one.run.settings, one.files.read_weights())
-            shown[name] = play(settings.command, levels, greedy(model), settings.limit, keep=True)
+            parts[name] = (levels, greedy(model))
+        shown = play(settings.command, parts, settings.limit, keep=True)
         path = draw_sheet(shown, levels, folder / "coinrun-play.png")
         return Picture(
             path,
