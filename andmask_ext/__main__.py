@@ -38,7 +38,7 @@ COMMANDS = {
         "behavioural cloning on CoinRun levels, played on unseen ones",
     ),
     "benchmark": (
-        "andmask_ext.studies.benchmark:main",
+        "andmask_ext.studies.benchmark.cli:main",
         "time and memory of a training step, beside other libraries",
     ),
     "report": (

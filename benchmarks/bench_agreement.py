@@ -6,204 +6,45 @@ python benchmarks/bench_agreement.py --quick
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib
 import json
 import os
-import resource
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import torch
-from common import RUNS, Row, measure, parser, peak_memory, run, status
-from models import MODELS, Batch, mlp
-from peers import EXACT, GRADIENTS, OURS, PLAIN, PLAIN_STEP, STEPS, Contestant, Step
-from torch import nn
+from common import RUNS, Row, parser, run
 
-import andmask_ext
+from andmask_ext.studies.benchmark.contest import EVERY, GROUPED, contest, usual_case
+from andmask_ext.studies.benchmark.models import MODELS
+from andmask_ext.studies.benchmark.peers import (
+    GRADIENTS,
+    OURS,
+    PLAIN,
+    PLAIN_STEP,
+    STEPS,
+    Contestant,
+)
 
-CONTESTANTS = {**GRADIENTS, **STEPS}
-LIBRARIES = {"Opacus": "opacus", "BackPACK": "backpack", "TorchJD": "torchjd"}
-GROUPS = 8
-EVERY = "every example"
-SLOW, VERY_SLOW = 3.0, 30.0  # seconds: timed once, in the second call or in the first
 MOST_BYTES = 10 << 30  # of a contestant that keeps the gradients of all environments
-
-
-def setting(model: str, examples: int | None = None) -> tuple[nn.Module, Batch]:
-    """Return a fresh model and a batch; ``MLP 512`` is the MLP of that width."""
-    torch.manual_seed(0)
-    if model.startswith("MLP "):
-        width = int(model.split()[1])
-        assert examples is not None
-        return mlp(width), (torch.randn(examples, width), torch.randint(0, 10, (examples,)))
-    build, batch, usual = MODELS[model]
-    return build(), batch(examples or usual)
-
-
-def unavailable(name: str, environments: int) -> str:
-    """Return why a contestant is not even tried, or nothing."""
-    if name in LIBRARIES:
-        try:
-            importlib.import_module(LIBRARIES[name])
-        except ImportError as error:
-            return "not installed" if error.name == LIBRARIES[name] else reason(error)
-    if name == "DomainBed" and environments > GROUPS:
-        return f"not run: {environments} passes through the graph of the whole batch"
-    if name in (OURS, "Agreement + AndMaskAdamW") and not hasattr(andmask_ext, "Agreement"):
-        return "andmask_ext.Agreement is not there"
-    return ""
-
-
-def seconds_of(step: Step) -> float:
-    start = time.perf_counter()
-    step()
-    return time.perf_counter() - start
-
-
-def row_of(case: str, contestant: str, seconds: float) -> Row:
-    """Return the row of one timing (0: of none)."""
-    isa = str(andmask_ext.build_info()["isa"])
-    return Row(case, contestant, torch.get_num_threads(), isa, seconds, 0.0, seconds, 0.0, 0.0)
-
-
-def reason(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:110]}{'...' if len(text) > 110 else ''}"
-
-
-def gradient(model: nn.Module) -> torch.Tensor:
-    return torch.cat([param.grad.flatten() for param in model.parameters()])
 
 
 def case(
     model: str,
-    every: bool,
+    kind: str,
     contestants: dict[str, Contestant],
     yardstick: str,
     memory: bool,
     examples: int | None = None,
 ) -> list[Row]:
     """Time all contestants that can do it; the others appear with their reason."""
-    network, batch = setting(model, examples)
-    count = len(batch[1])
-    environments = count if every else GROUPS
-    parameters = sum(p.numel() for p in network.parameters())
-    name = (
-        f"{model}, {parameters / 1e6:.2f} M, batch {count}, "
-        f"{EVERY if every else f'{GROUPS} groups'}{', whole step' if yardstick != PLAIN else ''}"
-    )
-    print(f"\n{name}: trying", end="", flush=True)
-    steps, notes, found = {}, {}, {}
-    timed: dict[str, Row] = {}
-    for contestant, make in contestants.items():
-        print(f" {contestant} ...", end="", flush=True)
-        notes[contestant] = unavailable(contestant, environments)
-        if notes[contestant]:
-            continue
-        own = network if yardstick == PLAIN else setting(model, examples)[0]
-        try:
-            step = make(own, batch, environments)
-            seconds = seconds_of(step)
-            if SLOW <= seconds < VERY_SLOW:  # the first call warms up, and allocates
-                seconds = seconds_of(step)
-        except Exception as error:  # a library may raise anything
-            notes[contestant] = reason(error)
-            continue
-        if yardstick == PLAIN and contestant != PLAIN:
-            found[contestant] = gradient(network)
-        if seconds < SLOW or contestant in (yardstick, OURS):
-            steps[contestant] = step
-        else:
-            timed[contestant] = row_of(name, contestant, seconds)
-            notes[contestant] = "timed once"
-    for contestant, own_gradient in found.items():
-        notes[contestant] = ", ".join(
-            filter(None, [notes[contestant], differences(own_gradient, found.get(EXACT))])
-        )
-    found.clear()
-    print(" timing ...", flush=True)
-    for row in measure(name, steps, bytes_moved=0, yardstick=yardstick, seconds_per_round=0.1):
-        timed[row.contestant] = row
-    steps.clear()
-    gc.collect()
-    rows = [timed.get(contestant) or row_of(name, contestant, 0.0) for contestant in contestants]
-    for row in rows:
-        row.note = notes[row.contestant]
-        row.ratio = row.median / timed[yardstick].median
-    if memory:
-        print("  memory, each in a process of its own ...", flush=True)
-        for row in rows:
-            if row.median:
-                row.megabytes, row.process = memory_of(row.contestant, model, count, environments)
-        base = timed[yardstick]
-        for row in rows:
-            if row.megabytes and row.process and base.megabytes and base.process:
-                row.memory_ratio = row.megabytes / base.megabytes
-                row.process_ratio = row.process / base.process
-    return rows
+    chosen = usual_case(model, kind, examples)
+    print(f"\n{model}, batch {chosen.examples}, {kind}:", end="", flush=True)
+    before = ""
 
+    def tell(stage: str, name: str) -> None:
+        nonlocal before
+        print(f" {name} ..." if stage == before else f"\n  {stage} {name} ...", end="", flush=True)
+        before = stage
 
-def differences(own: torch.Tensor, exact: torch.Tensor | None) -> str:
-    """Say how far a gradient is from the loop's, if more than rounding could do."""
-    if exact is None:
-        return "not compared"
-    masked = int(((own == 0) != (exact == 0)).sum())
-    both = (own != 0) & (exact != 0)
-    far = float(((own - exact).abs() * both).max() / exact.abs().max())
-    notes = [f"{masked} coordinates masked otherwise than in the loop"] * (masked > 0)
-    notes += [f"largest difference {far:.0e}"] * (far > 1e-4)
-    return ", ".join(notes)
-
-
-# ---- memory ----
-
-
-def memory_of(
-    contestant: str, model: str, examples: int, environments: int
-) -> tuple[float | None, float | None]:
-    """Return the peak memory in MiB of two steps, over that of the process with model and batch,
-    and that of the whole process.
-    """
-    command = [sys.executable, "-W", "ignore", __file__, "--memory-of", contestant, model,
-               str(examples), str(environments)]  # fmt: skip
-    # Memory goes back to the system when it is freed, so that what counts is what is in use.
-    settings = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(
-        command, env={**os.environ, **settings}, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        print(f"  memory of {contestant}: failed: {done.stderr.strip().splitlines()[-1:]}")
-        return None, None
-    over, whole = done.stdout.split()[-2:]
-    return float(over), float(whole)
-
-
-def print_memory(contestant: str, model: str, examples: int, environments: int) -> None:
-    torch.set_num_threads(1)
-    if contestant in LIBRARIES:
-        importlib.import_module(LIBRARIES[contestant])
-    network, batch = setting(model, examples)
-    few = tuple(part[: max(1, examples // environments)] for part in batch)
-    CONTESTANTS[PLAIN](network, few, 1)()  # warm up
-    CONTESTANTS[contestant](*setting("MLP 16", 8), 8)()  # libraries are loaded when first used
-    for param in network.parameters():
-        param.grad = None
-    started = False
-
-    def first_and_second() -> None:
-        nonlocal started
-        if not started:  # peak_memory's own first call: nothing is kept yet
-            started = True
-            return
-        step = CONTESTANTS[contestant](network, batch, environments)
-        if seconds_of(step) < SLOW:
-            step()
-
-    over = peak_memory(first_and_second)
-    print(over / 2**20, status("VmHWM") / 2**20)
+    return contest(chosen, contestants, yardstick, memory=memory, tell=tell)[0]
 
 
 # ---- scaling ----
@@ -225,7 +66,7 @@ def scaling() -> list[dict]:
         if needed > MOST_BYTES:
             print(f"batch {batch}, width {width}: {needed >> 30} GiB, without vmap and Opacus")
             usable = {name: chosen[name] for name in (PLAIN, OURS)}
-        rows = case(f"MLP {width}", True, usable, PLAIN, memory=True, examples=batch)
+        rows = case(f"MLP {width}", EVERY, usable, PLAIN, memory=True, examples=batch)
         for row in rows:
             print(f"  {row.contestant:12}{row.median * 1e3:10.2f} ms{row.megabytes or 0:9.1f} MiB")
             points.append({"axis": axis, "batch": batch, "width": width, "name": row.contestant,
@@ -285,16 +126,10 @@ def make_figure(options: argparse.Namespace) -> None:
     draw(json.loads(path.read_text()), options.figure)
 
 
-def limit_memory() -> None:
-    """Let allocations fail, not the machine, if a contestant wants more than 3/4 of its memory."""
-    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * 3 // 4
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
 def main() -> None:
     arguments = parser(__doc__.splitlines()[0])
     arguments.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
-    kinds = [EVERY, f"{GROUPS} groups"]
+    kinds = [EVERY, GROUPED]
     arguments.add_argument("--environments", nargs="+", choices=kinds, default=kinds)
     arguments.add_argument(
         "--figure", metavar="PATH", help="draw time and memory over batch, width"
@@ -302,26 +137,20 @@ def main() -> None:
     arguments.add_argument(
         "--figure-only", action="store_true", help="no table; draw kept points again if there are"
     )
-    arguments.add_argument("--memory-of", nargs=4, help=argparse.SUPPRESS)
     options = arguments.parse_args()
-    limit_memory()
-    if options.memory_of:
-        contestant, model, examples, environments = options.memory_of
-        print_memory(contestant, model, int(examples), int(environments))
-        return
     last = options.threads[-1]
-    settings: list[tuple[str, bool, int | None]] = [
-        (model, kind == EVERY, None) for kind in options.environments for model in options.models
+    settings: list[tuple[str, str, int | None]] = [
+        (model, kind, None) for kind in options.environments for model in options.models
     ]
     if options.quick:
-        settings, options.threads = [("MLP", True, 32), ("MLP", False, 32)], [last]
+        settings, options.threads = [("MLP", EVERY, 32), ("MLP", GROUPED, 32)], [last]
     if not options.figure_only:
         cases = []
-        for model, every, examples in settings:
+        for model, kind, examples in settings:
             for group, base in ((GRADIENTS, PLAIN), (STEPS, PLAIN_STEP)):
                 cases.append(
-                    lambda m=model, e=every, n=examples, g=group, b=base: case(
-                        m, e, g, b, memory=torch.get_num_threads() == last, examples=n
+                    lambda m=model, k=kind, n=examples, g=group, b=base: case(
+                        m, k, g, b, memory=torch.get_num_threads() == last, examples=n
                     )
                 )
         run(options, cases)
@@ -334,5 +163,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent))
     main()

@@ -9,13 +9,21 @@ from collections.abc import Callable
 
 import torch
 from common import Row, measure, parser, peak_memory, run
-from models import environments, loss
 from torch import nn
 
 import andmask_ext as am
+from andmask_ext.studies.benchmark.models import MODELS, Batch, loss
 
 TAU = 0.6
 PLAIN = "d plain backward passes"
+
+
+def environments(model: str, count: int) -> tuple[nn.Module, list[Batch]]:
+    """Return a fresh model, and its usual batch split evenly between environments."""
+    torch.manual_seed(0)
+    build, draw, examples = MODELS[model]
+    network = build()
+    return network, [draw(max(1, examples // count)) for _ in range(count)]
 
 
 def contestants(model: nn.Module, data: list) -> dict[str, Callable[[], object]]:

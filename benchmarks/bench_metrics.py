@@ -13,10 +13,10 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 from common import Row, measure, parser, peak_memory, run
-from models import MODELS
 from torch import Tensor, nn
 
 import andmask_ext as am
+from andmask_ext.studies.benchmark.models import MODELS
 
 Step = Callable[[], object]
 

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 from common import Row, measure, parser, run
-from models import MODELS
 from torch import Tensor, nn
 
 import andmask_ext  # noqa: F401  # loads the ops
+from andmask_ext.studies.benchmark.models import MODELS
 
 ops = torch.ops.andmask
 Moments = tuple[Tensor | None, ...]

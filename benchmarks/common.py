@@ -1,112 +1,24 @@
-"""Measuring, printing, keeping and comparing: shared by all benchmarks.
+"""Options, printing, keeping and comparing: shared by all benchmarks.
 
-Contestants of one case are timed alternately in one process, so that a busy machine hits all of
-them alike. Read ratios, not milliseconds.
+What is measured, and how, stands in ``andmask_ext.studies.benchmark``.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch.utils.benchmark import Measurement, Timer
 
-import andmask_ext
+from andmask_ext.studies.benchmark.measuring import Row, measure, peak_memory
+
+__all__ = ["RUNS", "Row", "measure", "parser", "peak_memory", "run", "table"]
 
 RUNS = Path(__file__).parent / "runs"
-ROUNDS = 9
-
-
-@dataclass
-class Row:
-    """One contestant in one case. Times in seconds."""
-
-    case: str
-    contestant: str
-    threads: int
-    isa: str
-    median: float
-    iqr: float
-    minimum: float
-    gigabytes_per_second: float
-    ratio: float  # median time / median time of the case's yardstick
-    megabytes: float | None = None  # peak memory, where it was measured
-    memory_ratio: float | None = None  # to that of the yardstick
-    process: float | None = None  # peak memory of the whole process
-    process_ratio: float | None = None
-    note: str = ""  # why there are no figures
-
-    @property
-    def key(self) -> tuple[str, str, int]:
-        return self.case, self.contestant, self.threads
-
-
-def measure(
-    case: str,
-    contestants: dict[str, Callable[[], object]],
-    *,
-    bytes_moved: int,
-    yardstick: str,
-    rounds: int = ROUNDS,
-    seconds_per_round: float = 0.05,
-) -> list[Row]:
-    """Time the contestants alternately, ``rounds`` times each (those above .2 s: 3 times)."""
-    threads = torch.get_num_threads()
-    isa = str(andmask_ext.build_info()["isa"])
-    timers = {
-        name: Timer("f()", globals={"f": function}, num_threads=threads, label=case)
-        for name, function in contestants.items()
-    }
-    repeats, turns = {}, {}
-    for name, timer in timers.items():
-        timer.timeit(1)  # compile, allocate
-        once = timer.timeit(1).median
-        repeats[name] = max(1, min(100_000, int(seconds_per_round / max(once, 1e-7))))
-        turns[name] = rounds if once < 0.2 else 3  # the slow ones are far from close calls
-    measured: dict[str, list[Measurement]] = {name: [] for name in timers}
-    for turn in range(rounds):
-        for name, timer in timers.items():
-            if turn < turns[name]:
-                measured[name].append(timer.timeit(repeats[name]))
-    merged = {name: Measurement.merge(list_)[0] for name, list_ in measured.items()}
-    base = merged[yardstick].median
-    return [
-        Row(
-            case,
-            name,
-            threads,
-            isa,
-            result.median,
-            result.iqr,
-            min(result.times),
-            bytes_moved / result.median / 1e9,
-            result.median / base,
-        )
-        for name, result in merged.items()
-    ]
-
-
-def peak_memory(function: Callable[[], object]) -> int:
-    """Return by how many bytes the process grew at most during one call (Linux)."""
-    function()
-    ctypes.CDLL(None).malloc_trim(0)  # what the first call left behind would hide the second's use
-    Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
-    before = status("VmRSS")
-    function()
-    return max(0, status("VmHWM") - before)
-
-
-def status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(field)
 
 
 def parser(description: str) -> argparse.ArgumentParser:

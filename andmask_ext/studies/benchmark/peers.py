@@ -3,27 +3,62 @@
 A contestant is a function of a model, a batch and the number of environments (equal groups of
 consecutive examples; as many as examples: each is one). It returns a function that writes the
 gradient to ``.grad`` of the model's parameters. What a library cannot do raises, with its reason.
+Libraries other than torch are imported when their contestant is made.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from models import Batch, loss
 from torch import Tensor, nn
 
 import andmask_ext as am
 
+from .models import Batch, loss
+
 TAU = 0.6
 Step = Callable[[], object]
 Contestant = Callable[[nn.Module, Batch, int], Step]
+# Contestant: the module to import, and the name under which pip knows it.
+LIBRARIES = {
+    "Opacus": ("opacus", "opacus"),
+    "BackPACK": ("backpack", "backpack-for-pytorch"),
+    "TorchJD": ("torchjd", "torchjd"),
+}
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the other libraries, None for those that are not installed.
+
+    Example:
+        >>> sorted(versions())
+        ['BackPACK', 'Opacus', 'TorchJD']
+    """
+    found: dict[str, str | None] = {}
+    for name, (_, package) in LIBRARIES.items():
+        try:
+            found[name] = version(package)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
 
 
 def formula(grads: Tensor) -> Tensor:
-    """Return what the authors' code makes of stacked gradients."""
+    """Return what the authors' code makes of stacked gradients.
+
+    Args:
+        grads: of all environments, ``[environments, *shape]``.
+
+    Example:
+        >>> formula(torch.tensor([[1.0, 2.0], [3.0, -2.0]]))
+        tensor([2., 0.])
+    """
     mask = (grads.sign().mean(0).abs() >= TAU).to(grads.dtype)
     return mask * grads.mean(0)
 
@@ -33,30 +68,53 @@ def apply_formula(
     stacks: Iterable[Tensor],
     aggregate: Callable[[Tensor], Tensor] = formula,
 ) -> None:
-    """Write the masked gradients; ``stacks`` is asked for one parameter after the other."""
+    """Write the masked gradients.
+
+    Args:
+        params: where to.
+        stacks: their gradients, stacked; asked for one parameter after the other.
+        aggregate: makes one gradient of a stack.
+    """
     with torch.no_grad():
         for param, stack in zip(params, stacks, strict=True):
             param.grad = aggregate(stack)
 
 
 def means(per_example: Tensor, environments: int) -> Tensor:
-    """Return the gradients of environments, given those of the loss of each example."""
+    """Return the gradients or losses of environments, given those of single examples.
+
+    Args:
+        per_example: gradients or losses, ``[examples, *shape]``.
+        environments: equal groups of consecutive examples.
+    """
     if len(per_example) == environments:
         return per_example
-    return per_example.unflatten(0, (environments, -1)).mean(1)
+    return per_example.reshape(environments, -1, *per_example.shape[1:]).mean(1)
 
 
 def split(batch: Batch, environments: int) -> list[Batch]:
-    return list(zip(*(part.chunk(environments) for part in batch), strict=True))
+    """Return the batches of the environments.
+
+    Args:
+        batch: of all of them.
+        environments: equal groups of consecutive examples.
+    """
+    inputs, labels = (part.chunk(environments) for part in batch)
+    return list(zip(inputs, labels, strict=True))
 
 
 def clear(params: Sequence[Tensor]) -> None:
+    """Forget gradients.
+
+    Args:
+        params: whose.
+    """
     for param in params:
         param.grad = None
 
 
 def plain(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """Forward and backward pass of the batch, without environments: the yardstick."""
+    """Make a forward and a backward pass without environments: the yardstick."""
     params = list(model.parameters())
 
     def step() -> None:
@@ -67,7 +125,7 @@ def plain(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def authors(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """A forward and a backward pass for each environment, a stack, the formula."""
+    """Make a forward and a backward pass for each environment, a stack, the formula."""
     params = list(model.parameters())
 
     def step() -> None:
@@ -88,7 +146,7 @@ def authors(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def domainbed(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """DomainBed's AND-mask: one forward pass, and through its whole graph once per environment."""
+    """Do as DomainBed: one forward pass, and back through its whole graph for each environment."""
     params = list(model.parameters())
 
     def step() -> None:
@@ -109,7 +167,7 @@ def vmap(
     environments: int,
     aggregate: Callable[[Tensor], Tensor] = formula,
 ) -> Step:
-    """``torch.func``: ``vmap(grad(loss))`` over environments, the formula."""
+    """Use ``torch.func``: ``vmap(grad(loss))`` over environments, the formula."""
     names, params = zip(*model.named_parameters(), strict=True)
 
     def one(values: tuple[Tensor, ...], x: Tensor, y: Tensor) -> Tensor:
@@ -130,16 +188,15 @@ def vmap(
 
 
 def vmap_and_op(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """The same, with the operator of ``andmask_ext`` in the place of the formula."""
+    """Do the same with the operator of ``andmask_ext`` in the place of the formula."""
     return vmap(model, batch, environments, am.AndMask(TAU))
 
 
 def opacus(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """Opacus' gradients per example, the formula."""
-    from opacus import GradSampleModule
-
-    wrapped = GradSampleModule(copy.deepcopy(model), loss_reduction="mean")
-    params, own = list(model.parameters()), list(wrapped.parameters())
+    """Use Opacus' gradients per example, the formula."""
+    wrapped = import_module("opacus").GradSampleModule(copy.deepcopy(model), loss_reduction="mean")
+    params = list(model.parameters())
+    own: list[Any] = list(wrapped.parameters())
 
     def step() -> None:
         clear(params)
@@ -156,17 +213,17 @@ def opacus(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def backpack(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """BackPACK's ``BatchGrad``, the formula."""
-    from backpack import backpack, extend
-    from backpack.extensions import BatchGrad
-
-    extended, criterion = extend(copy.deepcopy(model)), extend(nn.CrossEntropyLoss())
-    params, own = list(model.parameters()), list(extended.parameters())
+    """Use BackPACK's ``BatchGrad``, the formula."""
+    library, extensions = import_module("backpack"), import_module("backpack.extensions")
+    extended = library.extend(copy.deepcopy(model))
+    criterion = library.extend(nn.CrossEntropyLoss())
+    params = list(model.parameters())
+    own: list[Any] = list(extended.parameters())
     examples = len(batch[1])
 
     def step() -> None:
         clear(params)
-        with backpack(BatchGrad()):
+        with library.backpack(extensions.BatchGrad()):
             criterion(extended(batch[0]), batch[1]).backward()
         missing = [name for name, p in extended.named_parameters() if not hasattr(p, "grad_batch")]
         if missing:
@@ -185,15 +242,14 @@ def backpack(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def torchjd(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """TorchJD's Jacobian of the environments' losses, the formula."""
-    from torchjd.autojac import jac
-
+    """Use TorchJD's Jacobian of the environments' losses, the formula."""
+    jacobian = import_module("torchjd.autojac").jac
     params = list(model.parameters())
 
     def step() -> None:
         clear(params)
         losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
-        stacks = list(jac(means(losses, environments), params))
+        stacks = list(jacobian(means(losses, environments), params))
         stacks.reverse()
         apply_formula(params, (stacks.pop() for _ in params))
 
@@ -201,7 +257,7 @@ def torchjd(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def backward(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """``andmask_ext.backward``: a forward and a backward pass for each environment."""
+    """Use ``andmask_ext.backward``: a forward and a backward pass for each environment."""
     params = list(model.parameters())
 
     def step() -> None:
@@ -213,7 +269,7 @@ def backward(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def agreement(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """``andmask_ext.Agreement``: one forward and one backward pass."""
+    """Use ``andmask_ext.Agreement``: one forward and one backward pass."""
     context = am.Agreement(model, am.AndMask(TAU))
     params = list(model.parameters())
 
@@ -226,7 +282,7 @@ def agreement(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def plain_training(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """A whole step of plain training with torch's fused AdamW: the yardstick of whole steps."""
+    """Train plainly with torch's fused AdamW: the yardstick of whole steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def step() -> None:
@@ -238,7 +294,7 @@ def plain_training(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def agreement_training(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """A whole step of ``Agreement`` with ``AndMaskAdamW``."""
+    """Train with ``Agreement`` and ``AndMaskAdamW``: a whole step."""
     optimizer = am.optim.AndMaskAdamW(model.parameters(), lr=1e-5, tau=TAU)
     context = am.Agreement(model, optimizer)
 
@@ -252,6 +308,7 @@ def agreement_training(model: nn.Module, batch: Batch, environments: int) -> Ste
 
 
 PLAIN, EXACT, OURS = "plain", "authors' loop", "Agreement"
+PLAIN_STEP, OUR_STEP = "plain + AdamW(fused)", "Agreement + AndMaskAdamW"
 GRADIENTS: dict[str, Contestant] = {
     PLAIN: plain,
     OURS: agreement,
@@ -264,8 +321,7 @@ GRADIENTS: dict[str, Contestant] = {
     "BackPACK": backpack,
     "TorchJD": torchjd,
 }
-PLAIN_STEP = "plain + AdamW(fused)"
 STEPS: dict[str, Contestant] = {
     PLAIN_STEP: plain_training,
-    "Agreement + AndMaskAdamW": agreement_training,
+    OUR_STEP: agreement_training,
 }
