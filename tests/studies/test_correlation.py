@@ -17,6 +17,7 @@ from andmask_ext.studies.correlation.measuring import (
     environment_gradients,
     measure,
     permute,
+    where_enough,
 )
 from andmask_ext.studies.correlation.study import claims
 
@@ -136,6 +137,16 @@ def test_what_is_measured_is_the_packages_metric():
             for name in SIGNALS:
                 values = found["curves"][mask]["masked" if masked else "plain"][name]
                 assert values == pytest.approx(expected.correlations[name].tolist(), nan_ok=True)
+
+
+def test_a_mean_of_few_seeds_is_none():
+    nan = float("nan")
+    values = torch.tensor([[1.0, nan, nan], [2.0, 3.0, nan], [3.0, 4.0, 5.0]])
+    assert where_enough(values).isnan().tolist() == [
+        [False, True, True],
+        [False, False, True],
+        [False, False, True],
+    ]
 
 
 def fabricated(start, end, low):

@@ -14,11 +14,11 @@ from torch import Tensor
 from ...plots._style import LINES, style
 from ...plots.palette import GREY
 from ..figures import save
-from .measuring import MASKS, SIGNALS, curve
+from .measuring import MASKS, SIGNALS, curve, where_enough
 
 
 def _draw(axes: Axes, tau: Tensor, values: Tensor, number: int, label: str | None = None) -> None:
-    line = LINES[number]
+    line, values = LINES[number], where_enough(values)
     mean = values.nanmean(0)
     around = (values - mean).square().nanmean(0).sqrt()
     axes.plot(
@@ -85,10 +85,11 @@ def draw_conditions(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Pat
             tau = torch.tensor(records[0]["tau"])
             for number, name in enumerate(SIGNALS):
                 _draw(axes, tau, curve(records, "and", "plain", name), number, name)
-                masked = curve(records, "and", "masked", name).nanmean(0)
+                masked = where_enough(curve(records, "and", "masked", name)).nanmean(0)
                 axes.plot(tau, masked, color=LINES[number].color, linestyle=(0, (4, 2)), zorder=1)
             axes.axhline(0, color=GREY, linewidth=0.8, zorder=0)
             axes.set(title=condition, xlabel="threshold τ", xlim=(0, 1), ylim=(-0.6, 1.05))
+            axes.set_xticks((0, 0.5, 1), ("0", ".5", "1"))
         panels[0].set_ylabel("correlation")
         panels[0].legend(loc="lower left")
         return save(figure, path)

@@ -208,3 +208,15 @@ def curve(records: Sequence[Mapping[str, Any]], mask: str, signals: str, name: s
         [[float("nan") if value is None else value for value in row] for row in rows],
         dtype=torch.float64,
     )
+
+
+def where_enough(values: Tensor) -> Tensor:
+    """Drop thresholds at which fewer than half of the seeds have a correlation.
+
+    Args:
+        values: ``[seeds, thresholds]``, NaN where there is none.
+
+    Returns:
+        The same, with NaN for all seeds there.
+    """
+    return values.where((~values.isnan()).double().mean(0) >= 0.5, torch.nan)
