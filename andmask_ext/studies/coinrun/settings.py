@@ -64,9 +64,9 @@ class Size:
     width: int
 
 
-FULL = Size(DataSettings(), trials=8, epochs=12, final_epochs=40, batch=32, width=16)
+FULL = Size(DataSettings(), trials=8, epochs=12, final_epochs=30, batch=32, width=16)
 QUICK = Size(
-    DataSettings(Levels(0, 4, 60, 100), Levels(1000, 2, 40, 100), Levels(2000, 6, 20, 100)),
+    DataSettings(Levels(0, 4, 60, 100), Levels(1000, 2, 40, 100), Levels(2000, 4, 20, 100)),
     trials=2,
     epochs=4,
     final_epochs=16,

@@ -28,7 +28,7 @@ from .results import (
     search_table,
 )
 from .settings import FULL, METHODS, QUICK, REFERENCES, TRIAL_SEED, Size, trials
-from .training import CoinRunSettings, load_model, train
+from .training import CoinRunSettings, at_its_best, load_model, train
 
 SHEET_LEVELS = 3
 OPTIONS = {
@@ -152,6 +152,7 @@ class CoinRun(Study[CoinRunSettings]):
         parts = {split: (numbers, greedy(model)) for split, numbers in levels.items()}
         parts["test_sampled"] = (levels["test"], sampled(model, seed))
         played = play(settings.command, parts, settings.limit)
+        final |= at_its_best(history)
         outcome = returns(played)
         return Outcome(results | outcome | {"final": final | outcome["final"]}, model.state_dict())
 

@@ -28,7 +28,7 @@ class CoinRunSettings(Settings):
 
     Args:
         role: ``trial`` of the search, measured on validation levels; ``final``, measured on test
-            levels and in the game; ``reference``, a policy that learns nothing.
+            levels, too, and in the game; ``reference``, a policy that learns nothing.
         method: ``adam``, ``temporal``, or a policy of :data:`.study.REFERENCES`.
         data: which data, by name.
         epochs: a step on each training level, in a new order each time.
@@ -175,17 +175,18 @@ def train(
         report: called after every epoch.
 
     Returns:
-        The network, and what was measured: ``epoch``, and loss and accuracy on training states and
-        those of validation levels (a trial) or test levels (a final run).
+        The network, and what was measured: ``epoch``, and loss and accuracy on states of training
+        and validation levels, in final runs of test levels, too.
     """
-    other = "validation" if settings.role == "trial" else "test"
-    states, others = load(settings.file, "train"), load(settings.file, other)
-    sample = some(states, len(others.frames))
+    splits = ("validation",) if settings.role == "trial" else ("validation", "test")
+    states = load(settings.file, "train")
+    measured = {split: load(settings.file, split) for split in splits}
+    measured["train"] = some(states, len(measured["validation"].frames))
     torch.manual_seed(seed)
     model = PolicyNetwork(settings.width, len(ACTIONS))
     optimizer = build_optimizer(settings, model)
     history: History = {"epoch": []}
-    for split in ("train", other):
+    for split in measured:
         history[f"{split}_loss"], history[f"{split}_accuracy"] = [], []
     parts: dict[str, Stateful] = {"model": model, "optimizer": optimizer}
     for epoch in files.epochs(settings.epochs, seed, history, parts):
@@ -195,13 +196,29 @@ def train(
             optimizer.step()
         if (epoch + 1) % settings.measure_every == 0 or epoch + 1 == settings.epochs:
             history["epoch"].append(epoch + 1)
-            for split, part in (("train", sample), (other, others)):
+            for split, part in measured.items():
                 for name, value in measure(model, part).items():
                     history[f"{split}_{name}"].append(value)
-        losses = [history[f"{split}_loss"][-1:] for split in ("train", other)]
-        words = [f"{one[0]:.3f}" for one in losses if one]
-        report(epoch + 1, settings.epochs, "loss " + " / ".join(words) if words else "")
+        losses = [history[f"{split}_loss"][-1:] for split in ("train", splits[-1])]
+        words = " / ".join(f"{one[0]:.3f}" for one in losses if one)
+        report(epoch + 1, settings.epochs, f"loss {words}" if words else "")
     return model, history
+
+
+def at_its_best(history: History) -> dict[str, float]:
+    """Return what was measured where the loss on validation levels was lowest.
+
+    Args:
+        history: that of a final run.
+
+    Returns:
+        ``best_epoch``, and the loss on test levels then, ``best_test_loss``.
+    """
+    place = min(range(len(history["epoch"])), key=lambda one: history["validation_loss"][one])
+    return {
+        "best_epoch": history["epoch"][place],
+        "best_test_loss": history["test_loss"][place],
+    }
 
 
 def load_model(settings: CoinRunSettings, weights: Weights) -> PolicyNetwork:
