@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -214,7 +215,8 @@ def at_its_best(history: History) -> dict[str, float]:
     Returns:
         ``best_epoch``, and the loss on test levels then, ``best_test_loss``.
     """
-    place = min(range(len(history["epoch"])), key=lambda one: history["validation_loss"][one])
+    losses = [math.inf if math.isnan(loss) else loss for loss in history["validation_loss"]]
+    place = losses.index(min(losses))
     return {
         "best_epoch": history["epoch"][place],
         "best_test_loss": history["test_loss"][place],
