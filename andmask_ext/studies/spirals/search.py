@@ -139,7 +139,8 @@ def _best(trials: Sequence[Done]) -> Done:
 
     def score(one: Done) -> tuple[float, float]:
         final = one.record["final"]
-        return final["validation_accuracy"], -(final["loss"] or float("inf"))
+        loss = final["loss"]  # null if it was not a number
+        return final["validation_accuracy"], float("-inf") if loss is None else -loss
 
     return max(trials, key=score)
 
