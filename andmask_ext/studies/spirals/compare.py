@@ -13,6 +13,7 @@ from ..study import Run
 from ..summary import Claim, Picture, Summary, Table, spread
 from . import charts, figures, options
 from .parts import (
+    AND_FAMILY,
     CHANCE,
     PASSED,
     Done,
@@ -121,8 +122,7 @@ def _first_epoch(runs: Sequence[Done]) -> str:
     return f"{text}; {missing} never" if missing else text
 
 
-# What is expected of a method; of the others nothing is claimed.
-FINDS = ("and-mask", "geometric-mean", "sand-mask")
+# The paper's baselines.
 MEMORISES = ("mean", "dropout", "l1", "l2", "batch-norm", "dann", "irm")
 
 
@@ -132,6 +132,6 @@ def _claims(name: str, runs: Sequence[Done]) -> list[Claim]:
     measured = f"{100 * train:.1f} % train, {100 * test:.1f} % test"
     if method in MEMORISES:
         return [Claim(f"{name} memorises", train >= PASSED and test < CHANCE, measured)]
-    if method in FINDS:
+    if method in AND_FAMILY:
         return [Claim(f"{name} finds the spirals", test >= PASSED, measured)]
     return []

@@ -15,8 +15,8 @@ from . import charts, options
 from .parts import AND_FAMILY, PASSED, Done, Part, SpiralsRun, mean_of, percents
 from .settings import METHODS
 
-TRIALS, QUICK_TRIALS = 20, 2
-EPOCHS, REVOLUTIONS = 24, 1.0
+TRIALS, QUICK_TRIALS = 16, 2
+EPOCHS, REVOLUTIONS = 20, 1.0
 
 # The paper's ranges, but for the width (it has 256 and 512) and the depth (3 and 5).
 SPACE: dict[str, tuple[Any, ...]] = {
