@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ...plots._style import LINES, Array, style
+from ...plots._style import LINES, SMALL, Array, style
 from ...plots.palette import BLUE, GREY, VERMILION
 from ..figures import save
 
@@ -36,7 +36,7 @@ def draw_random_labels(
         panels = figure.subplots(1, 3, sharey=True)
         taus = sorted({tau for one in curves.values() for tau in one})
         colours = dict(
-            zip(taus, colormaps["viridis"](np.linspace(0, 0.93, len(taus))), strict=True)
+            zip(taus, colormaps["viridis"](np.linspace(0, 0.88, len(taus))), strict=True)
         )
         for axes, labels in zip(panels, ("true", "random"), strict=False):
             for tau, series in curves[labels].items():
@@ -47,9 +47,10 @@ def draw_random_labels(
         for labels, colour, marker in (("true", BLUE, "o"), ("random", VERMILION, "s")):
             _over_taus(panels[2], curves[labels], colour, marker, f"{labels} labels")
         panels[2].set(xlabel=r"agreement threshold $\tau$", title="after the last epoch")
-        panels[2].legend(loc="center right")
+        panels[2].legend(loc="best")
+        panels[2].tick_params(labelleft=True)
         for axes in panels:
-            _chance(axes, chance)
+            _chance(axes, chance, named=axes is panels[0])
     return save(figure, path)
 
 
@@ -83,9 +84,10 @@ def draw_label_noise(
         for (row, methods), panels in zip(rows.items(), grid, strict=True):
             for column, (axes, title) in enumerate(zip(panels, titles, strict=True)):
                 for (method, series), line in zip(methods.items(), _lines(methods), strict=True):
-                    _curve(axes, series[column], line[0], line[1], method)
+                    name = method.replace("tau=", r"$\tau=$")
+                    _curve(axes, series[column], line[0], line[1], name)
                 axes.set_title(f"{title}: {row}" if len(rows) > 1 else title)
-                _chance(axes, chance)
+                _chance(axes, chance, named=column == 1)
             panels[0].set_ylabel("accuracy (%)")
         for axes in grid[-1]:
             axes.set_xlabel("epoch")
@@ -118,6 +120,19 @@ def _curve(
         )
 
 
-def _chance(axes: Axes, chance: float) -> None:
+def _chance(axes: Axes, chance: float, named: bool) -> None:
     axes.axhline(100 * chance, color=GREY, linewidth=1, linestyle=":", zorder=0)
     axes.set_ylim(-2, 102)
+    if not named:  # where curves run along the line, or its name is nearby
+        return
+    axes.annotate(
+        "guessing",
+        (1, 100 * chance),
+        (-2, -3),
+        xycoords=("axes fraction", "data"),
+        textcoords="offset points",
+        color=GREY,
+        fontsize=SMALL,
+        ha="right",
+        va="top",
+    )
