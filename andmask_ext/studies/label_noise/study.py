@@ -12,7 +12,7 @@ from ..study import Finished, Outcome, Report, Run, Study
 from ..summary import Summary
 from .data import DATA
 from .networks import NORMS
-from .results import present_label_noise, present_random_labels
+from .results import notes, present_label_noise, present_random_labels
 from .training import NoiseSettings, train
 
 PARTS = ("random-labels", "label-noise")
@@ -121,7 +121,7 @@ class LabelNoise(Study[NoiseSettings]):
         self, finished: Sequence[Finished[NoiseSettings]], folder: Path, options: argparse.Namespace
     ) -> Summary:
         """Say what the runs come to, and draw it."""
-        summary = Summary(notes=[])
+        summary = Summary(notes=notes(finished[0].run.settings, options.quick))
         random = [one for one in finished if one.run.settings.labels != "noisy"]
         noisy = [one for one in finished if one.run.settings.labels == "noisy"]
         if random:
