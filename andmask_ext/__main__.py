@@ -26,7 +26,7 @@ COMMANDS = {
         "the authors' linear regression, and the linear unit tests",
     ),
     "landscape": (
-        "andmask_ext.studies.landscape:main",
+        "andmask_ext.studies.landscape.cli:main",
         "loss surfaces, where rules lead on them, the patchwork solution",
     ),
     "label-noise": (
