@@ -66,10 +66,10 @@ class Size:
 
 FULL = Size(DataSettings(), trials=8, epochs=12, final_epochs=30, batch=32, width=16)
 QUICK = Size(
-    DataSettings(Levels(0, 4, 60, 100), Levels(1000, 2, 40, 100), Levels(2000, 4, 20, 100)),
+    DataSettings(Levels(3, 4, 60, 80), Levels(1000, 2, 40, 80), Levels(2002, 4, 20, 80)),
     trials=2,
     epochs=4,
-    final_epochs=16,
+    final_epochs=40,
     batch=32,
     width=8,
 )
