@@ -47,16 +47,6 @@ def draw_curves(final: Finals, constant: Sequence[float], path: Path) -> Path:
         losses = [loss for runs in final.values() for run in runs for loss in _after_start(run)]
         panels[0].set_ylim(0, min(2.2 * constant[1], max(1.15 * constant[1], *losses)))
         panels[0].axhline(constant[1], color=GREY, linewidth=1, linestyle=":")
-        panels[0].annotate(
-            "no look at the frame",
-            (1, constant[1]),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color=GREY,
-            fontsize=SMALL,
-        )
         panels[1].set_ylabel("clone's choice is an expert's best (%)")
         handles = [
             Line2D([], [], color=COLOURS[method], linewidth=2.2, label=METHODS[method])
@@ -66,7 +56,12 @@ def draw_curves(final: Finals, constant: Sequence[float], path: Path) -> Path:
             Line2D([], [], color=GREY, linewidth=2, linestyle=dashes, label=name)
             for name, dashes in LOOKS
         ]
-        figure.legend(handles=handles, loc="outside lower center", ncols=4)
+        handles.append(
+            Line2D(
+                [], [], color=GREY, linewidth=1, linestyle=":", label="the frame ignored, unseen"
+            )
+        )
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, columnspacing=1.2)
         return save(figure, path)
 
 
@@ -179,7 +174,10 @@ def draw_sheet(shown: Mapping[str, Played], levels: Sequence[int], path: Path) -
 
 def _strip(line: Sequence[Axes], name: str, played: Played, place: int) -> None:
     last = int(played.decisions[place]) - 1
-    for axes, moment in zip(line, np.linspace(0, last, len(line)).round().astype(int), strict=True):
+    moments = np.unique(np.linspace(0, last, len(line)).round().astype(int))
+    for axes in line[len(moments) :]:
+        axes.set_axis_off()
+    for axes, moment in zip(line, moments, strict=False):
         axes.imshow(played.frames[moment][place].permute(1, 2, 0).numpy())
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)
