@@ -209,8 +209,8 @@ class CoinRun(Study[CoinRunSettings]):
         return Picture(
             path,
             f"The first {len(levels)} unseen levels, played by the expert and by the clones of the "
-            "first seed: frames at even distances from the start to the end, below them the number of decisions "
-            "so far; at the left how it ended, and the return.",
+            "first seed: frames at even distances from the start to the end, below them the number "
+            "of decisions so far; at the left how it ended, and the return.",
         )
 
 
