@@ -26,7 +26,7 @@ def quick(tmp_path_factory):
 def test_the_quick_setting_shows_what_the_papers_claim(quick):
     summary = read_summary(quick, "linear")
     assert summary["quick"] is True
-    assert len(summary["claims"]) == 7
+    assert len(summary["claims"]) == 8
     assert_claims_hold(summary)
 
 
@@ -70,7 +70,7 @@ def test_one_part_alone(tmp_path, capsys):
     tiny = ("--samples", 20, "--iterations", 3, "--trials", 2, "--seeds", 0, 1)
     run("linear", "--part", "unit-tests", *tiny, "--output", tmp_path)
     summary = read_summary(tmp_path, "linear-unit-tests")
-    assert len(summary["claims"]) == 6
+    assert len(summary["claims"]) == 7
     assert [row[0] for row in summary["tables"][0]["rows"]] == [3] * 6 + [10] * 6
     assert_picture(tmp_path / "unit-tests.png")
 

@@ -1,6 +1,5 @@
 """The linear unit tests are what their paper defines, and training is what it says."""
 
-import itertools
 import math
 
 import pytest
@@ -12,8 +11,8 @@ pytest.importorskip("sklearn")
 import andmask_ext as am
 from andmask_ext.studies.linear.training import (
     METHODS,
-    SPACES,
     environment_gradients,
+    make_trials,
     measure,
     train,
 )
@@ -229,8 +228,16 @@ def test_errors_are_counted_and_squared():
     assert measure(weights, numbers, False) == [(1 + 4) / 4, (0.25 + 0.25 + 2.25 + 0.25) / 4]
 
 
-def test_every_method_has_the_same_learning_rates_and_decays():
-    for first, second in itertools.pairwise(SPACES.values()):
-        for name in ("lr", "weight_decay"):
-            assert first[name] == second[name]
-    assert list(SPACES) == list(METHODS)
+def test_every_method_tries_the_same_learning_rates_and_decays():
+    trials = {method: make_trials(method, 12) for method in METHODS}
+    common = [(trial["lr"], trial["weight_decay"]) for trial in trials["mean"]]
+    assert len(set(common)) == 12
+    for found in trials.values():
+        assert [(trial["lr"], trial["weight_decay"]) for trial in found] == common
+    for method, name, count in (
+        ("and-mask", "tau", 3),
+        ("geometric", "tau", 3),
+        ("irm", "penalty", 4),
+    ):
+        assert len({trial[name] for trial in trials[method]}) == count
+    assert len(make_trials("irm", 1000)) == 6 * 5

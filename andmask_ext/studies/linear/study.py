@@ -27,7 +27,7 @@ from .unit_tests import EXAMPLES
 # Outcomes are printed with five decimals. An error of half of the last one in the recovered start
 # comes back ninefold in the shared weight.
 _PRINTED, _PRINTED_LOSS = 5e-5, 1e-6
-_NEAR, _CHANCE = 0.02, 0.4  # shares of wrong answers
+_NEAR, _FAR, _CHANCE = 0.02, 0.1, 0.4  # shares of wrong answers
 
 
 class Linear(Study[Settings]):
@@ -260,9 +260,10 @@ def _present_unit_tests(summary: Summary, cells: Cells, folder: Path) -> None:
     )
     trials = {cell.method: cell.trial for cell in cells.cells if cell.example == 3}
     summary.notes.append(
-        "Options of each method are chosen by random search with equal budgets, on validation data "
-        "of the training environments, for all seeds together; of equal ones the first. Sized for "
-        "two cores: fewer examples, steps, trials and seeds than Aubin et al. "
+        "Options of each method are chosen by random search, with the same learning rates and "
+        "decays for all, on validation data of the training environments, for all seeds together; "
+        "of equal ones the first. Sized for two cores: fewer examples, steps, trials and seeds "
+        "than Aubin et al., and larger learning rates instead. "
         f"AND-mask's choice in example 3: {trials['and-mask']}."
     )
 
@@ -279,9 +280,16 @@ def _unit_test_claims(cells: Cells) -> list[Claim]:
         error(3, False, "oracle"),
     )
     moved = {
-        method: abs(error(3, True, method) - error(3, False, method)) for method in ("mean", "irm")
+        method: abs(error(3, True, method) - error(3, False, method))
+        for method in ("and-mask", "mean", "irm")
     }
-    alike = [error(2, scrambled, "and-mask") for scrambled in (False, True)]
+    gains = [error(2, turn, "mean") - error(2, turn, "and-mask") for turn in (False, True)]
+    alike = min(
+        (error(2, turn, method), method, turn)
+        for method in METHODS
+        for turn in (False, True)
+        if method != "oracle"
+    )
     claims = [
         Claim(
             f"{many} environments whose shortcuts differ (example 3): AND-mask is as good as "
@@ -295,14 +303,21 @@ def _unit_test_claims(cells: Cells) -> list[Claim]:
             f"test error {turned:.3f}",
         ),
         Claim(
-            "plain training and IRMv1 do not depend on the basis there",
-            max(moved.values()) < 0.05,
+            "plain training and IRMv1 lose less than half as much by it",
+            max(moved["mean"], moved["irm"]) < moved["and-mask"] / 2,
             ", ".join(f"{NAMES[method]} changes by {by:.3f}" for method, by in moved.items()),
         ),
         Claim(
-            "no vote masks a shortcut that has the same sign everywhere (example 2)",
-            min(alike) >= _CHANCE,
-            f"AND-mask's test error {alike[0]:.3f}, scrambled {alike[1]:.3f}",
+            "none but the oracle solves cows and camels (example 2)",
+            alike[0] > error(2, False, "oracle") + _FAR,
+            f"the least test error is {alike[0]:.3f}, of {NAMES[alike[1]]} on inputs "
+            f"{'scrambled' if alike[2] else 'as they are'}",
+        ),
+        Claim(
+            "where shortcuts have the same sign everywhere (example 2), a vote does not help",
+            max(gains) < _NEAR,
+            f"mean {error(2, False, 'mean'):.3f} and AND-mask {error(2, False, 'and-mask'):.3f}, "
+            f"scrambled {error(2, True, 'mean'):.3f} and {error(2, True, 'and-mask'):.3f}",
         ),
     ]
     if few < many:
@@ -317,7 +332,7 @@ def _unit_test_claims(cells: Cells) -> list[Claim]:
         claims += [
             Claim(
                 f"with {few} environments shortcuts agree by chance, and pass the vote (example 3)",
-                found > oracle + 0.1,
+                found > oracle + _FAR,
                 f"AND-mask's test error {found:.3f}",
             ),
             Claim(
