@@ -76,7 +76,7 @@ def notes(settings: NoiseSettings, quick: bool) -> list[str]:
     if settings.data == "digits":
         found.append(
             "Data: scikit-learn's digits, in place of the paper's CIFAR-10: 1440 to train on (or "
-            f"fewer: --examples) and 357 to test on, scaled to {settings.size} x {settings.size}; a "
+            f"fewer: --examples) and 357 to test on, scaled to sides of {settings.size}; a "
             f"network of width {settings.width} in place of 64. Sized for two cores."
         )
     if quick:
