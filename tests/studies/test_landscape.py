@@ -1,0 +1,156 @@
+"""Loss surfaces, where rules lead on them, and the patchwork example."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("tqdm")
+
+from andmask_ext.metrics import landscapes
+from andmask_ext.studies.landscape import parts, patchwork
+from andmask_ext.studies.landscape.cli import main
+
+from .common import assert_picture, read_records, read_summary, run
+
+pytestmark = pytest.mark.cpu_only
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The quick setting, through the command line."""
+    path = tmp_path_factory.mktemp("landscape")
+    run("landscape", "--quick", "--threads", 1, "--output", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def summary(folder):
+    return read_summary(folder, "landscape")
+
+
+@pytest.fixture(scope="module")
+def records(folder):
+    return {
+        (r["identity"]["settings"]["part"], r["identity"]["settings"]["rule"]): r
+        for r in read_records(folder)
+    }
+
+
+@pytest.mark.parametrize(
+    ("start", "holds"),
+    [
+        ("the two minima look alike after pooling", True),
+        ("the inconsistency score tells them apart", True),
+        ("the mean gradient leads to the patchwork minimum", True),
+        ("the AND-mask never ends at the patchwork minimum", True),
+        ("nor does the geometric mean, and it is the vote", True),
+        ("wherever else the AND-mask stops", True),
+        ("the score of a pair of quadratics is at most 2 ε", False),  # the paper's bound, printed
+        ("it is at most ε (", True),
+        ("the patchwork solution has loss .0032", True),
+        ("search finds worse points within ε", True),
+        ("the longer the search", True),
+    ],
+)
+def test_claims(summary, start, holds):
+    (claim,) = [one for one in summary["claims"] if one["text"].startswith(start)]
+    assert claim["holds"] is holds, claim
+
+
+def test_shares_follow_from_where_starts_end(records):
+    for (part, rule), record in records.items():
+        if part != "descents":
+            continue
+        assert len(record["ends"]) == len(record["starts"]) == 100, rule
+        for place in ("consistent", "patchwork", "elsewhere"):
+            assert record["final"][f"{place} %"] == record["ends"].count(place)
+
+
+def test_rules_begin_at_the_same_starts(records):
+    starts = [r["starts"] for (part, _), r in records.items() if part == "descents"]
+    assert len(starts) == len(parts.RULES)
+    assert all(one == starts[0] for one in starts)
+
+
+def test_a_start_ends_where_plain_gradient_descent_leads(records):
+    """A reference: one start at a time, and the rules written out."""
+    losses = landscapes.two_minima().losses
+    points = landscapes.two_minima().points
+    rules = {
+        "mean": lambda grads: grads.mean(0),
+        "and-mask": lambda grads: torch.where(grads.sign().sum(0).abs() == 2, grads.mean(0), 0),
+    }
+    for name, rule in rules.items():
+        record = records["descents", name]
+        for start, end in list(zip(record["starts"], record["ends"], strict=True))[:6]:
+            theta = torch.tensor(start, dtype=torch.float64)
+            for _ in range(250):
+                grads = [torch.func.grad(loss)(theta) for loss in losses]
+                theta = theta - 0.05 * rule(torch.stack(grads))
+            near = [place for place, at in points.items() if math.dist(theta, at) < 0.1]
+            assert (near or ["elsewhere"]) == [end], (name, start)
+
+
+def test_the_score_of_the_consistent_minimum_is_epsilon(records):
+    """There both environments have the same bowl, so that they lose the same."""
+    minima = records["minima", ""]["minima"]
+    epsilons = records["minima", ""]["identity"]["settings"]["epsilons"]
+    assert minima["consistent"]["scores"] == pytest.approx(epsilons, rel=1e-3)
+    assert minima["patchwork"]["scores"][0] > 0.5
+
+
+def test_found_points_are_what_the_record_says(records):
+    losses = patchwork.losses()
+    record = records["patchwork", ""]
+    for one in record["searches"]:
+        witness = torch.tensor(one["witness"], dtype=torch.float64)
+        found = [float(loss(witness)) for loss in losses]
+        assert found == pytest.approx(one["losses"])
+        kept = one["kept"]
+        assert abs(found[kept] - record["solution"][kept]) <= one["epsilon"]
+        assert abs(found[1 - kept] - record["solution"][kept]) == pytest.approx(one["score"])
+
+
+def test_quadratics_are_scored_exactly(records):
+    pairs = records["quadratics", ""]["pairs"]
+    assert all(one["exact"] for one in pairs.values())
+    for name, hessians in parts.PAIRS.items():
+        a, b = torch.tensor(hessians, dtype=torch.float64)
+        ratios = torch.linalg.eigvals(torch.linalg.solve(a, b)).real
+        assert pairs[name]["score"] == pytest.approx(float(max(ratios.max(), 1 / ratios.min())))
+
+
+def test_the_staircase():
+    x = torch.tensor([0.0, 0.4, 0.5, 0.7, 0.75, 0.8, 1.0], dtype=torch.float64)
+    expected = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.5, 2.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(patchwork.target(x), expected)
+
+
+def test_pictures(folder, summary):
+    names = [one["file"] for one in summary["pictures"]]
+    assert names == [f"landscape-{n}.png" for n in ("surfaces", "ends", "ellipses", "patchwork")]
+    for name in names:
+        assert_picture(folder / name)
+
+
+def test_seeds_vary_the_starts_and_decide_them():
+    def starts(seed):
+        return parts.descents("mean", 5, 1, 1, seed, lambda *progress: None)["starts"]
+
+    assert starts(1) == starts(1) != starts(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--starts", "0"], "starts: expected 1 to 100000, got 0"),
+        (["--samples", "0"], "samples: expected 1 to 100000, got 0"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path), *arguments])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
