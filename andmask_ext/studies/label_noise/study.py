@@ -50,21 +50,61 @@ class LabelNoise(Study[NoiseSettings]):
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the study's own options to the common ones."""
         which = parser.add_argument_group("this study")
-        which.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART")
         which.add_argument(
-            "--tau", nargs="+", type=float, help="thresholds of the chosen parts (default: several)"
+            "--part",
+            nargs="+",
+            choices=PARTS,
+            default=list(PARTS),
+            metavar="PART",
+            help=f"{' or '.join(PARTS)} (default: both)",
         )
-        which.add_argument("--norm", nargs="+", choices=NORMS, help="with noisy labels")
-        which.add_argument("--noise", type=float, default=0.25, help="share of wrong labels")
-        which.add_argument("--rescale", action="store_true", help="make up for what is masked")
-        which.add_argument("--data", choices=DATA, default="digits")
-        which.add_argument("--data-dir", default="", help="folder that holds cifar-10-batches-py")
-        which.add_argument("--examples", type=int, help="training images (default: all)")
-        for name, what in (("width", "of the network"), ("size", "side of the images")):
-            which.add_argument(f"--{name}", type=int, help=what)
-        which.add_argument("--epochs", type=int)
-        which.add_argument("--batch", type=int, default=80)
-        which.add_argument("--lr", type=float, help="learning rate (default: 5e-4)")
+        which.add_argument(
+            "--tau",
+            nargs="+",
+            type=float,
+            help=f"thresholds (default: random-labels {_words(TAUS)}, label-noise "
+            f"{_words(NOISY_TAUS)} beside Adam)",
+        )
+        which.add_argument(
+            "--norm",
+            nargs="+",
+            choices=NORMS,
+            metavar="NORM",
+            help=f"of part label-noise: {' or '.join(NORMS)} (default: both)",
+        )
+        which.add_argument(
+            "--noise", type=float, default=0.25, help="share of wrong labels (default: 0.25)"
+        )
+        which.add_argument(
+            "--rescale",
+            action="store_true",
+            help="let the mask make up for the coordinates that it drops",
+        )
+        which.add_argument(
+            "--data", choices=DATA, default="digits", help="digits come with scikit-learn (default)"
+        )
+        which.add_argument(
+            "--data-dir", metavar="FOLDER", default="", help="holds cifar-10-batches-py"
+        )
+        which.add_argument(
+            "--examples", type=int, metavar="N", help="the first N training images (default: all)"
+        )
+        which.add_argument(
+            "--batch",
+            type=int,
+            default=80,
+            metavar="N",
+            help="images, and so environments, in a step (default: 80)",
+        )
+        sizes = ("width", "of the network"), ("size", "side of the images"), ("epochs", "of a run")
+        for name, what in sizes:
+            which.add_argument(
+                f"--{name}",
+                type=int,
+                metavar="N",
+                help=f"{what} (default: {FULL[name]}; cifar10: {CIFAR10[name]})",
+            )
+        which.add_argument("--lr", type=float, help=f"learning rate (default: {FULL['lr']:g})")
 
     def plan(self, options: argparse.Namespace) -> list[Run[NoiseSettings]]:
         """Turn options into runs."""
@@ -129,6 +169,10 @@ class LabelNoise(Study[NoiseSettings]):
         if noisy:
             present_label_noise(noisy, folder, summary)
         return summary
+
+
+def _words(numbers: Sequence[float]) -> str:
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def _each(values: Sequence[T]) -> list[T]:
