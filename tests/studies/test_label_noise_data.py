@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
+pytest.importorskip("tqdm")
 
 from andmask_ext.studies.label_noise import data
 from andmask_ext.studies.label_noise.data import cifar10, digits, load, mislabel
 
-from .common import need
+from .common import need, read_records, run
 
 pytestmark = pytest.mark.cpu_only
 
@@ -192,6 +194,21 @@ def test_cifar10_is_standardised_by_channel(folder):
     assert torch.allclose(images.train.mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
     assert images.mislabeled.sum() == 15
     assert images.classes == 10
+
+
+def test_the_command_trains_on_cifar10(folder, tmp_path):
+    sizes = "--examples 40 --batch 20 --width 2 --epochs 1 --seeds 0".split()
+    which = "--part label-noise --norm group --tau 0.3".split()
+    output = tmp_path / "runs"
+    run(
+        "label-noise", "--data", "cifar10", "--data-dir", folder, *sizes, *which, "--output", output
+    )
+    for record in read_records(output):
+        settings = record["identity"]["settings"]
+        assert (settings["data"], settings["size"], settings["examples"]) == ("cifar10", 32, 40)
+        assert "folder" not in settings
+        assert 0 <= record["final"]["test"] <= 1
+    assert len(read_records(output)) == 2
 
 
 def test_a_damaged_file_is_noticed(folder):
