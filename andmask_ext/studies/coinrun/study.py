@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -214,7 +213,6 @@ class CoinRun(Study[CoinRunSettings]):
         )
 
 
-@lru_cache(maxsize=1)
 def _command(given: str | None) -> list[str]:
     return game_command(find_python(given))
 
