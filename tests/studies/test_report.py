@@ -299,12 +299,12 @@ def test_what_is_found_is_on_the_page(browser, folder):
         assert words in text, words
     assert "others.json" not in text
     studies = browser.run(
-        "[...document.querySelectorAll('.overview tbody th')].map(one => one.textContent)"
+        "[...document.querySelectorAll('.overview tbody th a')].map(one => one.textContent)"
     )
     assert studies == ["linear", "toy", "toy", "toy"], "the order of the command line"
-    settings = browser.column(".overview", 5)
+    settings = browser.column(".overview", 4)
     assert settings == ["full", "full", "quick", DASH]
-    assert [browser.column(".overview", place)[0] for place in (3, 4, 6)] == ["1", "1", "24"]
+    assert [browser.column(".overview", place)[0] for place in (2, 3, 5)] == ["1", "1", "24"]
     links = "[...document.querySelectorAll('a')].filter(a => !document.querySelector(a.hash))"
     assert browser.run(f"{links}.length") == 0, "links that lead nowhere"
     ids = browser.run("[...document.querySelectorAll('[id]')].map(one => one.id)")
