@@ -393,8 +393,9 @@ def test_runs_show_in_what_they_differ(tmp_path):
 
 def test_runs_of_other_settings_have_a_table_of_their_own_in_the_order_of_their_numbers():
     names = ["lr0.1_seed10-a.json", "lr0.1_seed9-b.json", "lr0.05_seed1-c.json"]
-    kinds = [{"lr": 0.1}, {"lr": 0.1}, {"lr": 0.05}]
-    other = ("other.json", {"lr": 0.1, "tau": 1})
+    kinds = [{"lr": 0.1, "epochs": 9} for _ in names]
+    kinds[1] |= {"tau": 1}
+    other = ("other.json", {"lr": 0.1, "width": 1, "depth": 3})
     records = [
         FoundRecord(SimpleNamespace(name=name), {"identity": {"study": "s", "settings": settings}})
         for name, settings in [other, *zip(names, kinds, strict=True)]

@@ -41,13 +41,19 @@ def split(records: Sequence[FoundRecord]) -> list[list[FoundRecord]]:
         records: those of one study, in any order.
 
     Returns:
-        Those whose settings have the same names together, in the order of their files' names.
+        Those together that share the names of most settings, for a method may have one that
+        others lack; in the order of their files' names.
     """
-    kinds: dict[frozenset[str], list[FoundRecord]] = {}
+    kinds: list[tuple[set[str], list[FoundRecord]]] = []
     for record in sorted(records, key=_natural):
-        names = frozenset(record.content["identity"].get("settings", {}))
-        kinds.setdefault(names, []).append(record)
-    return list(kinds.values())
+        names = set(record.content["identity"].get("settings", {}))
+        for known, kind in kinds:
+            if 2 * len(names & known) > min(len(names), len(known)) or names == known:
+                kind.append(record)
+                break
+        else:
+            kinds.append((names, [record]))
+    return [kind for _, kind in kinds]
 
 
 def lay_out(title: str, records: Sequence[FoundRecord]) -> Runs:
