@@ -45,10 +45,10 @@ def records(folder):
         ("the inconsistency score tells them apart", True),
         ("the mean gradient leads to the patchwork minimum", True),
         ("the AND-mask never ends at the patchwork minimum", True),
-        ("nor does the geometric mean, and it is the vote", True),
+        ("the geometric mean does not either, and it is the vote", True),
         ("wherever else the AND-mask stops", True),
         ("the score of a pair of quadratics is at most 2 ε", False),  # the paper's bound, printed
-        ("it is at most ε (", True),
+        ("that score is at most ε (", True),
         ("the patchwork solution has loss .0032", True),
         ("search finds worse points within ε", True),
         ("the longer the search", True),

@@ -228,7 +228,7 @@ def _of_descents(results: Results) -> list[Claim]:
             "the AND-mask never ends at the patchwork minimum", not masked, f"{masked} of {starts}"
         ),
         Claim(
-            "nor does the geometric mean, and it is the vote that keeps it away",
+            "the geometric mean does not either, and it is the vote that keeps it away",
             not voted and unvoted > 0.05 * starts,
             f"{voted} of {starts} with the vote, {unvoted} without",
         ),
@@ -250,7 +250,7 @@ def _of_descents(results: Results) -> list[Claim]:
             f"{ilc['and-mask']:.3g} against {ilc['mean']:.3g}",
         ),
         Claim(
-            "it is higher among the descents that end at a minimum",
+            "of descents that end at a minimum, those of the AND-mask are the more consistent",
             settled["and-mask"] > settled["mean"],
             " against ".join(
                 "none scored" if math.isnan(settled[rule]) else f"{settled[rule]:.3g}"
@@ -279,7 +279,7 @@ def _of_quadratics(results: Results) -> list[Claim]:
             or f"{len(pairs)} pairs",
         ),
         Claim(
-            f"it is at most ε ({RHO} + √({RHO}² - 1))²",
+            f"that score is at most ε ({RHO} + √({RHO}² - 1))²",
             max(sharp) <= 1 + 1e-9,
             f"{min(sharp):.2f} to {max(sharp):.2f} of it in {len(pairs)} pairs",
         ),
