@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import signal
 import warnings
 from importlib import import_module
 from multiprocessing import get_context
@@ -62,6 +63,7 @@ def peak_of(contestant: str, model: str, examples: int, environments: int) -> tu
 def _answer(
     there: Connection, contestant: str, model: str, examples: int, environments: int
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asked ends this process
     warnings.simplefilter("ignore")  # told already when the contestant was tried
     try:
         with limited_memory():
