@@ -253,7 +253,7 @@ def test_figure_with_memory(tmp_path):
         assert (row["megabytes"] is not None) == (row["median"] > 0), row
     assert_picture(tmp_path / "benchmark-groups.png")
     table = read_summary(tmp_path, "benchmark")["tables"][1]
-    assert table["columns"] == ["way", "MLP 16: time", "memory"]
+    assert table["columns"] == ["way", "MLP 16: time", "MLP 16: memory"]
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def _gradients(results: Results, kind: str) -> Table:
     models = [model for model, its in results.cases if its == kind]
     columns = ["way"]
     for model in models:
-        columns += [f"{model}: time", "memory"] if weighed else [model]
+        columns += [f"{model}: time", f"{model}: memory"] if weighed else [model]
     rows: list[Sequence[Cell]] = []
     for name in GRADIENTS:
         row: list[Cell] = [name]
@@ -224,7 +224,7 @@ def _steps(results: Results) -> Table:
                 shown(ours.ratio), ours.megabytes, shown(ours.memory_ratio),
             )
         )  # fmt: skip
-    columns = ("model", "environments", "ms", "÷ plain step", "MiB", "÷ plain step ")
+    columns = ("model", "environments", "ms", "time ÷ plain step", "MiB", "memory ÷ plain step")
     return Table("a whole training step of Agreement and AndMaskAdamW", columns, rows)
 
 
