@@ -9,7 +9,7 @@ from typing import Any
 
 from ..summary import Cell, Claim, Summary, Table
 from .contest import EVERY
-from .peers import GRADIENTS, OUR_STEP, OURS
+from .peers import GRADIENTS, OUR_STEP, OURS, PLAIN, PLAIN_STEP
 
 Record = Mapping[str, Any]
 
@@ -134,10 +134,13 @@ def summarise(results: Results, timed: bool) -> Summary:
     notes = [
         f"The machine's load was {min(load):.1f} to {max(load):.1f} while this was measured. "
         "Contestants took turns, so that ratios suffer less than times.",
-        "Memory is the peak of two steps, with one thread in a process of its own, over that of "
-        "the process with model and batch, where plain training holds little but gradients and "
-        "activations.",
     ]
+    if any(row["megabytes"] for record in results.records for row in record["gradients"]):
+        notes.append(
+            "Memory is the peak of two steps, with one thread in a process of its own, over that "
+            "of the process with model and batch, where plain training holds little but gradients "
+            "and activations."
+        )
     return Summary(claims=claims, tables=[t for t in tables if t.rows], notes=notes)
 
 
@@ -217,15 +220,20 @@ def shown(value: float | None) -> str | None:
 def _steps(results: Results) -> Table:
     rows: list[Sequence[Cell]] = []
     for model, kind in results.cases:
+        gradient = results.entry(model, kind, PLAIN)
+        step = results.entry(model, kind, PLAIN_STEP, "steps")
         ours = results.entry(model, kind, OUR_STEP, "steps")
-        rows.append(
-            (
-                model, kind, None if ours.seconds is None else 1e3 * ours.seconds,
-                shown(ours.ratio), ours.megabytes, shown(ours.memory_ratio),
-            )
-        )  # fmt: skip
-    columns = ("model", "environments", "ms", "time ÷ plain step", "MiB", "memory ÷ plain step")
-    return Table("a whole training step of Agreement and AndMaskAdamW", columns, rows)
+        plain = [
+            cell
+            for one in (gradient, step)
+            for cell in (None if one.seconds is None else 1e3 * one.seconds, one.megabytes)
+        ]
+        rows.append((model, kind, *plain, shown(ours.ratio), shown(ours.memory_ratio)))
+    columns = (
+        "model", "environments", "plain gradient, ms", "MiB", "plain step, ms", "MiB",
+        "our step: time ÷ plain", "memory ÷ plain",
+    )  # fmt: skip
+    return Table("plain training, and a whole step of Agreement and AndMaskAdamW", columns, rows)
 
 
 def _missing(results: Results) -> Table:
