@@ -199,7 +199,7 @@ TINY = "label-noise --width 2 --examples 32 --batch 16 --epochs 2 --seeds 0".spl
 def test_quick_shows_the_effect(tmp_path):
     run("label-noise", "--quick", "--output", tmp_path)
     summary = read_summary(tmp_path, "label-noise")
-    assert len(summary["claims"]) == 6
+    assert len(summary["claims"]) == 7
     far_from_noise = ("memorise", "memorisation", "no more often")
     firm = [c for c in summary["claims"] if any(word in c["text"] for word in far_from_noise)]
     assert len(firm) == 4

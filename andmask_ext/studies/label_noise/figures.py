@@ -87,7 +87,8 @@ def draw_label_noise(
                     name = method.replace("tau=", r"$\tau=$")
                     _curve(axes, series[column], line[0], line[1], name)
                 axes.set_title(f"{title}: {row}" if len(rows) > 1 else title)
-                _chance(axes, chance, named=column == 1)
+            _chance(panels[0], chance, named=False)
+            panels[1].set_ylim(50, 101)
             panels[0].set_ylabel("accuracy (%)")
         for axes in grid[-1]:
             axes.set_xlabel("epoch")
