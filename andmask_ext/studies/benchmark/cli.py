@@ -14,6 +14,7 @@ from ..study import Finished, Outcome, Report, Run, Settings, Study
 from ..summary import Summary
 from .contest import EVERY, GROUPED, GROUPS, Case, contest
 from .figures import draw
+from .measuring import ROUNDS
 from .memory import SLOW
 from .models import workload
 from .peers import GRADIENTS, OUR_STEP, OURS, PLAIN, PLAIN_STEP, STEPS, versions
@@ -86,7 +87,7 @@ class Benchmark(Study[ContestSettings]):
             type=int,
             help=f"in a batch (default: as usual for the model; --quick: {GROUPS} or {2 * GROUPS})",
         )
-        parser.add_argument("--rounds", type=int, help="of timing (default: 5; --quick: 1)")
+        parser.add_argument("--rounds", type=int, help=f"of timing (default: {ROUNDS}; --quick: 1)")
         parser.add_argument(
             "--memory",
             action=argparse.BooleanOptionalAction,
@@ -97,7 +98,7 @@ class Benchmark(Study[ContestSettings]):
         """Return a run for each model and kind of environments."""
         quick = options.quick
         models = options.models or (QUICK_MODELS if quick else FULL_MODELS)
-        rounds = (1 if quick else 5) if options.rounds is None else options.rounds
+        rounds = (1 if quick else ROUNDS) if options.rounds is None else options.rounds
         memory = not quick if options.memory is None else options.memory
         if rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {rounds}")

@@ -137,6 +137,7 @@ def contest(
             yardstick=yardstick,
             rounds=rounds,
             seconds_per_round=seconds_per_round,
+            patience=1.0,  # beyond it no call is a close one
         ):
             rows[row.contestant] = row
         tried.steps.clear()

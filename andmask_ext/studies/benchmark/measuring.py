@@ -88,6 +88,7 @@ def measure(
     yardstick: str,
     rounds: int = ROUNDS,
     seconds_per_round: float = 0.05,
+    patience: float = 0.2,
 ) -> list[Row]:
     """Time the contestants alternately.
 
@@ -96,8 +97,9 @@ def measure(
         contestants: functions by name.
         bytes_moved: what each reads and writes at least; 0 where that says nothing.
         yardstick: the contestant whose median is 1.
-        rounds: of each; those above .2 s have at most three.
+        rounds: of each.
         seconds_per_round: a call is repeated until it fills them.
+        patience: contestants that take more seconds have at most three rounds.
 
     Returns:
         A row for each contestant.
@@ -119,7 +121,7 @@ def measure(
         timer.timeit(1)  # compile, allocate
         once = timer.timeit(1).median
         repeats[name] = max(1, min(100_000, int(seconds_per_round / max(once, 1e-7))))
-        turns[name] = rounds if once < 0.2 else min(3, rounds)  # the slow are no close calls
+        turns[name] = rounds if once < patience else min(3, rounds)
     measured: dict[str, list[Measurement]] = {name: [] for name in timers}
     for turn in range(rounds):
         for name, timer in timers.items():
