@@ -64,7 +64,7 @@ class Size:
     width: int
 
 
-FULL = Size(DataSettings(), trials=8, epochs=12, final_epochs=60, batch=32, width=16)
+FULL = Size(DataSettings(), trials=8, epochs=12, final_epochs=30, batch=32, width=16)
 QUICK = Size(
     DataSettings(Levels(3, 4, 60, 80), Levels(1000, 2, 40, 80), Levels(2002, 4, 20, 80)),
     trials=2,
