@@ -3,7 +3,6 @@
 import argparse
 import math
 import struct
-import sys
 from dataclasses import replace
 from itertools import product
 
@@ -21,7 +20,6 @@ from andmask_ext.studies.coinrun.data import States, find_python
 from andmask_ext.studies.coinrun.game.expert import AT_ONCE, Search, policy, search
 from andmask_ext.studies.coinrun.game.world import ACTIONS, FRAMES, pose
 from andmask_ext.studies.coinrun.network import PolicyNetwork
-from andmask_ext.studies.coinrun.player import always, follow, greedy, play, sampled, uniform
 from andmask_ext.studies.coinrun.results import best_trial, constant_policy
 from andmask_ext.studies.coinrun.settings import FIRST, METHODS, SPACES, trials
 from andmask_ext.studies.coinrun.training import (
@@ -333,106 +331,6 @@ def test_the_best_trial_has_the_lowest_validation_loss(tmp_path):
         for number, (label, loss) in enumerate(losses.items())
     ]
     assert best_trial(finished, "temporal").run.label == "b"
-
-
-# ---- playing ----
-
-# Level k ends after k + 1 actions, with a reward if all of them were k. Frames show k, and how
-# many actions came.
-SERVER = """
-import sys
-levels = [int(one) for one in sys.argv[2:]]
-assert sys.argv[1] == "play"
-steps, right = [0] * len(levels), [True] * len(levels)
-rewards, over = [0.0] * len(levels), [False] * len(levels)
-import struct
-while True:
-    for level, step in zip(levels, steps):
-        sys.stdout.buffer.write(bytes([level, step, 7]) * 64 * 64)
-    sys.stdout.buffer.write(struct.pack(f"<{len(levels)}f", *rewards))
-    sys.stdout.buffer.write(bytes(over))
-    sys.stdout.buffer.flush()
-    actions = sys.stdin.buffer.read(len(levels))
-    if len(actions) < len(levels):
-        sys.exit()
-    if 5 in actions:
-        sys.exit("the fifth action breaks me")
-    for place, level in enumerate(levels):
-        rewards[place] = 0.0
-        if not over[place]:
-            steps[place] += 1
-            right[place] &= actions[place] == level
-            over[place] = steps[place] > level
-            rewards[place] = 10.0 * (over[place] and right[place])
-"""
-
-
-@pytest.fixture
-def server(tmp_path):
-    path = tmp_path / "server.py"
-    path.write_text(SERVER)
-    return [sys.executable, str(path)]
-
-
-def test_each_level_is_played_to_its_end(server):
-    seen = []
-
-    def policy(frames, places):
-        seen.append((frames[:, 0, 0, 0].tolist(), frames[:, 1, 5, 5].tolist(), places.tolist()))
-        assert (frames[:, 2] == 7).all()
-        return torch.where(frames[:, 0, 0, 0] == 1, 0, frames[:, 0, 0, 0])
-
-    played = play(server, {"a": ([2, 0, 1], policy)}, limit=9, keep=True)["a"]
-    assert seen == [([2, 0, 1], [0, 0, 0], [0, 1, 2]), ([2, 1], [1, 1], [0, 2]), ([2], [2], [0])]
-    assert played.rewards.tolist() == [10, 10, 0]
-    assert played.decisions.tolist() == [3, 1, 2]
-    assert played.over.all()
-    assert [frames[0, 1, 0, 0].item() for frames in played.frames] == [0, 1, 2, 3]
-
-
-def test_a_level_that_goes_on_is_left(server):
-    played = play(server, {"a": ([4, 0], always("left"))}, limit=2)["a"]
-    assert played.decisions.tolist() == [2, 1]
-    assert played.over.tolist() == [False, True]
-    assert played.rewards.tolist() == [0, 10]
-
-
-def test_plans_are_followed(server):
-    plans = np.array([[2, 2, 2, -1], [1, 1, -1, -1], [1, 0, 0, -1]])
-    played = play(server, {"a": ([2, 1, 2], follow(plans))}, limit=9)["a"]
-    assert played.rewards.tolist() == [10, 10, 0]
-
-
-def test_policies_play_side_by_side(server):
-    plans = np.array([[3, 3, 3, 3], [0, 0, 0, 0]])
-    parts = {"a": ([0, 1], always("left")), "b": ([3, 1], follow(plans)), "c": ([0], uniform(0))}
-    alone = {name: play(server, {name: part}, limit=9)[name] for name, part in parts.items()}
-    parts = {"a": ([0, 1], always("left")), "b": ([3, 1], follow(plans)), "c": ([0], uniform(0))}
-    together = play(server, parts, limit=9)
-    assert together["a"].rewards.tolist() == [10, 0]
-    assert together["b"].rewards.tolist() == [10, 0]
-    for name, one in alone.items():
-        assert one.rewards.tolist() == together[name].rewards.tolist()
-        assert one.decisions.tolist() == together[name].decisions.tolist()
-
-
-def test_a_server_that_dies_is_heard(server):
-    with pytest.raises(RuntimeError, match="the fifth action breaks me"):
-        play(server, {"a": ([4], always("right up"))}, limit=9)
-
-
-def test_policies_of_a_network():
-    logits = torch.log(torch.tensor([[0.1, 0.2, 0.7, 0, 0, 0]]))
-
-    def model(frames):
-        return logits.expand(len(frames), 6)
-
-    frames, places = torch.zeros(4000, 3, 64, 64, dtype=torch.uint8), torch.arange(4000)
-    assert (greedy(model)(frames, places) == 2).all()
-    counts = sampled(model, 0)(frames, places).bincount(minlength=6) / 4000
-    torch.testing.assert_close(counts, logits.exp()[0], rtol=0, atol=0.03)
-    counts = uniform(0)(frames, places).bincount(minlength=6) / 4000
-    torch.testing.assert_close(counts, torch.full((6,), 1 / 6), rtol=0, atol=0.03)
 
 
 # ---- messages ----

@@ -52,7 +52,7 @@ class CoinRun(Study[CoinRunSettings]):
         "temporal AND-mask; settings come from an equal random search on validation levels; the "
         "clones then play levels that none of them has seen."
     )
-    reference = "Parascandolo et al., ICLR 2021, section 4.4 and appendix B.6"
+    reference = "Parascandolo et al., ICLR 2021, section 4.3 and appendix B.6"
     seeds: ClassVar[tuple[int, ...]] = (0, 1, 2)
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
