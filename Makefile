@@ -41,11 +41,22 @@ GAME_PYTHON ?= python3.11
 
 $(GAME)/.ready:
 	$(GAME_PYTHON) -m venv $(GAME)
-	$(GAME)/bin/pip install --quiet procgen2 'numpy<2'
+	$(GAME)/bin/pip install --quiet 'procgen2==0.10.7' 'numpy<2'
 	touch $@
 
 .PHONY: game
 game: $(GAME)/.ready  ## the Python in which CoinRun is played: ANDMASK_GAME_PYTHON=.venv/game/bin/python
+
+# The build on PyPI is for CUDA and breaks packages that look for it beside a torch without: it has
+# a folder of its own.
+TORCHVISION := $(VENV)/torchvision
+
+$(TORCHVISION)/.ready: $(READY)
+	$(BIN)/pip install --quiet --no-deps --target $(TORCHVISION) 'torchvision==0.28.*'
+	touch $@
+
+.PHONY: torchvision
+torchvision: $(TORCHVISION)/.ready  ## for the test that reads CIFAR-10: ANDMASK_TORCHVISION=.venv/torchvision
 
 STUDIES := spirals correlation linear landscape label-noise coinrun benchmark
 

@@ -121,7 +121,8 @@ class Study(ABC, Generic[S]):
         """Turn options into runs.
 
         Args:
-            options: those of :meth:`add_options`, and ``quick``, ``seeds``, ``output``.
+            options: those of :meth:`add_options`, and ``quick``, ``output``, ``seeds``, and
+                ``seeds_given``: whether these are not the defaults.
 
         Returns:
             The runs, in the order in which they are done.
@@ -206,6 +207,7 @@ class Study(ABC, Generic[S]):
         options = parser.parse_args(arguments)
         if options.output is None:
             options.output = Path("runs") / (f"{self.name}-quick" if options.quick else self.name)
+        options.seeds_given = options.seeds is not None
         if options.seeds is None:
             options.seeds = list(self.quick_seeds if options.quick else self.seeds)
         options.seeds = list(dict.fromkeys(options.seeds))

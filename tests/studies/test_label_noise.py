@@ -17,6 +17,7 @@ from andmask_ext.studies import records
 from andmask_ext.studies.label_noise.data import Images
 from andmask_ext.studies.label_noise.networks import Residual, fast_resnet
 from andmask_ext.studies.label_noise.results import fall, smoothed
+from andmask_ext.studies.label_noise.study import LabelNoise
 from andmask_ext.studies.label_noise.training import (
     NoiseSettings,
     Trainer,
@@ -193,6 +194,29 @@ def test_the_fall_is_from_the_peak_of_three_epochs_to_the_last_three():
 
 # ---- the command ----
 
+
+def test_wrong_labels_are_spread_over_the_first_batches_of_every_seed():
+    for seed in range(4):
+        wrong = NoiseSettings(labels="noisy").load(seed).mislabeled
+        torch.manual_seed(seed * 1_000_003)  # as the loop over epochs does
+        batches = torch.randperm(len(wrong)).split(80)
+        shares = torch.stack([wrong[batch].double().mean() for batch in batches])
+        assert shares.min() > 0.05
+        assert shares.max() < 0.5
+
+
+def test_seeds_that_are_asked_for_are_all_run(tmp_path, monkeypatch):
+    planned = []
+
+    def look(study, options):
+        planned.append({one.seed for one in study.plan(options)})
+
+    monkeypatch.setattr(LabelNoise, "prepare", look)  # None: stop before any run
+    run("label-noise", "--part", "random-labels", "--output", tmp_path)
+    run("label-noise", "--part", "random-labels", "--seeds", 0, 1, 2, "--output", tmp_path)
+    assert planned == [{0, 1}, {0, 1, 2}]
+
+
 TINY = "label-noise --width 2 --examples 32 --batch 16 --epochs 2 --seeds 0".split()
 
 
@@ -204,8 +228,8 @@ def test_quick_shows_the_effect(tmp_path):
     firm = [c for c in summary["claims"] if any(word in c["text"] for word in far_from_noise)]
     assert len(firm) == 4
     assert_claims_hold({"claims": firm})
-    assert_picture(tmp_path / "random-labels.png")
-    assert_picture(tmp_path / "label-noise.png")
+    assert_picture(tmp_path / "label-noise-random.png")
+    assert_picture(tmp_path / "label-noise-wrong.png")
     found = read_records(tmp_path)
     assert len(found) == summary["runs"] == 6
     for record in found:
@@ -252,6 +276,7 @@ def test_parts_thresholds_and_norms_are_chosen(tmp_path, capsys):
         (["--size", "4", "--norm", "group"], "size: expected at least 8, got 4"),
         (["--examples", "40"], "examples: expected at least 80, got 40"),
         (["--examples", "5000"], "examples: expected at most the 1440 training images, got 5000"),
+        (["--batch", "2000"], "batch: expected at most the 1440 training images, got 2000"),
         (["--data", "cifar10"], "data-dir: expected a folder that holds CIFAR-10, got none"),
         (["--part", "both"], "invalid choice: 'both'"),
     ],

@@ -1,6 +1,7 @@
 """What people see while a run lasts."""
 
 import sys
+from itertools import pairwise
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_lines_become_rarer_and_say_how_long_it_will_take(clock, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "[1/1] run  epoch 5/100  loss 1  95 s left"
     told = [int(line.split("epoch ")[1].split("/")[0]) for line in lines]
-    gaps = [b - a for a, b in zip(told, told[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(told)]
     assert gaps == sorted(gaps)
     assert len(lines) < 15
 

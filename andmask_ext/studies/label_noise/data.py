@@ -77,7 +77,9 @@ def load(
                 f"examples: expected at most the {len(images)} training images, got {examples}"
             )
         images, truth = images[:examples], truth[:examples]
-    generator = torch.Generator().manual_seed(seed)
+    # A stream of its own: training shuffles with generators that are seeded by ``seed`` and epoch.
+    stream = np.random.SeedSequence((seed, 1)).generate_state(1)[0]
+    generator = torch.Generator().manual_seed(int(stream))
     classes = int(truth.max()) + 1
     given = truth
     if labels == "random":

@@ -19,6 +19,7 @@ PAPER = 0.2  # the threshold of the paper's experiment with noisy labels
 SMALL = 0.4  # thresholds up to here are small
 NEAR_CHANCE = 1.5  # times chance
 STEADY = 0.02  # accuracy lost after the peak that still counts as none
+LEARNED = 0.5  # test accuracy that a network has at its peak if it has learned anything
 WINDOW = 3  # epochs that peaks and ends are means of, as single epochs are noisy
 CLASSES = 10  # of both data sets
 NORMS = {"group": "group norm", "batch": "batch norm"}
@@ -92,12 +93,12 @@ def notes(settings: NoiseSettings, quick: bool) -> list[str]:
     return found
 
 
-def present_random_labels(done: Done, folder: Path, summary: Summary) -> None:
+def present_random_labels(done: Done, picture: Path, summary: Summary) -> None:
     """Add what runs with true and with random labels come to.
 
     Args:
         done: the runs.
-        folder: where the figure goes.
+        picture: the figure's file.
         summary: is added to.
     """
     taus = sorted({one.run.settings.tau or 0.0 for one in done})
@@ -129,24 +130,23 @@ def present_random_labels(done: Done, folder: Path, summary: Summary) -> None:
                 f"{plain:.1%} of them after the last epoch",
             )
         )
+    small = [tau for tau in taus if 0 < tau <= SMALL]
     good = [
-        tau
-        for tau in taus
-        if 0 < tau <= SMALL and final["random"][tau] <= STOPPED and final["true"][tau] >= MEMORISED
+        tau for tau in small if final["random"][tau] <= STOPPED and final["true"][tau] >= MEMORISED
     ]
-    summary.claims.append(
-        Claim(
-            f"a small threshold (up to {SMALL:g}) stops the memorisation of random labels, and "
-            "true ones are learned",
-            bool(good),
-            "; ".join(
-                f"tau={tau:g}: {final['random'][tau]:.1%} of random labels, "
-                f"{final['true'][tau]:.1%} of true ones"
-                for tau in taus
-                if 0 < tau <= SMALL
-            ),
+    if small:
+        summary.claims.append(
+            Claim(
+                f"a small threshold (up to {SMALL:g}) stops the memorisation of random labels, and "
+                "true ones are learned",
+                bool(good),
+                "; ".join(
+                    f"tau={tau:g}: {final['random'][tau]:.1%} of random labels, "
+                    f"{final['true'][tau]:.1%} of true ones"
+                    for tau in small
+                ),
+            )
         )
-    )
     rows = []
     for tau in taus:
         true, random = groups["true"][tau], groups["random"][tau]
@@ -173,19 +173,19 @@ def present_random_labels(done: Done, folder: Path, summary: Summary) -> None:
     )
     summary.pictures.append(
         Picture(
-            draw_random_labels(train, 1 / CLASSES, folder / "random-labels.png"),
+            draw_random_labels(train, 1 / CLASSES, picture),
             "Training accuracy with true labels (left) and with random ones (middle) for each "
             "threshold, and after the last epoch (right). Dotted: guessing.",
         )
     )
 
 
-def present_label_noise(done: Done, folder: Path, summary: Summary) -> None:
+def present_label_noise(done: Done, picture: Path, summary: Summary) -> None:
     """Add what runs with noisy labels come to.
 
     Args:
         done: the runs.
-        folder: where the figure goes.
+        picture: the figure's file.
         summary: is added to.
     """
     grid: dict[str, dict[str, list[Finished[NoiseSettings]]]] = {}
@@ -237,7 +237,7 @@ def present_label_noise(done: Done, folder: Path, summary: Summary) -> None:
                     for norm, methods in grid.items()
                 },
                 1 / CLASSES,
-                folder / "label-noise.png",
+                picture,
             ),
             "Left: share of the mislabeled images on which the network says the wrong label that "
             "it was given; dotted: guessing. Right: accuracy on test images, from 50 % on. Lines: "
@@ -258,7 +258,7 @@ def _claims(
         claims += [
             Claim(
                 f"{norm}: Adam memorises wrong labels",
-                bool(memorised.mean() >= MEMORISED),
+                bool(memorised.min() >= MEMORISED),
                 f"{_percent(memorised)} % of them after the last epoch",
             ),
             Claim(
@@ -270,17 +270,18 @@ def _claims(
     if masked:
         memorised = smoothed(series(masked, "mislabeled")).max(1)
         lost = fall(series(masked, "test"))
+        learned = smoothed(series(masked, "test")).max(1).min() >= LEARNED
         claims += [
             Claim(
                 f"{norm}: with tau={tau:g} wrong labels are reproduced no more often than by "
                 f"chance, or hardly (up to {NEAR_CHANCE:g} times)",
-                bool(memorised.mean() <= NEAR_CHANCE / CLASSES),
+                bool(learned and memorised.max() <= NEAR_CHANCE / CLASSES),
                 f"at most {_percent(memorised)} % of them over any {WINDOW} epochs",
             ),
             Claim(
-                f"{norm}: with tau={tau:g} test accuracy does not fall after its peak (up to "
+                f"{norm}: with tau={tau:g} test accuracy falls after its peak with no seed (up to "
                 f"{100 * STEADY:g} points)",
-                bool(lost.mean() <= STEADY),
+                bool(learned and lost.max() <= STEADY),
                 f"by {_percent(lost)} points",
             ),
         ]

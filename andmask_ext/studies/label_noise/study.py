@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 # What the options are unless said otherwise: sized for two cores, for a test, and the paper's.
 FULL: dict[str, Any] = {"width": 8, "size": 16, "epochs": 36, "lr": 5e-4}
-QUICK: dict[str, Any] = {"size": 12, "epochs": 30, "examples": 400, "lr": 1e-3}
+QUICK: dict[str, Any] = {"width": 8, "size": 12, "epochs": 30, "examples": 400, "lr": 1e-3}
 CIFAR10: dict[str, Any] = {"width": 64, "size": 32, "epochs": 80, "lr": 5e-4}
 
 
@@ -44,6 +44,7 @@ class LabelNoise(Study[NoiseSettings]):
     reference = (
         "Parascandolo et al., Learning explanations that are hard to vary, ICLR 2021, section 4.2"
     )
+    revision = 2
     packages = (*Study.packages, "scikit-learn")
     seeds = (0, 1, 2)
 
@@ -116,8 +117,7 @@ class LabelNoise(Study[NoiseSettings]):
         for name in ("data", "noise", "rescale", "batch"):
             common[name] = getattr(options, name)
         common["folder"] = options.data_dir
-        default = options.seeds == list(self.seeds)
-        few = options.seeds[:FEW] if default else options.seeds
+        few = options.seeds if options.seeds_given else options.seeds[:FEW]
         runs: list[Run[NoiseSettings]] = []
 
         def add(seeds: Sequence[int], **chosen: Any) -> None:
@@ -164,10 +164,11 @@ class LabelNoise(Study[NoiseSettings]):
         summary = Summary(notes=notes(finished[0].run.settings, options.quick))
         random = [one for one in finished if one.run.settings.labels != "noisy"]
         noisy = [one for one in finished if one.run.settings.labels == "noisy"]
+        start = self.summary_name(options)  # a part alone leaves the figures of the whole alone
         if random:
-            present_random_labels(random, folder, summary)
+            present_random_labels(random, folder / f"{start}-random.png", summary)
         if noisy:
-            present_label_noise(noisy, folder, summary)
+            present_label_noise(noisy, folder / f"{start}-wrong.png", summary)
         return summary
 
 

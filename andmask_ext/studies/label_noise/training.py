@@ -98,8 +98,19 @@ class NoiseSettings(Settings):
         return "Adam" if self.tau is None else f"AND-mask tau={self.tau:g}"
 
     def load(self, seed: int) -> Images:
-        """Load the images and their labels."""
-        return load(self.data, self.labels, self.noise, self.size, self.examples, self.folder, seed)
+        """Load the images and their labels.
+
+        Raises:
+            ValueError: as :func:`.data.load`, or there are fewer images than in a batch.
+        """
+        images = load(
+            self.data, self.labels, self.noise, self.size, self.examples, self.folder, seed
+        )
+        if self.batch > len(images.train):
+            raise ValueError(
+                f"batch: expected at most the {len(images.train)} training images, got {self.batch}"
+            )
+        return images
 
     def network(self, images: Images) -> nn.Module:
         """Build the network for these images, with weights of torch's generator."""
