@@ -43,6 +43,8 @@ def test_a_record_for_each_run(quick):
     assert len(tests) == 3 * 2 * 5
     assert len(found) - len(tests) == 6 + 3 * 3
     for record in tests:
+        assert record["identity"]["settings"]["trials"] == record["trials"]
+        assert "scikit-learn" in record["identity"]["versions"]
         assert len(record["trials"]) == len(record["validation"]) == len(record["test"]) == 4
         assert record["final"]["validation"] == min(record["validation"])
     regressions = [r for r in found if "rule" in r["identity"]["settings"]]
@@ -75,9 +77,9 @@ def test_one_part_alone(tmp_path, capsys):
     assert_picture(tmp_path / "unit-tests.png")
 
 
-def finished(seed, validation, test):
+def finished(seed, validation, test, trials=({"lr": 1}, {"lr": 2})):
     settings = UnitTestSettings(3, False, 10, "mean")
-    record = {"trials": [{"lr": 1}, {"lr": 2}], "validation": validation, "test": test}
+    record = {"trials": list(trials), "validation": validation, "test": test}
     return Finished(Run("x", settings, seed), record, None)
 
 
@@ -96,6 +98,12 @@ def test_settings_are_chosen_on_validation_data_of_all_seeds():
 def test_a_setting_that_diverged_is_not_chosen():
     cells = Cells([finished(0, [None, 0.5], [None, 0.4])])
     assert cells.get(3, False, 10, "mean").trial == {"lr": 2}
+
+
+def test_settings_that_differ_between_seeds_are_not_averaged():
+    others = ({"lr": 1}, {"lr": 3})
+    with pytest.raises(ValueError, match="trials: expected the same settings for all seeds"):
+        Cells([finished(0, [0.1, 0.3], [0, 0]), finished(1, [0.1, 0.3], [0, 0], others)])
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,12 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 import andmask_ext as am
+from andmask_ext.studies.linear import training
 from andmask_ext.studies.linear.training import (
     METHODS,
+    UnitTestSettings,
     environment_gradients,
+    least,
     make_trials,
     measure,
     train,
@@ -241,3 +244,20 @@ def test_every_method_tries_the_same_learning_rates_and_decays():
     ):
         assert len({trial[name] for trial in trials[method]}) == count
     assert len(make_trials("irm", 1000)) == 6 * 5
+
+
+def test_the_settings_that_are_tried_decide_which_run_it_is(monkeypatch):
+    settings = UnitTestSettings(3, False, 10, "and-mask", trials=5)
+    before = settings.identity()
+    assert before["trials"] == make_trials("and-mask", 5)
+    monkeypatch.setitem(training._OWN, "and-mask", {"tau": (0.7, 0.8)})
+    assert settings.identity() != before
+
+
+def test_a_setting_that_diverged_is_not_the_best():
+    nan = math.nan
+    assert [least(e) for e in ([nan, 0.1, 0.2], [0.3, math.inf, nan, 0.2], [None, 0.5])] == [
+        1,
+        3,
+        1,
+    ]

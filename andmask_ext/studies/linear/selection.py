@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..study import Finished, Settings
-from .training import Trial, UnitTestSettings
+from .training import Trial, UnitTestSettings, least
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class Cells:
 
     Args:
         finished: runs; others than on unit tests are left out.
+
+    Raises:
+        ValueError: seeds of one method have tried other settings.
     """
 
     def __init__(self, finished: Sequence[Finished[Settings]]) -> None:
@@ -70,11 +73,16 @@ class Cells:
 
 def _choose(group: list[tuple[UnitTestSettings, int, Any]]) -> Cell:
     settings, _, first = group[0]
+    for _, seed, record in group:
+        if record["trials"] != first["trials"]:
+            raise ValueError(
+                f"trials: expected the same settings for all seeds, got others for seed {seed}"
+            )
     means = [
         statistics.mean(_number(record["validation"][trial]) for _, _, record in group)
         for trial in range(len(first["trials"]))
     ]
-    best = min(range(len(means)), key=means.__getitem__)
+    best = least(means)
     return Cell(
         settings.example,
         settings.scrambled,

@@ -44,6 +44,7 @@ class Linear(Study[Settings]):
         "Linear unit-tests for invariance discovery, 2021, arXiv 2102.10867"
     )
     unit = "step"
+    packages = (*Study.packages, "scikit-learn")  # draws the settings that are tried
 
     def add_options(self, parser: argparse.ArgumentParser) -> None:
         """Add the parts and the sizes of the unit tests."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,6 +52,10 @@ class UnitTestSettings(Settings):
     iterations: int = 1000
     trials: int = 12
 
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the outcome: the settings that are tried, and not just how many."""
+        return {**super().identity(), "trials": make_trials(self.method, self.trials)}
+
 
 def make_trials(method: str, count: int) -> list[Trial]:
     """Return the settings to try, the same ones for every seed.
@@ -74,6 +79,25 @@ def make_trials(method: str, count: int) -> list[Trial]:
         {**trial, **{name: values[number % len(values)] for name, values in own.items()}}
         for number, trial in enumerate(draw(_COMMON, count, seed=0))
     ]
+
+
+def least(errors: Sequence[float | None]) -> int:
+    """Return the place of the least error, the first of several.
+
+    Args:
+        errors: of each setting; one that is not finite, or None as in a record, is larger than all
+            others.
+
+    Example:
+        >>> least([float("nan"), 0.2, 0.1, 0.1, None])
+        2
+    """
+
+    def size(place: int) -> float:
+        error = errors[place]
+        return math.inf if error is None or math.isnan(error) else error
+
+    return min(range(len(errors)), key=size)
 
 
 def run_unit_test(settings: UnitTestSettings, seed: int, report: Report) -> Outcome:
@@ -101,7 +125,7 @@ def run_unit_test(settings: UnitTestSettings, seed: int, report: Report) -> Outc
         name: measure(weights, split, problem.classification)
         for name, split in (("validation", validation), ("test", problem.test))
     }
-    best = min(range(len(trials)), key=errors["validation"].__getitem__)
+    best = least(errors["validation"])
     final = {name: values[best] for name, values in errors.items()}
     return Outcome({"final": final, "trials": trials, **errors})
 
