@@ -1,9 +1,9 @@
 """Results on disk: a JSON record for each run, found again by all that decided its outcome.
 
 A run is described by an *identity*: a flat mapping with its settings, seed, thread count and the
-versions of the software. Two runs with the same identity give the same numbers, so a record with
-an equal identity may be reused, and a checkpoint with an equal identity may be continued; anything
-else gets a file name of its own. All files appear whole or not at all.
+versions of the software. On one machine, two runs with the same identity give the same numbers, so
+a record with an equal identity may be reused, and a checkpoint with an equal identity may be
+continued; anything else gets a file name of its own. All files appear whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -91,7 +93,7 @@ class RunFiles:
             return None
         if not isinstance(record, dict) or record.get("identity") != self._identity:
             return None
-        return record if self.weights.exists() or not record["weights"] else None
+        return record if self.weights.exists() or not record.get("weights") else None
 
     def finish(
         self, results: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
@@ -120,11 +122,15 @@ class RunFiles:
         """Read the state of an interrupted run.
 
         Returns:
-            The state given to :meth:`write_checkpoint`, or None where there is none.
+            The state given to :meth:`write_checkpoint`, or None where there is none; and where it
+            is damaged, which is told.
         """
         try:
             saved: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
         except FileNotFoundError:
+            return None
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
+            print(f"{self.checkpoint} is damaged, the run begins anew: {error}", file=sys.stderr)
             return None
         if saved["identity"] != self._identity:
             return None
@@ -148,7 +154,8 @@ class RunFiles:
 
         Before each epoch torch's global generator is seeded by ``seed`` and the epoch: if all that
         is random in an epoch comes from there, it needs nothing from the one before but ``parts``,
-        and a run that was interrupted ends with the same bits as one that was not.
+        and a run that was interrupted ends with the same bits as one that was not. Draw data from
+        another stream: in the first epoch of seed 0 this one is that of ``torch.manual_seed(0)``.
 
         Args:
             total: how many epochs the run has.

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -215,8 +216,9 @@ class Study(ABC, Generic[S]):
             for name in ("threads", "jobs"):
                 if getattr(options, name) < 1:
                     raise ValueError(f"{name}: expected at least 1, got {getattr(options, name)}")
-            if min(options.seeds) < 0:
-                raise ValueError(f"seeds: expected numbers >= 0, got {min(options.seeds)}")
+            for seed in options.seeds:
+                if not 0 <= seed < 2**32:
+                    raise ValueError(f"seeds: expected numbers >= 0 and < 2**32, got {seed}")
             runs = list(self.plan(options))
             options.output.mkdir(parents=True, exist_ok=True)
         except ValueError as error:
@@ -347,7 +349,11 @@ class Study(ABC, Generic[S]):
         record = files.read_record()
         if record is None:
             with Progress(title, self.unit, lines) as progress:
-                outcome = self.execute(run.settings, run.seed, files, progress)
+                try:
+                    outcome = self.execute(run.settings, run.seed, files, progress)
+                except Exception:
+                    print(f"{title}  failed", file=sys.stderr, flush=True)
+                    raise
             files.finish({**outcome.results, "build": am.build_info()}, outcome.weights)
             record = files.read_record()
             assert record is not None
@@ -375,4 +381,13 @@ def _words(numbers: Sequence[int]) -> str:
 
 def _start_worker(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
+
+
+def _end_with_parent() -> None:
+    """End this process once its parent has ended, in whatever way."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

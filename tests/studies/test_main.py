@@ -50,7 +50,7 @@ def test_every_study_has_the_common_options(command, capsys, monkeypatch):
     [
         (("--threads", 0), "threads: expected at least 1, got 0"),
         (("--jobs", -2), "jobs: expected at least 1, got -2"),
-        (("--seeds", 1, -1), "seeds: expected numbers >= 0, got -1"),
+        (("--seeds", 1, -1), "seeds: expected numbers >= 0 and < 2**32, got -1"),
         (("--seeds", "first"), "argument --seeds: invalid int value: 'first'"),
     ],
 )

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -108,12 +109,67 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path, number):
     assert not list((tmp_path / "stopped").glob("*.checkpoint"))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_fails_is_named(tmp_path, jobs):
+    failed = process(tmp_path, "--lr", 0.5, 7, "--seeds", 0, "--jobs", jobs)
+    assert failed.returncode == 1
+    assert "[2/2] lr=7 seed=0  failed" in failed.stderr
+    assert "RuntimeError: lr of 7" in failed.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_end_with_a_killed_parent(tmp_path):
+    call = [sys.executable, "-m", "tests.studies.toy", "--output", tmp_path]
+    parent = subprocess.Popen(
+        [*map(str, call), "--jobs", "2", "--epochs", "1000000000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        cwd=Path(__file__).parents[2],
+    )
+    try:
+        assert wait_for(lambda: len(list(tmp_path.glob("*.checkpoint"))) == 2)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert len(children) >= 2
+    finally:
+        parent.kill()
+        parent.wait()
+    assert wait_for(lambda: not any(map(alive, children)))
+
+
+def wait_for(condition):
+    for _ in range(600):
+        if condition():
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_damaged_checkpoint_is_told(tmp_path, capsys, content):
+    arguments = ["--output", str(tmp_path), "--seeds", "0"]
+    assert main(arguments) == 0
+    (record,) = (path for path in tmp_path.glob("*.json") if "summary" not in path.name)
+    record.unlink()
+    record.with_suffix(".checkpoint").write_bytes(content)
+    assert main(arguments) == 0
+    assert "is damaged, the run begins anew" in capsys.readouterr().err
+    assert record.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--threads", "0"], "threads: expected at least 1, got 0"),
         (["--jobs", "0"], "jobs: expected at least 1, got 0"),
-        (["--seeds", "0", "-2"], "seeds: expected numbers >= 0, got -2"),
+        (["--seeds", "0", "-2"], "seeds: expected numbers >= 0 and < 2**32, got -2"),
+        (["--seeds", str(2**32)], "seeds: expected numbers >= 0 and < 2**32, got 4294967296"),
         (["--epochs", "0"], "epochs: expected at least 1, got 0"),
         (["--lr", "much"], "invalid float value: 'much'"),
     ],

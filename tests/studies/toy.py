@@ -58,6 +58,8 @@ class Toy(Study[ToySettings]):
         return [Run("best", best.run.settings, 99)] if options.again else []
 
     def execute(self, settings, seed, files, report):
+        if settings.lr == 7.0:
+            raise RuntimeError("lr of 7")
         torch.manual_seed(seed)
         model = torch.nn.Linear(1, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=settings.lr, momentum=0.5)
