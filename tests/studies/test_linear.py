@@ -8,7 +8,8 @@ pytest.importorskip("tqdm")
 
 from andmask_ext.__main__ import main
 from andmask_ext.studies.linear.selection import Cells
-from andmask_ext.studies.linear.training import UnitTestSettings
+from andmask_ext.studies.linear.study import unit_test_claims
+from andmask_ext.studies.linear.training import METHODS, UnitTestSettings
 from andmask_ext.studies.study import Finished, Run
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
@@ -32,7 +33,7 @@ def test_the_quick_setting_shows_what_the_papers_claim(quick):
 
 def test_the_figures(quick):
     names = [picture["file"] for picture in read_summary(quick, "linear")["pictures"]]
-    assert names == ["regression.png", "unit-tests.png"]
+    assert names == ["linear-solutions.png", "linear-errors.png"]
     for name in names:
         assert_picture(quick / name)
 
@@ -65,8 +66,11 @@ def test_tables_compare_bases_and_methods(quick):
 
 def test_one_part_alone(tmp_path, capsys):
     run("linear", "--part", "regression", "--seeds", 0, "--output", tmp_path)
-    assert len(read_summary(tmp_path, "linear-regression")["claims"]) == 3
-    assert not (tmp_path / "unit-tests.png").exists()
+    summary = read_summary(tmp_path, "linear-regression")
+    assert len(summary["claims"]) == 3
+    assert "to 5e-05" in summary["claims"][0]["text"]
+    # figures of the whole study, if there are any in the folder, are left alone
+    assert [path.name for path in tmp_path.glob("*.png")] == ["linear-regression-solutions.png"]
     assert "example" not in capsys.readouterr().out
 
     tiny = ("--samples", 20, "--iterations", 3, "--trials", 2, "--seeds", 0, 1)
@@ -74,7 +78,7 @@ def test_one_part_alone(tmp_path, capsys):
     summary = read_summary(tmp_path, "linear-unit-tests")
     assert len(summary["claims"]) == 7
     assert [row[0] for row in summary["tables"][0]["rows"]] == [3] * 6 + [10] * 6
-    assert_picture(tmp_path / "unit-tests.png")
+    assert_picture(tmp_path / "linear-unit-tests-errors.png")
 
 
 def finished(seed, validation, test, trials=({"lr": 1}, {"lr": 2})):
@@ -100,6 +104,44 @@ def test_a_setting_that_diverged_is_not_chosen():
     assert cells.get(3, False, 10, "mean").trial == {"lr": 2}
 
 
+GOOD = {
+    "and-mask": (0.01, 0.48),
+    "mean": (0.3, 0.32),
+    "irm": (0.3, 0.31),
+    "oracle": (0.01, 0.01),
+    "geometric": (0.02, 0.48),
+}
+
+
+@pytest.mark.parametrize(
+    ("errors", "holds"),
+    [
+        ({}, [True, True, True]),
+        # nothing is learned, by nobody
+        ({method: (0.5, 0.5) for method in METHODS}, [False, False, False]),
+        ({"and-mask": (0.45, 0.48)}, [False, False, False]),
+        ({"oracle": (0.01, 0.45)}, [True, False, True]),
+        # better on rotated inputs is no loss, and a loss is none less for its size
+        ({"mean": (0.4, 0.05)}, [True, True, True]),
+        ({"mean": (0.05, 0.4)}, [True, True, False]),
+        ({"and-mask": (0.48, 0.01), "mean": (0.4, 0.1), "irm": (0.4, 0.1)}, [False] * 3),
+    ],
+)
+def test_claims_about_rotated_inputs_can_fail(errors, holds):
+    """Errors of each method in example 3, as it is and rotated."""
+    runs = [
+        Finished(
+            Run("x", UnitTestSettings(example, bool(turn), 10, method), 0),
+            {"trials": [{}], "validation": [0.0], "test": [(GOOD | errors)[method][turn]]},
+            None,
+        )
+        for example in (1, 2, 3)
+        for turn in (0, 1)
+        for method in METHODS
+    ]
+    assert [claim.holds for claim in unit_test_claims(Cells(runs))[:3]] == holds
+
+
 def test_settings_that_differ_between_seeds_are_not_averaged():
     others = ({"lr": 1}, {"lr": 3})
     with pytest.raises(ValueError, match="trials: expected the same settings for all seeds"):
@@ -113,6 +155,11 @@ def test_settings_that_differ_between_seeds_are_not_averaged():
         (["--samples", "1"], "samples: expected at least 2, got 1"),
         (["--iterations", "0"], "iterations: expected at least 1, got 0"),
         (["--trials", "0"], "trials: expected at least 1, got 0"),
+        (["--trials", "31"], "trials: expected at most the 30 settings that there are, got 31"),
+        *(
+            (["--part", "regression", f"--{name}", "7"], f"{name}: expected none with part regr")
+            for name in ("environments", "samples", "iterations", "trials")
+        ),
         (["--part", "all"], "invalid choice: 'all'"),
     ],
 )

@@ -30,9 +30,11 @@ def test_the_points_are_the_notebooks():
 
 
 @pytest.mark.parametrize("stored", STORED, ids=lambda s: f"{s.rule}, {s.environments}")
-def test_the_stored_outcomes_are_met_to_their_printed_digits(stored):
+def test_the_stored_outcomes_are_met_to_what_rounding_allows(stored):
     settings = RegressionSettings(stored.rule, stored.environments, stored=True)
     results = run_regression(settings, seed=0).results
+    # Of the masked rules the last weight alone is evidence: the start comes from the others.
+    assert results["theta"][-1] == pytest.approx(stored.theta[-1], abs=5e-5)
     assert results["theta"] == pytest.approx(list(stored.theta), abs=5e-5)
     assert f"{results['final']['seen_loss']:.6f}" == f"{stored.loss:.6f}"
 

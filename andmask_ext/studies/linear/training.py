@@ -23,6 +23,7 @@ _COMMON: Space = {
     "lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
 }
+MOST_TRIALS = math.prod(map(len, _COMMON.values()))
 _OWN: dict[str, Space] = {
     "and-mask": {"tau": (0.8, 0.9, 1.0)},
     "geometric": {"tau": (0.8, 0.9, 1.0)},
