@@ -38,11 +38,11 @@ def quick(tmp_path_factory):
 
 def test_the_quick_setting_shows_what_the_paper_claims(quick):
     summary = read_summary(quick, "correlation")
-    start, fall, rise, reverse = summary["claims"]
+    start, _, rise, reverse = summary["claims"]
     assert start["holds"]
+    # few coordinates are left, three seeds do not decide: that the shortcut falls is seen below
     assert rise["holds"]
     assert reverse["holds"]
-    assert "at τ = 1" in fall["measured"]  # few coordinates are left: three seeds do not decide
     records = read_records(quick)
     assert len(records) == 3
     mechanism, shortcut = (curve(records, "and", "plain", name) for name in SIGNALS[:2])
@@ -87,8 +87,8 @@ def test_gradients_are_those_of_each_environment():
 
 
 def test_starts_are_stock_or_the_authors():
-    stock = build_network(SMALL, 34, seed=3)
     state = torch.random.get_rng_state()
+    stock = build_network(SMALL, 34, seed=3)
     assert torch.equal(torch.random.get_rng_state(), state)
     torch.manual_seed(3)
     layers = [m for m in stock.modules() if isinstance(m, torch.nn.Linear)]
@@ -150,7 +150,10 @@ def test_a_mean_of_few_seeds_is_none():
 
 
 def fabricated(start, end, low):
-    """Records of a few seeds: correlations with the mechanism, and with the shortcut."""
+    """Records of seeds: correlations with the mechanism and with the shortcut, one or for each."""
+
+    def values(pair, seed):
+        return [one[seed] if isinstance(one, list) else one for one in pair]
 
     def curves(first, last):
         return {
@@ -159,16 +162,13 @@ def fabricated(start, end, low):
             "neither": [0, 0],
         }
 
-    return [
-        {
-            "tau": [0.0, 1.0],
-            "curves": {
-                "and": {"plain": curves([s + shake for s in start], end)},
-                "xor": {"plain": curves(low, start)},
-            },
-        }
-        for shake in (-0.01, 0.0, 0.01)
-    ]
+    records = []
+    for seed, shake in enumerate((-0.01, 0.0, 0.01, 0.0)):
+        shaken = [value + shake for value in values(start, seed)]
+        first, last = values(low, seed), values(end, seed)
+        plain = {"and": {"plain": curves(shaken, last)}, "xor": {"plain": curves(first, shaken)}}
+        records.append({"tau": [0.0, 1.0], "curves": plain})
+    return records
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,24 @@ def fabricated(start, end, low):
         ((0.6, 0.9), (0.8, 0.2), (0.1, 0.9), [False, True, True, True]),
         ((0.4, 0.9), (0.8, 0.9), (0.1, 0.9), [True, False, True, True]),
         ((0.4, 0.9), (0.2, 0.2), (0.1, 0.9), [True, True, False, True]),
-        ((0.4, 0.9), (0.8, 0.2), (0.4, 0.5), [True, True, True, False]),
         ((0.4, 0.9), (None, None), (0.1, 0.9), [True, False, False, True]),
+        # a fall that is sure, and too small
+        ((0.4, 0.9), (0.8, 0.85), (0.1, 0.9), [True, False, True, True]),
+        # one that is large, and not sure
+        ((0.4, 0.9), (0.8, [0.9, 0.9, 0.1, 0.9]), (0.1, 0.9), [True, False, True, True]),
+        # noise does not make a fall of the mechanism one that stays
+        ((0.4, 0.9), ([-0.6, 0.9, -0.1, 0.5], 0.2), (0.1, 0.9), [True, True, False, True]),
+        # three of four seeds are enough, two are not
+        ((0.4, 0.9), ([None, 0.8, 0.8, 0.8], [None, 0.2, 0.2, 0.2]), (0.1, 0.9), [True] * 4),
+        (
+            (0.4, 0.9),
+            ([None, None, 0.8, 0.8], [None, None, 0.2, 0.2]),
+            (0.1, 0.9),
+            [True, False, False, True],
+        ),
+        # the XOR-mask: both fall; the mechanism falls by little
+        ((0.4, 0.9), (0.8, 0.2), (0.1, 0.7), [True, True, True, False]),
+        ((0.4, 0.9), (0.8, 0.2), (0.35, 0.9), [True, True, True, False]),
     ],
 )
 def test_claims_can_fail(start, end, low, holds):

@@ -89,11 +89,11 @@ def build_network(settings: CorrelationSettings, inputs: int, seed: int) -> nn.M
         >>> build_network(CorrelationSettings(), 34, seed=0)(torch.zeros(5, 34)).shape
         torch.Size([5])
     """
-    model = build_model(
-        SpiralsSettings(shortcut_dims=inputs - MECHANISM, width=settings.width, layers=3), seed
-    )
-    if not settings.kaiming:
-        with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()):
+        model = build_model(
+            SpiralsSettings(shortcut_dims=inputs - MECHANISM, width=settings.width, layers=3), seed
+        )
+        if not settings.kaiming:
             torch.manual_seed(seed)
             for module in model.modules():
                 if isinstance(module, nn.Linear):
