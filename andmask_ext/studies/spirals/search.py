@@ -84,7 +84,6 @@ class Search(Part):
                 percents([best[method]], "validation")[0],
                 spread(percents(again.get(method, []), "train")),
                 spread(percents(again.get(method, []), "test")),
-                _settings(best[method]),
             )
             for method, runs in trials.items()
         ]
@@ -96,13 +95,19 @@ class Search(Part):
             "best, validation %",
             "again, train %",
             "again, test %",
-            "settings of the best",
         )
         first = next(iter(best.values())).run.settings
         path = charts.draw_search(trials, best, again, folder / f"{name}.png")
         return Summary(
             _claims(again),
-            [Table(f"random search, {first.revolutions:g} revolution(s)", columns, rows)],
+            [
+                Table(f"random search, {first.revolutions:g} revolution(s)", columns, rows),
+                Table(
+                    "settings of the best",
+                    ("method", "settings"),
+                    [(method, _settings(one)) for method, one in best.items()],
+                ),
+            ],
             [
                 Picture(
                     path,
