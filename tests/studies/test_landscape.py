@@ -10,7 +10,8 @@ pytest.importorskip("tqdm")
 
 from andmask_ext.metrics import landscapes
 from andmask_ext.studies.landscape import parts, patchwork
-from andmask_ext.studies.landscape.cli import main
+from andmask_ext.studies.landscape.cli import PartSettings, main
+from andmask_ext.studies.landscape.results import Results, summarise
 
 from .common import assert_picture, read_records, read_summary, run
 
@@ -38,25 +39,65 @@ def records(folder):
     }
 
 
-@pytest.mark.parametrize(
-    ("start", "holds"),
-    [
-        ("the two minima look alike after pooling", True),
-        ("the inconsistency score tells them apart", True),
-        ("the mean gradient leads to the patchwork minimum", True),
-        ("the AND-mask never ends at the patchwork minimum", True),
-        ("the geometric mean does not either, and it is the vote", True),
-        ("wherever else the AND-mask stops", True),
-        ("the score of a pair of quadratics is at most 2 ε", False),  # the paper's bound, printed
-        ("that score is at most ε (", True),
-        ("the patchwork solution has loss .0032", True),
-        ("search finds worse points within ε", True),
-        ("the longer the search", True),
-    ],
-)
+CLAIMS = [
+    ("the two minima look alike after pooling", True),
+    ("the inconsistency score tells them apart", True),
+    ("the mean gradient leads to the patchwork minimum", True),
+    ("the AND-mask never ends at the patchwork minimum", True),
+    ("the geometric mean does not either, and it is the vote", True),
+    ("wherever else the AND-mask stops", True),
+    ("the score of a pair of quadratics is at most 2 ε", False),  # the paper's bound, printed
+    ("that score is at most ε (", True),
+    ("the patchwork solution has loss .0032", True),
+    ("search finds worse points within ε", True),
+    ("the longer the search", True),
+    ("the AND-mask ends at the consistent minimum from more starts", True),
+    ("the invariant learning consistency of the AND-mask is higher", False),
+]
+
+
+@pytest.mark.parametrize(("start", "holds"), CLAIMS)
 def test_claims(summary, start, holds):
     (claim,) = [one for one in summary["claims"] if one["text"].startswith(start)]
     assert claim["holds"] is holds, claim
+
+
+SETTLED = "of descents that end at a minimum"
+
+
+def test_a_claim_about_what_is_not_scored_is_left_out(summary):
+    """The one descent that the quick setting scores ends at no minimum."""
+    assert not [one for one in summary["claims"] if one["text"].startswith(SETTLED)]
+    assert len(summary["claims"]) == len(CLAIMS)
+
+
+def claims_with(folder, **changes):
+    """Claims about the quick records, with other numbers in those of the AND-mask."""
+    found = []
+    for record in read_records(folder):
+        settings = PartSettings(**record["identity"]["settings"])
+        if settings.rule == "and-mask":
+            record |= changes
+        found.append((settings, record))
+    return {claim.text: claim.holds for claim in summarise(Results(found)).claims}
+
+
+def test_claims_about_descents_can_fail(folder, records):
+    ends = records["descents", "and-mask"]["ends"]
+    where = "wherever else the AND-mask stops, environments contradict each other in both "
+    where += "coordinates"
+    # None: the gradient was not finite
+    for slope, holds in ((0.0, True), (0.0009, True), (0.01, False), (None, False)):
+        assert claims_with(folder, largest_gradient_elsewhere=slope)[where] is holds
+    found = claims_with(folder, ends=["patchwork"] * len(ends))
+    assert found["the AND-mask never ends at the patchwork minimum"] is False
+    settled = f"{SETTLED}, those of the AND-mask are the more consistent"
+    mean = records["descents", "mean"]["ilc"]["scores"][0]
+    for score, holds in ((mean - 0.001, True), (mean + 0.001, False), (None, False)):
+        changes = {"ends": ["consistent", *ends[1:]], "ilc": {"scores": [score]}}
+        assert claims_with(folder, **changes)[settled] is holds
+    ilc = "the invariant learning consistency of the AND-mask is higher than the mean gradient's"
+    assert claims_with(folder, ilc={"scores": [mean - 0.001]})[ilc] is True
 
 
 def test_shares_follow_from_where_starts_end(records):
@@ -147,6 +188,7 @@ def test_seeds_vary_the_starts_and_decide_them():
     [
         (["--starts", "0"], "starts: expected 1 to 100000, got 0"),
         (["--samples", "0"], "samples: expected 1 to 100000, got 0"),
+        (["--samples", "5", "--starts", "2"], "samples: expected at most the 2 starts, got 5"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):

@@ -74,6 +74,8 @@ class Landscape(Study[PartSettings]):
         for name, value in (("starts", starts), ("samples", samples)):
             if not 1 <= value <= parts.SEEDS_APART:
                 raise ValueError(f"{name}: expected 1 to {parts.SEEDS_APART}, got {value}")
+        if samples > starts:
+            raise ValueError(f"samples: expected at most the {starts} starts, got {samples}")
         chosen = [
             PartSettings("descents", rule, starts, 250 if quick else 400, samples)
             for rule in parts.RULES

@@ -75,7 +75,7 @@ class Results:
             places: only of ends there.
         """
         return [
-            -score
+            -math.inf if score is None else -score  # of a descent that diverged
             for one in self.descents(rule)
             for score, place in zip(one["ilc"]["scores"], one["ends"], strict=False)
             if place in places
@@ -213,7 +213,12 @@ def _of_descents(results: Results) -> list[Claim]:
     unvoted = number("geometric mean, no vote", "patchwork")
     reached = [number(rule, "consistent") for rule in ("mean", "and-mask")]
     lost = number("and-mask", "elsewhere")
-    slopes = [record["largest_gradient_elsewhere"] for record in results.descents("and-mask")]
+    # Of seeds that have such ends; None is what a number that is not finite becomes in a record.
+    slopes = [
+        math.inf if (slope := record["largest_gradient_elsewhere"]) is None else slope
+        for record in results.descents("and-mask")
+        if "elsewhere" in record["ends"]
+    ]
     ilc, settled = (
         {rule: _mean(results.ilc(rule, places)) for rule in ("mean", "and-mask")}
         for places in (PLACES, PLACES[:2])
@@ -240,22 +245,25 @@ def _of_descents(results: Results) -> list[Claim]:
         Claim(
             "wherever else the AND-mask stops, environments contradict each other in both "
             "coordinates",
-            lost > 0 and max(filter(None, slopes), default=0.0) < 1e-3,
-            f"{lost} starts; the masked gradient there is at most "
-            f"{max(filter(None, slopes), default=0.0):.1g}",
+            lost > 0 and max(slopes) < 1e-3,
+            f"{lost} starts; the masked gradient there is at most {max(slopes, default=0):.1g}",
         ),
         Claim(
             "the invariant learning consistency of the AND-mask is higher than the mean gradient's",
             ilc["and-mask"] > ilc["mean"],
             f"{ilc['and-mask']:.3g} against {ilc['mean']:.3g}",
         ),
-        Claim(
-            "of descents that end at a minimum, those of the AND-mask are the more consistent",
-            settled["and-mask"] > settled["mean"],
-            " against ".join(
-                "none scored" if math.isnan(settled[rule]) else f"{settled[rule]:.3g}"
-                for rule in ("and-mask", "mean")
-            ),
+        *(
+            [
+                Claim(
+                    "of descents that end at a minimum, those of the AND-mask are the more "
+                    "consistent",
+                    settled["and-mask"] > settled["mean"],
+                    f"{settled['and-mask']:.3g} against {settled['mean']:.3g}",
+                )
+            ]
+            if not any(map(math.isnan, settled.values()))  # no such descent is scored: no claim
+            else []
         ),
     ]
 
