@@ -279,6 +279,15 @@ def test_parts_thresholds_and_norms_are_chosen(tmp_path, capsys):
         (["--batch", "2000"], "batch: expected at most the 1440 training images, got 2000"),
         (["--data", "cifar10"], "data-dir: expected a folder that holds CIFAR-10, got none"),
         (["--part", "both"], "invalid choice: 'both'"),
+        (
+            ["--part", "random-labels", "--norm", "batch", "group"],
+            "norm: expected none without part label-noise, got batch group",
+        ),
+        (
+            ["--part", "random-labels", "--noise", "0.25"],
+            "noise: expected none without part label-noise, got 0.25",
+        ),
+        (["--data-dir", "images"], "data-dir: expected none with data digits, got images"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):

@@ -22,6 +22,8 @@ NOISY_TAUS = (0.1, 0.2, 0.4)
 
 FEW = 2  # of the default seeds, where seeds differ little
 
+NOISE = 0.25
+
 T = TypeVar("T")
 
 # What the options are unless said otherwise: sized for two cores, for a test, and the paper's.
@@ -74,7 +76,9 @@ class LabelNoise(Study[NoiseSettings]):
             help=f"of part label-noise: {' or '.join(NORMS)} (default: both)",
         )
         which.add_argument(
-            "--noise", type=float, default=0.25, help="share of wrong labels (default: 0.25)"
+            "--noise",
+            type=float,
+            help=f"of part label-noise: share of wrong labels (default: {NOISE})",
         )
         which.add_argument(
             "--rescale",
@@ -109,13 +113,21 @@ class LabelNoise(Study[NoiseSettings]):
 
     def plan(self, options: argparse.Namespace) -> list[Run[NoiseSettings]]:
         """Turn options into runs."""
+        if "label-noise" not in options.part:
+            for name in ("norm", "noise"):
+                if (value := getattr(options, name)) is not None:
+                    shown = " ".join(value) if name == "norm" else value
+                    raise ValueError(f"{name}: expected none without part label-noise, got {shown}")
+        if options.data_dir and options.data == "digits":
+            raise ValueError(f"data-dir: expected none with data digits, got {options.data_dir}")
         common = CIFAR10 if options.data == "cifar10" else FULL
         common = dict(common, **(QUICK if options.quick else {}))
         for name in ("width", "size", "epochs", "examples", "lr"):
             if getattr(options, name) is not None:
                 common[name] = getattr(options, name)
-        for name in ("data", "noise", "rescale", "batch"):
+        for name in ("data", "rescale", "batch"):
             common[name] = getattr(options, name)
+        common["noise"] = NOISE if options.noise is None else options.noise
         common["folder"] = options.data_dir
         few = options.seeds if options.seeds_given else options.seeds[:FEW]
         runs: list[Run[NoiseSettings]] = []
