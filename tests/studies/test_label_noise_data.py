@@ -1,9 +1,13 @@
 """Images and labels of the study: digits, CIFAR-10 in its own format, and what is made of them."""
 
 import hashlib
+import importlib
+import os
 import pickle
 import sys
+from contextlib import ExitStack
 from importlib.util import find_spec
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -113,29 +117,44 @@ def test_mislabel_leaves_its_argument():
 # ---- CIFAR-10 ----
 
 
+def forget_torchvision():
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
+
 @pytest.fixture(scope="module")
 def loader():
-    """Return torchvision's CIFAR10.
+    """Return torchvision's CIFAR10, and leave the process as it was.
 
     The build of torchvision on PyPI is for CUDA: beside a torch without CUDA its extension does
     not load, and importing it fails at the first op that the extension should have brought. The
-    loader needs none of them, so here their schemas are declared, without any kernel.
+    loader needs none of them, so here their schemas are declared, without any kernel. Other
+    packages look for a torchvision and fail with that one: it lies in a folder of its own, where
+    nobody finds it before and after these tests.
     """
-    need(find_spec("torchvision"), "torchvision")
-    try:
-        from torchvision.datasets import CIFAR10
-    except RuntimeError:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for op in ("nms", "qnms"):
-            library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        from torchvision.datasets import CIFAR10
+    own = os.environ.get("ANDMASK_TORCHVISION", "")
+    place = str(Path(own).resolve())
+    need(find_spec("torchvision") or (own and Path(own, "torchvision").is_dir()), MISSING)
+    with ExitStack() as stack:
+        if own:
+            forget_torchvision()
+            sys.path.insert(0, place)
+            stack.callback(sys.path.remove, place)
+            stack.callback(forget_torchvision)
+            importlib.invalidate_caches()
+        try:
+            from torchvision.datasets import CIFAR10
+        except RuntimeError:
+            forget_torchvision()
+            need(own, MISSING)
+            library = stack.enter_context(torch.library._scoped_library("torchvision", "FRAGMENT"))
+            for op in ("nms", "qnms"):
+                library.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            from torchvision.datasets import CIFAR10
+        yield CIFAR10
 
-        CIFAR10.declared = library  # lives as long as the loader
-    return CIFAR10
 
-
+MISSING = "torchvision that works (make torchvision; ANDMASK_TORCHVISION=.venv/torchvision)"
 BATCHES = ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5")
 NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
