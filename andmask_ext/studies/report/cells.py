@@ -55,7 +55,7 @@ class Grid:
 
     @property
     def numeric(self) -> list[bool]:
-        """Which columns hold numbers, and so stand on the right and are sorted by them."""
+        """Which columns hold numbers, and so stand on the right."""
         columns = [
             [row[place] for row in self.rows if row[place].text != DASH]
             for place in range(len(self.columns))

@@ -113,6 +113,10 @@ def collect(folder: Path) -> Found:
     return found
 
 
+# What the page shows of a summary, if it says so.
+_FACTS: dict[str, Any] = {"title": "", "about": "", "reference": "", "command": "", "runs": 0}
+
+
 def _summary(path: Path, content: Any) -> FoundSummary:
     _expect(content, dict, "a summary")
     _expect(content.get("study"), str, "study")
@@ -126,7 +130,7 @@ def _summary(path: Path, content: Any) -> FoundSummary:
         _expect(claim.holds, bool, "holds")
     return FoundSummary(
         path,
-        content,
+        _FACTS | content,
         claims,
         [Table(**_expect(one, dict, "a table")) for one in content["tables"]],
         [

@@ -29,12 +29,13 @@ function startTheme() {
 // Sorting: up, down, as it was. Rows that tie keep their order, and empty cells stay at the end.
 const collator = new Intl.Collator("en", { numeric: true, sensitivity: "base" });
 
+const isMissing = (cell) => cell.textContent.trim() === "–";
+
 function compareCells(one, other, sign, numeric) {
-  const [left, right] = [one, other].map((cell) => cell.textContent.trim());
-  const missing = (left === "–") - (right === "–");
-  if (missing || left === "–") return missing;
+  const missing = isMissing(one) - isMissing(other);
+  if (missing || isMissing(one)) return missing;
   if (numeric) return sign * (Number(one.dataset.key) - Number(other.dataset.key));
-  return sign * collator.compare(left, right);
+  return sign * collator.compare(one.textContent.trim(), other.textContent.trim());
 }
 
 function makeSortable(table) {
@@ -54,7 +55,8 @@ function makeSortable(table) {
       if (before !== "descending") {
         const sign = before === "ascending" ? -1 : 1;
         head.setAttribute("aria-sort", sign > 0 ? "ascending" : "descending");
-        const numeric = head.classList.contains("n");
+        const cells = rows.map((row) => row.cells[column]);
+        const numeric = cells.every((cell) => isMissing(cell) || "key" in cell.dataset);
         rows.sort((a, b) => compareCells(a.cells[column], b.cells[column], sign, numeric));
       }
       body.append(...rows);
