@@ -382,8 +382,8 @@ def test_texts_are_sorted_as_the_numbers_they_begin_with():
     }.items():
         assert number(text) == expected, text
     assert cell(1 / 3).key == 1 / 3
-    assert [cell(value).text for value in (None, "-", True, [1, 0.25], [0] * 9, 1e-9)] == [
-        *(DASH, DASH, "yes", "1, 0.25", "9 values", "1e-09")
+    assert [cell(value).text for value in (None, "-", [], True, [1, 0.25], [0] * 9, 1e-9)] == [
+        *(DASH, DASH, DASH, "yes", "1, 0.25", "9 values", "1e-09")
     ]
     assert [duration(seconds).text for seconds in (0.04, 9.94, 9.96, 59.6, 3600, 7380, None)] == [
         *("0.0 s", "9.9 s", "10 s", "1 min 0 s", "1 h 0 min", "2 h 3 min", DASH)

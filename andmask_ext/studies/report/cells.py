@@ -81,13 +81,13 @@ def cell(value: Any) -> Cell:
         >>> cell("51.20 ± 0.94").key, cell("and-mask").key
         (51.2, None)
     """
+    if value is None or value in ("", "-", DASH, []):
+        return Cell(DASH)
     if isinstance(value, bool):
         return Cell("yes" if value else "no")
     if isinstance(value, list):
         plain = len(value) <= 6 and not any(isinstance(item, (list, dict)) for item in value)
         return Cell(", ".join(cell(v).text for v in value) if plain else f"{len(value)} values")
-    if value is None or value in ("", "-", DASH):
-        return Cell(DASH)
     if isinstance(value, (int, float)):
         return Cell(shown(value), value)
     return Cell(str(value), number(str(value)))
