@@ -58,12 +58,26 @@ $(TORCHVISION)/.ready: $(READY)
 .PHONY: torchvision
 torchvision: $(TORCHVISION)/.ready  ## for the test that reads CIFAR-10: ANDMASK_TORCHVISION=.venv/torchvision
 
-STUDIES := spirals correlation linear landscape label-noise coinrun benchmark
+# What docs/results.md holds. Interrupted, it goes on where it was.
+define RESULTS
+spirals --part search
+spirals --part environments
+spirals --revolutions 1 2 3 --seeds 0 1
+spirals --setting released --seeds 1 2 3
+spirals --setting tuned --seeds 1 2 3
+correlation
+linear
+landscape
+label-noise
+coinrun
+benchmark
+endef
+export RESULTS
 
 .PHONY: results
 results: $(READY) game  ## every study in full, some two hours; and one page of all: runs/report.html
-	for study in $(STUDIES); do \
-	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m andmask_ext $$study || exit; \
+	echo "$$RESULTS" | while read -r study; do \
+	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m andmask_ext $$study </dev/null || exit; \
 	done
 	$(BIN)/python -m andmask_ext report
 
