@@ -99,6 +99,11 @@ def test_the_data_are_drawn_without_training(tmp_path):
     assert_picture(tmp_path / "data.png", width=800)
 
 
+def test_plain_training_can_pool(tmp_path):
+    run(*TINY, "--method", "mean", "--pooled", "--seeds", 0, "--output", tmp_path)
+    assert read_records(tmp_path)[0]["identity"]["settings"]["pooled"] is True
+
+
 def test_a_setting_has_a_summary_of_its_own(tmp_path):
     run(*TINY, "--setting", "tuned", "--seeds", 1, "--fit", 1, "--output", tmp_path)
     assert read_summary(tmp_path, "spirals-tuned")["runs"] == 2
@@ -122,7 +127,8 @@ def test_quick_shows_that_only_the_and_family_finds_the_spirals(tmp_path):
         assert f"{method} tau=0.8 revolutions=1 finds the spirals" in text
     found = by_method(tmp_path)
     assert {method for method, _ in found} == set(METHODS)
-    for method in ("masked-average", "sign-dropout"):
+    for method in ("masked-average", "median", "sign-dropout"):
+        assert "does not pass 95 % on test data" in text
         assert found[method, 0]["final"]["test_accuracy"] < 0.7
     assert_picture(tmp_path / "spirals-revolutions1.png", width=800)
     assert_picture(tmp_path / "spirals-methods1.png")
@@ -195,6 +201,7 @@ def test_the_number_of_environments(tmp_path):
         (["--environments", "0"], "environments: expected at least 1, got 0"),
         (["--environments", "2", "4"], "environments: expected one value in this part, got [2, 4]"),
         (["--pooled"], "pooled: expected a method that does without environments, got 'and-mask'"),
+        (["--part", "environments", "--no-pooled"], "pooled: expected no such option"),
         (["--trials", "3"], "trials: expected at least 1, and --part search, got 3 and compare"),
         (["--part", "search", "--trials", "0"], "trials: expected at least 1"),
         (["--part", "search", "--tau", "0", "1"], "tau: expected one value in this part"),

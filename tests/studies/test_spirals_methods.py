@@ -123,6 +123,15 @@ def test_irm_penalises_the_slope_of_each_environments_loss(data, epoch, weight):
     assert_equal(step(settings, data, epoch)[0], grads_of(loss, model))
 
 
+def test_irm_divides_the_decay_of_weights_with_the_loss(data):
+    settings = replace(STEP, method="irm", penalty=50.0, anneal=0)
+    plain, _ = step(settings, data)
+    decayed, _ = step(replace(settings, l2=0.2), data)
+    model = build_model(settings, 0)
+    expected = {n: plain[n] + 0.2 / 50 * p.detach() for n, p in model.named_parameters()}
+    assert_equal(decayed, expected)
+
+
 def test_dann_teaches_the_classifier_what_the_features_unlearn(data):
     settings = replace(STEP, method="dann", reversal=0.7)
     model = build_model(settings, 0)

@@ -105,7 +105,8 @@ def by_columns(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor
 def invariant(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Penalise the squared derivative of each environment's loss by a scale of the logits (IRMv1).
 
-    While its weight is above 1 the whole loss is divided by it, as in its authors' code.
+    While its weight is above 1 the whole loss is divided by it, as in its authors' code, and so is
+    the L2 penalty, which is a part of the loss there.
 
     Reference:
         Arjovsky et al., *Invariant risk minimization*, 2019, arXiv 1907.02893, section 3.1.
@@ -118,6 +119,8 @@ def invariant(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor,
     weight = settings.penalty if learner.epoch >= settings.anneal else 1.0
     loss = losses.mean() + weight * slope.square().mean()
     (loss / max(weight, 1.0)).backward()
+    for group in learner.optimizer.param_groups:
+        group["weight_decay"] = settings.l2 / max(weight, 1.0)
     return logits, losses.mean()
 
 

@@ -138,7 +138,7 @@ def base(options: argparse.Namespace, several: Sequence[str] = (), **changes: An
         changes: what a part of the study has otherwise, unless options say something else.
 
     Returns:
-        The settings.
+        The settings, of plain training; the method is up to the caller.
 
     Raises:
         ValueError: several values where one is expected, or one that cannot be meant.
@@ -151,7 +151,7 @@ def base(options: argparse.Namespace, several: Sequence[str] = (), **changes: An
                 if len(chosen) > 1:
                     raise ValueError(f"{name}: expected one value in this part, got {chosen}")
                 values[name] = chosen[0]
-    start = SETTINGS[options.setting]
+    start = replace(SETTINGS[options.setting], method="mean")  # one that allows every setting
     if options.quick:
         start = replace(start, **QUICK)
     return replace(start, **{**changes, **values})

@@ -179,7 +179,10 @@ class Settings(study.Settings):
         ignored = OF_SOME - set(METHODS[self.method])
         if self.optimizer == "sgd":
             ignored.add("beta2")
-        return {name: value for name, value in asdict(self).items() if name not in ignored}
+        identity = {name: value for name, value in asdict(self).items() if name not in ignored}
+        if self.method == "irm":
+            identity["l2_divided"] = True  # records of another way are not taken for this one
+        return identity
 
 
 PAPER = Settings()
