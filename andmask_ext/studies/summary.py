@@ -7,6 +7,7 @@ A study's records hold all numbers of each run. Its summary says what they come 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -172,7 +173,8 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
         digits: behind the point.
 
     Returns:
-        Such as ``51.20 ± 0.94``; the mean alone of a single value, a dash of none.
+        Such as ``51.20 ± 0.94``; the mean alone of a single value, or where one is not finite; a
+        dash of none.
 
     Example:
         >>> spread([1.0, 2.0, 3.0])
@@ -182,4 +184,6 @@ def spread(values: Iterable[float], digits: int = 2) -> str:
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    if len(values) == 1 or not all(map(math.isfinite, values)):
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"

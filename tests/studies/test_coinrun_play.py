@@ -1,5 +1,8 @@
 """CoinRun: the talk with the game's process, here a small one of another game."""
 
+import os
+import signal
+import subprocess
 import sys
 
 import numpy as np
@@ -10,6 +13,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
+from andmask_ext.studies.coinrun.data import game_version
 from andmask_ext.studies.coinrun.player import always, follow, greedy, play, sampled, uniform
 
 pytestmark = pytest.mark.cpu_only
@@ -110,3 +114,54 @@ def test_policies_of_a_network():
     torch.testing.assert_close(counts, logits.exp()[0], rtol=0, atol=0.03)
     counts = uniform(0)(frames, places).bincount(minlength=6) / 4000
     torch.testing.assert_close(counts, torch.full((6,), 1 / 6), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_network_that_diverged_plays_any_action(broken):
+    def model(frames):
+        logits = torch.zeros(len(frames), 6)
+        logits[:, 2] = broken
+        logits[0] = torch.tensor([0.0, 0, 0, 0, 99, 0])
+        return logits
+
+    frames, places = torch.zeros(4000, 3, 64, 64, dtype=torch.uint8), torch.arange(4000)
+    choice = sampled(model, 0)(frames, places)
+    assert choice[0] == 4
+    counts = choice.bincount(minlength=6) / 4000
+    torch.testing.assert_close(counts, torch.full((6,), 1 / 6), rtol=0, atol=0.03)
+    assert set(greedy(model)(frames, places).tolist()) <= {2, 4}
+
+
+# The game's side, but for the game: its data take forever.
+ENDLESS = """
+import os, sys, time
+from andmask_ext.studies.coinrun.game import __main__ as side
+def collect(splits, output):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+side.collect = collect
+side.main(sys.argv[1:])
+"""
+PARENT = """
+import sys
+from pathlib import Path
+from andmask_ext.studies.coinrun.data import DataSettings, make
+make(DataSettings(), Path(sys.argv[1]), [sys.executable, "-c", sys.argv[2]])
+"""
+
+
+def test_collecting_ends_with_a_parent_that_is_killed(tmp_path):
+    call = [sys.executable, "-c", PARENT, str(tmp_path / "data.npz"), ENDLESS]
+    with subprocess.Popen(call, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        parent.kill()
+        try:
+            parent.communicate(timeout=20)  # the child has the same output: it ends with the child
+        except subprocess.TimeoutExpired:
+            os.kill(child, signal.SIGKILL)
+            pytest.fail("collecting goes on, and nobody waits for it")
+
+
+def test_a_version_that_nobody_knows(tmp_path):
+    assert game_version([sys.executable]) == "of unknown version"

@@ -165,6 +165,21 @@ def game_command(python: str) -> list[str]:
     return [python, "-c", run, str(HERE)]
 
 
+def game_version(command: Sequence[str]) -> str:
+    """Return the version of procgen2.
+
+    Args:
+        command: that of the game's side.
+
+    Returns:
+        It, or ``of unknown version``.
+    """
+    code = "from importlib.metadata import version; print(version('procgen2'))"
+    call = [command[0], "-c", code]
+    answer = subprocess.run(call, capture_output=True, text=True, check=False)
+    return answer.stdout.strip() or "of unknown version"
+
+
 def make(settings: DataSettings, file: Path, command: Sequence[str]) -> None:
     """Have the game's side make the data; what it did before an interruption is not done again.
 
@@ -179,10 +194,14 @@ def make(settings: DataSettings, file: Path, command: Sequence[str]) -> None:
     arguments = [*command, "collect", "--output", str(file)]
     for split in ("train", "validation", "test"):
         arguments += [f"--{split}", *map(str, asdict(getattr(settings, split)).values())]
-    # A session of its own, so that Ctrl-C comes to us alone and ends it in our way.
-    with subprocess.Popen(arguments, start_new_session=True, stderr=subprocess.PIPE) as process:
+    # A session of its own, so that Ctrl-C comes to us alone and ends it in our way. It ends with
+    # its input, which closes with us even if we are killed; communicate() would close it at once.
+    with subprocess.Popen(
+        arguments, start_new_session=True, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
         try:
-            _, errors = process.communicate()
+            errors = process.stderr.read()
         except BaseException:
             process.kill()
             raise

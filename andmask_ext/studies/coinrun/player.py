@@ -160,7 +160,10 @@ def play(
 
 
 def greedy(model: nn.Module) -> Policy:
-    """Return the policy that takes the most likely action of a network."""
+    """Return the policy that takes the most likely action of a network.
+
+    Of scores that are not numbers, since training diverged, the first is taken.
+    """
 
     def policy(frames: Tensor, places: Tensor) -> Tensor:
         with torch.inference_mode():
@@ -171,12 +174,16 @@ def greedy(model: nn.Module) -> Policy:
 
 
 def sampled(model: nn.Module, seed: int) -> Policy:
-    """Return the policy that draws actions by the probabilities of a network."""
+    """Return the policy that draws actions by the probabilities of a network.
+
+    Where these are not numbers, since training diverged, all actions are equally likely.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def policy(frames: Tensor, places: Tensor) -> Tensor:
         with torch.inference_mode():
             shares = model(frames).softmax(1)
+        shares = torch.where(shares.isfinite().all(1, keepdim=True), shares, 1 / shares.shape[1])
         return torch.multinomial(shares, 1, generator=generator)[:, 0]
 
     return policy

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from ..records import RunFiles
 from ..study import Outcome, Report, Run, Study
 from ..summary import Picture, Summary
-from .data import VARIABLE, States, find_python, game_command, load, make
+from .data import VARIABLE, States, find_python, game_command, game_version, load, make
 from .figures import draw_curves, draw_search, draw_sheet
 from .network import CHANNELS_OF_A_GROUP
 from .player import always, follow, greedy, play, sampled, uniform
@@ -20,6 +20,7 @@ from .results import (
     best_trial,
     claims,
     constant_policy,
+    length_of_training,
     loss_table,
     of,
     return_table,
@@ -27,7 +28,7 @@ from .results import (
     search_table,
 )
 from .settings import FULL, METHODS, QUICK, REFERENCES, TRIAL_SEED, Size, trials
-from .training import CoinRunSettings, at_its_best, load_model, train
+from .training import CoinRunSettings, at_its_best, load_model, some, train
 
 SHEET_LEVELS = 3
 OPTIONS = {
@@ -163,9 +164,10 @@ class CoinRun(Study[CoinRunSettings]):
         file = size.data.file(options.output)
         states, unseen = load(file, "train"), load(file, "test")
         final = {method: of(finished, "final", method) for method in METHODS}
-        constant = constant_policy(states, (states, unseen))
+        measured = some(states, len(load(file, "validation").frames))  # as in training
+        constant = constant_policy(states, (measured, unseen))
         return Summary(
-            claims=claims(finished, final, states, unseen, constant[0]),
+            claims=claims(finished, final, states, unseen, constant),
             tables=[
                 loss_table(final, constant),
                 return_table(finished, final, states, unseen),
@@ -192,6 +194,12 @@ class CoinRun(Study[CoinRunSettings]):
                 f"{size.trials} trials for each method.",
                 "Settings were chosen by the loss on validation levels alone; unseen levels were "
                 "met by final runs only.",
+                length_of_training(final, len(states.frames)),
+                "A difference between both methods counts where means differ by more than both "
+                "standard deviations over seeds together; these do not show how much other levels "
+                "would change.",
+                f"Played with procgen2 {game_version(_command(options.game_python))}, as installed "
+                "when this was written.",
             ],
         )
 

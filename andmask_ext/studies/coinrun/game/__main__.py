@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -122,6 +123,17 @@ def _splits(options: argparse.Namespace) -> Iterator[tuple[str, tuple[int, int, 
         )
 
 
+def end_with_input() -> None:
+    """End this process, from now on, when its standard input ends: nobody waits for it then."""
+
+    def watch() -> None:
+        while os.read(0, 1024):  # sys.stdin has a lock that the interpreter's end would wait for
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run one of the two commands.
 
@@ -133,7 +145,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="game.py", description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("collect", help="make the data")
+    command = commands.add_parser("collect", help="make the data, until the input ends")
     for split in SPLITS:
         command.add_argument(
             f"--{split}",
@@ -151,6 +163,7 @@ def main(arguments: Sequence[str]) -> int:
         one.add_argument("--mode", default=Search.mode)
     options = parser.parse_args(arguments)
     if options.command == "collect":
+        end_with_input()
         collect(dict(_splits(options)), options.output)
     else:
         pipe = os.fdopen(os.dup(1), "wb")
