@@ -30,7 +30,7 @@ COMMANDS = {
         "loss surfaces, where rules lead on them, the patchwork solution",
     ),
     "label-noise": (
-        "andmask_ext.studies.label_noise:main",
+        "andmask_ext.studies.label_noise.study:main",
         "random and noisy labels: every example is an environment",
     ),
     "coinrun": (

@@ -1,6 +1,7 @@
 """The benchmark as a study: that all ways lead to the same gradient. Times are never asserted."""
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -145,6 +146,29 @@ def test_what_fails_says_why(monkeypatch):
     assert not notes[OURS]
 
 
+def test_a_library_that_cannot_be_imported_ends_nothing(tmp_path, monkeypatch):
+    (tmp_path / "brokenlibrary.py").write_text("raise AttributeError('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(LIBRARIES, "Opacus", ("brokenlibrary", "opacus"))
+    ways = {name: GRADIENTS[name] for name in (PLAIN, EXACT, "Opacus")}
+    rows, _ = contest(
+        Case("MLP 16", GROUPED, 16), ways, PLAIN, memory=False, rounds=1, seconds_per_round=0.0
+    )
+    assert rows[-1].note == "AttributeError: built for another torch"
+    assert not rows[-1].median
+
+
+def test_models_need_no_library_of_figures():
+    code = "import sys; import andmask_ext.studies.benchmark.contest as one; "
+    code += (
+        "print(one.workload('ResNet-9').build()[0][0].weight.shape, 'matplotlib' in sys.modules)"
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert answer.stdout.strip() == "torch.Size([64, 3, 3, 3]) False"
+
+
 def test_slow_ways_are_timed_once():
     calls = []
 
@@ -233,6 +257,61 @@ def test_claims_follow_from_figures():
     assert found["every way has the gradient of the authors' loop, up to rounding"].holds
     wrong = claims_of(made_up(EVERY, fast, exact=False))
     assert not wrong["every way has the gradient of the authors' loop, up to rounding"].holds
+
+
+SAME = "every way has the gradient of the authors' loop, up to rounding"
+ABOUT_US = (
+    f"{EVERY}: Agreement is the fastest exact way to the gradient for every model",
+    f"{EVERY}: Agreement needs less memory than gradients of single examples",
+    "the gradient takes at most 1.3 times as long as plain training's",
+    "a step takes at most 1.2 times as long as plain training's",
+    SAME,
+)
+GOOD = {PLAIN: 1.0, OURS: 1.2, EXACT: 40.0, "vmap(grad)": 2.0}
+
+
+def test_all_claims_about_us_can_hold():
+    found = claims_of(made_up(EVERY, GOOD), made_up(EVERY, GOOD, "CNN"))
+    assert all(found[text].holds for text in ABOUT_US), found
+    assert found[SAME].measured == "4 of 4 gradients"  # the loop is not compared with itself
+
+
+@pytest.mark.parametrize("how", ["inexact", "missing", "missing in one of two seeds"])
+def test_a_case_without_our_gradient_is_held_against_us(how):
+    case = made_up(EVERY, GOOD, "CNN")
+    cases = [made_up(EVERY, GOOD), case]
+    if how == "inexact":
+        case[2]["deviations"][OURS]["exact"] = False
+    elif how == "missing":
+        del case[2]["deviations"][OURS]
+        case[2]["gradients"] = [r for r in case[2]["gradients"] if r["contestant"] != OURS]
+    else:
+        cases.append(made_up(EVERY, GOOD, "CNN"))
+        del case[2]["deviations"][OURS]
+    found = claims_of(*cases)
+    for text in ABOUT_US:
+        assert not found[text].holds, found[text]
+        assert "CNN" in found[text].measured
+
+
+def test_ours_without_a_figure_is_no_success():
+    case = made_up(EVERY, GOOD, "CNN")
+    for row in (*case[2]["gradients"], *case[2]["steps"]):
+        if row["contestant"] in (OURS, *STEPS):
+            row.update(median=0.0, ratio=0.0, megabytes=None, memory_ratio=None)
+    found = claims_of(made_up(EVERY, GOOD), case)
+    for text in ABOUT_US[:-1]:
+        assert not found[text].holds, found[text]
+        assert "not measured" in found[text].measured
+
+
+def test_the_loop_alone_proves_nothing():
+    found = claims_of(made_up(EVERY, {PLAIN: 1.0, EXACT: 40.0}))
+    assert not found[SAME].holds
+    assert found[SAME].measured.startswith("0 of 0 gradients; no gradient of Agreement")
+    found = claims_of(made_up(EVERY, {PLAIN: 1.0, OURS: 1.0}))
+    assert not found[ABOUT_US[0]].holds
+    assert "no other exact way" in found[ABOUT_US[0]].measured
 
 
 def test_runs_of_several_seeds_are_one_case():

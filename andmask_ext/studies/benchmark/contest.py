@@ -80,8 +80,9 @@ def unavailable(name: str, environments: int) -> str:
         module = LIBRARIES[name][0]
         try:
             import_module(module)
-        except ImportError as error:
-            return "not installed" if error.name == module else reason(error)
+        except Exception as error:  # a library may raise anything
+            absent = isinstance(error, ImportError) and error.name == module
+            return "not installed" if absent else reason(error)
     if name == "DomainBed" and environments > GROUPS:
         return f"not run: {environments} passes through the graph of the whole batch"
     return ""

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..label_noise.networks import fast_resnet
+
 Batch = tuple[Tensor, Tensor]
 
 
@@ -66,47 +68,6 @@ def cnn() -> nn.Module:
     )
 
 
-class Residual(nn.Module):
-    """Layers whose output is added to their input.
-
-    Args:
-        layers: they keep the shape.
-    """
-
-    def __init__(self, *layers: nn.Module) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``x`` and what the layers make of it."""
-        change: Tensor = self.layers(x)
-        return x + change
-
-
-def fast_resnet() -> nn.Module:
-    """Return the ResNet-9 of DAWNBench's fast CIFAR-10 entries, with group norm.
-
-    Returns:
-        The network, from ``[batch, 3, 32, 32]`` to 10 classes.
-    """
-
-    def block(before: int, after: int, *rest: nn.Module) -> nn.Module:
-        convolution = nn.Conv2d(before, after, 3, padding=1, bias=False)
-        return nn.Sequential(convolution, nn.GroupNorm(32, after), nn.ReLU(), *rest)
-
-    return nn.Sequential(
-        block(3, 64),
-        block(64, 128, nn.MaxPool2d(2)),
-        Residual(block(128, 128), block(128, 128)),
-        block(128, 256, nn.MaxPool2d(2)),
-        block(256, 512, nn.MaxPool2d(2)),
-        Residual(block(512, 512), block(512, 512)),
-        nn.AdaptiveMaxPool2d(1),
-        nn.Flatten(),
-        nn.Linear(512, 10),
-    )
-
-
 class Transformer(nn.Module):
     """One block on tokens of 256 numbers, and a classifier of their mean."""
 
@@ -128,10 +89,6 @@ def _labels(examples: int) -> Tensor:
 
 def _images(examples: int) -> Batch:
     return torch.randn(examples, 3, 32, 32), _labels(examples)
-
-
-def _tokens(examples: int) -> Batch:
-    return torch.randint(0, 1000, (examples, 64)), _labels(examples)
 
 
 def _vectors(width: int) -> Callable[[int], Batch]:

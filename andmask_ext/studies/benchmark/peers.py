@@ -193,7 +193,10 @@ def vmap_and_op(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def opacus(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """Use Opacus' gradients per example, the formula."""
+    """Use Opacus' gradients per example, the formula.
+
+    A copy of the model, whose hooks would stay, is made; peak memory includes it.
+    """
     wrapped = import_module("opacus").GradSampleModule(copy.deepcopy(model), loss_reduction="mean")
     params = list(model.parameters())
     own: list[Any] = list(wrapped.parameters())
@@ -213,7 +216,10 @@ def opacus(model: nn.Module, batch: Batch, environments: int) -> Step:
 
 
 def backpack(model: nn.Module, batch: Batch, environments: int) -> Step:
-    """Use BackPACK's ``BatchGrad``, the formula."""
+    """Use BackPACK's ``BatchGrad``, the formula.
+
+    A copy of the model, whose hooks would stay, is made; peak memory includes it.
+    """
     library, extensions = import_module("backpack"), import_module("backpack.extensions")
     extended = library.extend(copy.deepcopy(model))
     criterion = library.extend(nn.CrossEntropyLoss())

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..summary import Cell, Claim, Summary, Table
 from .contest import EVERY
-from .peers import GRADIENTS, OUR_STEP, OURS, PLAIN, PLAIN_STEP
+from .peers import EXACT, GRADIENTS, OUR_STEP, OURS, PLAIN, PLAIN_STEP
 
 Record = Mapping[str, Any]
 
@@ -139,7 +139,8 @@ def summarise(results: Results, timed: bool) -> Summary:
         notes.append(
             "Memory is the peak of two steps, with one thread in a process of its own, over that "
             "of the process with model and batch, where plain training holds little but gradients "
-            "and activations."
+            "and activations. Opacus and BackPACK, which change the model that they are given, "
+            "have a copy of it in theirs: the bytes of its parameters once more."
         )
     return Summary(claims=claims, tables=[t for t in tables if t.rows], notes=notes)
 
@@ -252,80 +253,97 @@ def _missing(results: Results) -> Table:
 
 
 def _same(results: Results) -> Claim:
-    wrong = [
-        f"{name} in {model}, {kind}"
-        for model, kind in results.cases
-        for record in results.of(model, kind)
-        for name, one in record["deviations"].items()
-        if not one["exact"]
-    ]
-    compared = sum(len(record["deviations"]) for record in results.records)
+    """All but the loop itself, and ours in every record."""
+    compared, wrong = 0, []
+    for model, kind in results.cases:
+        for record in results.of(model, kind):
+            found = {name: one for name, one in record["deviations"].items() if name != EXACT}
+            compared += len(found)
+            wrong += [
+                f"not {name} in {model}, {kind}" for name, one in found.items() if not one["exact"]
+            ]
+            if OURS not in found:
+                wrong.append(f"no gradient of {OURS} in {model}, {kind}")
+    exact = compared - sum(one.startswith("not ") for one in wrong)
     return Claim(
         "every way has the gradient of the authors' loop, up to rounding",
         not wrong and compared > 0,
-        f"{compared - len(wrong)} of {compared} gradients"
-        + "".join(f"; not {one}" for one in wrong),
+        "; ".join([f"{exact} of {compared} gradients", *wrong]),
     )
 
 
 def _fastest(results: Results) -> list[Claim]:
-    claims = []
-    for kind in results.kinds:
-        measured, holds = [], True
-        for model in (model for model, its in results.cases if its == kind):
-            ours = results.entry(model, kind, OURS).ratio
-            others = {
-                name: ratio
-                for name in results.exact(model, kind)
-                if name != OURS and (ratio := results.entry(model, kind, name).ratio) is not None
-            }
-            if ours is None or not others:
-                continue
-            best = min(others, key=others.__getitem__)
-            holds &= ours < others[best]
-            measured.append(f"{model} {ours:.2f}, next {best} {others[best]:.2f}")
-        claims.append(
-            Claim(
-                f"{kind}: Agreement is the fastest exact way to the gradient for every model",
-                holds and bool(measured),
-                "; ".join(measured),
-            )
+    return [
+        _first(
+            results,
+            kind,
+            f"{kind}: Agreement is the fastest exact way to the gradient for every model",
+            [name for name in GRADIENTS if name != PLAIN],
+            "ratio",
+            ("{:.2f}", "next {} {:.2f}"),
         )
-    return claims
-
-
-def _within(results: Results, text: str, name: str, field: str, most: float) -> Claim:
-    what = "gradients" if name == OURS else "steps"
-    found = {
-        f"{model}, {kind}": getattr(results.entry(model, kind, name, what), field)
-        for model, kind in results.cases
-    }
-    known = {case: value for case, value in found.items() if value is not None}
-    over = [f"{case} {value:.2f}" for case, value in known.items() if value > most]
-    span = f"{min(known.values()):.2f} to {max(known.values()):.2f}" if known else "not measured"
-    return Claim(
-        f"{text} as plain training's" if field == "ratio" else f"{text} of plain training's",
-        bool(known) and not over,
-        span + (f"; more in {', '.join(over)}" if over else ""),
-    )
+        for kind in results.kinds
+    ]
 
 
 def _stacks(results: Results) -> list[Claim]:
     """Stacked gradients of single examples against one backward pass, in memory."""
     if EVERY not in results.kinds:
         return []
-    holds, measured = True, []
-    for model in (model for model, kind in results.cases if kind == EVERY):
-        ours = results.entry(model, EVERY, OURS).megabytes
-        stacks = {
-            name: found
-            for name in ("vmap(grad)", "Opacus", "BackPACK")
-            if (found := results.entry(model, EVERY, name).megabytes) is not None
-        }
-        if ours is None or not stacks:
-            continue
-        least = min(stacks, key=stacks.__getitem__)
-        holds &= ours < stacks[least]
-        measured.append(f"{model} {ours:.0f} MiB, {least} {stacks[least]:.0f}")
     text = f"{EVERY}: Agreement needs less memory than gradients of single examples"
-    return [Claim(text, holds and bool(measured), "; ".join(measured) or "not measured")]
+    stacks, words = ["vmap(grad)", "Opacus", "BackPACK"], ("{:.0f} MiB", "{} {:.0f}")
+    return [_first(results, EVERY, text, stacks, "megabytes", words)]
+
+
+def _first(
+    results: Results,
+    kind: str,
+    text: str,
+    ways: Sequence[str],
+    field: str,
+    words: tuple[str, str],
+) -> Claim:
+    """Agreement against other exact ways, in every model; one left undecided is not won."""
+    holds, measured = True, []
+    for model in (model for model, its in results.cases if its == kind):
+        ours = getattr(results.entry(model, kind, OURS), field)
+        exact = results.exact(model, kind)
+        others = {
+            name: value
+            for name in ways
+            if name in exact
+            and name != OURS
+            and (value := getattr(results.entry(model, kind, name), field)) is not None
+        }
+        if OURS not in exact or ours is None or not others:
+            holds = False
+            measured.append(
+                f"{model}: {OURS} has not the loop's gradient" if OURS not in exact
+                else f"{model}: {OURS} not measured" if ours is None
+                else f"{model} {words[0].format(ours)}, no other exact way measured"
+            )  # fmt: skip
+            continue
+        best = min(others, key=others.__getitem__)
+        holds &= ours < others[best]
+        measured.append(f"{model} {words[0].format(ours)}, {words[1].format(best, others[best])}")
+    return Claim(text, holds and bool(measured), "; ".join(measured))
+
+
+def _within(results: Results, text: str, name: str, field: str, most: float) -> Claim:
+    what = "gradients" if name == OURS else "steps"
+    known, over = [], []
+    for model, kind in results.cases:
+        value = getattr(results.entry(model, kind, name, what), field)
+        if value is not None:
+            known.append(value)
+        if OURS not in results.exact(model, kind):
+            over.append(f"not the loop's gradient in {model}, {kind}")
+        elif value is None:
+            over.append(f"not measured in {model}, {kind}")
+        elif value > most:
+            over.append(f"more in {model}, {kind} {value:.2f}")
+    return Claim(
+        f"{text} as plain training's" if field == "ratio" else f"{text} of plain training's",
+        bool(known) and not over,
+        "; ".join([f"{min(known):.2f} to {max(known):.2f}", *over]) if known else "not measured",
+    )

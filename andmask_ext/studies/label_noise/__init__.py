@@ -1,5 +1,4 @@
-"""Random and noisy labels: what no other example agrees with is not to be memorised."""
+"""Random and noisy labels: what no other example agrees with is not to be memorised.
 
-from .study import main
-
-__all__ = ["main"]
+``networks`` needs nothing but torch; the benchmark takes its ResNet-9 from there.
+"""
