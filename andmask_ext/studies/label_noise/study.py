@@ -20,7 +20,7 @@ TAUS = (0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8)  # the paper's
 QUICK_TAUS = (0.0, 0.3)  # fewer images are memorised more easily, and want a stricter vote
 NOISY_TAUS = (0.1, 0.2, 0.4)
 
-FEW = 2  # of the default seeds, where seeds differ little
+FEW = {"random-labels": 2, "batch": 1}  # of the default seeds, where seeds differ little
 
 NOISE = 0.25
 
@@ -41,7 +41,7 @@ class LabelNoise(Study[NoiseSettings]):
         "Train a small residual network with every example an environment. Part random-labels: "
         "does it still learn true labels while the mask keeps it from memorising random ones? Part "
         "label-noise: a quarter of the labels are wrong; are they memorised, and does the accuracy "
-        "on test images fall again? (Random labels, and batch norm, take two of the default seeds.)"
+        "on test images fall again? (Of the default seeds random labels take two, and batch norm one.)"
     )
     reference = (
         "Parascandolo et al., Learning explanations that are hard to vary, ICLR 2021, section 4.2"
@@ -129,7 +129,10 @@ class LabelNoise(Study[NoiseSettings]):
             common[name] = getattr(options, name)
         common["noise"] = NOISE if options.noise is None else options.noise
         common["folder"] = options.data_dir
-        few = options.seeds if options.seeds_given else options.seeds[:FEW]
+        few = {
+            part: options.seeds if options.seeds_given else options.seeds[:count]
+            for part, count in FEW.items()
+        }
         runs: list[Run[NoiseSettings]] = []
 
         def add(seeds: Sequence[int], **chosen: Any) -> None:
@@ -140,13 +143,13 @@ class LabelNoise(Study[NoiseSettings]):
         if "random-labels" in options.part:
             for tau in _each(options.tau or (QUICK_TAUS if options.quick else TAUS)):
                 for labels in ("true", "random"):
-                    add(few, labels=labels, tau=tau)
+                    add(few["random-labels"], labels=labels, tau=tau)
         if "label-noise" in options.part:
             taus = _each(options.tau or (QUICK_TAUS[1:] if options.quick else NOISY_TAUS))
             for norm in _each(options.norm or (("group",) if options.quick else NORMS)):
                 for method in (None, *taus):
                     add(
-                        few if norm == "batch" else options.seeds,
+                        few["batch"] if norm == "batch" else options.seeds,
                         labels="noisy",
                         tau=method,
                         norm=norm,
