@@ -41,7 +41,7 @@ class LabelNoise(Study[NoiseSettings]):
         "Train a small residual network with every example an environment. Part random-labels: "
         "does it still learn true labels while the mask keeps it from memorising random ones? Part "
         "label-noise: a quarter of the labels are wrong; are they memorised, and does the accuracy "
-        "on test images fall again? (Of the default seeds random labels take two, and batch norm one.)"
+        "on test images fall again? (Random labels take two of the default seeds, batch norm one.)"
     )
     reference = (
         "Parascandolo et al., Learning explanations that are hard to vary, ICLR 2021, section 4.2"
