@@ -334,7 +334,8 @@ def unit_test_claims(cells: Cells) -> list[Claim]:
             f"{'scrambled' if alike[2] else 'as they are'}",
         ),
         Claim(
-            "where shortcuts have the same sign everywhere (example 2), a vote does not help",
+            f"where {many} environments share the sign of the shortcut (example 2), AND-mask is no "
+            "better than the mean",
             max(gains) < _NEAR,
             f"mean {error(2, False, 'mean'):.3f} and AND-mask {error(2, False, 'and-mask'):.3f}, "
             f"scrambled {error(2, True, 'mean'):.3f} and {error(2, True, 'and-mask'):.3f}",
