@@ -61,7 +61,7 @@ torchvision: $(TORCHVISION)/.ready  ## for the test that reads CIFAR-10: ANDMASK
 # What docs/results.md holds. Interrupted, it goes on where it was.
 define RESULTS
 spirals --part search
-spirals --part environments
+spirals --part environments --seeds 0
 spirals --revolutions 1 2 3 --seeds 0
 spirals --setting released --seeds 1 2 3
 spirals --setting tuned --seeds 1 2 3
