@@ -7,7 +7,6 @@ docs/figures.
 from __future__ import annotations
 
 import argparse
-import io
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,12 +19,13 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from torch import Tensor, nn
 
 import andmask_ext as am
 from andmask_ext import metrics, plots
 from andmask_ext.metrics import landscapes
+from andmask_ext.studies.figures import save
+from andmask_ext.studies.landscape.parts import PAIRS
 from andmask_ext.studies.spirals.data import SpiralsConfig, draw_spirals
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
@@ -51,13 +51,8 @@ def draw_trajectories() -> Figure:
 
 def draw_ellipses() -> Figure:
     """Pairs of quadratics that differ little, and more, and by a turn."""
-    turn = torch.tensor([[3.0, -4.0], [4.0, 3.0]]).double() / 5
-    steep = torch.tensor([10.0, 0.5]).double().diag()
-    pairs = {
-        "similar": torch.stack([torch.diag(torch.tensor(d).double()) for d in ([2, 1], [1, 2])]),
-        "across each other": torch.stack([steep, steep.flip(0, 1)]),
-        "turned": torch.stack([steep, turn @ steep @ turn.T]),
-    }
+    names = ("similar", "across each other", "turned")
+    pairs = {name: torch.tensor(PAIRS[name], dtype=torch.float64) for name in names}
     figure, panels = plt.subplots(
         1, 3, figsize=(8.3, 3.5), layout="constrained", sharex=True, sharey=True
     )
@@ -157,15 +152,6 @@ def draw_kept_fraction() -> Figure:
     return plots.kept_fraction(plain_training().monitor).figure
 
 
-def write(figure: Figure, path: Path) -> None:
-    """Save with 256 colours: a third of the bytes, and no difference that one sees."""
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=160)
-    image = Image.open(picture).convert("RGB")
-    image = image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3, dither=Image.Dither.NONE)
-    image.save(path, format="png", optimize=True)
-
-
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--output", type=Path, default=FIGURES, help="folder (docs/figures)")
@@ -181,7 +167,7 @@ def main() -> None:
     ):
         path = output / f"{name}.png"
         figure = draw()
-        write(figure, path)
+        save(figure, path)
         plt.close(figure)
         print(f"{path}  {path.stat().st_size / 1000:.0f} kB")
 
