@@ -78,7 +78,7 @@ def _finish_history(axes: Axes, runs: Sequence[Done], methods: Sequence[str]) ->
         Line2D([], [], color=COLOURS[method], linewidth=2.2, label=f"{NAMES[method]}, test")
         for method in methods
     ] + [Line2D([], [], color=GREY, linewidth=2.2, linestyle=(0, (4, 2)), label="on training data")]
-    axes.legend(handles=handles, frameon=False, fontsize=9.5, loc="center right")
+    axes.legend(handles=handles, framealpha=0.85, edgecolor="none", fontsize=9.5, loc="best")
     seeds = len({run.run.seed for run in runs})
     axes.set_title("one seed" if seeds == 1 else f"mean of {seeds} seeds, and each", fontsize=11)
 
