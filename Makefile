@@ -75,7 +75,7 @@ endef
 export RESULTS
 
 .PHONY: results
-results: $(READY) game  ## every study in full, some two hours; and one page of all: runs/report.html
+results: $(READY) game  ## every study in full, two to four hours; and one page of all: runs/report.html
 	echo "$$RESULTS" | while read -r study; do \
 	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m andmask_ext $$study </dev/null || exit; \
 	done
