@@ -96,9 +96,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     module, _, function = COMMANDS[chosen.command][0].partition(":")
     try:
         run: Callable[[Sequence[str], str], int] = getattr(import_module(module), function)
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package in ("", "andmask_ext"):
+    except ImportError as error:
+        # andmask_ext.plots says the same in a sentence of its own.
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        package = (getattr(missing, "name", None) or "").partition(".")[0]
+        if not isinstance(missing, ModuleNotFoundError) or package in ("", "andmask_ext"):
             raise
         print(
             f"{prog}: needs the package {package!r}: pip install andmask_ext[studies]",

@@ -1,5 +1,8 @@
 """The command line as a whole: what all commands have in common."""
 
+import subprocess
+import sys
+
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -67,3 +70,14 @@ def test_an_unknown_command_is_named(capsys):
     assert status == 2
     assert "'spiral'" in told
     assert all(command in told for command in COMMANDS)
+
+
+def test_a_missing_matplotlib_is_one_sentence_in_every_study():
+    code = (
+        "import sys, andmask_ext.__main__ as m; sys.modules['matplotlib'] = None; "
+        f"print([m.main([command, '--help']) for command in {STUDIES!r}])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.strip() == str([1] * len(STUDIES)), result.stderr
+    for command, line in zip(STUDIES, result.stderr.splitlines(), strict=True):
+        assert f"{command}: needs the package 'matplotlib'" in line

@@ -137,8 +137,8 @@ def present_random_labels(done: Done, picture: Path, summary: Summary) -> None:
     if small:
         summary.claims.append(
             Claim(
-                f"a small threshold (up to {SMALL:g}) stops the memorisation of random labels, and "
-                "true ones are learned",
+                f"some small threshold (up to {SMALL:g}) stops the memorisation of random labels "
+                f"(at most {STOPPED:.0%}) while true ones are learned (at least {MEMORISED:.0%})",
                 bool(good),
                 "; ".join(
                     f"tau={tau:g}: {final['random'][tau]:.1%} of random labels, "
@@ -270,19 +270,21 @@ def _claims(
     if masked:
         memorised = smoothed(series(masked, "mislabeled")).max(1)
         lost = fall(series(masked, "test"))
-        learned = smoothed(series(masked, "test")).max(1).min() >= LEARNED
+        peak = smoothed(series(masked, "test")).max(1).min()
+        learned = peak >= LEARNED
+        reason = "" if learned else f"; it has not learned: test accuracy {peak:.1%} at its peak"
         claims += [
             Claim(
                 f"{norm}: with tau={tau:g} wrong labels are reproduced no more often than by "
                 f"chance, or hardly (up to {NEAR_CHANCE:g} times)",
                 bool(learned and memorised.max() <= NEAR_CHANCE / CLASSES),
-                f"at most {_percent(memorised)} % of them over any {WINDOW} epochs",
+                f"at most {_percent(memorised)} % of them over any {WINDOW} epochs{reason}",
             ),
             Claim(
                 f"{norm}: with tau={tau:g} test accuracy falls after its peak with no seed (up to "
                 f"{100 * STEADY:g} points)",
                 bool(learned and lost.max() <= STEADY),
-                f"by {_percent(lost)} points",
+                f"by {_percent(lost)} points{reason}",
             ),
         ]
     if plain and masked:
