@@ -26,8 +26,8 @@ def markdown(summary: dict[str, Any], folder: Path, figures: Path) -> str:
     build = summary["build"]
     minutes = summary["seconds"] / 60
     parts = [
-        f"`{summary['command']}`: {summary['runs']} runs, {minutes:.1f} minutes one after the "
-        f"other, torch {build['torch']}, {build['isa']}."
+        f"`{summary['command']}`: {summary['runs']} runs, seeds {_seeds(summary['seeds'])}, "
+        f"{minutes:.1f} minutes one after the other, torch {build['torch']}, {build['isa']}."
     ]
     if summary["claims"]:
         marks = [
@@ -46,6 +46,11 @@ def markdown(summary: dict[str, Any], folder: Path, figures: Path) -> str:
         caption = picture["caption"]
         parts.append(f"![{caption}](figures/{name})\n\n*{caption}*")
     return "\n\n".join(parts) + "\n"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    whole = list(range(seeds[0], seeds[-1] + 1)) == list(seeds)
+    return f"{seeds[0]} to {seeds[-1]}" if whole and len(seeds) > 2 else " ".join(map(str, seeds))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -142,13 +142,10 @@ def gradient_correlation(result: Correlations, *, ax: Axes | None = None) -> Axe
     with style():
         axes = axes_or_new(ax, (WIDTH, 3.4))
         for number, (name, values) in enumerate(signals.items()):
-            line = LINES[number % len(LINES)]
             axes.plot(
                 tau,
                 values,
-                color=line.color,
-                linestyle=line.linestyle,
-                marker=line.marker,
+                **LINES[number % len(LINES)]._asdict(),
                 markersize=5,
                 markevery=max(1, len(tau) // 16),
                 linewidth=2,

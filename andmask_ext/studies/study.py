@@ -248,6 +248,7 @@ class Study(ABC, Generic[S]):
                     "command": shlex.join([*prog.split(), *arguments]),
                     "quick": options.quick,
                     "runs": len(finished),
+                    "seeds": sorted({one.run.seed for one in finished}),
                     "seconds": sum(one.record["seconds"] for one in finished),
                     "cpus": os.cpu_count(),
                     "build": am.build_info(),

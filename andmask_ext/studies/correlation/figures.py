@@ -21,15 +21,7 @@ def _draw(axes: Axes, tau: Tensor, values: Tensor, number: int, label: str | Non
     line, values = LINES[number], where_enough(values)
     mean = values.nanmean(0)
     around = (values - mean).square().nanmean(0).sqrt()
-    axes.plot(
-        tau,
-        mean,
-        color=line.color,
-        linestyle=line.linestyle,
-        marker=line.marker,
-        markersize=3.5,
-        label=label,
-    )
+    axes.plot(tau, mean, **line._asdict(), markersize=3.5, label=label)
     axes.fill_between(tau, mean - around, mean + around, color=line.color, alpha=0.15, linewidth=0)
 
 

@@ -190,14 +190,8 @@ def draw_patchwork(results: Results, folder: Path) -> Picture:
             ]
             steps = [one["steps"] for one in own[0]]
             scores = np.median([[one["score"] for one in each] for each in own], axis=0)
-            line = LINES[number % len(LINES)]
             right.plot(
-                steps,
-                scores,
-                color=line.color,
-                linestyle=line.linestyle,
-                marker=line.marker,
-                label=f"ε = {epsilon:g}",
+                steps, scores, **LINES[number % len(LINES)]._asdict(), label=f"ε = {epsilon:g}"
             )
         right.axhline(first["turned"][1], color=palette.GREY, linewidth=0.8)
         right.annotate(
