@@ -33,7 +33,7 @@ build: $(READY)  ## set up .venv and build the native library
 
 .PHONY: demo
 demo: $(READY)  ## train with and without the AND-mask; writes figures into runs/
-	$(BIN)/python -m andmask_ext spirals --quick
+	$(BIN)/python -m studies spirals --quick
 
 # CoinRun's package wants an old numpy: the game has a Python 3.11 of its own.
 GAME := $(VENV)/game
@@ -77,9 +77,9 @@ export RESULTS
 .PHONY: results
 results: $(READY) game  ## every study in full, two to four hours; and one page of all: runs/report.html
 	echo "$$RESULTS" | while read -r study; do \
-	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m andmask_ext $$study </dev/null || exit; \
+	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m studies $$study </dev/null || exit; \
 	done
-	$(BIN)/python -m andmask_ext report
+	$(BIN)/python -m studies report
 
 .PHONY: test
 test: $(READY)  ## run the test suite
@@ -113,15 +113,15 @@ cuda-sanitize: $(READY)  ## memcheck, racecheck and synccheck of the op tests (n
 
 .PHONY: bench
 bench: $(READY)  ## measure; see benchmarks/README.md for options
-	$(BIN)/python benchmarks/bench_masked_mean.py
-	$(BIN)/python benchmarks/bench_rules.py
-	$(BIN)/python benchmarks/bench_moments.py
-	$(BIN)/python benchmarks/bench_backward.py
-	$(BIN)/python benchmarks/bench_optim.py
-	$(BIN)/python benchmarks/bench_outer.py
-	$(BIN)/python benchmarks/bench_agreement.py
-	$(BIN)/python benchmarks/bench_metrics.py
-	$(BIN)/python benchmarks/bench_cuda.py
+	$(BIN)/python -m benchmarks.bench_masked_mean
+	$(BIN)/python -m benchmarks.bench_rules
+	$(BIN)/python -m benchmarks.bench_moments
+	$(BIN)/python -m benchmarks.bench_backward
+	$(BIN)/python -m benchmarks.bench_optim
+	$(BIN)/python -m benchmarks.bench_outer
+	$(BIN)/python -m benchmarks.bench_agreement
+	$(BIN)/python -m benchmarks.bench_metrics
+	$(BIN)/python -m benchmarks.bench_cuda
 
 .PHONY: lint
 lint: $(READY)  ## ruff, mypy --strict, clang-format

@@ -84,7 +84,7 @@ def masked_mean_for_transforms(grads: Tensor, tau: float, rescale: bool) -> Tens
 
 # ---- aggregate: rules of all kinds, without derivatives ----
 
-_aggregate = torch.ops.andmask.aggregate.default
+_aggregate = torch.ops.andmask._aggregate.default
 
 
 def _aggregate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -93,8 +93,8 @@ def _aggregate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 def _no_derivative(rule: object) -> NotImplementedError:
     return NotImplementedError(
-        f"andmask::aggregate: rule {rule} has no derivative; detach grads, or aggregate them under "
-        "torch.no_grad() (and_mask has one in andmask::masked_mean)"
+        f"andmask::_aggregate: rule {rule} has no derivative; detach grads, or aggregate them "
+        "under torch.no_grad() (and_mask has one in andmask::masked_mean)"
     )
 
 
@@ -103,7 +103,7 @@ def _aggregate_backward(ctx: Any, grad: Tensor) -> None:
 
 
 torch.library.register_autograd(
-    "andmask::aggregate", _aggregate_backward, setup_context=_aggregate_context
+    "andmask::_aggregate", _aggregate_backward, setup_context=_aggregate_context
 )
 
 
@@ -136,7 +136,7 @@ def _aggregate_vmap(
     return _aggregate(grads, rule, arguments, rescale, noise), 0
 
 
-torch.library.register_vmap("andmask::aggregate", _aggregate_vmap)
+torch.library.register_vmap("andmask::_aggregate", _aggregate_vmap)
 
 
 def refuse_derivative(grads: Tensor, rule: object) -> None:

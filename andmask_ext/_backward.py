@@ -37,10 +37,10 @@ def backward(
     for neither sign: with ``tau=1`` it will not move. A parameter that no loss touches keeps its
     ``.grad``. A positive factor common to all losses scales the result of the AND-mask and leaves
     the mask alone, so ``GradScaler.scale`` may be applied to each of them. Rules that look at
-    magnitudes otherwise (:class:`andmask_ext.SandMask`, :class:`andmask_ext.GeometricMean`) need
-    true magnitudes: give ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards.
-    If anything raises, no ``.grad`` has
-    changed.
+    magnitudes otherwise (:class:`andmask_ext.rules.SandMask`,
+    :class:`andmask_ext.rules.GeometricMean`) need true magnitudes: give
+    ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards. If anything raises, no
+    ``.grad`` has changed.
 
     Hooks: those of ``Tensor.register_hook`` see the gradient of each environment. Those of
     ``register_post_accumulate_grad_hook`` do not run, and so neither does the synchronisation of

@@ -56,7 +56,7 @@ def _aggregate(
     return grads.new_empty(grads.shape[1:])
 
 
-torch.library.register_fake("andmask::aggregate", _aggregate)
+torch.library.register_fake("andmask::_aggregate", _aggregate)
 
 
 # ---- histograms of votes ----
@@ -74,7 +74,7 @@ def _vote_histograms(sum: list[Tensor], votes: list[Tensor], count: int) -> tupl
 
 
 torch.library.register_fake("andmask::vote_histogram", _vote_histogram)
-torch.library.register_fake("andmask::vote_histograms", _vote_histograms)
+torch.library.register_fake("andmask::_vote_histograms", _vote_histograms)
 
 
 # ---- moments: lists in, lists changed; checks are the kernels' ----
@@ -110,14 +110,14 @@ def _in_place(*args: object, **kwargs: object) -> None:
     return None
 
 
-torch.library.register_fake("andmask::accumulate_", _accumulate_)
-torch.library.register_fake("andmask::resolve", _resolve)
+torch.library.register_fake("andmask::_accumulate_", _accumulate_)
+torch.library.register_fake("andmask::_resolve", _resolve)
 for _name in (
-    "accumulate_outer_",
-    "accumulate_convolution_",
-    "resolve_",
-    "sgd_step_",
-    "adam_step_",
-    "temporal_adam_step_",
+    "_accumulate_outer_",
+    "_accumulate_convolution_",
+    "_resolve_",
+    "_sgd_step_",
+    "_adam_step_",
+    "_temporal_adam_step_",
 ):
     torch.library.register_fake(f"andmask::{_name}", _in_place)

@@ -15,6 +15,7 @@ __version__ = importlib.metadata.version("andmask_ext")
 
 _PATH = Path(__file__).parent / "lib" / "libandmask.so"
 _CUDA_PATH = _PATH.with_name("libandmask_cuda.so")
+_WITHOUT_TENSORS = ("_native_info", "_rule_table")  # these ops belong to no device
 
 
 def _load() -> None:
@@ -56,8 +57,9 @@ def _explain_missing_cuda(state: str) -> None:
         "or move the tensors to the CPU"
     )
     for name in torch._C._dispatch_get_all_op_names():
-        if name.startswith("andmask::") and not name.startswith("andmask::_"):
-            _EXPLANATIONS.impl(name.removeprefix("andmask::"), _raiser(message), "CUDA")
+        op = name.removeprefix("andmask::")
+        if op != name and op not in _WITHOUT_TENSORS:
+            _EXPLANATIONS.impl(op, _raiser(message), "CUDA")
 
 
 def _raiser(message: str) -> Callable[..., NoReturn]:

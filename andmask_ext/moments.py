@@ -264,7 +264,7 @@ class Moments:
                     self.add_squared_norm(index, norm)
             for places in self._by_device(indices):
                 some = [grads[place] for place in places]
-                torch.ops.andmask.accumulate_.default(
+                torch.ops.andmask._accumulate_.default(
                     *self._lists([indices[place] for place in places]),
                     [grad.detach() if grad.requires_grad else grad for grad in some],
                     self.count,
@@ -350,13 +350,13 @@ class Moments:
         Raises:
             ValueError: no environment has been added, or the rule needs a moment that is not kept.
         """
-        return self._resolve(rule, torch.ops.andmask.resolve.default)
+        return self._resolve(rule, torch.ops.andmask._resolve.default)
 
     def resolve_and_release(self, rule: Rule) -> list[Tensor | None]:
         """Like :meth:`resolve`, in the memory of the sums where it can be; then start anew."""
 
         def resolve(*arguments: Any) -> list[Tensor]:
-            torch.ops.andmask.resolve_.default(*arguments)
+            torch.ops.andmask._resolve_.default(*arguments)
             sums: list[Tensor] = arguments[0]
             return sums
 

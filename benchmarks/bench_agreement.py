@@ -10,11 +10,11 @@ import json
 import os
 
 import torch
-from common import RUNS, Row, parser, run
 
-from andmask_ext.studies.benchmark.contest import EVERY, GROUPED, contest, usual_case
-from andmask_ext.studies.benchmark.models import MODELS
-from andmask_ext.studies.benchmark.peers import (
+from .common import RUNS, Row, parser, run
+from .contest.contest import EVERY, GROUPED, contest, usual_case
+from .contest.models import MODELS
+from .contest.peers import (
     GRADIENTS,
     OURS,
     PLAIN,

@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Row, measure, parser, peak_memory, run
 from torch import nn
 
 import andmask_ext as am
-from andmask_ext.studies.benchmark.models import MODELS, Batch, loss
+
+from .common import Row, measure, parser, peak_memory, run
+from .contest.models import MODELS, Batch, loss
 
 TAU = 0.6
 PLAIN = "d plain backward passes"

@@ -16,12 +16,13 @@ import platform
 from pathlib import Path
 
 import torch
-from common import RUNS, Row, measure
-from cuda_cases import COMPILED, EAGER, OURS, build
-from peaks import copied_bytes, multiply_adds
-from roofline import Work, time_text, works
 
 import andmask_ext as am
+
+from .common import RUNS, Row, measure
+from .cuda_cases import COMPILED, EAGER, OURS, build
+from .peaks import copied_bytes, multiply_adds
+from .roofline import Work, time_text, works
 
 KINDS = (False, True)  # whether an op is a product of matrices
 WIDEST = 2.0  # shares beyond are written into the bar

@@ -12,10 +12,11 @@ the same bytes as the op and is shown beside it.
 from __future__ import annotations
 
 import torch
-from common import Row, measure, parser, peak_memory, run
 from torch import Tensor
 
 import andmask_ext as am
+
+from .common import Row, measure, parser, peak_memory, run
 
 TAU = 0.6
 ENVIRONMENTS = [2, 4, 16, 64, 128, 512]

@@ -12,11 +12,12 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import Row, measure, parser, peak_memory, run
 from torch import Tensor, nn
 
 import andmask_ext as am
-from andmask_ext.studies.benchmark.models import MODELS
+
+from .common import Row, measure, parser, peak_memory, run
+from .contest.models import MODELS
 
 Step = Callable[[], object]
 
@@ -60,7 +61,7 @@ def histogram_of_moments(environments: int, columns: int) -> list[Row]:
     return measure(
         f"vote histogram of moments, {environments} x {columns}",
         {
-            "andmask": lambda: torch.ops.andmask.vote_histograms([sums], [votes], environments),
+            "andmask": lambda: torch.ops.andmask._vote_histograms([sums], [votes], environments),
             "read pass": lambda: (sums.sum(), votes.view(torch.int32).sum()),
             "eager": eager,
         },

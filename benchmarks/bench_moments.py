@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Row, measure, parser, run
 from torch import Tensor
 
 import andmask_ext as am
+
+from .common import Row, measure, parser, run
 
 KINDS = {
     "sum": (),
@@ -59,7 +60,7 @@ def accumulate(count: int, size: int, kinds: str, dtype: torch.dtype) -> list[Ro
     )
 
 
-def resolve(count: int, size: int, rule: am.Rule) -> list[Row]:
+def resolve(count: int, size: int, rule: am.rules.Rule) -> list[Row]:
     torch.manual_seed(0)
     params = [torch.empty(size) for _ in range(count)]
     moments = am.Moments(params, rule.moments or ())
@@ -91,8 +92,8 @@ def main() -> None:
     rules = [
         am.AndMask(0.5),
         am.AndMask(0.5, rescale=True),
-        am.GeometricMean(),
-        am.SandMask(0.5, k=1.0),
+        am.rules.GeometricMean(),
+        am.rules.SandMask(0.5, k=1.0),
     ]
     cases += [lambda size=size, rule=rule: resolve(*size, rule) for size in sizes for rule in rules]
     run(options, cases)

@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Row, measure, parser, run
 from torch import nn
 
 import andmask_ext as am
+
+from .common import Row, measure, parser, run
 
 ENVIRONMENTS = 8
 TOTAL = 20_000_000

@@ -11,11 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Row, measure, parser, run
 from torch import Tensor, nn
 
 import andmask_ext  # noqa: F401  # loads the ops
-from andmask_ext.studies.benchmark.models import MODELS
+
+from .common import Row, measure, parser, run
+from .contest.models import MODELS
 
 ops = torch.ops.andmask
 Moments = tuple[Tensor | None, ...]

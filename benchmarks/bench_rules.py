@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from common import Row, measure, parser, run
 from torch import Tensor
 
 import andmask_ext as am
+
+from .common import Row, measure, parser, run
 
 SIZES = [(4, 65_536), (4, 1 << 22), (16, 65_536), (16, 1 << 20), (64, 65_536), (64, 1 << 18)]
 QUICK = [(4, 1 << 20), (16, 1 << 20), (64, 65_536)]
@@ -92,25 +93,25 @@ def fed_ilc(g: Tensor) -> Tensor:
     return (agreement(g) >= TAU) * (sides[0] - sides[1])
 
 
-RULES: dict[am.Rule, Callable[[Tensor], Tensor]] = {
-    am.Mean(): lambda g: g.mean(0),
+RULES: dict[am.rules.Rule, Callable[[Tensor], Tensor]] = {
+    am.rules.Mean(): lambda g: g.mean(0),
     am.AndMask(TAU): and_mask,
-    am.GeometricMean(TAU): geometric_mean,
-    am.SandMask(): sand_mask,
-    am.MaskedAverage(TAU): masked_average,
-    am.AgreementSum(): agreement_sum,
-    am.AgreementRandom(): agreement_random,
-    am.Median(): median,
-    am.MedianOfThree(): median_of_three,
-    am.TrimmedMean(1): trimmed_mean,
-    am.WinsorizedMean(10.0): winsorized_mean,
-    am.SignDropout(): sign_dropout,
-    am.FedILC(TAU): fed_ilc,
+    am.rules.GeometricMean(TAU): geometric_mean,
+    am.rules.SandMask(): sand_mask,
+    am.rules.MaskedAverage(TAU): masked_average,
+    am.rules.AgreementSum(): agreement_sum,
+    am.rules.AgreementRandom(): agreement_random,
+    am.rules.Median(): median,
+    am.rules.MedianOfThree(): median_of_three,
+    am.rules.TrimmedMean(1): trimmed_mean,
+    am.rules.WinsorizedMean(10.0): winsorized_mean,
+    am.rules.SignDropout(): sign_dropout,
+    am.rules.FedILC(TAU): fed_ilc,
 }
-COMPILED = (am.GeometricMean, am.SandMask, am.SignDropout, am.FedILC)
+COMPILED = (am.rules.GeometricMean, am.rules.SandMask, am.rules.SignDropout, am.rules.FedILC)
 
 
-def case(rule: am.Rule, environments: int, columns: int, dtype: torch.dtype) -> list[Row]:
+def case(rule: am.rules.Rule, environments: int, columns: int, dtype: torch.dtype) -> list[Row]:
     torch.manual_seed(0)
     grads = torch.randn(environments, columns).to(dtype)
     eager = RULES[rule]
@@ -118,7 +119,7 @@ def case(rule: am.Rule, environments: int, columns: int, dtype: torch.dtype) -> 
         "andmask": lambda: rule(grads),
         "eager": lambda: eager(grads),
     }
-    if isinstance(rule, am.Median):
+    if isinstance(rule, am.rules.Median):
         contestants["torch.median"] = lambda: grads.median(0)
     if isinstance(rule, COMPILED):
         torch._dynamo.reset()

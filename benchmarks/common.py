@@ -1,6 +1,6 @@
 """Options, printing, keeping and comparing: shared by all benchmarks.
 
-What is measured, and how, stands in ``andmask_ext.studies.benchmark``.
+What is measured, and how, stands in ``benchmarks.contest``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from andmask_ext.studies.benchmark.measuring import Row, measure, peak_memory
+from .contest.measuring import Row, measure, peak_memory
 
 __all__ = ["RUNS", "Row", "measure", "parser", "peak_memory", "run", "table"]
 

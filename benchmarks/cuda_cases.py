@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from roofline import Work
 from torch import Tensor
 
 import andmask_ext as am
+
+from .roofline import Work
 
 ops = torch.ops.andmask
 TAU, COUNT = 0.6, 8
@@ -105,7 +106,7 @@ def on_stacks(work: Work, device: torch.device) -> dict[str, Function]:
         "masked_mean": (masked_mean, lambda: ops.masked_mean(grads, TAU)),
         "masked_mean, rescale": (masked_mean_rescaled, lambda: ops.masked_mean(grads, TAU, True)),
         "agreement_mask": (agreement_mask, lambda: ops.agreement_mask(grads, TAU)),
-    }.get(work.op.removesuffix(" bfloat16")) or (median, lambda: am.Median()(grads))
+    }.get(work.op.removesuffix(" bfloat16")) or (median, lambda: am.rules.Median()(grads))
     compiled = torch.compile(formula, dynamic=False)
     return {OURS: op, EAGER: lambda: formula(grads), COMPILED: lambda: compiled(grads)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from common import RUNS, Row
+from .common import RUNS, Row
 
 COLUMNS = ["read pass: torch.sum", "andmask", "torch.sum(grads, 0)", "torch.compile", "eager"]
 COLORS = ["#000000", "#0072B2", "#999999", "#E69F00", "#D55E00"]  # Okabe-Ito

@@ -26,51 +26,51 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def("agreement_mask(Tensor grads, float tau=1.0, bool rescale=False) -> Tensor");
   // Moments of a list of parameters. Kinds of moments that are not kept are empty lists.
   m.def(
-      "accumulate_(Tensor(a!)[] sum, Tensor(b!)[] votes, Tensor(c!)[] squares, Tensor(d!)[] logs, "
+      "_accumulate_(Tensor(a!)[] sum, Tensor(b!)[] votes, Tensor(c!)[] squares, Tensor(d!)[] logs, "
       "Tensor[] grads, int count, float[] weights=[], bool stacked=False) -> ()");
   // Moments of weight gradients W_e = sum of d a^T over the rows of environment e, which are not
   // given, but the activations a and the gradients d of the outputs. Environment e has examples
   // order[offsets[e]:offsets[e + 1]]; None: 0, 1, 2, ...
   m.def(
-      "accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, Tensor(d!)? logs, "
+      "_accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, Tensor(d!)? logs, "
       "Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, int count, "
       "float[] weights=[]) -> ()");
   m.def(
-      "accumulate_convolution_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
+      "_accumulate_convolution_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
       "Tensor(d!)? logs, Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, "
       "int count, int[] stride, int[] padding, int[] dilation, int groups, "
       "float[] weights=[]) -> ()");
   m.def(
-      "resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
+      "_resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
       "float[] arguments, bool rescale=False) -> Tensor[]");
   m.def(  // the same, written over the sums
-      "resolve_(Tensor(a!)[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
+      "_resolve_(Tensor(a!)[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
       "str rule, float[] arguments, bool rescale=False) -> ()");
   // One optimizer step on the gradients that a rule makes of moments, in one pass over memory.
   m.def(
-      "sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "
+      "_sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "
       "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
       "float lr, float momentum, float dampening, float weight_decay, "
       "bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) -> ()");
   m.def(
-      "adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] sum, Tensor[] votes, "
       "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, "
       "bool decoupled_weight_decay, bool maximize) -> ()");
   m.def(
-      "temporal_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "_temporal_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] sign_avgs, Tensor(e!)[] steps, Tensor[] grads, *, float tau, float lr, "
       "float beta1, float beta2, float beta3, float eps, float weight_decay, "
       "bool decoupled_weight_decay, bool maximize, bool bias_correction) -> ()");
   m.def(
-      "aggregate(Tensor grads, str rule, float[] arguments, bool rescale=False, "
+      "_aggregate(Tensor grads, str rule, float[] arguments, bool rescale=False, "
       "Tensor? noise=None) -> Tensor");
   // For k = 0 ... d: the coordinates with |votes| = k, int64, and the sum of the squares of their
   // sums, float64; [d + 1], or [tensors, d + 1] of moments.
   m.def("vote_histogram(Tensor grads) -> (Tensor counts, Tensor squares)");
   m.def(
-      "vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> (Tensor counts, Tensor "
+      "_vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> (Tensor counts, Tensor "
       "squares)");
   m.def("_rule_table() -> str");
   m.def("_native_info() -> str");

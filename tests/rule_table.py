@@ -20,7 +20,7 @@ from andmask_ext import reference
 
 from . import strategies
 
-Bound = Callable[[am.Rule, Tensor, float], Tensor]
+Bound = Callable[[am.rules.Rule, Tensor, float], Tensor]
 inf = float("inf")
 
 
@@ -31,43 +31,43 @@ def taus(environments: int) -> st.SearchStrategy[float]:
 # ---- bounds ----
 
 
-def of_mean(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_mean(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     return (len(g) + 8) * eps * g.abs().mean(0)
 
 
-def of_sum(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_sum(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     return (len(g) + 8) * eps * g.abs().sum(0)
 
 
-def of_median(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_median(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     ranked = g.sort(0).values
     middle = ranked[(len(g) - 1) // 2 : len(g) // 2 + 1]
     return 4 * eps * middle.abs().mean(0)
 
 
-def of_trimmed_mean(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
-    assert isinstance(rule, am.TrimmedMean)
+def of_trimmed_mean(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
+    assert isinstance(rule, am.rules.TrimmedMean)
     return 50 * eps * g.sort(0).values[rule.b : len(g) - rule.b].abs().mean(0)
 
 
-def of_winsorized_mean(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_winsorized_mean(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     """Where a percentile lies between two values is known to float64's precision."""
     return 50 * eps * g.abs().mean(0) + 8 * len(g) * 2.3e-16 * g.abs().amax(0)
 
 
-def of_groups(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_groups(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     means = torch.stack([of_mean(rule, part, eps) for part in g.tensor_split(3)])
     return 2 * means.amax(0)
 
 
-def of_logs(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_logs(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     logs = (g.abs() + 1e-10).log()
     size = logs.mean(0).exp()
     unsure = g.sum(0).abs() <= 2 * of_sum(rule, g, eps)  # of the sign
     return size * torch.where(unsure, 2.0, eps * ((len(g) + 8) * logs.abs().mean(0) + 8))
 
 
-def of_fed_ilc(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_fed_ilc(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     bound = torch.zeros(g.shape[1:], dtype=torch.float64)
     for side in (g, -g):
         logs = torch.where(side > 0, side, 1.0).log()
@@ -76,8 +76,8 @@ def of_fed_ilc(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
     return bound
 
 
-def of_sand_mask(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
-    assert isinstance(rule, am.SandMask)
+def of_sand_mask(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
+    assert isinstance(rule, am.rules.SandMask)
     if len(g) == 1:
         error = torch.zeros(g.shape[1:], dtype=torch.float64)
     else:
@@ -95,11 +95,11 @@ def of_sand_mask(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
     return bound
 
 
-def of_sign_dropout(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_sign_dropout(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     return 8 * eps * g.abs().sum(0)
 
 
-def of_agreement_random(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
+def of_agreement_random(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     total = g.abs().sum(0)
     kept = reference.agreement_mask(g, 1.0) == 1
     size = total[kept].mean() if kept.any() else torch.zeros(())
@@ -111,7 +111,7 @@ def of_agreement_random(rule: am.Rule, g: Tensor, eps: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    draw: Callable[[int], st.SearchStrategy[am.Rule]]  # for so many environments
+    draw: Callable[[int], st.SearchStrategy[am.rules.Rule]]  # for so many environments
     twin: Callable[..., Tensor]
     bound: Bound
     streamable: bool
@@ -121,83 +121,85 @@ class Row:
     odd: bool = True  # rule(-grads) == -rule(grads)
 
 
-def sand_mask(tau: float, k: float, rescale: bool) -> am.SandMask:
+def sand_mask(tau: float, k: float, rescale: bool) -> am.rules.SandMask:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tau = 1
-        return am.SandMask(tau, k, rescale)
+        return am.rules.SandMask(tau, k, rescale)
 
 
-def sand_masks(environments: int) -> st.SearchStrategy[am.Rule]:
+def sand_masks(environments: int) -> st.SearchStrategy[am.rules.Rule]:
     k = st.sampled_from([0.1, 1.0, 10.0])
     return st.builds(sand_mask, taus(environments), k, st.booleans())
 
 
-def of_tau(rule: type[am.Rule]) -> Callable[[int], st.SearchStrategy[am.Rule]]:
+def of_tau(rule: type[am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
     return lambda environments: st.builds(rule, taus(environments))
 
 
-def with_rescale(rule: type[am.Rule]) -> Callable[[int], st.SearchStrategy[am.Rule]]:
+def with_rescale(rule: type[am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
     return lambda environments: st.builds(rule, taus(environments), st.booleans())
 
 
-def plain(rule: type[am.Rule]) -> Callable[[int], st.SearchStrategy[am.Rule]]:
+def plain(rule: type[am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
     return lambda environments: st.builds(rule)
 
 
-def trimmed_means(environments: int) -> st.SearchStrategy[am.Rule]:
-    return st.builds(am.TrimmedMean, st.integers(0, (environments - 1) // 2))
+def trimmed_means(environments: int) -> st.SearchStrategy[am.rules.Rule]:
+    return st.builds(am.rules.TrimmedMean, st.integers(0, (environments - 1) // 2))
 
 
-def winsorized_means(environments: int) -> st.SearchStrategy[am.Rule]:
+def winsorized_means(environments: int) -> st.SearchStrategy[am.rules.Rule]:
     c = st.one_of(st.sampled_from([0.0, 10.0, 25.0, 50.0]), st.floats(0, 50))
-    return st.builds(am.WinsorizedMean, c)
+    return st.builds(am.rules.WinsorizedMean, c)
 
 
 # fmt: off
-TABLE: dict[type[am.Rule], Row] = {
-    am.Mean: Row(plain(am.Mean), reference.mean, of_mean, True),
+TABLE: dict[type[am.rules.Rule], Row] = {
+    am.rules.Mean: Row(plain(am.rules.Mean), reference.mean, of_mean, True),
     am.AndMask: Row(with_rescale(am.AndMask), reference.and_mask, of_mean, True, masks=True),
-    am.GeometricMean: Row(
-        with_rescale(am.GeometricMean), reference.geometric_mean, of_logs, True, masks=True),
-    am.SandMask: Row(sand_masks, reference.sand_mask, of_sand_mask, True, masks=True),
-    am.MaskedAverage: Row(of_tau(am.MaskedAverage), reference.masked_average, of_mean, True),
-    am.AgreementSum: Row(plain(am.AgreementSum), reference.agreement_sum, of_sum, True),
-    am.Median: Row(plain(am.Median), reference.median, of_median, False),
-    am.MedianOfThree: Row(
-        plain(am.MedianOfThree), reference.median_of_three, of_groups, False, least=3),
-    am.TrimmedMean: Row(trimmed_means, reference.trimmed_mean, of_trimmed_mean, False),
-    am.WinsorizedMean: Row(winsorized_means, reference.winsorized_mean, of_winsorized_mean, False),
-    am.FedILC: Row(of_tau(am.FedILC), reference.fed_ilc, of_fed_ilc, False),
-    am.SignDropout: Row(
-        plain(am.SignDropout), reference.sign_dropout, of_sign_dropout, False, random=True,
+    am.rules.GeometricMean: Row(
+        with_rescale(am.rules.GeometricMean), reference.geometric_mean, of_logs, True, masks=True),
+    am.rules.SandMask: Row(sand_masks, reference.sand_mask, of_sand_mask, True, masks=True),
+    am.rules.MaskedAverage: Row(
+        of_tau(am.rules.MaskedAverage), reference.masked_average, of_mean, True),
+    am.rules.AgreementSum: Row(plain(am.rules.AgreementSum), reference.agreement_sum, of_sum, True),
+    am.rules.Median: Row(plain(am.rules.Median), reference.median, of_median, False),
+    am.rules.MedianOfThree: Row(
+        plain(am.rules.MedianOfThree), reference.median_of_three, of_groups, False, least=3),
+    am.rules.TrimmedMean: Row(trimmed_means, reference.trimmed_mean, of_trimmed_mean, False),
+    am.rules.WinsorizedMean: Row(
+        winsorized_means, reference.winsorized_mean, of_winsorized_mean, False),
+    am.rules.FedILC: Row(of_tau(am.rules.FedILC), reference.fed_ilc, of_fed_ilc, False),
+    am.rules.SignDropout: Row(
+        plain(am.rules.SignDropout), reference.sign_dropout, of_sign_dropout, False, random=True,
         odd=False),
-    am.AgreementRandom: Row(
-        plain(am.AgreementRandom), reference.agreement_random, of_agreement_random, False,
+    am.rules.AgreementRandom: Row(
+        plain(am.rules.AgreementRandom), reference.agreement_random, of_agreement_random, False,
         random=True, odd=False),
 }
 # fmt: on
 
 
-def examples() -> list[am.Rule]:
+def examples() -> list[am.rules.Rule]:
     """One rule of each class, with arguments that fit five environments or more."""
     return [
-        am.Mean(),
+        am.rules.Mean(),
         am.AndMask(0.6, True),
-        am.GeometricMean(0.6, True),
-        am.SandMask(0.3, 2.0),
-        am.MaskedAverage(0.6),
-        am.AgreementSum(),
-        am.Median(),
-        am.MedianOfThree(),
-        am.TrimmedMean(2),
-        am.WinsorizedMean(20.0),
-        am.FedILC(0.4),
-        am.SignDropout(),
-        am.AgreementRandom(),
+        am.rules.GeometricMean(0.6, True),
+        am.rules.SandMask(0.3, 2.0),
+        am.rules.MaskedAverage(0.6),
+        am.rules.AgreementSum(),
+        am.rules.Median(),
+        am.rules.MedianOfThree(),
+        am.rules.TrimmedMean(2),
+        am.rules.WinsorizedMean(20.0),
+        am.rules.FedILC(0.4),
+        am.rules.SignDropout(),
+        am.rules.AgreementRandom(),
     ]
 
 
-def reference_of(rule: am.Rule, grads: Tensor, seed: int = 0) -> Tensor:
+def reference_of(rule: am.rules.Rule, grads: Tensor, seed: int = 0) -> Tensor:
     """What the reference makes of ``grads``, with the noise that the rule draws after ``seed``."""
     row = TABLE[type(rule)]
     arguments: list[object] = list(rule.arguments)
@@ -209,11 +211,11 @@ def reference_of(rule: am.Rule, grads: Tensor, seed: int = 0) -> Tensor:
     return row.twin(grads, *arguments)
 
 
-def factor_of(rule: am.Rule, grads: Tensor) -> float:
+def factor_of(rule: am.rules.Rule, grads: Tensor) -> float:
     """What ``rescale`` multiplies with; 1 without it."""
     if not rule.rescale or not grads[0].numel():
         return 1.0
-    if isinstance(rule, am.SandMask):
+    if isinstance(rule, am.rules.SandMask):
         finite = grads.double().where(grads.isfinite().all(0), 0.0)
         mask = reference.smooth_mask(finite, rule.tau, rule.k)
     else:
@@ -221,7 +223,7 @@ def factor_of(rule: am.Rule, grads: Tensor) -> float:
     return 1 / (1e-10 + float(mask.mean()))
 
 
-def assert_matches_reference(rule: am.Rule, grads: Tensor, seed: int = 0) -> Tensor:
+def assert_matches_reference(rule: am.rules.Rule, grads: Tensor, seed: int = 0) -> Tensor:
     """Call the rule and compare with its twin; return what it gave."""
     row = TABLE[type(rule)]
     torch.manual_seed(seed)

@@ -237,19 +237,19 @@ def test_any_callable_is_a_rule() -> None:
 # ---- streaming ----
 
 STREAMED = [
-    am.Mean(),
+    am.rules.Mean(),
     am.AndMask(0.6),
     RULE,
-    am.GeometricMean(0.6),
-    am.SandMask(0.4, k=1.0),
-    am.MaskedAverage(0.6),
-    am.AgreementSum(),
+    am.rules.GeometricMean(0.6),
+    am.rules.SandMask(0.4, k=1.0),
+    am.rules.MaskedAverage(0.6),
+    am.rules.AgreementSum(),
 ]
 
 
 @pytest.mark.parametrize("rule", STREAMED, ids=str)
 @pytest.mark.parametrize("lazy", [False, True])
-def test_streaming_equals_stacking(rule: am.Rule, lazy: bool) -> None:
+def test_streaming_equals_stacking(rule: am.rules.Rule, lazy: bool) -> None:
     one, data = mlp(nn.BatchNorm1d(8)), batches(6)
     other = copy.deepcopy(one)
     weights = [1.0, 0.5, 2.0, 1.5, 0.25]
@@ -285,7 +285,7 @@ def test_gradients_are_freed_one_by_one(environments: int) -> None:
         return most
 
     assert most_alive(am.AndMask(0.6)) <= 2
-    assert most_alive(am.Median()) == environments
+    assert most_alive(am.rules.Median()) == environments
 
 
 def test_an_iterator_is_asked_when_the_loss_before_is_done() -> None:

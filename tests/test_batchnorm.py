@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import andmask_ext
-from andmask_ext.agreement._active import activate
+from andmask_ext.agreement._current import activate
 from andmask_ext.nn import (
     EnvironmentBatchNorm1d,
     EnvironmentBatchNorm2d,

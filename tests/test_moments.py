@@ -158,7 +158,7 @@ def test_none_is_a_gradient_of_zeros(kinds: tuple[str, ...], given_in: tuple[int
         assert_equal(found, expected, exact=False)
     else:
         assert found.sum[1] is None  # no environment has touched it
-        assert found.resolve(am.Mean())[1] is None
+        assert found.resolve(am.rules.Mean())[1] is None
     stacked = am.Moments([torch.zeros(2), torch.zeros(5)], kinds)
     for row in range(3):
         part = slice(row, row + 1)
@@ -192,7 +192,7 @@ def test_weights_are_factors_of_the_losses(dtype: torch.dtype, data: st.DataObje
     assert_equal(weighted, add_one_by_one(new(dtype), grads, weights))
     assert_holds(weighted, [s.to(wide) for s in scaled])
     pooled = sum(size * grad for size, grad in zip(sizes, grads[0].double(), strict=True))
-    mean = weighted.resolve(am.Mean())[0].double()
+    mean = weighted.resolve(am.rules.Mean())[0].double()
     torch.testing.assert_close(
         mean, pooled / sum(sizes), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
     )
@@ -256,7 +256,7 @@ def test_reset_keeps_the_memory_and_forgets_the_rest() -> None:
     assert moments.count == 0
     assert moments.sum == [None] * len(SHAPES)
     with pytest.raises(ValueError, match="at least one environment, but got 0"):
-        moments.resolve(am.Mean())
+        moments.resolve(am.rules.Mean())
     add_one_by_one(moments, grads)
     assert_equal(moments, add_one_by_one(new(), grads))
     assert [total.data_ptr() for total in moments.sum] == where
@@ -322,7 +322,7 @@ def test_a_parameter_may_change_its_dtype_between_steps() -> None:
     param.data = param.data.double()
     moments.reset()
     moments.add([torch.full((3,), 1 + 1e-12, dtype=torch.float64)])
-    assert moments.resolve(am.Mean())[0].tolist() == [1 + 1e-12] * 3
+    assert moments.resolve(am.rules.Mean())[0].tolist() == [1 + 1e-12] * 3
 
 
 # ---- consumers ----
@@ -358,7 +358,7 @@ def test_what_is_not_finite_in_any_environment_shows(value: float) -> None:
         grads[row, 4] = value
         moments = am.Moments([torch.zeros(10)], KINDS)
         moments.add_stacked([grads])
-        for rule in (am.Mean(), am.AndMask(1.0), am.AndMask(1.0, rescale=True)):
+        for rule in (am.rules.Mean(), am.AndMask(1.0), am.AndMask(1.0, rescale=True)):
             assert moments.resolve(rule)[0].isfinite().tolist() == [i != 4 for i in range(10)]
 
 
@@ -375,7 +375,7 @@ def test_gradients_that_require_grad_leave_no_graph() -> None:
     moments = am.Moments([torch.zeros(3)])
     moments.add([torch.ones(3, requires_grad=True) * 2])
     assert not moments.sum[0].requires_grad
-    assert not moments.resolve(am.Mean())[0].requires_grad
+    assert not moments.resolve(am.rules.Mean())[0].requires_grad
 
 
 # ---- errors ----

@@ -30,8 +30,8 @@ rules = pytest.mark.parametrize("rule", examples(), ids=lambda rule: type(rule).
 
 
 def draw_case(
-    data: st.DataObject, kind: type[am.Rule], dtype: torch.dtype, **kwargs: object
-) -> tuple[am.Rule, Tensor]:
+    data: st.DataObject, kind: type[am.rules.Rule], dtype: torch.dtype, **kwargs: object
+) -> tuple[am.rules.Rule, Tensor]:
     base = np.float64 if dtype == torch.float64 else np.float32
     environments = strategies.environment_counts.filter(lambda d: d >= TABLE[kind].least)
     values = data.draw(strategies.stacked(base, environments=environments, **kwargs))
@@ -39,14 +39,13 @@ def draw_case(
     return data.draw(TABLE[kind].draw(len(grads))), grads
 
 
-def call(rule: am.Rule, grads: Tensor) -> Tensor:
+def call(rule: am.rules.Rule, grads: Tensor) -> Tensor:
     torch.manual_seed(7)
     return rule(grads)
 
 
 def test_every_rule_is_in_the_table() -> None:
-    public = {getattr(am, name) for name in am.__all__}
-    found = {v for v in public if isinstance(v, type) and issubclass(v, am.Rule)} - {am.Rule}
+    found = {getattr(am.rules, name) for name in am.rules.__all__} - {am.rules.Rule}
     assert found == set(TABLE) == {type(rule) for rule in examples()}
 
 
@@ -56,7 +55,9 @@ def test_every_rule_is_in_the_table() -> None:
 @dtypes
 @kinds
 @given(data=st.data())
-def test_matches_reference(kind: type[am.Rule], dtype: torch.dtype, data: st.DataObject) -> None:
+def test_matches_reference(
+    kind: type[am.rules.Rule], dtype: torch.dtype, data: st.DataObject
+) -> None:
     rule, grads = draw_case(data, kind, dtype)
     assert_matches_reference(rule, grads)
 
@@ -64,9 +65,9 @@ def test_matches_reference(kind: type[am.Rule], dtype: torch.dtype, data: st.Dat
 @rules
 @dtypes
 @pytest.mark.parametrize("environments", [3, 5, 16, 32, 33, 64, 70, 513, 2000])
-def test_many_environments(rule: am.Rule, dtype: torch.dtype, environments: int) -> None:
-    if rule == am.TrimmedMean(2) and environments < 5:
-        rule = am.TrimmedMean(1)
+def test_many_environments(rule: am.rules.Rule, dtype: torch.dtype, environments: int) -> None:
+    if rule == am.rules.TrimmedMean(2) and environments < 5:
+        rule = am.rules.TrimmedMean(1)
     grads = torch.randn(environments, 77, dtype=torch.float64).to(dtype)
     assert_matches_reference(rule, grads)
     assert_matches_reference(rule, grads + 3)
@@ -75,28 +76,30 @@ def test_many_environments(rule: am.Rule, dtype: torch.dtype, environments: int)
 @rules
 @dtypes
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_nothing_non_finite_is_hidden(rule: am.Rule, dtype: torch.dtype, value: float) -> None:
+def test_nothing_non_finite_is_hidden(
+    rule: am.rules.Rule, dtype: torch.dtype, value: float
+) -> None:
     for environments in (5, 40, 600):
         for place in (0, 1, environments - 1):
             grads = torch.randn(environments, 50).to(dtype)
             grads[place, 3::2] = value
             out = call(rule, grads)
             assert not out[3::2].isfinite().any()
-            if not isinstance(rule, am.AgreementRandom):  # one statistic for all
+            if not isinstance(rule, am.rules.AgreementRandom):  # one statistic for all
                 assert out[:3].isfinite().all()
 
 
 @kinds
 @given(data=st.data())
-def test_permuting_environments(kind: type[am.Rule], data: st.DataObject) -> None:
-    if kind is am.MedianOfThree:
+def test_permuting_environments(kind: type[am.rules.Rule], data: st.DataObject) -> None:
+    if kind is am.rules.MedianOfThree:
         return  # the groups are by position
     rule, grads = draw_case(data, kind, torch.float64, finite=True)
     order = torch.randperm(len(grads))
     assert_matches_reference(rule, grads[order])
-    if kind in (am.Median, am.TrimmedMean, am.WinsorizedMean):
+    if kind in (am.rules.Median, am.rules.TrimmedMean, am.rules.WinsorizedMean):
         one, other = rule(grads[order]), rule(grads)
-        if cuda_kernels() and len(grads) > 32 and kind is not am.Median:
+        if cuda_kernels() and len(grads) > 32 and kind is not am.rules.Median:
             # CUDA does not sort so many: what lies between the ends is added as it comes.
             bound = 1e-14 * grads.abs().amax(0)
             assert ((one - other).abs() <= bound).all()
@@ -107,11 +110,16 @@ def test_permuting_environments(kind: type[am.Rule], data: st.DataObject) -> Non
 @kinds
 @dtypes
 @given(data=st.data())
-def test_flipping_the_sign(kind: type[am.Rule], dtype: torch.dtype, data: st.DataObject) -> None:
+def test_flipping_the_sign(
+    kind: type[am.rules.Rule], dtype: torch.dtype, data: st.DataObject
+) -> None:
     if not TABLE[kind].odd:
         return  # the noise does not flip
     rule, grads = draw_case(data, kind, dtype)
-    exact = kind not in (am.TrimmedMean, am.WinsorizedMean)  # those sum in the order of the ranks
+    exact = kind not in (
+        am.rules.TrimmedMean,
+        am.rules.WinsorizedMean,
+    )  # those sum in the order of the ranks
     eps = 0.0 if exact else 100 * torch.finfo(dtype).eps
     size = float(grads.nan_to_num(0, 0, 0).abs().max()) if grads.numel() else 0.0
     torch.testing.assert_close(
@@ -124,16 +132,21 @@ def test_flipping_the_sign(kind: type[am.Rule], dtype: torch.dtype, data: st.Dat
 
 def test_special_cases() -> None:
     grads = torch.randn(9, 500)
-    assert torch.equal(am.TrimmedMean(4)(grads), am.Median()(grads))
-    torch.testing.assert_close(am.TrimmedMean(0)(grads), am.Mean()(grads))
-    torch.testing.assert_close(am.WinsorizedMean(0.0)(grads), am.Mean()(grads))
-    torch.testing.assert_close(am.WinsorizedMean(50.0)(grads), am.Median()(grads))
-    torch.testing.assert_close(am.MaskedAverage(0.0)(grads), am.Mean()(grads))
-    torch.testing.assert_close(am.AgreementSum()(grads), 9 * am.AndMask(1.0)(grads))
-    assert torch.equal(am.Median()(grads), grads.median(0).values)
-    assert torch.equal(am.MedianOfThree()(grads[:3]), am.Median()(grads[:3]))
+    assert torch.equal(am.rules.TrimmedMean(4)(grads), am.rules.Median()(grads))
+    torch.testing.assert_close(am.rules.TrimmedMean(0)(grads), am.rules.Mean()(grads))
+    torch.testing.assert_close(am.rules.WinsorizedMean(0.0)(grads), am.rules.Mean()(grads))
+    torch.testing.assert_close(am.rules.WinsorizedMean(50.0)(grads), am.rules.Median()(grads))
+    torch.testing.assert_close(am.rules.MaskedAverage(0.0)(grads), am.rules.Mean()(grads))
+    torch.testing.assert_close(am.rules.AgreementSum()(grads), 9 * am.AndMask(1.0)(grads))
+    assert torch.equal(am.rules.Median()(grads), grads.median(0).values)
+    assert torch.equal(am.rules.MedianOfThree()(grads[:3]), am.rules.Median()(grads[:3]))
     same = torch.randn(500).expand(6, 500)
-    for rule in (am.Median(), am.TrimmedMean(2), am.WinsorizedMean(10.0), am.MedianOfThree()):
+    for rule in (
+        am.rules.Median(),
+        am.rules.TrimmedMean(2),
+        am.rules.WinsorizedMean(10.0),
+        am.rules.MedianOfThree(),
+    ):
         torch.testing.assert_close(rule(same), same[0], rtol=1e-6, atol=0)
 
 
@@ -142,31 +155,33 @@ def test_winsorized_mean_clips_to_the_percentiles_of_numpy() -> None:
     for c in (5.0, 12.5, 25.0, 37.1):
         low, high = np.percentile(grads.cpu().numpy(), [c, 100 - c], axis=0)
         expected = torch.as_tensor(np.clip(grads.cpu().numpy(), low, high).mean(0))
-        torch.testing.assert_close(am.WinsorizedMean(c)(grads), expected, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(
+            am.rules.WinsorizedMean(c)(grads), expected, rtol=1e-12, atol=1e-14
+        )
 
 
 def test_sign_dropout_keeps_either_sign_in_proportion() -> None:
     grads = torch.tensor([3.0, -1.0])[:, None].expand(2, 100_000)
-    out = am.SignDropout()(grads)
+    out = am.rules.SignDropout()(grads)
     assert set(out.unique().tolist()) == {-1.0, 3.0}
     assert (out > 0).double().mean().item() == pytest.approx(0.75, abs=0.01)
-    agreeing = am.SignDropout()(torch.ones(4, 1000))
+    agreeing = am.rules.SignDropout()(torch.ones(4, 1000))
     assert torch.equal(agreeing, torch.full((1000,), 4.0))
-    assert not am.SignDropout()(torch.zeros(3, 1000)).any()
+    assert not am.rules.SignDropout()(torch.zeros(3, 1000)).any()
 
 
 def test_agreement_random_fills_with_noise_of_the_kept_size() -> None:
     grads = torch.full((2, 100_000), 2.0)
     grads[1, ::2] = -2.0
-    out = am.AgreementRandom()(grads)
+    out = am.rules.AgreementRandom()(grads)
     assert (out[1::2] == 4.0).all()
     assert out[::2].std().item() == pytest.approx(4.0, rel=0.02)
-    assert not am.AgreementRandom()(torch.tensor([[1.0], [-1.0]])).any()  # none agree
+    assert not am.rules.AgreementRandom()(torch.tensor([[1.0], [-1.0]])).any()  # none agree
 
 
 def test_noise_comes_from_the_global_generator() -> None:
     grads = torch.randn(4, 100)
-    for rule in (am.SignDropout(), am.AgreementRandom()):
+    for rule in (am.rules.SignDropout(), am.rules.AgreementRandom()):
         assert torch.equal(call(rule, grads), call(rule, grads))
         assert not torch.equal(rule(grads), rule(grads))
 
@@ -184,7 +199,7 @@ LAYOUTS = {
 @rules
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("environments", [7, 70])
-def test_layouts(rule: am.Rule, layout: str, environments: int) -> None:
+def test_layouts(rule: am.rules.Rule, layout: str, environments: int) -> None:
     grads = torch.randn(environments, 6, 70)
     laid_out = LAYOUTS[layout](grads)
     before = laid_out.clone()
@@ -194,18 +209,18 @@ def test_layouts(rule: am.Rule, layout: str, environments: int) -> None:
 
 @rules
 @pytest.mark.parametrize("shape", [(5,), (6, 0), (6, 0, 4), (6, 2, 1, 3), (6, 1)])
-def test_scalar_and_empty_parameters(rule: am.Rule, shape: tuple[int, ...]) -> None:
+def test_scalar_and_empty_parameters(rule: am.rules.Rule, shape: tuple[int, ...]) -> None:
     assert_matches_reference(rule, torch.randn(shape))
 
 
 @rules
-def test_expanded(rule: am.Rule) -> None:
+def test_expanded(rule: am.rules.Rule) -> None:
     grads = torch.randn(1, 4, 5).expand(6, 4, 5)
     assert torch.equal(call(rule, grads), call(rule, grads.contiguous()))
 
 
 @rules
-def test_bits_do_not_depend_on_threads(rule: am.Rule) -> None:
+def test_bits_do_not_depend_on_threads(rule: am.rules.Rule) -> None:
     for environments, columns in ((6, 70_001), (40, 20_000)):
         for dtype in (torch.float32, torch.bfloat16):
             grads = torch.randn(environments, columns).to(dtype)
@@ -220,7 +235,7 @@ def test_bits_do_not_depend_on_threads(rule: am.Rule) -> None:
 
 @kinds
 @given(data=st.data())
-def test_moments_give_what_the_stack_gives(kind: type[am.Rule], data: st.DataObject) -> None:
+def test_moments_give_what_the_stack_gives(kind: type[am.rules.Rule], data: st.DataObject) -> None:
     """In float64, where the two differ by rounding alone."""
     rule, grads = draw_case(data, kind, torch.float64, finite=True)
     assert (rule.moments is not None) == TABLE[kind].streamable
@@ -234,7 +249,7 @@ def test_moments_give_what_the_stack_gives(kind: type[am.Rule], data: st.DataObj
     (update,) = rule.resolve(moments)
     clean = grads.abs() < 1e150
     keep = clean.all(0) & (grads.sum(0).abs() > 1e-9 * grads.abs().sum(0))
-    if kind is am.SandMask:
+    if kind is am.rules.SandMask:
         return  # as sharp as its variance is small: see test_matches_reference
     torch.testing.assert_close(update[keep], rule(grads)[keep], rtol=1e-9, atol=1e-300)
 
@@ -243,8 +258,8 @@ def test_moments_give_what_the_stack_gives(kind: type[am.Rule], data: st.DataObj
 
 
 @rules
-def test_is_an_immutable_value(rule: am.Rule) -> None:
-    assert eval(repr(rule), vars(am)) == rule
+def test_is_an_immutable_value(rule: am.rules.Rule) -> None:
+    assert eval(repr(rule), vars(am.rules)) == rule
     assert pickle.loads(pickle.dumps(rule)) == copy.deepcopy(rule) == copy.copy(rule) == rule
     assert len({rule, copy.deepcopy(rule)}) == 1
     assert rule not in {other for other in examples() if type(other) is not type(rule)}
@@ -255,9 +270,9 @@ def test_is_an_immutable_value(rule: am.Rule) -> None:
 
 def test_reprs() -> None:
     assert repr(am.AndMask(tau=0.8, rescale=True)) == "AndMask(tau=0.8, rescale=True)"
-    assert repr(am.SandMask()) == "SandMask(tau=0.5, k=10.0, rescale=True)"
-    assert repr(am.Median()) == "Median()"
-    assert repr(am.WinsorizedMean(5)) == "WinsorizedMean(c=5.0)"
+    assert repr(am.rules.SandMask()) == "SandMask(tau=0.5, k=10.0, rescale=True)"
+    assert repr(am.rules.Median()) == "Median()"
+    assert repr(am.rules.WinsorizedMean(5)) == "WinsorizedMean(c=5.0)"
 
 
 def test_a_checkpoint_with_rules_loads_without_trust(tmp_path: Path) -> None:
@@ -279,7 +294,13 @@ def test_tau_may_be_an_int_or_a_float64_scalar() -> None:
     assert type(am.AndMask(np.float64(0.5)).tau) is float
 
 
-TAUS = [am.AndMask, am.GeometricMean, am.SandMask, am.MaskedAverage, am.FedILC]
+TAUS = [
+    am.AndMask,
+    am.rules.GeometricMean,
+    am.rules.SandMask,
+    am.rules.MaskedAverage,
+    am.rules.FedILC,
+]
 
 
 @pytest.mark.parametrize("kind", TAUS, ids=lambda kind: kind.__name__)
@@ -293,7 +314,7 @@ TAUS = [am.AndMask, am.GeometricMean, am.SandMask, am.MaskedAverage, am.FedILC]
     ],
 )
 def test_tau_is_checked(
-    kind: type[am.Rule], tau: object, error: type[Exception], message: str
+    kind: type[am.rules.Rule], tau: object, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
         kind(tau)
@@ -303,14 +324,22 @@ def test_tau_is_checked(
     ("make", "error", "message"),
     [
         (lambda: am.AndMask(1.0, "yes"), TypeError, "rescale: expected a bool, but got str"),
-        (lambda: am.SandMask(0.5, 0.0), ValueError, "k: expected a positive finite .* got 0.0"),
-        (lambda: am.SandMask(0.5, "1"), TypeError, "k: expected .* but got str"),
-        (lambda: am.SandMask(0.5, float("inf")), ValueError, "k: expected .* but got inf"),
-        (lambda: am.TrimmedMean(1.0), TypeError, "b: expected an int, but got float"),
-        (lambda: am.TrimmedMean(True), TypeError, "b: expected an int, but got bool"),
-        (lambda: am.TrimmedMean(-1), ValueError, "b: expected an int of at least 0, but got -1"),
-        (lambda: am.WinsorizedMean(51), ValueError, r"c: .* \[0, 50\], but got 51"),
-        (lambda: am.WinsorizedMean(None), TypeError, "c: expected .* but got NoneType"),
+        (
+            lambda: am.rules.SandMask(0.5, 0.0),
+            ValueError,
+            "k: expected a positive finite .* got 0.0",
+        ),
+        (lambda: am.rules.SandMask(0.5, "1"), TypeError, "k: expected .* but got str"),
+        (lambda: am.rules.SandMask(0.5, float("inf")), ValueError, "k: expected .* but got inf"),
+        (lambda: am.rules.TrimmedMean(1.0), TypeError, "b: expected an int, but got float"),
+        (lambda: am.rules.TrimmedMean(True), TypeError, "b: expected an int, but got bool"),
+        (
+            lambda: am.rules.TrimmedMean(-1),
+            ValueError,
+            "b: expected an int of at least 0, but got -1",
+        ),
+        (lambda: am.rules.WinsorizedMean(51), ValueError, r"c: .* \[0, 50\], but got 51"),
+        (lambda: am.rules.WinsorizedMean(None), TypeError, "c: expected .* but got NoneType"),
     ],
 )
 def test_arguments_are_checked(make: object, error: type[Exception], message: str) -> None:
@@ -320,16 +349,16 @@ def test_arguments_are_checked(make: object, error: type[Exception], message: st
 
 def test_a_mask_of_zeros_is_announced() -> None:
     with pytest.warns(UserWarning, match=r"SandMask\(tau=1.0\) masks everything") as caught:
-        rule = am.SandMask(tau=1.0)
+        rule = am.rules.SandMask(tau=1.0)
     assert caught[0].filename == __file__
     assert not rule(torch.randn(3, 4)).any()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        am.SandMask(0.999)
+        am.rules.SandMask(0.999)
 
 
 @rules
-def test_grads_are_checked(rule: am.Rule) -> None:
+def test_grads_are_checked(rule: am.rules.Rule) -> None:
     for grads, error, message in [
         ([1.0], TypeError, "grads: expected a Tensor"),
         (torch.ones(6, 2, dtype=torch.int32), TypeError, "grads: .* but got int32"),
@@ -342,13 +371,13 @@ def test_grads_are_checked(rule: am.Rule) -> None:
 
 def test_too_few_environments() -> None:
     with pytest.raises(ValueError, match=r"TrimmedMean\(b=2\) expected more than 4 .* but got 4"):
-        am.TrimmedMean(2)(torch.randn(4, 3))
+        am.rules.TrimmedMean(2)(torch.randn(4, 3))
     with pytest.raises(ValueError, match=r"MedianOfThree expected at least 3 .* but got 2"):
-        am.MedianOfThree()(torch.randn(2, 3))
+        am.rules.MedianOfThree()(torch.randn(2, 3))
 
 
 def test_a_rule_of_ones_own() -> None:
-    class Largest(am.Rule):
+    class Largest(am.rules.Rule):
         def __call__(self, grads: Tensor) -> Tensor:
             return grads.amax(0)
 

@@ -14,9 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import andmask_ext as am
 
 OPS = [
-    "masked_mean", "agreement_mask", "aggregate", "accumulate_", "accumulate_outer_",
-    "accumulate_convolution_", "resolve", "resolve_", "sgd_step_", "adam_step_",
-    "temporal_adam_step_",
+    "masked_mean", "agreement_mask", "_aggregate", "_accumulate_", "_accumulate_outer_",
+    "_accumulate_convolution_", "_resolve", "_resolve_", "_sgd_step_", "_adam_step_",
+    "_temporal_adam_step_",
 ]  # fmt: skip
 
 

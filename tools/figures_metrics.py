@@ -24,9 +24,9 @@ from torch import Tensor, nn
 import andmask_ext as am
 from andmask_ext import metrics, plots
 from andmask_ext.metrics import landscapes
-from andmask_ext.studies.figures import save
-from andmask_ext.studies.landscape.parts import PAIRS
-from andmask_ext.studies.spirals.data import SpiralsConfig, draw_spirals
+from studies.figures import save
+from studies.landscape.parts import PAIRS
+from studies.spirals.data import SpiralsConfig, draw_spirals
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 STARTS = torch.tensor(

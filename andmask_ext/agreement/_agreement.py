@@ -13,17 +13,17 @@ from torch import Tensor, nn
 from .._checks import check_bool, check_dtype
 from .._observers import Observer, begin_all
 from ..moments import Moments
-from ..optim._environments import MomentOptimizer
+from ..optim._base import EnvironmentOptimizer
 from ..rules import AndMask, Rule
-from ._active import activate
-from ._batch import Watch
+from ._accumulator import Target, Treatment
+from ._backward_pass import BackwardPass
 from ._constants import Constants
+from ._current import activate
+from ._forward import ForwardRecorder
 from ._groups import Environments, Groups, check_environments, make_groups
 from ._mode import BackwardMode
 from ._plan import Plan
 from ._report import Report, make_report
-from ._run import Run
-from ._session import Record, Target
 from ._verify import Verification, compare, sample, take, undisturbed
 
 __all__ = ["Agreement"]
@@ -55,9 +55,9 @@ class Agreement:
         batch_dim: which dimension of the model's inputs and outputs is the batch.
         loss_reduction: ``"mean"`` or ``"sum"``: whether the loss is the mean over the examples of
             the batch or their sum. The result is the same: that of :math:`L_e`.
-        prove: ``"auto"``: prove that environments do not mix, at the first backward pass of each
-            structure, and again where indices pick other rows; refuse a model for which there is
-            no proof (one that returns only its loss, say). ``"once"``: not again for other
+        check_mixing: ``"auto"``: prove that environments do not mix, at the first backward pass of
+            each structure, and again where indices pick other rows; refuse a model for which there
+            is no proof (one that returns only its loss, say). ``"once"``: not again for other
             indices. ``"always"``: at each backward pass. ``"never"``: no proof; accept what can be
             treated in one way only.
         keep_moments: keep the moments of the last context, for metrics, instead of writing the
@@ -84,12 +84,12 @@ class Agreement:
     def __init__(
         self,
         model: nn.Module,
-        rule: Rule | MomentOptimizer,
+        rule: Rule | EnvironmentOptimizer,
         params: Iterable[Tensor] | None = None,
         *,
         batch_dim: int = 0,
         loss_reduction: str = "mean",
-        prove: str = "auto",
+        check_mixing: str = "auto",
         keep_moments: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -98,30 +98,31 @@ class Agreement:
             raise ValueError(
                 f"loss_reduction: expected 'mean' or 'sum', but got {loss_reduction!r}"
             )
-        if prove not in ("auto", "once", "always", "never"):
+        if check_mixing not in ("auto", "once", "always", "never"):
             raise ValueError(
-                f"prove: expected 'auto', 'once', 'always' or 'never', but got {prove!r}"
+                "check_mixing: expected 'auto', 'once', 'always' or 'never', "
+                f"but got {check_mixing!r}"
             )
         if not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(f"batch_dim: expected a dimension from 0 on, but got {batch_dim!r}")
         self._model: nn.Module | None = model
         self._rule = rule
-        self._optimizer = rule if isinstance(rule, MomentOptimizer) else None
+        self._optimizer = rule if isinstance(rule, EnvironmentOptimizer) else None
         self._check_rule()
         self._params = self._choose(params)
         self._leaves = list({id(p): p for p in (*model.parameters(), *self._params)}.values())
         self._members = {id(module) for module in model.modules()}
         self._batch_dim = batch_dim
         self._reduction = loss_reduction
-        self._prove = prove
+        self._check_mixing = check_mixing
         self._keep = keep_moments
         self._moments: list[Moments] = []
         if self._optimizer is None:
             self._moments = [Moments(self._params, rule.moments or ())]  # type: ignore[union-attr]
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._plans: dict[Any, Plan] = {}
-        self._records: dict[int, Record] = {}
-        self._run: Run | None = None
+        self._records: dict[int, Treatment] = {}
+        self._run: BackwardPass | None = None
         self._last_groups: tuple[Any, Groups] | None = None
         self._open = False  # there are environments that have not been resolved
         self._gram: dict[str, Tensor] | None = None
@@ -248,12 +249,14 @@ class Agreement:
             }
         self._end(run, resolve)
 
-    def _begin(self, environments: Environments, scaler: torch.amp.GradScaler | None) -> Run:
+    def _begin(
+        self, environments: Environments, scaler: torch.amp.GradScaler | None
+    ) -> BackwardPass:
         assert self._model is not None
         if self._optimizer is not None:
             optimizer = self._optimizer
-        watch = Watch(self._members, self._batch_dim)
-        run = Run(
+        watch = ForwardRecorder(self._members, self._batch_dim)
+        run = BackwardPass(
             self, environments, watch, Constants(self._model), scaler, self._reduction,
             self._plans, self._records,
         )  # fmt: skip
@@ -274,7 +277,7 @@ class Agreement:
         run.targets = targets
         return run
 
-    def _abandon(self, run: Run) -> None:
+    def _abandon(self, run: BackwardPass) -> None:
         """Forget the environments of this context, as it has raised."""
         if self._optimizer is not None:
             self._optimizer._current = None
@@ -287,7 +290,7 @@ class Agreement:
             self._moments[0].reset()
             self._open = False
 
-    def _end(self, run: Run, resolve: bool) -> None:
+    def _end(self, run: BackwardPass, resolve: bool) -> None:
         if self._optimizer is not None:
             self._optimizer._current = None
             self._optimizer._leave(0)
@@ -402,7 +405,7 @@ class Agreement:
         chosen, groups = sample(batch, self._batch_dim, environments, most)
         trial = Agreement(
             model, AndMask(), params, batch_dim=self._batch_dim,
-            loss_reduction=self._reduction, prove=self._prove, keep_moments=True,
+            loss_reduction=self._reduction, check_mixing=self._check_mixing, keep_moments=True,
         )  # fmt: skip
 
         def losses() -> Iterator[Callable[[], Tensor]]:

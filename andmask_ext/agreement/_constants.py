@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._batch import tensors_in
+from ._forward import tensors_in
 
 
 def storage(tensor: Tensor) -> int:

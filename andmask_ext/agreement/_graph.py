@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._chain import VIEWS, View, view_through
 from ._nodes import leaf, saved, shape_of
+from ._views import VIEWS, View, view_through
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 

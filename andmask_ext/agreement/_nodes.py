@@ -97,7 +97,7 @@ class _Aside(torch.autograd.Function):
 
 
 def aside(body: Callable[[], None]) -> None:
-    """Run ``body`` where nodes that are called compute the gradients of all their inputs.
+    """BackwardPass ``body`` where nodes that are called compute the gradients of all their inputs.
 
     Inside a backward pass with ``inputs`` they compute only those that it needs.
     """

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch.autograd.graph import Node
 
 from ._constants import Constants
-from ._consumers import axes_of
+from ._formulas import axes_of
 from ._graph import HIDDEN_DATA, LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
@@ -128,7 +128,7 @@ def make_plan(
     groups: Groups,
     evidences: Evidences,
     constants: Constants,
-    prove: bool,
+    check_mixing: bool,
 ) -> Plan:
     """Decide what each node of a graph is.
 
@@ -137,7 +137,7 @@ def make_plan(
         groups: the environments.
         evidences: what probes have shown.
         constants: what is known not to be data.
-        prove: refuse what no probe has reached.
+        check_mixing: refuse what no probe has reached.
 
     Raises:
         RuntimeError: it cannot be done exactly.
@@ -176,7 +176,7 @@ def make_plan(
                 "all environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
                 "andmask_ext.backward with one forward pass per environment"
             )
-        layouts, alone = _layouts(graph, index, groups, weight, evidence, prove)
+        layouts, alone = _layouts(graph, index, groups, weight, evidence, check_mixing)
         certain &= alone
         operands = tuple(
             graph.operand(index, edge)
@@ -270,7 +270,7 @@ def _layouts(
     groups: Groups,
     weight: Sequence[bool],
     evidence: list[Evidence] | None,
-    prove: bool,
+    check_mixing: bool,
 ) -> tuple[tuple[Layout | None, ...], bool]:
     """Return where the batch lies in each output, and whether that holds for other gradients."""
     name, node = graph.names[index], graph.nodes[index]
@@ -305,12 +305,12 @@ def _layouts(
                 "it belongs to no environment; use weight_decay, or add its gradient outside of "
                 "the context"
             )
-        if layout is None or (prove and seen is None):
+        if layout is None or (check_mixing and seen is None):
             raise RuntimeError(
                 f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
                 f"output of {name}, of shape {shape}; expected a model that is called inside the "
                 "context and returns what the loss is made of, with the batch in dimension "
-                "batch_dim; or say prove='never' if environments do not mix and shapes leave one "
-                "possibility; or use andmask_ext.backward"
+                "batch_dim; or say check_mixing='never' if environments do not mix and shapes "
+                "leave one possibility; or use andmask_ext.backward"
             )
     return tuple(layouts), certain

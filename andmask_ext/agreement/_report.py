@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ._session import Record
+from ._accumulator import Treatment
 
 
 @dataclass(frozen=True)
-class Line:
+class ParameterReport:
     """One parameter: its name, shape, how often it was used, and by which path."""
 
     name: str
@@ -20,8 +20,8 @@ class Line:
     path: str
 
 
-class Report(tuple[Line, ...]):
-    """One :class:`Line` per parameter; printed as a table."""
+class Report(tuple[ParameterReport, ...]):
+    """One :class:`ParameterReport` per parameter; printed as a table."""
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "uses", "path")]
@@ -33,11 +33,13 @@ class Report(tuple[Line, ...]):
         )
 
 
-def make_report(params: Sequence[tuple[str, Tensor]], records: Mapping[int, Record]) -> Report:
+def make_report(params: Sequence[tuple[str, Tensor]], records: Mapping[int, Treatment]) -> Report:
     """Return the report on parameters, by their names."""
     lines = []
     for number, (name, param) in enumerate(params):
         record = records.get(number)
         path = "no gradient" if record is None else "; ".join(record.paths)
-        lines.append(Line(name, tuple(param.shape), 0 if record is None else record.uses, path))
+        lines.append(
+            ParameterReport(name, tuple(param.shape), 0 if record is None else record.uses, path)
+        )
     return Report(lines)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ..moments import Moments
-from ._batch import tensors_in
+from ._forward import tensors_in
 from ._groups import Environments, Groups, make_groups
 
 # How much of the largest gradient of a parameter rounding may change.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._checks import check_bool, check_tau
 from ..agreement import Agreement
 from ..reference import vote_threshold
-from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, there
+from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]
 
@@ -211,8 +211,8 @@ class _Means:
 
 def _means_and_votes(entries: Entries) -> _Means:
     moments = entries.with_kinds("votes")
-    means = [one.double() / entries.environments for one in there(moments.sum)]
-    return _Means(entries.environments, means, there(moments.votes))
+    means = [one.double() / entries.environments for one in without_none(moments.sum)]
+    return _Means(entries.environments, means, without_none(moments.votes))
 
 
 def _pearson(first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:

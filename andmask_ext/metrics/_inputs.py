@@ -61,10 +61,12 @@ class Entries:
             )
             return counts, squares
         moments = self.with_kinds("votes")
-        return vote_histograms(there(moments.sum), there(moments.votes), self.environments)
+        return vote_histograms(
+            without_none(moments.sum), without_none(moments.votes), self.environments
+        )
 
 
-def there(values: Sequence[Tensor | None]) -> list[Tensor]:
+def without_none(values: Sequence[Tensor | None]) -> list[Tensor]:
     """Leave out the parameters that no environment has touched."""
     return [value for value in values if value is not None]
 
@@ -73,11 +75,11 @@ def vote_histograms(sums: list[Tensor], votes: list[Tensor], count: int) -> tupl
     """Call the op on lists that may lie on several devices; the results lie on the first one."""
     groups = by_device(sums)
     if len(groups) == 1:
-        one: tuple[Tensor, Tensor] = torch.ops.andmask.vote_histograms.default(sums, votes, count)
+        one: tuple[Tensor, Tensor] = torch.ops.andmask._vote_histograms.default(sums, votes, count)
         return one
     results: list[list[Tensor]] = [[], []]
     for places in groups:
-        found = torch.ops.andmask.vote_histograms.default(
+        found = torch.ops.andmask._vote_histograms.default(
             [sums[place] for place in places], [votes[place] for place in places], count
         )
         for part, result in zip(found, results, strict=True):

@@ -14,10 +14,10 @@ from .._observers import Observer
 from ..agreement import Agreement
 from ..moments import Moments
 from ..optim import TemporalAndMaskAdam
-from ..optim._environments import MomentOptimizer
+from ..optim._base import EnvironmentOptimizer
 from ..reference import vote_threshold
 from ..rules import AgreementSum, Rule
-from ._inputs import there, vote_histograms
+from ._inputs import vote_histograms, without_none
 from ._signal import squared_norm
 from ._votes import noise_kept_fraction
 
@@ -93,7 +93,7 @@ class Monitor(Observer):
 
     def __init__(
         self,
-        source: MomentOptimizer | Agreement,
+        source: EnvironmentOptimizer | Agreement,
         *,
         tau: float | None = None,
         every: int = 10,
@@ -112,7 +112,7 @@ class Monitor(Observer):
             known = source._names
             if source._optimizer is not None:
                 source = source._optimizer
-        elif not isinstance(source, MomentOptimizer):
+        elif not isinstance(source, EnvironmentOptimizer):
             raise TypeError(
                 "source: expected an optimizer of andmask_ext.optim that takes environments, or an "
                 f"Agreement, but got {type(source).__name__}"
@@ -188,11 +188,11 @@ class Monitor(Observer):
     def _measure(self, moments: Moments, rule: Rule) -> dict[str, Tensor]:
         """Return sums over the coordinates of each touched parameter, as far as they are known."""
         count = moments.count
-        sums = there(moments.sum)
+        sums = without_none(moments.sum)
         tau = _tau_of(rule) if self._tau is None else self._tau
         found: dict[str, Tensor] = {}
         if "votes" in moments.kinds:
-            counts, squares = vote_histograms(sums, there(moments.votes), count)
+            counts, squares = vote_histograms(sums, without_none(moments.votes), count)
             threshold = vote_threshold(tau, count)
             steps = torch.arange(count + 1, dtype=torch.float64, device=counts.device)
             together = squares.sum(1)
@@ -216,10 +216,12 @@ class Monitor(Observer):
             return None
         norms, device = moments.squared_norms, together.device
         if norms is not None:
-            return torch.stack([one.to(device) for one in there(norms)])
+            return torch.stack([one.to(device) for one in without_none(norms)])
         if "squares" not in moments.kinds:  # a state from elsewhere was loaded half-way
             return None
-        deviations = [one.sum(dtype=torch.float64).to(device) for one in there(moments.squares)]
+        deviations = [
+            one.sum(dtype=torch.float64).to(device) for one in without_none(moments.squares)
+        ]
         return torch.stack(deviations) + together / moments.count
 
     # ---- looking at it ----

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool
-from ._inputs import Entries, Gradients, entries_of, there
+from ._inputs import Entries, Gradients, entries_of, without_none
 
 __all__ = ["coherence", "signal_to_noise"]
 
@@ -120,15 +120,15 @@ def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
         return [squared_norm(one) for one in wide], [squared_norm(g) for g in entries.stacked]
     moments = entries.moments
     assert moments is not None
-    together = [squared_norm(one) for one in there(moments.sum)]
+    together = [squared_norm(one) for one in without_none(moments.sum)]
     norms = moments.squared_norms
     if norms is not None:
-        return together, there(norms)
+        return together, without_none(norms)
     if "squares" not in moments.kinds:
         raise ValueError(
             f"grads: expected moments with squares, or with track_norms set, but got {moments}"
         )
-    squares = [one.sum(dtype=torch.float64) for one in there(moments.squares)]
+    squares = [one.sum(dtype=torch.float64) for one in without_none(moments.squares)]
     return together, [
         deviation + one / entries.environments
         for deviation, one in zip(squares, together, strict=True)
@@ -138,7 +138,7 @@ def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
 def _sums_and_squares(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
     if entries.stacked is None:
         moments = entries.with_kinds("squares")
-        return there(moments.sum), there(moments.squares)
+        return without_none(moments.sum), without_none(moments.squares)
     sums, squares = [], []
     for grads in entries.stacked:
         wide = grads if grads.dtype == torch.float64 else grads.float()

@@ -14,7 +14,7 @@ from torch import Tensor
 from .._checks import check_bool, check_tau
 from ..moments import Moments
 from ..reference import vote_threshold
-from ._inputs import Gradients, Stacked, entries_of, stacked_of, there
+from ._inputs import Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = [
     "TauCurve",
@@ -64,7 +64,7 @@ def sign_agreement(grads: Gradients) -> Any:
     moments = entries.with_kinds("votes")
     return entries.like([
         votes.abs().to(total.dtype).div_(entries.environments)
-        for votes, total in zip(there(moments.votes), there(moments.sum), strict=True)
+        for votes, total in zip(without_none(moments.votes), without_none(moments.sum), strict=True)
     ])  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..agreement._active import PerEnvironment, active_groups
+from ..agreement._current import PerEnvironment, current_groups
 from ..agreement._groups import Groups
 from ._normalize import normalize
 
@@ -34,7 +34,7 @@ class _PerEnvironment(PerEnvironment, _BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         by_batch = self.training or (self.running_mean is None and self.running_var is None)
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
-        groups = active_groups(input.shape[0]) if by_batch or learns else None
+        groups = current_groups(input.shape[0]) if by_batch or learns else None
         if groups is None:
             return super().forward(input)
         if by_batch:

@@ -4,17 +4,17 @@ One or more backward passes inside ``with optimizer.environment():`` for each en
 ``optimizer.step()``. All are :class:`torch.optim.Optimizer` subclasses.
 """
 
-from ._environments import MomentOptimizer
+from ._base import EnvironmentOptimizer
 from .adam import AndMaskAdam, AndMaskAdamW
 from .sgd import AndMaskSGD
 from .temporal import TemporalAndMaskAdam
-from .wrapper import EnvironmentOptimizer
+from .wrapper import EnvironmentWrapper
 
 __all__ = [
     "AndMaskAdam",
     "AndMaskAdamW",
     "AndMaskSGD",
     "EnvironmentOptimizer",
-    "MomentOptimizer",
+    "EnvironmentWrapper",
     "TemporalAndMaskAdam",
 ]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ._environments import WEIGHT_DECAYS
+from ._base import WEIGHT_DECAYS
 
 
 def check_lr(lr: object) -> None:

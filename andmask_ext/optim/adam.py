@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .._checks import check_bool
 from ..rules import Rule
+from ._base import EnvironmentOptimizer
 from ._checks import check_betas, check_lr, check_range, check_weight_decay, decay_after_mask
-from ._environments import MomentOptimizer
 from ._state import no_steps, zeros_like_wide
 
 __all__ = ["AndMaskAdam", "AndMaskAdamW"]
 
 
-class AndMaskAdam(MomentOptimizer):
+class AndMaskAdam(EnvironmentOptimizer):
     r"""Adam on what the environments agree on.
 
     The update of :class:`torch.optim.Adam` with the aggregated gradient in the place of the mean
@@ -38,7 +38,7 @@ class AndMaskAdam(MomentOptimizer):
         tau: agreement threshold of the AND-mask in [0, 1].
         rescale: divide each parameter's update by its share of kept coordinates.
         rule: a rule on moments in the place of ``AndMask(tau, rescale)``. For a group of biases or
-            norms that is to be left out of the vote: ``rule=andmask_ext.Mean()``.
+            norms that is to be left out of the vote: ``rule=andmask_ext.rules.Mean()``.
         weight_decay_mode: ``"after_mask"``, ``"before_mask"`` or ``"decoupled"``: see
             :class:`AndMaskSGD`.
         environments: if given, ``step`` raises where another number came since the last step.
@@ -109,7 +109,7 @@ class AndMaskAdam(MomentOptimizer):
     ) -> None:
         states = [self._state(param, group["amsgrad"]) for param in params]
         largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
-        torch.ops.andmask.adam_step_.default(
+        torch.ops.andmask._adam_step_.default(
             params,
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from .._checks import check_bool
 from ..rules import Rule
+from ._base import EnvironmentOptimizer
 from ._checks import check_lr, check_range, check_weight_decay, decay_after_mask
-from ._environments import MomentOptimizer
 from ._state import zeros_like_wide
 
 __all__ = ["AndMaskSGD"]
 
 
-class AndMaskSGD(MomentOptimizer):
+class AndMaskSGD(EnvironmentOptimizer):
     r"""SGD on what the environments agree on.
 
     The update of :class:`torch.optim.SGD` with the aggregated gradient in the place of the mean
@@ -34,7 +34,7 @@ class AndMaskSGD(MomentOptimizer):
         tau: agreement threshold of the AND-mask in [0, 1].
         rescale: divide each parameter's update by its share of kept coordinates.
         rule: a rule on moments in the place of ``AndMask(tau, rescale)``. For a group of biases or
-            norms that is to be left out of the vote: ``rule=andmask_ext.Mean()``.
+            norms that is to be left out of the vote: ``rule=andmask_ext.rules.Mean()``.
         weight_decay_mode: ``"after_mask"`` adds ``weight_decay * param`` to the aggregated
             gradient, so coordinates without agreement shrink too (as the paper's authors advise);
             ``"before_mask"`` adds it to the gradient of each environment, where it takes part in
@@ -117,7 +117,7 @@ class AndMaskSGD(MomentOptimizer):
                 continue
             buffers = [self._buffer(params[i]) for i in chosen] if momentum else []
             lists = [[moment[i] for i in chosen] if moment else [] for moment in arguments[:4]]
-            torch.ops.andmask.sgd_step_.default(
+            torch.ops.andmask._sgd_step_.default(
                 [params[i] for i in chosen],
                 buffers,
                 *lists,

@@ -141,7 +141,7 @@ class TemporalAndMaskAdam(Optimizer):
 
     def _step_some(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self._state(param) for param in params]
-        torch.ops.andmask.temporal_adam_step_.default(
+        torch.ops.andmask._temporal_adam_step_.default(
             params,
             *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "sign_avg")],
             [state["step"] for state in states],

@@ -7,13 +7,13 @@ from typing import Any
 from torch.optim import Optimizer
 
 from ..rules import AndMask, Rule
-from ._context import Environment
-from ._environments import MomentOptimizer
+from ._base import EnvironmentOptimizer
+from ._environment import Environment
 
-__all__ = ["EnvironmentOptimizer"]
+__all__ = ["EnvironmentWrapper"]
 
 
-class EnvironmentOptimizer(MomentOptimizer):
+class EnvironmentWrapper(EnvironmentOptimizer):
     """Wrap any torch optimizer so that a rule over environments makes its gradients.
 
     The wrapped optimizer's param groups and state are shared: learning rate schedulers may be given
@@ -32,7 +32,7 @@ class EnvironmentOptimizer(MomentOptimizer):
         >>> import torch, andmask_ext as am
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> adagrad = torch.optim.Adagrad([weight], lr=0.1)
-        >>> optimizer = am.optim.EnvironmentOptimizer(adagrad, am.AndMask(tau=1.0))
+        >>> optimizer = am.optim.EnvironmentWrapper(adagrad, am.AndMask(tau=1.0))
         >>> for x in torch.tensor([[1.0, -2.0], [3.0, 4.0]]):
         ...     with optimizer.environment():
         ...         (weight * x).sum().backward()

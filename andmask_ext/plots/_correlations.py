@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import palette
 from ._data import Correlations
-from ._style import (
+from .style import (
     DIVERGING,
     LINES,
     WIDTH,

@@ -59,7 +59,8 @@ def descend(
         losses: one for each environment, from a tensor [2] to a 0-dim one.
         starts: where to begin.
         rule: makes one update of stacked gradients ``[environments, 2]``, such as
-            :class:`andmask_ext.Mean` or :class:`andmask_ext.AndMask`; every start has its own.
+            :class:`andmask_ext.rules.Mean` or :class:`andmask_ext.AndMask`; every start has
+            its own.
         lr: step size.
         steps: how many.
 
@@ -79,7 +80,7 @@ def descend(
         >>> from andmask_ext import plots
         >>> bowls = [lambda x: (x**2).sum(), lambda x: x[0] ** 2 + (x[1] - 2.0) ** 2]
         >>> starts = torch.tensor([[1.0, 0.5]])
-        >>> plots.descend(bowls, starts, am.Mean(), lr=0.5, steps=9)[-1]
+        >>> plots.descend(bowls, starts, am.rules.Mean(), lr=0.5, steps=9)[-1]
         tensor([[0., 1.]])
         >>> plots.descend(bowls, starts, am.AndMask(tau=1.0), lr=0.5, steps=9)[-1]
         tensor([[0.0000, 0.5000]])

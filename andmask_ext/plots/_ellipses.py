@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import metrics
 from . import palette
-from ._style import Array, Line, axes_or_new, environment_names, style
+from .style import Array, Line, axes_or_new, environment_names, style
 
 __all__ = ["ellipses"]
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from ..rules import AndMask, Mean
 from . import palette
 from ._descent import Loss, Rule, check_losses, descend
-from ._style import LINES, WIDTH, Array, as_array, environment_names, panels_or_new, style
 from ._surfaces import Bounds, draw_bar, draw_surface, levels_of, lines_of, surfaces_of
+from .style import LINES, WIDTH, Array, as_array, environment_names, panels_or_new, style
 
 __all__ = ["loss_landscapes", "trajectories"]
 

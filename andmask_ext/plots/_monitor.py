@@ -11,7 +11,7 @@ from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from .._checks import check_bool
 from ._data import Records
-from ._style import DIVERGING, WIDTH, Array, as_array, axes_or_new, check_has, style
+from .style import DIVERGING, WIDTH, Array, as_array, axes_or_new, check_has, style
 
 __all__ = ["kept_fraction"]
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import palette
 from ._descent import Loss, evaluate
-from ._style import SMALL, Array
+from .style import SMALL, Array
 
 Bounds = tuple[float, float, float, float]
 

@@ -12,7 +12,7 @@ from .._checks import check_bool, check_tau
 from ..reference import vote_threshold
 from . import palette
 from ._data import Curve, Votes
-from ._style import (
+from .style import (
     SMALL,
     WIDTH,
     Array,

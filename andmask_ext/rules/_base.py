@@ -33,7 +33,7 @@ class Rule:
 
     Example:
         >>> import torch, andmask_ext as am
-        >>> class SignOfMean(am.Rule):
+        >>> class SignOfMean(am.rules.Rule):
         ...     def __call__(self, grads):
         ...         return grads.mean(0).sign()
         >>> weight = torch.tensor([1.0, 1.0], requires_grad=True)
@@ -70,7 +70,7 @@ class Rule:
         check_grads(grads)
         self._check_environments(grads.shape[0])
         refuse_derivative(grads, self)
-        update: Tensor = torch.ops.andmask.aggregate.default(
+        update: Tensor = torch.ops.andmask._aggregate.default(
             grads, self.name, self.arguments, self.rescale, self._noise(grads)
         )
         return update

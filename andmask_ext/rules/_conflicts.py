@@ -24,7 +24,7 @@ class AgreementSum(Rule):
 
     Example:
         >>> import torch, andmask_ext
-        >>> andmask_ext.AgreementSum()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        >>> andmask_ext.rules.AgreementSum()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
         tensor([4., 0.])
 
     Reference:
@@ -49,7 +49,7 @@ class AgreementRandom(Rule):
     Example:
         >>> import torch, andmask_ext
         >>> _ = torch.manual_seed(0)
-        >>> andmask_ext.AgreementRandom()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        >>> andmask_ext.rules.AgreementRandom()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
         tensor([ 4.0000, -1.1737])
 
     Reference:
@@ -79,7 +79,7 @@ class SignDropout(Rule):
     Example:
         >>> import torch, andmask_ext
         >>> _ = torch.manual_seed(0)
-        >>> andmask_ext.SignDropout()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        >>> andmask_ext.rules.SignDropout()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
         tensor([ 4., -2.])
 
     Reference:

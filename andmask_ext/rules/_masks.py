@@ -93,7 +93,7 @@ class GeometricMean(_Tau):
 
     Example:
         >>> import torch, andmask_ext
-        >>> andmask_ext.GeometricMean()(torch.tensor([[1.0, -2.0], [4.0, -8.0]]))
+        >>> andmask_ext.rules.GeometricMean()(torch.tensor([[1.0, -2.0], [4.0, -8.0]]))
         tensor([ 2., -4.])
 
     Reference:
@@ -135,7 +135,7 @@ class SandMask(_Tau):
 
     Example:
         >>> import torch, andmask_ext
-        >>> rule = andmask_ext.SandMask(tau=0.5, rescale=False)
+        >>> rule = andmask_ext.rules.SandMask(tau=0.5, rescale=False)
         >>> rule(torch.tensor([[1.0, -2.0], [1.5, 4.0]]))
         tensor([1.2500, 0.0000])
 
@@ -186,7 +186,7 @@ class MaskedAverage(_Tau):
     Example:
         >>> import torch, andmask_ext
         >>> grads = torch.tensor([[1.0, -1.0], [1.0, 1.0], [1.0, 3.0]])
-        >>> andmask_ext.MaskedAverage(tau=1.0)(grads)
+        >>> andmask_ext.rules.MaskedAverage(tau=1.0)(grads)
         tensor([1.0000, 0.3333])
 
     Reference:
@@ -222,7 +222,7 @@ class FedILC(_Tau):
     Example:
         >>> import torch, andmask_ext
         >>> grads = torch.tensor([[1.0, 1.0], [4.0, 4.0], [2.0, -6.0]])
-        >>> andmask_ext.FedILC(tau=0.0)(grads)
+        >>> andmask_ext.rules.FedILC(tau=0.0)(grads)
         tensor([ 2.0000, -0.6667])
 
     Reference:

@@ -21,7 +21,7 @@ class Mean(Rule):
 
     Example:
         >>> import torch, andmask_ext
-        >>> andmask_ext.Mean()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
+        >>> andmask_ext.rules.Mean()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
         tensor([2., 1.])
     """
 
@@ -39,7 +39,7 @@ class Median(Rule):
 
     Example:
         >>> import torch, andmask_ext
-        >>> andmask_ext.Median()(torch.tensor([[1.0, 5.0], [2.0, -6.0], [300.0, 7.0]]))
+        >>> andmask_ext.rules.Median()(torch.tensor([[1.0, 5.0], [2.0, -6.0], [300.0, 7.0]]))
         tensor([2., 5.])
 
     Reference:
@@ -66,7 +66,7 @@ class MedianOfThree(Rule):
     Example:
         >>> import torch, andmask_ext
         >>> grads = torch.tensor([1.0, 3.0, 3.0, 5.0, 900.0])  # groups: 1, 3 and 3, 5 and 900
-        >>> andmask_ext.MedianOfThree()(grads)
+        >>> andmask_ext.rules.MedianOfThree()(grads)
         tensor(4.)
 
     Reference:
@@ -104,7 +104,7 @@ class TrimmedMean(Rule):
 
     Example:
         >>> import torch, andmask_ext
-        >>> rule = andmask_ext.TrimmedMean(b=1)
+        >>> rule = andmask_ext.rules.TrimmedMean(b=1)
         >>> rule(torch.tensor([[1.0, 5.0], [2.0, -6.0], [300.0, 7.0], [4.0, 6.0]]))
         tensor([3.0000, 5.5000])
 
@@ -154,7 +154,7 @@ class WinsorizedMean(Rule):
 
     Example:
         >>> import torch, andmask_ext
-        >>> rule = andmask_ext.WinsorizedMean(c=25.0)
+        >>> rule = andmask_ext.rules.WinsorizedMean(c=25.0)
         >>> rule(torch.tensor([1.0, 2.0, 3.0, 4.0, 900.0]))  # as of 2, 2, 3, 4, 4
         tensor(3.)
 

@@ -17,17 +17,17 @@ template <typename Device, typename Library>
 void implement(Library& m) {
   m.impl("masked_mean", TORCH_BOX(&masked_mean<Device>));
   m.impl("agreement_mask", TORCH_BOX(&agreement_mask<Device>));
-  m.impl("aggregate", TORCH_BOX(&aggregate<Device>));
-  m.impl("accumulate_", TORCH_BOX(&accumulate<Device>));
-  m.impl("accumulate_outer_", TORCH_BOX(&accumulate_outer<Device>));
-  m.impl("accumulate_convolution_", TORCH_BOX(&accumulate_convolution<Device>));
+  m.impl("_aggregate", TORCH_BOX(&aggregate<Device>));
+  m.impl("_accumulate_", TORCH_BOX(&accumulate<Device>));
+  m.impl("_accumulate_outer_", TORCH_BOX(&accumulate_outer<Device>));
+  m.impl("_accumulate_convolution_", TORCH_BOX(&accumulate_convolution<Device>));
   m.impl("vote_histogram", TORCH_BOX(&vote_histogram<Device>));
-  m.impl("vote_histograms", TORCH_BOX(&vote_histograms<Device>));
-  m.impl("resolve", TORCH_BOX(&resolve<Device>));
-  m.impl("resolve_", TORCH_BOX(&resolve_in_place<Device>));
-  m.impl("sgd_step_", TORCH_BOX(&sgd_step<Device>));
-  m.impl("adam_step_", TORCH_BOX(&adam_step<Device>));
-  m.impl("temporal_adam_step_", TORCH_BOX(&temporal_adam_step<Device>));
+  m.impl("_vote_histograms", TORCH_BOX(&vote_histograms<Device>));
+  m.impl("_resolve", TORCH_BOX(&resolve<Device>));
+  m.impl("_resolve_", TORCH_BOX(&resolve_in_place<Device>));
+  m.impl("_sgd_step_", TORCH_BOX(&sgd_step<Device>));
+  m.impl("_adam_step_", TORCH_BOX(&adam_step<Device>));
+  m.impl("_temporal_adam_step_", TORCH_BOX(&temporal_adam_step<Device>));
 }
 
 }  // namespace andmask

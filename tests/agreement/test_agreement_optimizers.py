@@ -32,8 +32,8 @@ def groups(model: nn.Module) -> list[dict[str, object]]:
     """Weights vote, biases are averaged, the norm is masked in another way."""
     return [
         {"params": [model[0].weight, model[2].weight], "tau": 0.4},
-        {"params": [model[0].bias, model[2].bias], "rule": am.Mean()},
-        {"params": model[3].parameters(), "rule": am.GeometricMean(0.3)},
+        {"params": [model[0].bias, model[2].bias], "rule": am.rules.Mean()},
+        {"params": model[3].parameters(), "rule": am.rules.GeometricMean(0.3)},
     ]
 
 
@@ -45,7 +45,7 @@ OPTIMIZERS: dict[str, Make] = {
     "adam": lambda m: am.optim.AndMaskAdam(m.parameters(), lr=0.1, tau=0.6, weight_decay=0.1),
     "adamw": lambda m: am.optim.AndMaskAdamW(m.parameters(), lr=0.1, tau=0.6, rescale=True),
     "groups": lambda m: am.optim.AndMaskAdamW(groups(m), lr=0.1),
-    "wrapped": lambda m: am.optim.EnvironmentOptimizer(
+    "wrapped": lambda m: am.optim.EnvironmentWrapper(
         torch.optim.RMSprop(m.parameters(), lr=0.01), am.AndMask(0.6)
     ),
     "counted": lambda m: am.optim.AndMaskSGD(m.parameters(), lr=0.3, environments=3),

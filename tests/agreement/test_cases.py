@@ -28,7 +28,7 @@ def test_one_environment_with_batch_norm_is_plain_training() -> None:
     curved(model, x).backward()
     plain = [param.grad for param in model.parameters()]
     model.zero_grad()
-    with am.Agreement(model, am.Mean())(1):
+    with am.Agreement(model, am.rules.Mean())(1):
         curved(model, x).backward()
     for param, expected in zip(model.parameters(), plain, strict=True):
         torch.testing.assert_close(param.grad, expected, rtol=1e-9, atol=1e-12)
@@ -75,7 +75,7 @@ def test_scaled_weights_of_as_many_rows_as_examples(scale: float | Tensor) -> No
 
 def test_verify_where_there_is_no_proof() -> None:
     model = Function(lambda s, x: s.m(x).sin().mean(), m=nn.Linear(4, 3)).double()
-    agreement = am.Agreement(model, RULE, prove="never")
+    agreement = am.Agreement(model, RULE, check_mixing="never")
     assert agreement.verify(rand(6, 4), lambda model, x: model(x)).passed
     assert [line.uses for line in agreement.report()] == [1, 1]
 
@@ -83,7 +83,7 @@ def test_verify_where_there_is_no_proof() -> None:
 def test_verify_leaves_gradients_of_other_parameters() -> None:
     model, free = nn.Linear(4, 3).double(), nn.Parameter(rand(3))
     free.grad = marker = torch.ones_like(free)
-    agreement = am.Agreement(model, RULE, [*model.parameters(), free], prove="never")
+    agreement = am.Agreement(model, RULE, [*model.parameters(), free], check_mixing="never")
     verified = agreement.verify(rand(6, 4), lambda m, x: (m(x) + 0 * free).sin().mean())
     assert verified.passed
     assert free.grad is marker

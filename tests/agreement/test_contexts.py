@@ -28,7 +28,7 @@ def curved(model: nn.Module, x: Tensor) -> Tensor:
     return model(x).sin().mean()
 
 
-def assert_grads(model: nn.Module, grads: dict[str, Tensor], rule: am.Rule = RULE) -> None:
+def assert_grads(model: nn.Module, grads: dict[str, Tensor], rule: am.rules.Rule = RULE) -> None:
     for name, param in model.named_parameters():
         compare(name, grads[name], param.grad, rule, 1e-10)
 
@@ -66,8 +66,10 @@ def test_contexts_without_resolve() -> None:
         model[0].weight.grad = torch.ones_like(model[0].weight)
 
 
-@pytest.mark.parametrize("rule", [am.GeometricMean(0.6), am.SandMask(0.3, k=1.0), am.Mean()])
-def test_a_parameter_that_comes_late_had_zeros_before(rule: am.Rule) -> None:
+@pytest.mark.parametrize(
+    "rule", [am.rules.GeometricMean(0.6), am.rules.SandMask(0.3, k=1.0), am.rules.Mean()]
+)
+def test_a_parameter_that_comes_late_had_zeros_before(rule: am.rules.Rule) -> None:
     def forward(self: Function, x: Tensor) -> Tensor:
         return self.a(x) + (self.b(x) if self.late else 0)
 

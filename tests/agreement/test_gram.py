@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import andmask_ext as am
-from andmask_ext.agreement import _products, _session
+from andmask_ext.agreement import _gramian, _session
 
 from .exact_loop import loop
 from .layers import LAYERS, batches
@@ -82,13 +82,13 @@ def test_from_factors_and_from_gradients(
 ) -> None:
     """Both ways give the same; which one is taken is a matter of cost."""
     taken = []
-    original = _products.Products.of_factors
+    original = _gramian.Gramian.of_factors
 
-    def of_factors(self: _products.Products, *args: Any) -> bool:
+    def of_factors(self: _gramian.Gramian, *args: Any) -> bool:
         taken.append(original(self, *args))
         return taken[-1]
 
-    monkeypatch.setattr(_products.Products, "of_factors", of_factors)
+    monkeypatch.setattr(_gramian.Gramian, "of_factors", of_factors)
     model = nn.Sequential(nn.Linear(50, 40), nn.Tanh(), nn.Linear(40, 3)).double()
     x = torch.randn(8, *rows, 50, dtype=torch.float64)
     check(model, x, groups)
@@ -99,7 +99,7 @@ def test_from_factors_and_from_gradients(
 
 @pytest.mark.parametrize("scratch", [1, 20_000])
 def test_a_few_environments_at_a_time(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_products, _session):
+    for module in (_gramian, _session):
         monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
     model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(30, 4)).double()
     check(model, torch.randn(8, 2, 8, dtype=torch.float64), None)

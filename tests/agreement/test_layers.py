@@ -18,20 +18,20 @@ from .layers import LAYERS, batches, rand
 EXAMPLES = max(15, settings().max_examples // 3)
 
 
-def sand_mask(tau: float) -> am.SandMask:
+def sand_mask(tau: float) -> am.rules.SandMask:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tau = 1
-        return am.SandMask(tau, k=1.0)
+        return am.rules.SandMask(tau, k=1.0)
 
 
 TAUS = st.sampled_from([0.0, 0.3, 0.5, 0.8, 1.0])
 RULES = st.one_of(
-    st.just(am.Mean()),
+    st.just(am.rules.Mean()),
     st.builds(am.AndMask, TAUS, st.booleans()),
-    st.builds(am.GeometricMean, TAUS),
+    st.builds(am.rules.GeometricMean, TAUS),
     st.builds(sand_mask, TAUS),
-    st.builds(am.MaskedAverage, TAUS),
-    st.just(am.AgreementSum()),
+    st.builds(am.rules.MaskedAverage, TAUS),
+    st.just(am.rules.AgreementSum()),
 )
 
 
@@ -76,7 +76,7 @@ def test_a_layer_equals_the_loop(layer: str, data: st.DataObject) -> None:
     module, x = LAYERS[layer](data.draw, batch)
     model = Scaled(module, x.is_floating_point() and data.draw(st.booleans())).double()
     rule = data.draw(RULES)
-    smooth = isinstance(rule, (am.GeometricMean, am.SandMask))
+    smooth = isinstance(rule, (am.rules.GeometricMean, am.rules.SandMask))
     check(
         model,
         curved,

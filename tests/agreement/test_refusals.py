@@ -160,7 +160,7 @@ def test_a_model_that_returns_only_its_loss_cannot_be_proved() -> None:
     model = Function(forward, a=nn.Linear(3, 5), b=nn.Linear(5, 3)).double()
     for model.mix in (True, False):
         refused("Agreement", model, rand(4, 3), loss=lambda m, x: m(x))
-    check(model, lambda m, x: m(x), rand(4, 3), prove="never")
+    check(model, lambda m, x: m(x), rand(4, 3), check_mixing="never")
 
 
 def test_an_auxiliary_loss_that_is_not_returned() -> None:

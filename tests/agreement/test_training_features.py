@@ -208,7 +208,7 @@ def test_backward_within_autocast() -> None:
 
 def test_a_gradient_scaler_changes_nothing_that_is_seen() -> None:
     """Also for a rule that looks at magnitudes."""
-    for rule in (RULE, am.GeometricMean(0.6), am.SandMask(0.3, k=1.0)):
+    for rule in (RULE, am.rules.GeometricMean(0.6), am.rules.SandMask(0.3, k=1.0)):
         torch.manual_seed(3)
         model, x = mlp(), torch.randn(6, 4)
         plain = copy.deepcopy(model)

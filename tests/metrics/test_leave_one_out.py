@@ -23,7 +23,7 @@ def loss(theta: Tensor, environment: tuple[Tensor, Tensor]) -> Tensor:
     return (x @ theta - y).square()
 
 
-def train(rule: am.Rule, steps: int) -> object:
+def train(rule: am.rules.Rule, steps: int) -> object:
     def run(environments: list[tuple[Tensor, Tensor]]) -> Tensor:
         theta, rate = torch.zeros(5, dtype=torch.float64), 0.05
         for _ in range(steps):
@@ -36,7 +36,7 @@ def train(rule: am.Rule, steps: int) -> object:
 
 def test_tells_the_rules_apart_on_the_linear_regression() -> None:
     environments = regression()
-    mean = leave_one_environment_out(train(am.Mean(), 1000), environments, loss)
+    mean = leave_one_environment_out(train(am.rules.Mean(), 1000), environments, loss)
     masked = leave_one_environment_out(train(am.AndMask(1.0), 3000), environments, loss)
     assert float(mean.training.max()) < 1e-3
     assert float(mean.held_out.min()) > 0.5  # what is memorised says nothing of another

@@ -154,7 +154,7 @@ def test_squares_that_a_rule_keeps_give_the_coherence() -> None:
     """A state that was saved half-way through a step brings no norms with it."""
     params = parameters()
     grads = random_grads(params)
-    rule = am.SandMask(tau=0.3, k=1.0)
+    rule = am.rules.SandMask(tau=0.3, k=1.0)
     first = MAKERS["sgd"](params, rule=rule)
     environments(first, params, grads)
     second = MAKERS["sgd"](params, rule=rule)
@@ -167,7 +167,8 @@ def test_squares_that_a_rule_keeps_give_the_coherence() -> None:
 def test_groups_rules_and_parameters_that_nothing_touches() -> None:
     params = parameters()
     optimizer = am.optim.AndMaskSGD(
-        [{"params": params[:1], "tau": 0.4}, {"params": params[1:], "rule": am.Mean()}], lr=0.1
+        [{"params": params[:1], "tau": 0.4}, {"params": params[1:], "rule": am.rules.Mean()}],
+        lr=0.1,
     )
     monitor = metrics.Monitor(optimizer, names=[("a", params[0]), ("b", params[1])])
     grads = [torch.randn(4, *p.shape) for p in params]

@@ -1,4 +1,4 @@
-"""torch.ops.andmask.aggregate: transforms, errors, memory. Values: tests/test_rules.py."""
+"""torch.ops.andmask._aggregate: transforms, errors, memory. Values: tests/test_rules.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import andmask_ext as am
 from ..rule_table import TABLE, examples
 from .test_masked_mean import LAYOUTS, dtypes
 
-op = torch.ops.andmask.aggregate
+op = torch.ops.andmask._aggregate
 
 # One call of every native rule: name, arguments, rescale, noise.
 CALLS: dict[str, tuple[list[float], bool, str | None]] = {
@@ -103,7 +103,7 @@ def test_vmap_equals_a_loop(name: str, environments: int, in_dim: int) -> None:
 
 
 @rules
-def test_vmap_of_the_rule(rule: am.Rule) -> None:
+def test_vmap_of_the_rule(rule: am.rules.Rule) -> None:
     batch = torch.randn(3, 7, 5)
     if TABLE[type(rule)].random:
         assert vmap(rule, randomness="different")(batch).shape == (3, 5)
@@ -112,7 +112,7 @@ def test_vmap_of_the_rule(rule: am.Rule) -> None:
 
 
 @rules
-def test_compile_fullgraph(rule: am.Rule) -> None:
+def test_compile_fullgraph(rule: am.rules.Rule) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda g: rule(g * 2) + 1, fullgraph=True, dynamic=True)
     for shape in [(7, 6), (9, 4)]:
@@ -124,16 +124,16 @@ def test_compile_fullgraph(rule: am.Rule) -> None:
 
 
 @rules
-def test_a_backward_pass_is_refused(rule: am.Rule) -> None:
+def test_a_backward_pass_is_refused(rule: am.rules.Rule) -> None:
     if isinstance(rule, am.AndMask):
         return  # it has a derivative: test_transforms.py
     grads = torch.randn(6, 4, requires_grad=True)
     out = rule(grads)
-    with pytest.raises(NotImplementedError, match=r"andmask::aggregate: rule \w+ has no deriv"):
+    with pytest.raises(NotImplementedError, match=r"andmask::_aggregate: rule \w+ has no deriv"):
         out.sum().backward()
     with torch.no_grad():
         assert not rule(grads).requires_grad
-    if TABLE[type(rule)].random or isinstance(rule, am.MedianOfThree):
+    if TABLE[type(rule)].random or isinstance(rule, am.rules.MedianOfThree):
         return
     plain = grads.detach()
     with pytest.raises(NotImplementedError, match="has no derivative"):
@@ -151,14 +151,14 @@ def test_a_backward_pass_is_refused(rule: am.Rule) -> None:
 def test_downstream_of_torch_func() -> None:
     weight, inputs = torch.randn(7), torch.randn(5, 20, 7)
     grads = vmap(grad(lambda w, x: (x @ w).square().mean()), (None, 0))(weight, inputs)
-    torch.testing.assert_close(am.Median()(grads), grads.median(0).values)
+    torch.testing.assert_close(am.rules.Median()(grads), grads.median(0).values)
 
 
 @pytest.mark.parametrize("inner", [torch.bfloat16, torch.float16])
 def test_autocast_does_not_cast(inner: torch.dtype) -> None:
     grads = torch.randn(5, 4)
     with torch.autocast(torch.get_default_device().type, inner):
-        assert torch.equal(am.Median()(grads), grads.median(0).values)
+        assert torch.equal(am.rules.Median()(grads), grads.median(0).values)
 
 
 # ---- errors ----
@@ -198,7 +198,7 @@ def test_autocast_does_not_cast(inner: torch.dtype) -> None:
 )
 def test_native_errors(changes: dict[str, object], message: str) -> None:
     given = {"grads": torch.randn(5, 3), "rule": "median", "arguments": [], **changes}
-    with pytest.raises(RuntimeError, match=f"^andmask::aggregate: .*{message}"):
+    with pytest.raises(RuntimeError, match=f"^andmask::_aggregate: .*{message}"):
         op(**given)
 
 

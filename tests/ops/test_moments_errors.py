@@ -74,7 +74,7 @@ ERRORS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"first": []}, "momentum_buffers of 2 tensors"),
         ({"first": other(F64)}, r"momentum_buffers\[0\] of dtype Float, but got Double"),
         ({"first": other(shape=(5, 3))}, r"momentum_buffers\[0\] of shape \(3, 5\)"),
-        ({"rule": "median"}, "andmask::sgd_step_: .*but got median"),
+        ({"rule": "median"}, "andmask::_sgd_step_: .*but got median"),
     ],
     "adam": [
         ({"params": other()[:1]}, "params of 2 tensors"),
@@ -86,7 +86,7 @@ ERRORS: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"steps": other()}, r"steps\[0\] of one float32, but got shape \(3, 5\)"),
         ({"beta1": 1.0}, r"beta1 in \[0, 1\), but got 1"),
         ({"beta2": -0.1}, r"beta2 in \[0, 1\), but got -0.1"),
-        ({"count": 0}, "andmask::adam_step_: .*count"),
+        ({"count": 0}, "andmask::_adam_step_: .*count"),
     ],
     "temporal": [
         ({"tau": 1.5}, r"tau .*\[0, 1\].*1.5"),

@@ -18,7 +18,7 @@ MAKERS: dict[str, Callable[..., Any]] = {
     "sgd": lambda params, **kw: optim.AndMaskSGD(params, lr=0.1, momentum=0.9, **kw),
     "adam": lambda params, **kw: optim.AndMaskAdam(params, lr=0.1, amsgrad=True, **kw),
     "adamw": lambda params, **kw: optim.AndMaskAdamW(params, lr=0.1, **kw),
-    "wrapper": lambda params, tau=1.0, rule=None, **kw: optim.EnvironmentOptimizer(
+    "wrapper": lambda params, tau=1.0, rule=None, **kw: optim.EnvironmentWrapper(
         torch.optim.RMSprop(params, lr=0.1), rule or am.AndMask(tau), **kw
     ),
 }

@@ -18,10 +18,10 @@ import andmask_ext as am
 optim = am.optim
 OPTIMIZERS = {
     "sgd": lambda p: optim.AndMaskSGD(p, lr=0.05, momentum=0.9, nesterov=True, tau=0.5),
-    "adam": lambda p: optim.AndMaskAdam(p, lr=0.05, amsgrad=True, rule=am.MaskedAverage(0.6)),
+    "adam": lambda p: optim.AndMaskAdam(p, lr=0.05, amsgrad=True, rule=am.rules.MaskedAverage(0.6)),
     "adamw": lambda p: optim.AndMaskAdamW(p, lr=0.05, tau=0.5, rescale=True),
     "temporal": lambda p: optim.TemporalAndMaskAdam(p, lr=0.05, tau=0.3),
-    "wrapper": lambda p: optim.EnvironmentOptimizer(torch.optim.Adagrad(p), am.AndMask(0.5)),
+    "wrapper": lambda p: optim.EnvironmentWrapper(torch.optim.Adagrad(p), am.AndMask(0.5)),
 }
 
 

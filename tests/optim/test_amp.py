@@ -24,7 +24,12 @@ from .common import (
 )
 
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-RULES = [am.AndMask(0.6, True), am.GeometricMean(0.5), am.SandMask(0.3, 2.0), am.MaskedAverage(0.7)]
+RULES = [
+    am.AndMask(0.6, True),
+    am.rules.GeometricMean(0.5),
+    am.rules.SandMask(0.3, 2.0),
+    am.rules.MaskedAverage(0.7),
+]
 SCALE = 2.0**16  # a power of two: scaling and unscaling are exact
 
 
@@ -52,7 +57,9 @@ def scaled_environments(
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("how", ["step", "resolve", "unscale"])
-def test_equals_the_unscaled_run(make: Any, rule: am.Rule, dtype: torch.dtype, how: str) -> None:
+def test_equals_the_unscaled_run(
+    make: Any, rule: am.rules.Rule, dtype: torch.dtype, how: str
+) -> None:
     """Rules that look at magnitudes see the true ones."""
     params, scaled, others, plain = pair(make, dtype, rule=rule)
     grad_scaler = scaler(growth_interval=2)  # the scale changes on the way
@@ -142,7 +149,7 @@ def test_clipping_under_a_grad_scaler(make: Any) -> None:
 
 @makers
 def test_weights_and_micro_batches_under_a_grad_scaler(make: Any) -> None:
-    params, scaled, others, plain = pair(make, rule=am.Mean())
+    params, scaled, others, plain = pair(make, rule=am.rules.Mean())
     grad_scaler = scaler()
     grads = random_grads(params, 4)
     for optimizer, chosen, options in (

@@ -30,7 +30,12 @@ from .common import (
 )
 
 makers = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-RULES = [am.Mean(), am.AndMask(0.6, True), am.GeometricMean(0.5), am.SandMask(0.3, 2.0, False)]
+RULES = [
+    am.rules.Mean(),
+    am.AndMask(0.6, True),
+    am.rules.GeometricMean(0.5),
+    am.rules.SandMask(0.3, 2.0, False),
+]
 
 
 def sgd(params: Any, **options: Any) -> Any:
@@ -41,7 +46,7 @@ def sgd(params: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_equals_backward_with_the_same_rule(rule: am.Rule) -> None:
+def test_equals_backward_with_the_same_rule(rule: am.rules.Rule) -> None:
     torch.manual_seed(3)
     model, data = mlp(), batches()
     am.backward(losses(model, data), rule, model.parameters())
@@ -74,7 +79,7 @@ def test_gradients_are_freed_as_they_come(make: Any) -> None:
 def test_groups_have_their_own_options(make: Any) -> None:
     """One group is masked, one is not, one has another learning rate."""
     params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
-    mean = am.Mean()
+    mean = am.rules.Mean()
     groups = [
         {"params": params[:1]},
         {"params": params[1:2], "rule": mean},
@@ -117,7 +122,7 @@ def test_a_group_may_be_added_between_steps(make: Any) -> None:
     with pytest.raises(RuntimeError, match="expected no environments since the last step"):
         optimizer.add_param_group({"params": second})
     optimizer.step()
-    optimizer.add_param_group({"params": second, "rule": am.Mean()})
+    optimizer.add_param_group({"params": second, "rule": am.rules.Mean()})
     before = values(second)
     both = [*first, *second]
     environments(optimizer, both, random_grads(both))
@@ -173,7 +178,7 @@ def test_weights_multiply_the_losses(make: Any) -> None:
     for p, q in zip(params, others, strict=True):
         q.data.copy_(p.data)
     grads = random_grads(params, 2)
-    one, other = make(params, rule=am.Mean()), make(others, rule=am.Mean())
+    one, other = make(params, rule=am.rules.Mean()), make(others, rule=am.rules.Mean())
     for row, weight in enumerate((0.5, 1.5)):
         with one.environment(weight=weight):
             backward(params, [g[row] for g in grads])
@@ -394,7 +399,7 @@ def test_schedulers(make: Any, tensor_lr: bool) -> None:
     for name, schedule in schedulers.items():
         params = parameters()
         optimizer = make(params)
-        if name == "OneCycleLR" and isinstance(optimizer, optim.EnvironmentOptimizer):
+        if name == "OneCycleLR" and isinstance(optimizer, optim.EnvironmentWrapper):
             continue  # RMSprop has its momentum under another name
         if tensor_lr:
             optimizer.param_groups[0]["lr"] = torch.tensor(0.1)

@@ -185,8 +185,8 @@ def test_a_sparse_gradient(make: Any) -> None:
 
 
 @makers
-@pytest.mark.parametrize("rule", [am.Median(), am.TrimmedMean()], ids=repr)
-def test_a_rule_that_needs_whole_columns(make: Any, rule: am.Rule) -> None:
+@pytest.mark.parametrize("rule", [am.rules.Median(), am.rules.TrimmedMean()], ids=repr)
+def test_a_rule_that_needs_whole_columns(make: Any, rule: am.rules.Rule) -> None:
     with pytest.raises(TypeError, match=r"all environments at once; use andmask_ext.backward"):
         make(parameters(), rule=rule)
     optimizer = make(parameters())

@@ -41,7 +41,14 @@ def draw_rule(data: st.DataObject, environments: int) -> dict[str, Any]:
     if data.draw(st.booleans()):
         return {"tau": tau, "rescale": data.draw(st.booleans())}
     rule = data.draw(
-        st.sampled_from([am.Mean(), am.MaskedAverage(tau), am.AndMask(tau), am.GeometricMean(tau)])
+        st.sampled_from(
+            [
+                am.rules.Mean(),
+                am.rules.MaskedAverage(tau),
+                am.AndMask(tau),
+                am.rules.GeometricMean(tau),
+            ]
+        )
     )
     return {"tau": 0.123, "rule": rule}
 

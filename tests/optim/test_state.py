@@ -211,7 +211,7 @@ def test_a_half_finished_step_cannot_be_saved() -> None:
 
 def test_rules_of_groups_are_saved_and_loaded(tmp_path: Path) -> None:
     params = parameters()
-    rules = [am.Mean(), am.SandMask(0.3, 2.0), None]
+    rules = [am.rules.Mean(), am.rules.SandMask(0.3, 2.0), None]
     groups = [{"params": [p], "rule": rule} for p, rule in zip(params, rules, strict=True)]
     optimizer = optim.AndMaskAdam(groups, tau=0.7)
     environments(optimizer, params, random_grads(params))

@@ -1,4 +1,4 @@
-"""EnvironmentOptimizer around torch's optimizers."""
+"""EnvironmentWrapper around torch's optimizers."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ INNER: dict[str, Callable[..., Optimizer]] = {
 inners = pytest.mark.parametrize("inner", INNER.values(), ids=INNER)
 RULES = [
     am.AndMask(0.6, True),
-    am.Mean(),
-    am.GeometricMean(0.5),
-    am.SandMask(0.3, 2.0),
-    am.MaskedAverage(0.7),
-    am.AgreementSum(),
+    am.rules.Mean(),
+    am.rules.GeometricMean(0.5),
+    am.rules.SandMask(0.3, 2.0),
+    am.rules.MaskedAverage(0.7),
+    am.rules.AgreementSum(),
 ]
 
 
 @inners
 @pytest.mark.parametrize("rule", RULES, ids=repr)
-def test_equals_backward_and_step(inner: Any, rule: am.Rule) -> None:
+def test_equals_backward_and_step(inner: Any, rule: am.rules.Rule) -> None:
     one, other = mlp(), mlp()
     other.load_state_dict(one.state_dict())
-    wrapped = optim.EnvironmentOptimizer(inner(one.parameters()), rule)
+    wrapped = optim.EnvironmentWrapper(inner(one.parameters()), rule)
     plain = inner(other.parameters())
     for _ in range(4):
         data = batches()
@@ -66,7 +66,7 @@ def test_equals_backward_and_step(inner: Any, rule: am.Rule) -> None:
 def test_schedulers_on_either(inner: Any, on_outer: bool) -> None:
     params = parameters()
     base = inner(params)
-    wrapped = optim.EnvironmentOptimizer(base)
+    wrapped = optim.EnvironmentWrapper(base)
     chosen = wrapped if on_outer else base
     scheduler = torch.optim.lr_scheduler.ExponentialLR(chosen, 0.5)
     for lr in (0.1, 0.05, 0.025):
@@ -86,7 +86,7 @@ def test_schedulers_on_either(inner: Any, on_outer: bool) -> None:
 @pytest.mark.parametrize("how", ["outer", "inner", "deepcopy", "pickle", "file"])
 def test_state_goes_on_to_the_same_bits(inner: Any, how: str, tmp_path: Path) -> None:
     params = parameters()
-    straight = optim.EnvironmentOptimizer(inner(params), am.AndMask(0.6))
+    straight = optim.EnvironmentWrapper(inner(params), am.AndMask(0.6))
 
     def step(optimizer: Any, chosen: list[nn.Parameter], grads: list[torch.Tensor]) -> None:
         environments(optimizer, chosen, grads)
@@ -102,7 +102,7 @@ def test_state_goes_on_to_the_same_bits(inner: Any, how: str, tmp_path: Path) ->
         )
     else:
         others = [nn.Parameter(p.detach().clone()) for p in params]
-        resumed = optim.EnvironmentOptimizer(inner(others), am.AndMask(0.6))
+        resumed = optim.EnvironmentWrapper(inner(others), am.AndMask(0.6))
         if how == "inner":  # of the wrapped optimizer alone, to the wrapped optimizer alone
             resumed.optimizer.load_state_dict(copy.deepcopy(straight.optimizer.state_dict()))
         elif how == "outer":
@@ -131,9 +131,9 @@ def test_a_plain_state_of_the_wrapped_class_loads() -> None:
         param.grad = torch.randn_like(param)
     plain.step()
     others = [nn.Parameter(p.detach().clone()) for p in params]
-    wrapped = optim.EnvironmentOptimizer(torch.optim.Adam(others, lr=0.5), am.Mean())
+    wrapped = optim.EnvironmentWrapper(torch.optim.Adam(others, lr=0.5), am.rules.Mean())
     wrapped.load_state_dict(copy.deepcopy(plain.state_dict()))
-    assert wrapped.param_groups[0]["rule"] == am.Mean()
+    assert wrapped.param_groups[0]["rule"] == am.rules.Mean()
     assert wrapped.param_groups[0]["lr"] == 0.1
     grads = random_grads(params, 2)
     for param, stack in zip(params, grads, strict=True):
@@ -148,13 +148,13 @@ def test_a_plain_state_of_the_wrapped_class_loads() -> None:
 def test_groups_share_and_may_have_their_own_rule() -> None:
     params = parameters()
     base = torch.optim.SGD(
-        [{"params": params[:1]}, {"params": params[1:2], "rule": am.Mean()}], 0.1
+        [{"params": params[:1]}, {"params": params[1:2], "rule": am.rules.Mean()}], 0.1
     )
-    wrapped = optim.EnvironmentOptimizer(base, am.AndMask(0.5))
+    wrapped = optim.EnvironmentWrapper(base, am.AndMask(0.5))
     wrapped.add_param_group({"params": params[2:]})
     assert len(base.param_groups) == 3
     rules = [group["rule"] for group in wrapped.param_groups]
-    assert rules == [am.AndMask(0.5), am.Mean(), am.AndMask(0.5)]
+    assert rules == [am.AndMask(0.5), am.rules.Mean(), am.AndMask(0.5)]
     grads = random_grads(params, 4)
     environments(wrapped, params, grads)
     wrapped.resolve()
@@ -165,7 +165,7 @@ def test_groups_share_and_may_have_their_own_rule() -> None:
 def test_step_hooks_of_both_run() -> None:
     params, seen = parameters(), []
     base = torch.optim.SGD(params, lr=0.1)
-    wrapped = optim.EnvironmentOptimizer(base)
+    wrapped = optim.EnvironmentWrapper(base)
     base.register_step_post_hook(lambda *_: seen.append("inner"))
     wrapped.register_step_post_hook(lambda *_: seen.append("outer"))
     environments(wrapped, params, random_grads(params))
@@ -176,7 +176,7 @@ def test_step_hooks_of_both_run() -> None:
 def test_updates_are_left_in_grad() -> None:
     """As after any backward pass: to be logged, say. The next environment clears them."""
     params = parameters()
-    wrapped = optim.EnvironmentOptimizer(torch.optim.SGD(params, lr=0.1), am.Mean())
+    wrapped = optim.EnvironmentWrapper(torch.optim.SGD(params, lr=0.1), am.rules.Mean())
     for _ in range(2):
         grads = random_grads(params)
         environments(wrapped, params, grads)
@@ -192,9 +192,9 @@ def test_updates_are_left_in_grad() -> None:
         ((torch.optim.SGD,), "optimizer: expected a torch.optim.Optimizer, but got type"),
         ((torch.optim.SGD(parameters(), 0.1), 0.5), "rule: .* but got float"),
         ((torch.optim.SGD(parameters(), 0.1), am.AndMask), "rule: .* but got AndMask"),
-        ((torch.optim.SGD(parameters(), 0.1), am.Median()), "rule: .* environments at once"),
+        ((torch.optim.SGD(parameters(), 0.1), am.rules.Median()), "rule: .* environments at once"),
     ],
 )
 def test_mistakes(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        optim.EnvironmentOptimizer(*arguments)
+        optim.EnvironmentWrapper(*arguments)

@@ -25,10 +25,10 @@ def by_hand(rule, start, steps, lr):
 @pytest.mark.parametrize(
     "rule",
     [
-        andmask_ext.Mean(),
+        andmask_ext.rules.Mean(),
         andmask_ext.AndMask(1.0),
         andmask_ext.AndMask(1.0, rescale=True),
-        andmask_ext.GeometricMean(0.5),
+        andmask_ext.rules.GeometricMean(0.5),
         lambda grads: grads.median(0).values,
     ],
     ids=["mean", "and-mask", "rescaled", "geometric", "any function"],
@@ -41,7 +41,7 @@ def test_every_start_goes_its_own_way(rule):
 
 
 def test_the_mean_gradient_ends_at_the_minimum_of_the_mean():
-    paths = plots.descend(BOWLS, STARTS, andmask_ext.Mean(), lr=0.3, steps=200)
+    paths = plots.descend(BOWLS, STARTS, andmask_ext.rules.Mean(), lr=0.3, steps=200)
     torch.testing.assert_close(paths[-1], torch.zeros(3, 2).double())
 
 
@@ -53,7 +53,8 @@ def test_functions_that_vmap_cannot_map_are_called_point_by_point():
         return torch.where(theta[0] > 0, theta[0] ** 2, 3 * theta[0] ** 2)
 
     paths = [
-        plots.descend([loss], STARTS, andmask_ext.Mean(), 0.1, 5) for loss in (branching, mapped)
+        plots.descend([loss], STARTS, andmask_ext.rules.Mean(), 0.1, 5)
+        for loss in (branching, mapped)
     ]
     torch.testing.assert_close(*paths)
 
@@ -68,31 +69,31 @@ def test_a_rule_with_random_numbers():
 
 @pytest.mark.parametrize("loss", [lambda x: torch.tensor(2.0), lambda x: 0 * x.sum().detach()])
 def test_a_constant_loss_moves_nothing(loss):
-    paths = plots.descend([loss], STARTS, andmask_ext.Mean(), steps=2)
+    paths = plots.descend([loss], STARTS, andmask_ext.rules.Mean(), steps=2)
     torch.testing.assert_close(paths[-1], STARTS)
 
 
 def test_under_no_grad_and_from_starts_in_a_graph():
     starts = STARTS.clone().requires_grad_()
     with torch.no_grad():
-        paths = plots.descend(BOWLS, starts, andmask_ext.Mean(), steps=2)
+        paths = plots.descend(BOWLS, starts, andmask_ext.rules.Mean(), steps=2)
     assert not paths.requires_grad
     assert starts.grad is None
     assert not torch.equal(paths[0], paths[-1])
 
 
 def test_no_steps_and_no_starts():
-    assert torch.equal(plots.descend(BOWLS, STARTS, andmask_ext.Mean(), steps=0)[0], STARTS)
-    assert plots.descend(BOWLS, STARTS[:0], andmask_ext.Mean(), steps=4).shape == (5, 0, 2)
+    assert torch.equal(plots.descend(BOWLS, STARTS, andmask_ext.rules.Mean(), steps=0)[0], STARTS)
+    assert plots.descend(BOWLS, STARTS[:0], andmask_ext.rules.Mean(), steps=4).shape == (5, 0, 2)
 
 
 def test_divergence_is_in_the_path():
-    paths = plots.descend(BOWLS, STARTS.float(), andmask_ext.Mean(), lr=1e30, steps=4)
+    paths = plots.descend(BOWLS, STARTS.float(), andmask_ext.rules.Mean(), lr=1e30, steps=4)
     assert not paths[-1].isfinite().any()
 
 
 def test_descent_errors():
-    rule = andmask_ext.Mean()
+    rule = andmask_ext.rules.Mean()
     with pytest.raises(TypeError, match="losses: expected a sequence of functions"):
         plots.descend(BOWLS[0], STARTS, rule)
     with pytest.raises(TypeError, match="losses: expected a sequence of functions"):

@@ -20,7 +20,7 @@ def ends():
     line = torch.linspace(-2.8, 2.8, 9, dtype=torch.float64)
     starts = torch.cartesian_prod(line, line)
     losses = landscapes.two_minima().losses
-    rules = (andmask_ext.Mean(), andmask_ext.AndMask(1.0))
+    rules = (andmask_ext.rules.Mean(), andmask_ext.AndMask(1.0))
     return {"starts": starts} | {
         type(rule).__name__: plots.descend(losses, starts, rule, lr=0.2, steps=150)[-1]
         for rule in rules
@@ -85,7 +85,7 @@ def test_from_the_same_start_the_mask_leads_to_the_consistent_and_the_mean_to_th
     example, start = landscapes.two_minima(), torch.tensor([[-1.2, -1.6]]).double()
     mean, masked = (
         plots.descend(example.losses, start, rule, lr=0.05, steps=400)[-1]
-        for rule in (andmask_ext.Mean(), andmask_ext.AndMask(1.0))
+        for rule in (andmask_ext.rules.Mean(), andmask_ext.AndMask(1.0))
     )
     assert near(mean, example.points["patchwork"])
     assert near(masked, example.points["consistent"])

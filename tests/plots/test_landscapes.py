@@ -159,7 +159,7 @@ def test_trajectories_are_those_of_descend():
     assert [axes.get_title() for axes in panels][-1] == "arithmetic mean (OR)"
     expected = [
         path
-        for rule in (andmask_ext.AndMask(1.0), andmask_ext.Mean())
+        for rule in (andmask_ext.AndMask(1.0), andmask_ext.rules.Mean())
         for path in plots.descend(EXAMPLE.losses, starts, rule, 0.1, 50).unbind(1)
     ]
     for axes in panels:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from andmask_ext.__main__ import main
+from studies.__main__ import main
 
 
 def run(*arguments: object) -> None:

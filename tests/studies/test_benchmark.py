@@ -10,13 +10,13 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from andmask_ext.studies.benchmark import contest as contests
-from andmask_ext.studies.benchmark.cli import main
-from andmask_ext.studies.benchmark.contest import EVERY, GROUPED, Case, contest
-from andmask_ext.studies.benchmark.exactness import Loop
-from andmask_ext.studies.benchmark.memory import peak_of
-from andmask_ext.studies.benchmark.models import MODELS, loss, setting
-from andmask_ext.studies.benchmark.peers import (
+from benchmarks.contest import contest as contests
+from benchmarks.contest.cli import main
+from benchmarks.contest.contest import EVERY, GROUPED, Case, contest
+from benchmarks.contest.exactness import Loop
+from benchmarks.contest.memory import peak_of
+from benchmarks.contest.models import MODELS, loss, setting
+from benchmarks.contest.peers import (
     EXACT,
     GRADIENTS,
     LIBRARIES,
@@ -27,7 +27,7 @@ from andmask_ext.studies.benchmark.peers import (
     TAU,
     versions,
 )  # fmt: skip
-from andmask_ext.studies.benchmark.results import Results, summarise
+from benchmarks.contest.results import Results, summarise
 
 from .common import assert_picture, read_records, read_summary, run
 
@@ -159,7 +159,7 @@ def test_a_library_that_cannot_be_imported_ends_nothing(tmp_path, monkeypatch):
 
 
 def test_models_need_no_library_of_figures():
-    code = "import sys; import andmask_ext.studies.benchmark.contest as one; "
+    code = "import sys; import benchmarks.contest.contest as one; "
     code += (
         "print(one.workload('ResNet-9').build()[0][0].weight.shape, 'matplotlib' in sys.modules)"
     )

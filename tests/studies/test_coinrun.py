@@ -14,15 +14,15 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from andmask_ext.__main__ import main
-from andmask_ext.studies.coinrun import data, training
-from andmask_ext.studies.coinrun.data import States, find_python
-from andmask_ext.studies.coinrun.game.expert import AT_ONCE, Search, policy, search
-from andmask_ext.studies.coinrun.game.world import ACTIONS, FRAMES, pose
-from andmask_ext.studies.coinrun.network import PolicyNetwork
-from andmask_ext.studies.coinrun.results import best_trial, constant_policy
-from andmask_ext.studies.coinrun.settings import FIRST, METHODS, SPACES, trials
-from andmask_ext.studies.coinrun.training import (
+from studies.__main__ import main
+from studies.coinrun import data, training
+from studies.coinrun.data import States, find_python
+from studies.coinrun.game.expert import AT_ONCE, Search, policy, search
+from studies.coinrun.game.world import ACTIONS, FRAMES, pose
+from studies.coinrun.network import PolicyNetwork
+from studies.coinrun.results import best_trial, constant_policy
+from studies.coinrun.settings import FIRST, METHODS, SPACES, trials
+from studies.coinrun.training import (
     CoinRunSettings,
     batches,
     build_optimizer,
@@ -30,8 +30,8 @@ from andmask_ext.studies.coinrun.training import (
     measure,
     train,
 )
-from andmask_ext.studies.records import RunFiles
-from andmask_ext.studies.study import Finished, Run
+from studies.records import RunFiles
+from studies.study import Finished, Run
 
 pytestmark = pytest.mark.cpu_only
 
@@ -274,7 +274,7 @@ def test_decay_may_be_a_penalty(states):
 
 
 def test_an_interrupted_run_ends_with_the_same_bits(states, tmp_path, monkeypatch):
-    from andmask_ext.studies import records
+    from studies import records
 
     monkeypatch.setattr(records, "CHECKPOINT_SECONDS", 0.0)
     monkeypatch.setattr(records, "CHECKPOINT_SHARE", math.inf)
@@ -382,7 +382,7 @@ def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
 
 
 def test_options_change_the_data():
-    from andmask_ext.studies.coinrun.study import _size
+    from studies.coinrun.study import _size
 
     given = dict.fromkeys(
         ("levels", "states", "trials", "epochs", "final_epochs", "batch", "width")

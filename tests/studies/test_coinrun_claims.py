@@ -11,17 +11,17 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from andmask_ext.studies.coinrun.data import States
-from andmask_ext.studies.coinrun.results import (
+from studies.coinrun.data import States
+from studies.coinrun.results import (
     beyond_spread,
     claims,
     length_of_training,
     loss_table,
     return_table,
 )
-from andmask_ext.studies.coinrun.training import CoinRunSettings
-from andmask_ext.studies.records import RunFiles, without_nan
-from andmask_ext.studies.study import Finished, Run
+from studies.coinrun.training import CoinRunSettings
+from studies.records import RunFiles, without_nan
+from studies.study import Finished, Run
 
 pytestmark = pytest.mark.cpu_only
 

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from andmask_ext.studies.coinrun.data import (
+from studies.coinrun.data import (
     VARIABLE,
     DataSettings,
     Levels,
@@ -21,9 +21,9 @@ from andmask_ext.studies.coinrun.data import (
     load,
     make,
 )
-from andmask_ext.studies.coinrun.game.world import ACTIONS
-from andmask_ext.studies.coinrun.player import follow, play
-from andmask_ext.studies.coinrun.settings import QUICK
+from studies.coinrun.game.world import ACTIONS
+from studies.coinrun.player import follow, play
+from studies.coinrun.settings import QUICK
 
 from .common import assert_picture, need, read_records, read_summary, run
 
@@ -201,7 +201,7 @@ def test_collecting_goes_on_where_it_stopped(command, tmp_path):
     whole, part = tmp_path / "whole.npz", tmp_path / "part.npz"
     make(settings, whole, command)
     code = (
-        "import sys; from pathlib import Path; from andmask_ext.studies.coinrun import data; "
+        "import sys; from pathlib import Path; from studies.coinrun import data; "
         "L = data.Levels; data.make(data.DataSettings(L(2, 1, 20, 20), L(2004, 1, 9, 20), "
         "L(2005, 1, 9, 20)), Path(sys.argv[1]), sys.argv[2:])"
     )

@@ -13,8 +13,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from andmask_ext.studies.coinrun.data import game_version
-from andmask_ext.studies.coinrun.player import always, follow, greedy, play, sampled, uniform
+from studies.coinrun.data import game_version
+from studies.coinrun.player import always, follow, greedy, play, sampled, uniform
 
 pytestmark = pytest.mark.cpu_only
 
@@ -135,7 +135,7 @@ def test_a_network_that_diverged_plays_any_action(broken):
 # The game's side, but for the game: its data take forever.
 ENDLESS = """
 import os, sys, time
-from andmask_ext.studies.coinrun.game import __main__ as side
+from studies.coinrun.game import __main__ as side
 def collect(splits, output):
     print(os.getpid(), flush=True)
     time.sleep(600)
@@ -145,7 +145,7 @@ side.main(sys.argv[1:])
 PARENT = """
 import sys
 from pathlib import Path
-from andmask_ext.studies.coinrun.data import DataSettings, make
+from studies.coinrun.data import DataSettings, make
 make(DataSettings(), Path(sys.argv[1]), [sys.executable, "-c", sys.argv[2]])
 """
 

@@ -1,4 +1,4 @@
-"""``python -m andmask_ext correlation``: what is permuted, what is measured, what it shows."""
+"""``python -m studies correlation``: what is permuted, what is measured, what it shows."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import andmask_ext as am
-from andmask_ext.__main__ import main
-from andmask_ext.studies.correlation.measuring import (
+from studies.__main__ import main
+from studies.correlation.measuring import (
     CONDITIONS,
     SIGNALS,
     CorrelationSettings,
@@ -19,7 +19,7 @@ from andmask_ext.studies.correlation.measuring import (
     permute,
     where_enough,
 )
-from andmask_ext.studies.correlation.study import claims
+from studies.correlation.study import claims
 
 from .common import assert_picture, read_records, read_summary, run
 
@@ -105,7 +105,7 @@ def test_starts_are_stock_or_the_authors():
 
 def test_what_is_measured_is_the_packages_metric():
     """With the same permutations, in the order in which they are drawn."""
-    from andmask_ext.studies.spirals import draw_spirals
+    from studies.spirals import draw_spirals
 
     found = measure(SMALL, seed=5, report=lambda done, total, text: None)
     data = draw_spirals(SMALL.data_config(), 5)

@@ -1,4 +1,4 @@
-"""``python -m andmask_ext label-noise``: networks, training steps, the command itself."""
+"""``python -m studies label-noise``: networks, training steps, the command itself."""
 
 import numpy as np
 import pytest
@@ -12,13 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import andmask_ext as am
-from andmask_ext.__main__ import main
-from andmask_ext.studies import records
-from andmask_ext.studies.label_noise.data import Images
-from andmask_ext.studies.label_noise.networks import Residual, fast_resnet
-from andmask_ext.studies.label_noise.results import fall, smoothed
-from andmask_ext.studies.label_noise.study import LabelNoise
-from andmask_ext.studies.label_noise.training import (
+from studies import records
+from studies.__main__ import main
+from studies.label_noise.data import Images
+from studies.label_noise.networks import Residual, fast_resnet
+from studies.label_noise.results import fall, smoothed
+from studies.label_noise.study import LabelNoise
+from studies.label_noise.training import (
     NoiseSettings,
     Trainer,
     accuracies,

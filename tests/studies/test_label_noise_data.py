@@ -17,8 +17,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from andmask_ext.studies.label_noise import data
-from andmask_ext.studies.label_noise.data import cifar10, digits, load, mislabel
+from studies.label_noise import data
+from studies.label_noise.data import cifar10, digits, load, mislabel
 
 from .common import need, read_records, run
 

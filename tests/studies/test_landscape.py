@@ -9,9 +9,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 from andmask_ext.metrics import landscapes
-from andmask_ext.studies.landscape import parts, patchwork
-from andmask_ext.studies.landscape.cli import PartSettings, main
-from andmask_ext.studies.landscape.results import Results, summarise
+from studies.landscape import parts, patchwork
+from studies.landscape.cli import PartSettings, main
+from studies.landscape.results import Results, summarise
 
 from .common import assert_picture, read_records, read_summary, run
 

@@ -1,4 +1,4 @@
-"""``python -m andmask_ext linear`` from outside: records, claims, figures, messages."""
+"""``python -m studies linear`` from outside: records, claims, figures, messages."""
 
 import pytest
 
@@ -6,11 +6,11 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("tqdm")
 
-from andmask_ext.__main__ import main
-from andmask_ext.studies.linear.selection import Cells
-from andmask_ext.studies.linear.study import unit_test_claims
-from andmask_ext.studies.linear.training import METHODS, UnitTestSettings
-from andmask_ext.studies.study import Finished, Run
+from studies.__main__ import main
+from studies.linear.selection import Cells
+from studies.linear.study import unit_test_claims
+from studies.linear.training import METHODS, UnitTestSettings
+from studies.study import Finished, Run
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
 

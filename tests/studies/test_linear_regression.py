@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
-from andmask_ext.studies.linear import regression
-from andmask_ext.studies.linear.regression import (
+from studies.linear import regression
+from studies.linear.regression import (
     STORED,
     RegressionSettings,
     descend,

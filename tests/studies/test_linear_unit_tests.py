@@ -9,8 +9,8 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 
 import andmask_ext as am
-from andmask_ext.studies.linear import training
-from andmask_ext.studies.linear.training import (
+from studies.linear import training
+from studies.linear.training import (
     METHODS,
     UnitTestSettings,
     environment_gradients,
@@ -19,7 +19,7 @@ from andmask_ext.studies.linear.training import (
     measure,
     train,
 )
-from andmask_ext.studies.linear.unit_tests import EXAMPLES, Split, draw_problem
+from studies.linear.unit_tests import EXAMPLES, Split, draw_problem
 
 pytestmark = pytest.mark.cpu_only
 
@@ -203,13 +203,16 @@ def test_models_trained_side_by_side_are_those_trained_by_the_packages_optimizer
     generator = torch.Generator().manual_seed(1)
     start = (2 * torch.rand(11, generator=generator) - 1) / math.sqrt(10)
     for trial, weights in zip(trials, found, strict=True):
-        rule = {"and-mask": am.AndMask(trial["tau"]), "geometric": am.GeometricMean(trial["tau"])}
+        rule = {
+            "and-mask": am.AndMask(trial["tau"]),
+            "geometric": am.rules.GeometricMean(trial["tau"]),
+        }
         param = torch.nn.Parameter(start.clone())
         optimizer = am.optim.AndMaskAdam(
             [param],
             lr=trial["lr"],
             weight_decay=trial["weight_decay"],
-            rule=rule.get(method, am.Mean()),
+            rule=rule.get(method, am.rules.Mean()),
         )
         for _ in range(5):
             penalty = trial.get("penalty", 0.0)

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from andmask_ext.__main__ import COMMANDS, main
+from studies.__main__ import COMMANDS, main
 
 pytestmark = pytest.mark.cpu_only
 
@@ -27,7 +27,7 @@ def stopped(capsys, *arguments: object) -> tuple[int, str, str]:
 def test_every_command_has_help(command, capsys):
     status, told, _ = stopped(capsys, command, "--help")
     assert status == 0
-    assert told.startswith(f"usage: python -m andmask_ext {command} ")
+    assert told.startswith(f"usage: python -m studies {command} ")
 
 
 def test_help_lists_every_command_with_what_it_does(capsys):
@@ -74,7 +74,7 @@ def test_an_unknown_command_is_named(capsys):
 
 def test_a_missing_matplotlib_is_one_sentence_in_every_study():
     code = (
-        "import sys, andmask_ext.__main__ as m; sys.modules['matplotlib'] = None; "
+        "import sys, studies.__main__ as m; sys.modules['matplotlib'] = None; "
         f"print([m.main([command, '--help']) for command in {STUDIES!r}])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

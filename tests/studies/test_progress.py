@@ -7,8 +7,8 @@ import pytest
 
 pytest.importorskip("tqdm")
 
-from andmask_ext.studies import progress
-from andmask_ext.studies.progress import Progress
+from studies import progress
+from studies.progress import Progress
 
 pytestmark = pytest.mark.cpu_only
 

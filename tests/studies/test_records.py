@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from andmask_ext.studies.records import RunFiles, canonical, write_atomically
+from studies.records import RunFiles, canonical, write_atomically
 
 pytestmark = pytest.mark.cpu_only
 

@@ -11,11 +11,11 @@ pytest.importorskip("tqdm")
 
 from matplotlib.figure import Figure
 
-from andmask_ext.__main__ import main
-from andmask_ext.studies.figures import save
-from andmask_ext.studies.records import RunFiles
-from andmask_ext.studies.report.cells import DASH
-from andmask_ext.studies.summary import Claim, Picture, Summary, Table
+from studies.__main__ import main
+from studies.figures import save
+from studies.records import RunFiles
+from studies.report.cells import DASH
+from studies.summary import Claim, Picture, Summary, Table
 
 from . import toy
 from .browser import Browser, start
@@ -52,7 +52,7 @@ def write_linear(folder):
             "title": "lines & points",
             "about": "All about lines.",
             "reference": "a paper, section 1",
-            "command": "python -m andmask_ext linear --name 'two words'",
+            "command": "python -m studies linear --name 'two words'",
             "quick": False,
             "runs": 24,
             "seconds": 200.4,
@@ -289,7 +289,7 @@ def test_the_command_line_is_copied_as_it_is(browser):
     assert told == "Copied"
     read = "const done = arguments[0]; navigator.clipboard.readText().then(done, done);"
     copied = browser.driver.execute_async_script(read)
-    assert copied == "python -m andmask_ext linear --name 'two words'"
+    assert copied == "python -m studies linear --name 'two words'"
 
 
 def test_what_is_found_is_on_the_page(browser, folder):
@@ -346,9 +346,7 @@ def test_a_folder_without_results_says_what_to_run(tmp_path, make, capsys):
         main(["report", str(folder)])
     assert stop.value.code == 2
     message = capsys.readouterr().err
-    assert (
-        f"{folder}; run a study first, such as 'python -m andmask_ext spirals --quick'" in message
-    )
+    assert f"{folder}; run a study first, such as 'python -m studies spirals --quick'" in message
     assert not (folder / "report.html").exists()
 
 

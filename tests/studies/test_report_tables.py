@@ -6,10 +6,10 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from andmask_ext.studies.records import RunFiles
-from andmask_ext.studies.report.cells import DASH, cell, duration, number
-from andmask_ext.studies.report.collect import FoundRecord, collect
-from andmask_ext.studies.report.runs import lay_out, split
+from studies.records import RunFiles
+from studies.report.cells import DASH, cell, duration, number
+from studies.report.collect import FoundRecord, collect
+from studies.report.runs import lay_out, split
 
 pytestmark = pytest.mark.cpu_only
 

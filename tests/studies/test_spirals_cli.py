@@ -1,4 +1,4 @@
-"""``python -m andmask_ext spirals`` from outside: records, figures, the three parts, messages."""
+"""``python -m studies spirals`` from outside: records, figures, the three parts, messages."""
 
 import json
 import subprocess
@@ -10,9 +10,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from andmask_ext.__main__ import main
-from andmask_ext.studies.spirals import search
-from andmask_ext.studies.spirals.settings import METHODS
+from studies.__main__ import main
+from studies.spirals import search
+from studies.spirals.settings import METHODS
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
 
@@ -233,7 +233,7 @@ def test_info_prints_the_build(capsys):
 @pytest.mark.parametrize("package", ["numpy", "matplotlib", "tqdm", "sklearn"])
 def test_a_missing_package_is_one_sentence(package):
     code = (
-        f"import sys, andmask_ext.__main__ as m; sys.modules[{package!r}] = None; "
+        f"import sys, studies.__main__ as m; sys.modules[{package!r}] = None; "
         "sys.exit(m.main(['spirals', '--epochs', '0']))"
     )
     result = subprocess.run(
@@ -245,8 +245,6 @@ def test_a_missing_package_is_one_sentence(package):
 
 
 def test_the_package_itself_imports_no_study():
-    code = (
-        "import sys, andmask_ext; print({'matplotlib', 'andmask_ext.studies'} & set(sys.modules))"
-    )
+    code = "import sys, andmask_ext; print({'matplotlib', 'studies'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "set()", result.stderr

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from andmask_ext.studies.spirals.data import SpiralsConfig, draw_mechanism, draw_spirals
+from studies.spirals.data import SpiralsConfig, draw_mechanism, draw_spirals
 
 pytestmark = pytest.mark.cpu_only
 

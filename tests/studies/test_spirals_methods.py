@@ -10,10 +10,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 pytest.importorskip("tqdm")
 
 import andmask_ext as am
-from andmask_ext.studies.spirals import PAPER, Settings, build_model
-from andmask_ext.studies.spirals.methods import RULES, STEPS, Learner
-from andmask_ext.studies.spirals.settings import METHODS
-from andmask_ext.studies.spirals.training import accuracy, build_optimizer
+from studies.spirals import PAPER, Settings, build_model
+from studies.spirals.methods import RULES, STEPS, Learner
+from studies.spirals.settings import METHODS
+from studies.spirals.training import accuracy, build_optimizer
 
 pytestmark = pytest.mark.cpu_only
 
@@ -203,7 +203,7 @@ def test_only_rules_on_moments_have_an_optimizer_of_their_own():
         optimizer = build_optimizer(settings, build_model(settings, 0))
         rule = RULES.get(method, lambda s: None)(settings)
         on_moments = rule is not None and rule.moments is not None
-        assert isinstance(optimizer, am.optim.MomentOptimizer) == on_moments, method
+        assert isinstance(optimizer, am.optim.EnvironmentOptimizer) == on_moments, method
         decays = "l2" in METHODS[method]
         assert optimizer.param_groups[0]["weight_decay"] == (settings.l2 if decays else 0.0)
 

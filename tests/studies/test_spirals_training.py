@@ -8,10 +8,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 pytest.importorskip("tqdm")
 
-from andmask_ext.studies.records import RunFiles
-from andmask_ext.studies.spirals import PAPER, RELEASED, Settings, build_model, train
-from andmask_ext.studies.spirals.methods import Learner
-from andmask_ext.studies.spirals.training import batches, build_optimizer, train_epoch
+from studies.records import RunFiles
+from studies.spirals import PAPER, RELEASED, Settings, build_model, train
+from studies.spirals.methods import Learner
+from studies.spirals.training import batches, build_optimizer, train_epoch
 
 pytestmark = pytest.mark.cpu_only
 
@@ -157,8 +157,8 @@ def test_a_run_that_fits_ends_early(tmp_path):
 
 @pytest.mark.parametrize("method", ["dann", "irm", "batch-norm", "dropout"])
 def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path, method, monkeypatch):
-    monkeypatch.setattr("andmask_ext.studies.records.CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr("andmask_ext.studies.records.CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr("studies.records.CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr("studies.records.CHECKPOINT_SHARE", float("inf"))
     settings = replace(TINY, method=method, epochs=6, anneal=4)
     whole = train(settings, 0, files(tmp_path / "whole", settings))
 

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from andmask_ext.studies.summary import Claim, Summary, Table, shown, spread
+from studies.summary import Claim, Summary, Table, shown, spread
 
 from .common import read_records as records
 from .common import read_summary
@@ -42,7 +42,7 @@ def test_runs_leave_records_and_a_summary(tmp_path, capsys):
     assert content["seconds"] == pytest.approx(sum(one["seconds"] for one in found))
     assert content["claims"][0]["holds"] is True
     assert content["tables"][0]["rows"][0][:2] == ["lr=0.5", 0]
-    assert content["command"] == f"python -m andmask_ext toy --output {tmp_path} --lr 0.5 0.1"
+    assert content["command"] == f"python -m studies toy --output {tmp_path} --lr 0.5 0.1"
     output = capsys.readouterr().out
     assert "[4/4] lr=0.1 seed=1  loss" in output
     assert "[holds] losses are numbers: 4 of them" in output

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from andmask_ext.studies.study import Finished, Outcome, Run, Settings, Study
-from andmask_ext.studies.summary import Claim, Summary, Table
+from studies.study import Finished, Outcome, Run, Settings, Study
+from studies.summary import Claim, Summary, Table
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ main = Toy().main
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
-    from andmask_ext.studies import records
+    from studies import records
 
     records.CHECKPOINT_SECONDS, records.CHECKPOINT_SHARE = 0.0, float("inf")
     sys.exit(main(sys.argv[1:]))

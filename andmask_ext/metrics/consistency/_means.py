@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..._checks import check_number
 from ._arguments import check_count
-from ._problem import Layout, Params
+from ._problem import FlatLayout, Params
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,7 +133,7 @@ def _of_diagonals(hessians: object) -> HessianMeans:
             "hessians: expected matrices in one Tensor [d, n, n] (torch.stack them) or a sequence "
             "of diagonals, but got a sequence of symmetric matrices"
         )
-    layouts = [Layout(diagonal, f"hessians[{e}]") for e, diagonal in enumerate(hessians)]
+    layouts = [FlatLayout(diagonal, f"hessians[{e}]") for e, diagonal in enumerate(hessians)]
     for e, layout in enumerate(layouts):
         if (layout.keys, layout.shapes) != (layouts[0].keys, layouts[0].shapes):
             raise ValueError(

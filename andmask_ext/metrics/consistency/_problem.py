@@ -15,7 +15,7 @@ Loss: TypeAlias = Callable[[Params], Tensor]
 CHUNK = 64  # points that vmap evaluates at once
 
 
-class Layout:
+class FlatLayout:
     """How parameters, a tensor or a dict of tensors, lie in one vector."""
 
     def __init__(self, params: object, name: str = "params") -> None:
@@ -66,7 +66,7 @@ class Problem:
     """
 
     def __init__(self, losses: object, params: object, eps: float = 1.0) -> None:
-        self.layout = Layout(params)
+        self.layout = FlatLayout(params)
         self.point = self.layout.flatten(params)  # type: ignore[arg-type]
         if self.point.dtype not in (torch.float32, torch.float64):
             raise TypeError(

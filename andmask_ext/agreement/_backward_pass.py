@@ -1,0 +1,375 @@
+"""What happens to backward passes inside the context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
+
+from ._accumulator import GradientAccumulator, Target, Treatment
+from ._constants import Constants, storage
+from ._formulas import NodeGradient, make_contribution
+from ._forward import ForwardRecorder
+from ._gramian import Gramian
+from ._graph import Graph
+from ._groups import Environments, Groups
+from ._mixing import MixingCheck
+from ._mode import BackwardMode
+from ._nodes import leaf
+from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
+
+if TYPE_CHECKING:
+    from ._agreement import Agreement
+
+_MOST_PLANS = 128
+
+
+class BackwardPass:
+    """The backward passes of one context.
+
+    Attributes:
+        grad_scaler: as given to the context (read by the optimizers).
+        scale: of the gradient scaler.
+        started: whether any moments may have been changed.
+        targets: where the moments of each parameter are.
+        gram: whether scalar products of all pairs of environments are wanted; then
+        products: has them after the backward pass.
+    """
+
+    targets: list[Target]
+    mode: BackwardMode
+
+    def __init__(
+        self,
+        owner: Agreement,
+        environments: Environments,
+        watch: ForwardRecorder,
+        constants: Constants,
+        grad_scaler: torch.amp.GradScaler | None,
+        reduction: str,
+        plans: dict[Any, Plan],
+        records: dict[int, Treatment],
+    ) -> None:
+        self.watch = watch
+        self.constants = constants
+        self.grad_scaler = grad_scaler
+        self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
+        self.started = False
+        self._owner = owner
+        self._environments = environments
+        self._reduction = reduction
+        self._plans = plans
+        self._records = records
+        self._tracked = {id(param): number for number, param in enumerate(owner._params)}
+        self._session: GradientAccumulator | None = None
+        self.gram = False
+        self.products: Gramian | None = None
+        self._proof = MixingCheck(self._engine)
+        self._inner = 0  # backward passes inside this one
+        self._outer: Any = None  # the key of the plan of the outer one
+        self._groups: Groups | None = None
+        self._passes = 0
+        self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.constants.forget()
+        del self.mode, self._proof
+
+    def receive(self, param: Tensor) -> None:
+        """Complain of a gradient that came without us (called by hooks of the optimizers)."""
+        if self._dropping:
+            return
+        raise RuntimeError(
+            f"Agreement: {self._owner._name(param)} received a gradient from a backward pass that "
+            "was not seen; expected loss.backward() in the thread of the context"
+        )
+
+    def require_complete(self, before: Sequence[tuple[Tensor, Tensor | None, int]]) -> None:
+        """Raise unless there was a backward pass, and none that was not seen.
+
+        Args:
+            before: all leaves, with their gradients before the context and the versions of these.
+        """
+        if self._passes == 0:
+            raise RuntimeError(
+                "Agreement: expected a backward pass inside the context, but there was none"
+            )
+        for param, grad, version in before:
+            now = param.grad
+            if id(param) not in self._tracked or now is None:
+                continue
+            if (now is not grad or now._version != version) and bool(now.any()):
+                self.receive(param)
+
+    # ---- one backward pass ----
+
+    def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
+        """Run a backward pass: plain gradients for what is not tracked, moments for the rest."""
+        graph = Graph([_node(root) for root in roots], self._tracked)
+        if self._proof.running:
+            self._proof.inner_pass(graph, roots, grads)
+        elif self._session is not None:  # inside another: reentrant checkpointing
+            self._inner += 1
+            plan = self._plan(graph, self._inner)
+            self._pass(graph, plan, roots, grads, retain_graph, self._session)
+        else:
+            self._outer_pass(graph, roots, grads, retain_graph)
+
+    def _outer_pass(
+        self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
+    ) -> None:
+        refuse_compiled(graph)
+        if self.gram and self._passes:
+            raise RuntimeError(
+                "Agreement: expected one backward pass in a context with gram=True, but got another"
+            )
+        for target in self.targets:
+            if target.param._backward_hooks:
+                raise RuntimeError(
+                    f"Agreement: {self._owner._name(target.param)} has a hook "
+                    "(Tensor.register_hook), which would have to change the gradient of each "
+                    "environment; remove it, or use andmask_ext.backward"
+                )
+        groups = self._groups = self._make_groups()
+        if groups.environments > 1:
+            self._refuse_batch_norms()
+        self.watch.paused = True
+        try:
+            self._paused_pass(graph, groups, roots, grads, retain_graph)
+        finally:
+            self.watch.paused = False
+        self.watch.passed()
+        self.constants.forget()
+        for moments in {id(t.moments): t.moments for t in self.targets}.values():
+            moments.end_environments(groups.environments)
+        optimizer = self._owner._optimizer
+        if optimizer is not None:
+            optimizer._environments += groups.environments
+        self._passes += 1
+
+    def _paused_pass(
+        self,
+        graph: Graph,
+        groups: Groups,
+        roots: list[Tensor],
+        grads: list[Tensor],
+        retain_graph: bool,
+    ) -> None:
+        plan = self._plan(graph)
+        self._inner = 0
+        weights, products = self._weights(groups), None
+        if self.gram or any(target.moments.tracks_norms for target in self.targets):
+            products = Gramian(self.gram, groups, weights)
+        session = GradientAccumulator(
+            self.targets, groups, weights, plan.deferred, self._records, products
+        )
+        self._session = session
+        self.started = True
+        others = [leaf(graph.nodes[index]) for index in plan.leaves]
+        before = [other.grad for other in others]
+        try:
+            for other in others:
+                other.grad = None
+            self._pass(graph, plan, roots, grads, retain_graph, session)
+            session.finish()
+            if products is not None:
+                self._take(products)
+        except BaseException:
+            for other, grad in zip(others, before, strict=True):
+                other.grad = grad
+            raise
+        finally:
+            self._session = None
+        for other, grad in zip(others, before, strict=True):
+            if grad is not None:  # not in place: the context may still fail
+                other.grad = grad if other.grad is None else grad + other.grad
+
+    def _take(self, products: Gramian) -> None:
+        self.products = products
+        for number, found in products.found.items():
+            target = self.targets[number]
+            norms = found.diagonal() if products.pairs else found
+            target.moments.add_squared_norm(target.index, norms.sum())
+
+    def _make_groups(self) -> Groups:
+        environments, sizes = self._environments, self.watch.sizes
+        if isinstance(environments, Tensor):
+            if sizes and environments.shape[0] not in sizes:
+                raise ValueError(
+                    "environments: expected one id for each example of the batch, of "
+                    f"{', '.join(map(str, sorted(sizes)))}, but got {environments.shape[0]}"
+                )
+            return self._owner._groups(environments, environments.shape[0])
+        if not sizes:
+            raise RuntimeError(
+                "Agreement: expected the model to be called inside the context, before backward: "
+                "its first input tells the size of the batch; or give the environment of each "
+                "example as an int64 tensor"
+            )
+        if len(sizes) > 1:
+            raise RuntimeError(
+                "Agreement: parts of the model were called with batches of different sizes: "
+                f"{', '.join(map(str, sorted(sizes)))}; give the environment of each example as an "
+                "int64 tensor"
+            )
+        (examples,) = sizes
+        return self._owner._groups(environments, examples)
+
+    def _weights(self, groups: Groups) -> list[float]:
+        factor = (groups.examples if self._reduction == "mean" else 1.0) / self.scale
+        if groups.size is not None:
+            return [factor / groups.size]
+        return [factor / size for size in groups.sizes.tolist()]
+
+    def _plan(self, graph: Graph, inner: int = 0) -> Plan:
+        """Return what to do with a graph, after probes if it is new.
+
+        Args:
+            graph: of a backward pass.
+            inner: 0, or its number among the backward passes inside this one.
+        """
+        groups, check_mixing = self._groups, self._owner._check_mixing
+        assert groups is not None
+        signature = graph.structure(groups.examples, check_mixing != "once")
+        structure = (signature, inner, groups.environments, groups.examples)
+        sizes = tuple(tensor.shape for tensor in self.watch.inputs)
+        known = {} if check_mixing == "always" else self._plans
+        plan = known.get((structure, sizes)) if sizes else None
+        if plan is not None and plan.fits(graph, groups.examples):
+            if not inner:
+                self._outer = structure, sizes
+            return plan
+        # Where functions run backward passes of their own, there must be proofs for the graphs of
+        # those by then, which are not seen yet.
+        plan = None if CHECKPOINT in graph.names else known.get(structure)
+        plan = None if plan is None else plan.at(graph, groups.examples)
+        if plan is None:
+            if not inner:
+                nodes = set(graph.nodes)
+                anchors = [
+                    one
+                    for one in self.watch.anchors(groups.examples)
+                    if check_mixing != "never" and one.grad_fn in nodes
+                ]
+                self.constants.data = {storage(one) for one in self.watch.inputs}
+                probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
+                self._proof.find(graph, probe, anchors, self.watch.batch_dim, groups)
+            evidence = self._proof.evidence(inner)
+            plan = make_plan(graph, groups, evidence, self.constants, check_mixing != "never")
+        if not inner:
+            self._outer = structure, sizes
+        if plan.certain:
+            self._plans.setdefault(structure, plan)
+            if sizes:
+                self._plans[structure, sizes] = plan
+        elif inner:
+            self._plans.pop(self._outer, None)
+        while len(self._plans) > _MOST_PLANS:
+            self._plans.pop(next(iter(self._plans)))
+        return plan
+
+    def _refuse_batch_norms(self) -> None:
+        modules = self.watch.batch_norms
+        model = self._owner._model
+        if not modules or model is None:
+            return
+        names = [
+            f"{name or 'the model'} ({type(module).__name__})"
+            for name, module in model.named_modules()
+            if any(module is one for one in modules)
+        ]
+        raise RuntimeError(
+            f"Agreement: {', '.join(names)} takes statistics over all environments; convert the "
+            "model with andmask_ext.nn.convert_batchnorm(model), which takes them in each "
+            "environment, or use andmask_ext.backward with one forward pass per environment"
+        )
+
+    def _pass(
+        self,
+        graph: Graph,
+        plan: Plan,
+        roots: list[Tensor],
+        grads: list[Tensor],
+        retain_graph: bool,
+        session: GradientAccumulator,
+    ) -> None:
+        handles = []
+        for consumer in plan.consumers:
+            node = graph.nodes[consumer.index]
+            for operand in consumer.operands:
+                session.expect(operand.params)
+            handles.append(node.register_prehook(self._hook(graph, consumer, node, session)))
+        inputs: list[Any] = [GradientEdge(graph.nodes[c.index], 0) for c in plan.consumers]
+        inputs += [leaf(graph.nodes[index]) for index in plan.leaves]
+        if not inputs:
+            raise RuntimeError(
+                "Agreement: expected a loss that depends on a parameter, but none was reached"
+            )
+        try:
+            self._engine(graph, roots, grads, retain_graph, inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hook(
+        self, graph: Graph, consumer: Consumer, node: Node, session: GradientAccumulator
+    ) -> Callable[[tuple[Tensor | None, ...]], None]:
+        groups = self._groups
+        assert groups is not None
+
+        def hook(deltas: tuple[Tensor | None, ...]) -> None:
+            at = NodeGradient(node, deltas, consumer.layouts, groups)
+            none = all(delta is None for delta in deltas)
+            if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
+                raise RuntimeError(
+                    f"Agreement: {consumer.name} has a gradient that does not come through the "
+                    "outputs of the model, so that it cannot be proved that environments do not "
+                    "mix there; return what the loss is made of from the model"
+                )
+            for operand in consumer.operands:
+                use = None if none else make_contribution(at, consumer.name, operand)
+                session.add(use, operand, graph)
+
+        return hook
+
+    def _engine(
+        self,
+        graph: Graph,
+        roots: list[Tensor],
+        grads: list[Tensor],
+        retain_graph: bool,
+        inputs: list[Any],
+    ) -> None:
+        if CHECKPOINT not in graph.names:
+            torch.autograd.backward(roots, grads, retain_graph, inputs=inputs)
+            return
+        # Reentrant checkpointing allows no `inputs`: plain gradients are computed as well, and
+        # dropped. Its function runs a backward pass of its own, which the mode leads to us. The
+        # graph is kept: uses wait until the pass is over.
+        keep = {id(one) for one in inputs if isinstance(one, Tensor)}
+        leaves = [leaf(node) for node, name in zip(graph.nodes, graph.names, strict=True)
+                  if isinstance(name, tuple)]  # fmt: skip
+        dropped = [(one, one.grad) for one in leaves if id(one) not in keep]
+        self._dropping += 1
+        try:
+            for one, _ in dropped:
+                one.grad = None
+            with self.mode:
+                _engine_run_backward(
+                    tuple(roots), tuple(grads), True, False, (),
+                    allow_unreachable=True, accumulate_grad=True,
+                )  # fmt: skip
+        finally:
+            self._dropping -= 1
+            for one, grad in dropped:
+                one.grad = grad
+
+
+def _node(tensor: Tensor) -> Node:
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    return torch.autograd.graph.get_gradient_edge(tensor).node

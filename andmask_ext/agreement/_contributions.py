@@ -1,0 +1,214 @@
+"""What one use of a parameter adds to the gradient of each environment.
+
+A use is made when the gradient of a node's output arrives. It holds the factors of the parameter's
+gradient, and makes gradients of environments only when asked for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ._groups import Groups, make_groups
+from ._layout import Layout, wide_dtype
+
+
+class Contribution:
+    """Base. ``shape`` is that of the operand that the gradient belongs to."""
+
+    path: str
+    shape: tuple[int, ...]
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        """Return the gradients of some environments, ``[end - begin, *shape]``."""
+        raise NotImplementedError
+
+
+@dataclass
+class Outer(Contribution):
+    """Sums of outer products: ``W_e`` = sum over the rows of e of ``grads[r] activations[r]^T``.
+
+    Attributes:
+        activations: ``[examples, rows of each, I]``.
+        grads: ``[examples, rows of each, O]``.
+        shape: of the operand, O x I elements in that order.
+    """
+
+    activations: Tensor
+    grads: Tensor
+    groups: Groups
+    shape: tuple[int, ...]
+
+    @property
+    def path(self) -> str:  # type: ignore[override]
+        one = self.groups.size == 1 and self.activations.shape[1] == 1
+        return f"outer products, {'one row' if one else 'several rows'} per environment"
+
+    def transposed(self) -> Outer:
+        """Return the same use of the transposed operand."""
+        return Outer(self.grads, self.activations, self.groups, self.shape[::-1])
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        wide = wide_dtype(self.activations)
+        if self.groups.size is None:
+            products = [
+                self.grads[members].flatten(0, 1).to(wide).t()
+                @ self.activations[members].flatten(0, 1).to(wide)
+                for members in (self.groups.members(e) for e in range(begin, end))
+            ]
+            return torch.stack(products).reshape(end - begin, *self.shape)
+        size = self.groups.size
+        activations, grads = (
+            factor[begin * size : end * size].reshape(end - begin, -1, factor.shape[2]).to(wide)
+            for factor in (self.activations, self.grads)
+        )
+        return torch.bmm(grads.transpose(1, 2), activations).reshape(end - begin, *self.shape)
+
+
+@dataclass
+class OuterBatch(Contribution):
+    """A batch of sums of outer products, one for each matrix of an operand ``[matrices, I, O]``.
+
+    Attributes:
+        activations: ``[matrices, examples, rows of each, I]``.
+        grads: ``[matrices, examples, rows of each, O]``.
+    """
+
+    activations: Tensor
+    grads: Tensor
+    groups: Groups
+    shape: tuple[int, ...]
+
+    path = "batches of outer products"
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        gradients = []
+        for environment in range(begin, end):
+            members = self.groups.members(environment)
+            rows, grads = (
+                factor[:, members].flatten(1, 2).to(wide_dtype(factor))
+                for factor in (self.activations, self.grads)
+            )
+            gradients.append(torch.bmm(rows.transpose(1, 2), grads))
+        return torch.stack(gradients)
+
+
+@dataclass
+class Convolution(Contribution):
+    """Gradients of the weight of a convolution with zero padding.
+
+    Attributes:
+        images: ``[images, C, *spatial]``.
+        grads: ``[images, O, *positions]``.
+        groups: the environments, of images.
+        shape: ``[O, C / channel_groups, *kernel]``.
+    """
+
+    images: Tensor
+    grads: Tensor
+    groups: Groups
+    shape: tuple[int, ...]
+    stride: list[int]
+    padding: list[int]
+    dilation: list[int]
+    channel_groups: int
+
+    path = "convolution"
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        wide = wide_dtype(self.images)
+        weight = self.images.new_empty(self.shape, dtype=wide)
+        zeros = [0] * len(self.stride)
+        gradients = []
+        for environment in range(begin, end):
+            members = self.groups.part(environment)
+            gradients.append(
+                torch.ops.aten.convolution_backward(
+                    self.grads[members].to(wide), self.images[members].to(wide), weight, None,
+                    self.stride, self.padding, self.dilation, False, zeros, self.channel_groups,
+                    [False, True, False],
+                )[1]
+            )  # fmt: skip
+        return torch.stack(gradients)
+
+
+@dataclass
+class Stacked(Contribution):
+    """Gradients of all environments at once, ``[environments, *shape]``: they are small."""
+
+    grads: Tensor
+    shape: tuple[int, ...]
+    path: str = "sums of products"
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        return self.grads[begin:end]
+
+
+@dataclass
+class Lookup(Contribution):
+    """Gradients of a table of which each row has used one line.
+
+    Attributes:
+        rows: ``[rows, columns]``, the gradients of the rows.
+        lines: ``[rows]``, int64, the line of the table.
+        environments: ``[rows]``, int64.
+        shape: of the table.
+    """
+
+    rows: Tensor
+    lines: Tensor
+    environments: Tensor
+    shape: tuple[int, ...]
+
+    path = "lines of a table"
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        wide = wide_dtype(self.rows)
+        mine = (self.environments >= begin) & (self.environments < end)
+        table = self.rows.new_zeros((end - begin) * self.shape[0], self.shape[1], dtype=wide)
+        at = (self.environments[mine] - begin) * self.shape[0] + self.lines[mine]
+        return table.index_add_(0, at, self.rows[mine].to(wide)).view(end - begin, *self.shape)
+
+    def segments(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the gradients of all lines used in an environment, the lines, the environments."""
+        keys, at = torch.unique(self.environments * self.shape[0] + self.lines, return_inverse=True)
+        sums = self.rows.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.rows))
+        sums.index_add_(0, at, self.rows.to(sums.dtype))
+        return sums, keys % self.shape[0], keys // self.shape[0]
+
+
+@dataclass
+class OneByOne(Contribution):
+    """Any function: its backward formula, called once for each environment."""
+
+    gradients: Callable[[int, int], list[Tensor]]
+    shape: tuple[int, ...]
+    path: str
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        return torch.stack(self.gradients(begin, end))
+
+
+def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
+    """Return the partition of all entries along an axis; several may belong to one example."""
+    if layout.before == layout.after == 1:
+        return groups
+    if groups.size is not None and layout.before == 1:
+        return make_groups(groups.environments, groups.examples * layout.after)
+    return make_groups(ids_of_axis(groups, layout), groups.examples * layout.before * layout.after)
+
+
+def ids_of_axis(groups: Groups, layout: Layout) -> Tensor:
+    """Return the environment of each entry along an axis, int64."""
+    return layout.spread(groups.ids)
+
+
+def add_up(uses: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:
+    """Return the sum of what several uses give to some environments."""
+    total = uses[0](begin, end)
+    for use in uses[1:]:
+        total = total + use(begin, end)
+    return total

@@ -1,0 +1,146 @@
+"""Watching calls of the model: how large the batch is, and which tensors came out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import (
+    _global_forward_hooks_with_kwargs,
+    register_module_forward_hook,
+    register_module_forward_pre_hook,
+)
+
+from ._current import PerEnvironment
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Go through all tensors in nested lists, tuples, dicts and dataclass-like objects."""
+    seen: set[int] = set()
+    stack = [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            yield value
+            continue
+        if isinstance(value, (str, int, float, type, nn.Module)) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, dict):
+            stack += list(value.values())[::-1]
+        elif isinstance(value, (list, tuple)):
+            stack += value[::-1]
+        elif hasattr(value, "__dict__"):
+            kinds = (Tensor, list, tuple, dict)
+            stack += [one for one in vars(value).values() if isinstance(one, kinds)][::-1]
+
+
+def uses_batch(module: _BatchNorm) -> bool:
+    """Return whether a layer takes statistics over all environments."""
+    return (module.training or module.running_mean is None) and not isinstance(
+        module, PerEnvironment
+    )
+
+
+class ForwardRecorder:
+    """Hooks on all modules while the context is open; nothing is attached to the model itself.
+
+    Args:
+        members: the ids of the model's modules, itself among them.
+        batch_dim: which dimension of inputs and outputs is the batch.
+
+    Attributes:
+        sizes: those of the batch in calls of the model, or of parts of it that were called from
+            outside, since :meth:`clear`.
+        batch_norms: the modules that took statistics of the batch since :meth:`clear`.
+        inputs: the tensors that these calls took.
+    """
+
+    def __init__(self, members: set[int], batch_dim: int) -> None:
+        self._members = members
+        self.batch_dim = batch_dim
+        self._depth = 0
+        self._stale = False  # a backward pass has been run since
+        self.paused = False  # while a backward pass runs, which may call modules
+        self._handles: list[Any] = []
+        self.sizes: set[int] = set()
+        self.batch_norms: list[nn.Module] = []
+        self.inputs: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+        self._held: list[weakref.ref[Tensor]] = []
+
+    def __enter__(self) -> None:
+        self._handles = [
+            register_module_forward_pre_hook(self._before),
+            register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+        ]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+            _global_forward_hooks_with_kwargs.pop(handle.id, None)  # torch forgets to
+        self.clear()
+
+    def passed(self) -> None:
+        """Make the next call of the model the first of another forward pass.
+
+        Until then there may be another backward pass, if the outputs are still held elsewhere.
+        """
+        self._stale = True
+        self._held = [weakref.ref(one) for one in self.outputs()]
+        self._outputs = []
+
+    def clear(self) -> None:
+        """Forget what was seen."""
+        self._stale = False
+        self.batch_norms = []
+        self.sizes = set()
+        self.inputs, self._outputs, self._held = [], [], []
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if id(module) in self._members and not self.paused:
+            if self._depth == 0 and self._stale:
+                self.clear()
+            self._depth += 1
+            if isinstance(module, _BatchNorm) and uses_batch(module):
+                self.batch_norms.append(module)
+
+    def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        """Take note of what a module took and returned (only that, if it has raised)."""
+        if id(module) not in self._members or self.paused:
+            return
+        self._depth -= 1
+        if self._depth or not torch.is_grad_enabled() or len(rest) < 2:
+            return
+        kwargs, output = rest
+        inputs = list(tensors_in((args, kwargs)))
+        for tensor in inputs:
+            if tensor.dim() > self.batch_dim:
+                self.sizes.add(tensor.shape[self.batch_dim])
+                break
+        self.inputs += inputs
+        self._outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
+
+    def outputs(self) -> list[Tensor]:
+        """Return the tensors that the calls since :meth:`clear` have returned."""
+        return self._outputs + [one for ref in self._held if (one := ref()) is not None]
+
+    def anchors(self, examples: int) -> list[Tensor]:
+        """Return the outputs that hold the batch."""
+        return [
+            one
+            for one in self.outputs()
+            if one.dim() > self.batch_dim
+            and one.shape[self.batch_dim] == examples
+            and one.is_floating_point()
+        ]

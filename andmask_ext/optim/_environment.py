@@ -1,0 +1,135 @@
+"""``with optimizer.environment():``: how gradients find their way into the moments."""
+
+from __future__ import annotations
+
+import weakref
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ._base import EnvironmentOptimizer
+
+# Gradients are added to the moments together, once they are as large as this: small enough to be
+# in cache still, large enough to make the cost of a call small.
+_FLUSH_BYTES = 2**19
+
+
+class Hook:
+    """Hands a complete gradient to the environment that is open, if one is.
+
+    It holds no strong reference to the optimizer, and copies and pickles as nothing that matters.
+    """
+
+    def __init__(self, optimizer: EnvironmentOptimizer | None) -> None:
+        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
+
+    def __call__(self, param: Tensor) -> None:
+        optimizer = None if self._optimizer is None else self._optimizer()
+        if optimizer is not None and optimizer._current is not None:
+            optimizer._current.receive(param)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return Hook, (None,)
+
+
+class Environment:
+    """The context of one environment."""
+
+    def __init__(
+        self,
+        optimizer: EnvironmentOptimizer,
+        weight: float,
+        micro_batches: int | None,
+        grad_scaler: torch.amp.GradScaler | None,
+    ) -> None:
+        self.grad_scaler = grad_scaler
+        self._optimizer = optimizer
+        self._weight = weight
+        self._micro_batches = micro_batches
+        self._received: dict[int, int] = {}  # id of a parameter -> backward passes
+        self._waiting: dict[int, tuple[list[int], list[Tensor], list[Tensor]]] = {}
+        self._bytes = 0
+
+    def __enter__(self) -> None:
+        if self._received or self._optimizer._current is self:
+            raise RuntimeError("environment: expected a new context for each environment")
+        self._optimizer._enter(self)
+        if self.grad_scaler is not None:
+            self._weight /= self.grad_scaler.get_scale()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        optimizer = self._optimizer
+        optimizer._current = None
+        optimizer._broken = True  # until all below has gone well
+        if kind is not None:
+            return
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:  # fewer passes than micro_batches, or set by hand
+                    self._take(param)
+        self._flush()
+        if not self._received:
+            raise RuntimeError(
+                "environment: expected a backward pass inside that reaches a parameter of this "
+                "optimizer, but none did"
+            )
+        optimizer._leave()
+        optimizer._broken = False
+
+    def receive(self, param: Tensor) -> None:
+        """Take note of one backward pass; take the gradient if it was the last."""
+        passes = self._received.get(id(param), 0) + 1
+        self._received[id(param)] = passes
+        if self._micro_batches is None:
+            return
+        if passes > self._micro_batches:
+            raise RuntimeError(
+                f"environment: expected {self._micro_batches} backward pass(es) to reach a "
+                f"parameter of shape {tuple(param.shape)}, but got one more; say how many there "
+                "are with environment(micro_batches=...), or None for any number (as with "
+                "reentrant checkpointing)"
+            )
+        if passes == self._micro_batches:
+            self._take(param)
+
+    def _take(self, param: Tensor) -> None:
+        grad = param.grad
+        assert grad is not None
+        if grad.layout != torch.strided:
+            raise TypeError(
+                f"environment: expected a dense gradient for a parameter of shape "
+                f"{tuple(param.shape)}, but got layout {str(grad.layout).removeprefix('torch.')} "
+                "(an embedding with sparse=True?)"
+            )
+        param.grad = None
+        self._received.setdefault(id(param), 0)
+        group, index = self._optimizer._slots[id(param)]
+        indices, params, grads = self._waiting.setdefault(group, ([], [], []))
+        indices.append(index)
+        params.append(param)
+        grads.append(grad)
+        self._bytes += grad.nbytes
+        if self._bytes >= _FLUSH_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        for number, (indices, params, grads) in self._waiting.items():
+            group = self._optimizer.param_groups[number]
+            decay = group.get("weight_decay", 0.0)
+            if decay and group.get("weight_decay_mode") == "before_mask":
+                sign = -1.0 if group["maximize"] else 1.0
+                with torch.no_grad():
+                    torch._foreach_add_(
+                        grads, [p.detach() for p in params], alpha=sign * decay / self._weight
+                    )
+            self._optimizer._moments[number].add_some(indices, grads, self._weight)
+        self._waiting.clear()
+        self._bytes = 0

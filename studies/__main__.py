@@ -1,0 +1,90 @@
+"""The command line: ``python -m studies COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+# command -> (module and its function(arguments, prog) -> exit status, what it does)
+COMMANDS = {
+    "spirals": (
+        "studies.spirals.cli:main",
+        "the paper's synthetic memorization study: spirals with shortcuts",
+    ),
+    "correlation": (
+        "studies.correlation:main",
+        "what is left in the gradient, of the mechanism and of the shortcut",
+    ),
+    "linear": (
+        "studies.linear:main",
+        "the authors' linear regression, and the linear unit tests",
+    ),
+    "landscape": (
+        "studies.landscape.cli:main",
+        "loss surfaces, where rules lead on them, the patchwork solution",
+    ),
+    "label-noise": (
+        "studies.label_noise.study:main",
+        "random and noisy labels: every example is an environment",
+    ),
+    "coinrun": (
+        "studies.coinrun:main",
+        "behavioural cloning on CoinRun levels, played on unseen ones",
+    ),
+    "benchmark": (
+        "benchmarks.contest.cli:main",
+        "time and memory of a training step, beside other libraries",
+    ),
+    "report": (
+        "studies.report:main",
+        "one page of all that studies left in a folder",
+    ),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    A command's module is imported only when it is asked for, and so are the packages it needs.
+
+    Args:
+        arguments: the command and what follows it; from the command line when None.
+
+    Returns:
+        The exit status: 0, 1 (a package is missing), 2 (wrong arguments) or 130 (interrupted).
+    """
+    width = max(map(len, COMMANDS))
+    parser = argparse.ArgumentParser(
+        prog="python -m studies",
+        usage="%(prog)s [-h] COMMAND ...",
+        description="Gradients that all environments agree on, and experiments with them.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        + "\n\n'%(prog)s COMMAND --help' says more about one of them.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    prog = f"{parser.prog} {chosen.command}"
+    module, _, function = COMMANDS[chosen.command][0].partition(":")
+    try:
+        run: Callable[[Sequence[str], str], int] = getattr(import_module(module), function)
+    except ImportError as error:
+        # andmask_ext.plots says the same in a sentence of its own.
+        missing = error if isinstance(error, ModuleNotFoundError) else error.__cause__
+        package = (getattr(missing, "name", None) or "").partition(".")[0]
+        if not isinstance(missing, ModuleNotFoundError) or package in ("", "andmask_ext"):
+            raise
+        print(
+            f"{prog}: needs the package {package!r}: pip install -e '.[studies]'",
+            file=sys.stderr,
+        )
+        return 1
+    return run(chosen.arguments, prog)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""One run: a network, a method, labels; accuracies after each epoch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import andmask_ext as am
+
+from ..records import History, RunFiles, Stateful
+from ..study import Outcome, Report, Settings
+from .data import DATA, LABELS, Images, load
+from .networks import NORMS, fast_resnet
+
+GROUPS = 4  # of the group norm where the network is narrower than the paper's
+WIDE = 64  # from here on it has 32, as others use it
+EVALUATION_BATCH = 500
+
+
+@dataclass(frozen=True)
+class NoiseSettings(Settings):
+    """What decides a run of this study, but its seed.
+
+    Args:
+        data: ``"digits"`` or ``"cifar10"``.
+        labels: ``"true"``, ``"random"`` or ``"noisy"``.
+        noise: share of wrong labels, if they are noisy.
+        tau: threshold of the AND-mask; None: plain Adam.
+        rescale: whether the mask makes up for the coordinates that it drops.
+        norm: ``"group"`` or ``"batch"``: see :func:`.networks.fast_resnet`.
+        width: channels after the first convolution.
+        size: side of the images.
+        examples: number of training images; None: all.
+        batch: examples, and so environments, in a step; the last, smaller batch is left out.
+        lr: learning rate.
+        epochs: how often all examples are seen.
+        folder: where CIFAR-10 lies; it does not decide anything, as the files are checked.
+
+    Raises:
+        ValueError: a setting cannot be meant.
+    """
+
+    data: str = "digits"
+    labels: str = "true"
+    noise: float = 0.25
+    tau: float | None = None
+    rescale: bool = False
+    norm: str = "group"
+    width: int = 8
+    size: int = 16
+    examples: int | None = None
+    batch: int = 80
+    lr: float = 5e-4
+    epochs: int = 40
+    folder: str = ""
+
+    def __post_init__(self) -> None:
+        for name, known in (("data", DATA), ("labels", LABELS), ("norm", NORMS)):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        if self.tau is not None and not 0 <= self.tau <= 1:
+            raise ValueError(f"tau: expected a number in [0, 1], got {self.tau}")
+        if not 0 < self.noise < 1:
+            raise ValueError(f"noise: expected a share between 0 and 1, got {self.noise}")
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            raise ValueError(f"lr: expected a finite number > 0, got {self.lr}")
+        smallest = {"epochs": 1, "batch": 1, "width": 1, "examples": self.batch, "size": 8}
+        if self.norm == "batch":
+            smallest["size"] = 16  # its statistics need two positions after three poolings
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}: expected at least {least}, got {value}")
+        if self.data == "cifar10" and not self.folder:
+            raise ValueError("data-dir: expected a folder that holds CIFAR-10, got none")
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the outcome, as JSON can hold it."""
+        unused = {"folder"}
+        if self.labels != "noisy":
+            unused.add("noise")
+        if self.tau is None:
+            unused.add("rescale")
+        return {name: value for name, value in super().identity().items() if name not in unused}
+
+    @property
+    def method(self) -> str:
+        """What people call it."""
+        return "Adam" if self.tau is None else f"AND-mask tau={self.tau:g}"
+
+    def load(self, seed: int) -> Images:
+        """Load the images and their labels.
+
+        Raises:
+            ValueError: as :func:`.data.load`, or there are fewer images than in a batch.
+        """
+        images = load(
+            self.data, self.labels, self.noise, self.size, self.examples, self.folder, seed
+        )
+        if self.batch > len(images.train):
+            raise ValueError(
+                f"batch: expected at most the {len(images.train)} training images, got {self.batch}"
+            )
+        return images
+
+    def network(self, images: Images) -> nn.Module:
+        """Build the network for these images, with weights of torch's generator."""
+        groups = 32 if self.width >= WIDE else GROUPS
+        return fast_resnet(images.train.shape[1], images.classes, self.width, self.norm, groups)
+
+
+class Trainer:
+    """A model, its optimizer, and how they take a step.
+
+    Args:
+        model: to be trained.
+        settings: method, threshold and learning rate.
+    """
+
+    def __init__(self, model: nn.Module, settings: NoiseSettings) -> None:
+        self.model = model
+        self.optimizer: torch.optim.Optimizer
+        self._agreement: am.Agreement | None = None
+        self._tau = settings.tau
+        if settings.tau is None:
+            self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+        else:
+            optimizer = am.optim.AndMaskAdam(
+                model.parameters(), lr=settings.lr, tau=settings.tau, rescale=settings.rescale
+            )
+            self.optimizer, self._agreement = optimizer, am.Agreement(model, optimizer)
+
+    def step(self, images: Tensor, labels: Tensor, measure: bool = False) -> tuple[Tensor, float]:
+        """Take a step on a batch; every example is an environment.
+
+        Args:
+            images: ``[batch, channels, side, side]``.
+            labels: the given ones.
+            measure: also take the share of coordinates that the mask keeps.
+
+        Returns:
+            The loss, and that share (1 without a mask; NaN if not measured).
+        """
+        context: Callable[[], contextlib.AbstractContextManager[None]]
+        context = self._agreement or contextlib.nullcontext
+        with context():
+            loss = F.cross_entropy(self.model(images), labels)
+            loss.backward()
+        kept = math.nan
+        if measure and self._agreement is not None and self._tau is not None:
+            kept = am.metrics.kept_fraction(self._agreement.moments[0], self._tau).item()
+        elif measure:
+            kept = 1.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach(), kept
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the predicted class of each image, in evaluation mode."""
+    model.eval()
+    classes = [model(part).argmax(1) for part in images.split(EVALUATION_BATCH)]
+    model.train()
+    return torch.cat(classes)
+
+
+def accuracies(model: nn.Module, images: Images) -> dict[str, float]:
+    """Measure a model.
+
+    Args:
+        model: trained for some time.
+        images: what it is trained and tested on.
+
+    Returns:
+        ``train``: share of training images predicted as labelled; ``mislabeled``: the same of those
+        with a wrong label; ``recovered``: share of these predicted as what they truly are;
+        ``test``: share of test images that are right. NaN where there are no such images.
+    """
+    predicted = predict(model, images.train)
+    wrong = images.mislabeled
+
+    def share(right: Tensor) -> float:
+        return right.double().mean().item()
+
+    return {
+        "train": share(predicted == images.given),
+        "mislabeled": share((predicted == images.given)[wrong]),
+        "recovered": share((predicted == images.truth)[wrong]),
+        "test": share(predict(model, images.test) == images.test_truth),
+    }
+
+
+def train(settings: NoiseSettings, seed: int, files: RunFiles, report: Report) -> Outcome:
+    """Do one run: see :meth:`studies.study.Study.execute`."""
+    images = settings.load(seed)
+    torch.manual_seed(seed)
+    trainer = Trainer(settings.network(images), settings)
+    history: History = {
+        name: [] for name in ("train", "mislabeled", "recovered", "test", "loss", "kept")
+    }
+    parts: dict[str, Stateful] = {"model": trainer.model, "optimizer": trainer.optimizer}
+    for epoch in files.epochs(settings.epochs, seed, history, parts):
+        losses: list[Tensor] = []
+        kept = math.nan
+        batches = [
+            batch
+            for batch in torch.randperm(len(images.train)).split(settings.batch)
+            if len(batch) == settings.batch
+        ]
+        for number, batch in enumerate(batches, start=1):
+            loss, kept = trainer.step(
+                images.train[batch], images.given[batch], measure=number == len(batches)
+            )
+            losses.append(loss)
+        now = accuracies(trainer.model, images)
+        for name, value in (*now.items(), ("loss", torch.stack(losses).mean().item())):
+            history[name].append(value)
+        history["kept"].append(kept)
+        report(
+            epoch + 1,
+            settings.epochs,
+            f"train {now['train']:.1%}  mislabeled {now['mislabeled']:.1%}  test {now['test']:.1%}",
+        )
+    final = {name: history[name][-1] for name in ("train", "mislabeled", "test")}
+    return Outcome({"final": final, "history": history})
