@@ -70,7 +70,7 @@ def resolve(count: int, size: int, rule: am.rules.Rule) -> list[Row]:
     return measure(
         f"resolve {rule}, {count} x {size}",
         {
-            "andmask": lambda: rule.resolve(moments),
+            "andmask": lambda: rule.update(moments),
             "copy of the sums": lambda: [s.clone() for s in sums],
         },
         bytes_moved=count * size * (8 + sum(BYTES[kind] // 2 for kind in moments.kinds)),
@@ -92,7 +92,7 @@ def main() -> None:
     rules = [
         am.AndMask(0.5),
         am.AndMask(0.5, rescale=True),
-        am.rules.GeometricMean(),
+        am.rules.GeometricMean(1.0),
         am.rules.SandMask(0.5, k=1.0),
     ]
     cases += [lambda size=size, rule=rule: resolve(*size, rule) for size in sizes for rule in rules]

@@ -97,7 +97,7 @@ RULES: dict[am.rules.Rule, Callable[[Tensor], Tensor]] = {
     am.rules.Mean(): lambda g: g.mean(0),
     am.AndMask(TAU): and_mask,
     am.rules.GeometricMean(TAU): geometric_mean,
-    am.rules.SandMask(): sand_mask,
+    am.rules.SandMask(0.5): sand_mask,
     am.rules.MaskedAverage(TAU): masked_average,
     am.rules.AgreementSum(): agreement_sum,
     am.rules.AgreementRandom(): agreement_random,

@@ -208,7 +208,7 @@ def test_without_params_every_leaf_gets_one() -> None:
     am.backward([F.cross_entropy(model(x) + free, y) for x, y in data], RULE)
     assert all(param.grad is not None for param in [*model.parameters(), free])
     leaf = torch.tensor(2.0, requires_grad=True)
-    am.backward([leaf, leaf * 3], am.AndMask())
+    am.backward([leaf, leaf * 3], am.AndMask(1.0))
     assert leaf.grad.item() == 2.0
 
 
@@ -224,7 +224,7 @@ def test_a_common_positive_factor_does_not_change_the_mask() -> None:
 
 def test_non_finite_losses_show_in_the_gradient() -> None:
     weight = torch.ones(2, requires_grad=True)
-    am.backward([weight.sum(), (weight * float("inf")).sum()], am.AndMask())
+    am.backward([weight.sum(), (weight * float("inf")).sum()], am.AndMask(1.0))
     assert not weight.grad.isfinite().any()
 
 
@@ -298,7 +298,7 @@ def test_an_iterator_is_asked_when_the_loss_before_is_done() -> None:
             order.append("loss")
             yield (weight * factor).sum()
 
-    am.backward(losses(), am.AndMask(), [weight])
+    am.backward(losses(), am.AndMask(1.0), [weight])
     assert order == ["loss", "backward", "loss", "backward"]
     assert weight.grad.tolist() == [1.5, 1.5]
 

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
-from .._observers import Observer
+from .._pending import Group, Observer
 from ..agreement import Agreement
 from ..moments import Moments
-from ..optim import TemporalAndMaskAdam
-from ..optim._base import EnvironmentOptimizer
+from ..optim import EnvironmentOptimizer, TemporalAndMaskAdam
 from ..reference import vote_threshold
 from ..rules import AgreementSum, Rule
 from ._inputs import vote_histograms, without_none
@@ -55,7 +54,7 @@ class Monitor(Observer):
     In the steps between nothing is done. In those recorded, one pass is made over sums and votes,
     and the squared norm of each environment's gradient is taken (``coherence=False``: not). Results
     stay on the device of the parameters: nothing waits for it. The source keeps its monitor, until
-    :meth:`close`.
+    :meth:`detach`.
 
     To watch plain training, train with ``AndMask(tau=0.0)``, which is the mean, and say what would
     be kept: ``Monitor(optimizer, tau=0.8)``.
@@ -109,7 +108,7 @@ class Monitor(Observer):
         check_bool("coherence", coherence)
         known: dict[int, str] = {}
         if isinstance(source, Agreement):
-            known = source._names
+            known = source._require_setup("Monitor").names
             if source._optimizer is not None:
                 source = source._optimizer
         elif not isinstance(source, EnvironmentOptimizer):
@@ -130,7 +129,7 @@ class Monitor(Observer):
         self.names: list[str] = []
         # Of each record: metric -> one value for each parameter, and one for all.
         self._records: list[dict[str, Tensor]] = []
-        source._observers.append(self)
+        source._pending.add_observer(self)
 
     def __repr__(self) -> str:
         return (
@@ -138,11 +137,11 @@ class Monitor(Observer):
             f"{_number(len(self.names), 'parameter')}, every {_number(self._every, 'step')})"
         )
 
-    def close(self) -> None:
+    def detach(self) -> None:
         """Stop recording. What has been recorded stays."""
         source = self._source()
-        if source is not None and self in source._observers:
-            source._observers.remove(self)
+        if source is not None:
+            source._pending.remove_observer(self)
 
     # ---- what the source calls ----
 
@@ -150,7 +149,7 @@ class Monitor(Observer):
         return self._coherence and self._step % self._every == 0
 
     @torch.no_grad()
-    def end(self, groups: Sequence[tuple[list[Tensor], Moments, Rule]]) -> None:
+    def end(self, groups: Sequence[Group]) -> None:
         step, self._step = self._step, self._step + 1
         if step % self._every:
             return
@@ -159,7 +158,7 @@ class Monitor(Observer):
             self._rename(names)
         self.names = names
         measured = [
-            self._measure(moments, rule) if moments.touched else {} for _, moments, rule in groups
+            self._measure(moments, rule) if moments._touched else {} for _, moments, rule in groups
         ]
         self._records.append(_joined(groups, measured))
         self.steps.append(step)
@@ -326,12 +325,8 @@ class Monitor(Observer):
             ValueError: they are of other parameters.
         """
         source = self._source()
-        groups: list[list[Tensor]] = []
-        if isinstance(source, Agreement):
-            groups = [source._params]
-        elif source is not None:
-            groups = [group["params"] for group in source.param_groups]
-        own = self._names(groups)
+        groups = [] if source is None else source._rules()
+        own = self._names([params for params, _ in groups])
         if state["names"] and source is not None and state["names"] != own:
             raise ValueError(
                 f"state: expected records of {_number(len(own))} ({_some(own)}), but got "
@@ -345,9 +340,7 @@ class Monitor(Observer):
 _SUMS = ("sizes", "agreement", "kept", "noise", "mean", "masked", "together", "apart")
 
 
-def _joined(
-    groups: Sequence[tuple[list[Tensor], Moments, Rule]], measured: Sequence[dict[str, Tensor]]
-) -> dict[str, Tensor]:
+def _joined(groups: Sequence[Group], measured: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Return the metrics of each parameter, and of all that have them."""
     devices = [found["mean"].device for found in measured if found]
     device = devices[0] if devices else groups[0][0][0].device
@@ -362,10 +355,10 @@ def _joined(
                 continue
             values = found[name].to(device)
             total += values.sum()
-            if len(moments.touched) == len(params):
+            if len(moments._touched) == len(params):
                 parts.append(values)
                 continue
-            there_ = dict(zip(moments.touched, values.split(1), strict=True))
+            there_ = dict(zip(moments._touched, values.split(1), strict=True))
             parts += [there_.get(index, nothing) for index in range(len(params))]
         lacking = any(found and name not in found for found in measured)
         if not any(name in found for found in measured) or (lacking and name == "apart"):

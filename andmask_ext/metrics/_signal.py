@@ -75,7 +75,7 @@ def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
 
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
-            :class:`andmask_ext.Moments` with squares, or whose ``track_norms`` was set.
+            :class:`andmask_ext.Moments` with squares, or with ``"norms"`` among its kinds.
         per_parameter: return one value for each parameter instead of one for all.
 
     Returns:
@@ -126,7 +126,8 @@ def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
         return together, without_none(norms)
     if "squares" not in moments.kinds:
         raise ValueError(
-            f"grads: expected moments with squares, or with track_norms set, but got {moments}"
+            "grads: expected moments with squares, or with norms (kinds=(..., 'norms'), or a "
+            f"Monitor of every step), but got {moments}"
         )
     squares = [one.sum(dtype=torch.float64) for one in without_none(moments.squares)]
     return together, [

@@ -48,7 +48,9 @@ OPTIMIZERS: dict[str, Make] = {
     "wrapped": lambda m: am.optim.EnvironmentWrapper(
         torch.optim.RMSprop(m.parameters(), lr=0.01), am.AndMask(0.6)
     ),
-    "counted": lambda m: am.optim.AndMaskSGD(m.parameters(), lr=0.3, environments=3),
+    "counted": lambda m: am.optim.AndMaskSGD(
+        m.parameters(), lr=0.3, expected_environments=3, tau=1.0
+    ),
 }
 
 
@@ -120,7 +122,7 @@ def test_resolve_and_clip() -> None:
             curved(model, x).backward()
         loop_step(other, twin, x, None)
         for m, o in ((model, optimizer), (other, twin)):
-            o.resolve()
+            o.write_grads()
             torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01)
             o.step()
             o.zero_grad()
@@ -156,7 +158,7 @@ def test_a_gradient_scaler_skips_a_step() -> None:
 
 def test_the_number_of_environments_is_checked() -> None:
     model, x = mlp(), rand(6, 4)
-    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, environments=3)
+    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, expected_environments=3, tau=1.0)
     with am.Agreement(model, optimizer)(2):
         curved(model, x).backward()
     with pytest.raises(RuntimeError, match=r"expected 3 environments .* but got 2"):
@@ -166,7 +168,7 @@ def test_the_number_of_environments_is_checked() -> None:
 def test_decay_before_the_mask_is_refused() -> None:
     model = mlp()
     optimizer = am.optim.AndMaskSGD(
-        model.parameters(), lr=0.1, weight_decay=0.1, weight_decay_mode="before_mask"
+        model.parameters(), lr=0.1, weight_decay=0.1, weight_decay_mode="before_mask", tau=1.0
     )
     with pytest.raises(ValueError, match=r"before_mask.*optimizer\.environment\(\)"):
         am.Agreement(model, optimizer)
@@ -176,7 +178,7 @@ def test_parameters_of_the_optimizer_only() -> None:
     """Others get plain gradients."""
     model, x = mlp(), rand(6, 4)
     expected = torch.autograd.grad(curved(model, x), [model[0].weight, model[3].bias])
-    optimizer = am.optim.AndMaskSGD(model[2].parameters(), lr=0.1)
+    optimizer = am.optim.AndMaskSGD(model[2].parameters(), lr=0.1, tau=1.0)
     with pytest.raises(ValueError, match="params: expected None or the parameters of the"):
         am.Agreement(model, optimizer, params=model.parameters())
     with am.Agreement(model, optimizer, params=list(model[2].parameters()))():

@@ -54,7 +54,7 @@ def test_contexts_without_resolve() -> None:
     agreement = am.Agreement(model, RULE)
     for _ in range(2):
         for x in batches[:-1]:
-            with agreement(2, resolve=False):
+            with agreement(2, write_grads=False):
                 curved(model, x).backward()
             assert model[0].bias.grad is None
             assert (model[0].weight.grad == 1).all()
@@ -238,7 +238,7 @@ def test_an_exception_changes_nothing(where: str, optimizer: bool) -> None:
     with agreement():
         curved(model, x).backward()
     if optimizer:
-        rule.resolve()
+        rule.write_grads()
     assert_grads(model, grads)
 
 

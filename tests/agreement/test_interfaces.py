@@ -119,10 +119,10 @@ def test_scalar_outputs_of_each_example() -> None:
     ("arguments", "error", "message"),
     [
         ({"model": lambda x: x}, TypeError, "model: expected a torch.nn.Module, but got function"),
-        ({"rule": am.AndMask}, TypeError, "rule: .* but got AndMask"),
-        ({"rule": 0.5}, TypeError, "rule: .* but got float"),
-        ({"rule": am.rules.Median()}, TypeError, r"rule: .* on moments, but Median\(\)"),
-        ({"rule": lambda g: g.mean(0)}, TypeError, "rule: .* but got function"),
+        ({"optimizer_or_rule": am.AndMask}, TypeError, "optimizer_or_rule: .* got AndMask"),
+        ({"optimizer_or_rule": 0.5}, TypeError, "optimizer_or_rule: .* but got float"),
+        ({"optimizer_or_rule": am.rules.Median()}, TypeError, r"rule: .* but Median\(\)"),
+        ({"optimizer_or_rule": lambda g: g.mean(0)}, TypeError, "but got function"),
         ({"loss_reduction": "none"}, ValueError, "loss_reduction: .* 'none'"),
         ({"batch_dim": -1}, ValueError, "batch_dim: .* -1"),
         ({"batch_dim": 1.0}, ValueError, "batch_dim: .* 1.0"),
@@ -141,7 +141,7 @@ def test_wrong_arguments(
     arguments: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        am.Agreement(**{"model": nn.Linear(2, 2), "rule": RULE, **arguments})
+        am.Agreement(**{"model": nn.Linear(2, 2), "optimizer_or_rule": RULE, **arguments})
 
 
 @pytest.mark.parametrize(

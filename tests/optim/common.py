@@ -15,13 +15,18 @@ optim = am.optim
 
 # Every optimizer that takes environments, on parameters (or groups of them).
 MAKERS: dict[str, Callable[..., Any]] = {
-    "sgd": lambda params, **kw: optim.AndMaskSGD(params, lr=0.1, momentum=0.9, **kw),
-    "adam": lambda params, **kw: optim.AndMaskAdam(params, lr=0.1, amsgrad=True, **kw),
-    "adamw": lambda params, **kw: optim.AndMaskAdamW(params, lr=0.1, **kw),
-    "wrapper": lambda params, tau=1.0, rule=None, **kw: optim.EnvironmentWrapper(
-        torch.optim.RMSprop(params, lr=0.1), rule or am.AndMask(tau), **kw
+    "sgd": lambda params, **kw: optim.AndMaskSGD(params, lr=0.1, momentum=0.9, **unanimous(kw)),
+    "adam": lambda params, **kw: optim.AndMaskAdam(params, lr=0.1, amsgrad=True, **unanimous(kw)),
+    "adamw": lambda params, **kw: optim.AndMaskAdamW(params, lr=0.1, **unanimous(kw)),
+    "wrapper": lambda params, **kw: optim.EnvironmentWrapper(
+        torch.optim.RMSprop(params, lr=0.1), **unanimous(kw)
     ),
 }
+
+
+def unanimous(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with ``tau=1``, unless they say something else of the rule."""
+    return options if {"tau", "rule"} & options.keys() else {"tau": 1.0, **options}
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
