@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import andmask_ext as am
 from andmask_ext import metrics, reference
 from andmask_ext.metrics._monitor import METRICS
+from tests.models import mlp
 from tests.optim.common import (
     MAKERS,
     backward,
     batches,
     environments,
-    mlp,
     parameters,
     random_grads,
     train_step,
@@ -89,7 +89,7 @@ def test_training_is_the_same_to_the_bit(maker: str) -> None:
 @pytest.mark.parametrize("with_optimizer", [False, True])
 def test_an_agreement(with_optimizer: bool) -> None:
     model = mlp()
-    x, y = torch.randn(6, 5), torch.randn(6, 2)
+    x, y = torch.randn(6, 4), torch.randn(6, 3)
     grads = []
     for row in range(6):
         loss = nn.functional.mse_loss(model(x[row : row + 1]), y[row : row + 1])
@@ -114,7 +114,7 @@ def test_micro_batches_of_an_agreement_are_one_record() -> None:
     monitor = metrics.Monitor(agreement, every=1)
     for part in range(3):
         with agreement(2, resolve=part == 2):
-            model(torch.randn(4, 5)).square().mean().backward()
+            model(torch.randn(4, 4)).square().mean().backward()
     assert monitor.steps == [0]
     assert monitor.total("noise_kept_fraction")[0].item() == pytest.approx(
         metrics.noise_kept_fraction(6, 0.5)
@@ -400,13 +400,13 @@ def test_norms_that_the_user_wants_are_tracked_in_every_step() -> None:
     agreement.moments[0].track_norms = True
     for _ in range(3):
         with agreement():
-            model(torch.randn(4, 5)).square().mean().backward()
+            model(torch.randn(4, 4)).square().mean().backward()
         assert torch.isfinite(metrics.coherence(agreement.moments[0]))
     agreement.moments[0].track_norms = False
     tracked = []
     for _ in range(2):
         with agreement():
-            model(torch.randn(4, 5)).square().mean().backward()
+            model(torch.randn(4, 4)).square().mean().backward()
         tracked.append(agreement.moments[0].squared_norms is not None)
     assert tracked == [False, True]
 
@@ -446,7 +446,7 @@ def test_a_step_that_reaches_no_parameter() -> None:
     monitor = metrics.Monitor(agreement, every=1)
     other = torch.ones((), requires_grad=True)
     with agreement():
-        model(torch.randn(4, 5))
+        model(torch.randn(4, 4))
         (other * 1).backward()
     assert monitor.steps == [0]
     assert all(torch.isnan(value) for value in monitor.latest.values())

@@ -14,7 +14,7 @@ import andmask_ext as am
 
 pytestmark = pytest.mark.cpu_only
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def build(tmp_path: Path, **environment: str) -> str:
