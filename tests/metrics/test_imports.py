@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = pytest.mark.no_device
 
 
 @pytest.mark.parametrize("missing", ["numpy", "scipy", "pandas", "matplotlib", "tqdm"])

@@ -465,7 +465,7 @@ def test_the_optimizer_is_freed_with_its_last_reference() -> None:
     monitor.close()
 
 
-@pytest.mark.cpu_only
+@pytest.mark.no_device
 def test_norms_of_large_parameters() -> None:
     """Equal environments have a coherence of their number, however long the gradient is."""
     param = nn.Parameter(torch.zeros(6_000_000))

@@ -12,8 +12,6 @@ import pytest
 
 import andmask_ext as am
 
-pytestmark = pytest.mark.cpu_only
-
 ROOT = Path(__file__).parents[2]
 
 
