@@ -100,7 +100,7 @@ def test_a_source_distribution_has_all_that_the_build_reads(tmp_path: Path) -> N
     unpacked = tmp_path / archive.name.removesuffix(".tar.gz")
     needed = [ROOT / name for name in ("CMakeLists.txt", "LICENSE", "README.md", "setup.py")]
     needed += [ROOT / "pyproject.toml", ROOT / "andmask_ext" / "py.typed"]
-    needed += [path for path in (ROOT / "andmask_ext").rglob("*.py")]
+    needed += (ROOT / "andmask_ext").rglob("*.py")
     for folder in ("cmake", "csrc"):
         needed += [path for path in (ROOT / folder).rglob("*") if path.is_file()]
     assert len(needed) > 100
