@@ -36,8 +36,10 @@ def markdown(summary: dict[str, Any], folder: Path, figures: Path) -> str:
             for claim in summary["claims"]
         ]
         parts.append("\n".join(marks))
-    for table in summary["tables"]:
-        parts.append(f"*{table['title']}*\n\n{_table(table['columns'], table['rows'])}")
+    parts += [
+        f"*{table['title']}*\n\n{_table(table['columns'], table['rows'])}"
+        for table in summary["tables"]
+    ]
     for picture in summary["pictures"]:
         name = f"results-{summary['study']}-{picture['file']}".replace(
             f"{summary['study']}-{summary['study']}", summary["study"]

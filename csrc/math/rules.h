@@ -2,7 +2,7 @@
 //
 // To add one: a struct with the members of `Mean`, its name in `MomentRules`, a twin in
 // andmask_ext/reference.py, a class in andmask_ext/rules.py, a line in the table of
-// tests/rule_table.py.
+// tests/rules/rule_table.py.
 #pragma once
 
 #include "agreement.h"

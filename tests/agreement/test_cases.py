@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved
 from .exact_loop import RULE, check
 from .layers import Function, rand
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return (out.sin() + 0.3 * out).mean()
 
 
 def test_one_environment_with_batch_norm_is_plain_training() -> None:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import andmask_ext as am
 from andmask_ext.agreement import _accumulator, _gramian
 
+from ..models import curved
 from .exact_loop import loop
 from .layers import LAYERS, batches
-from .test_layers import Scaled, curved, environments
+from .test_layers import Scaled, environments
 
 EXAMPLES = max(6, settings().max_examples // 8)
 

@@ -16,13 +16,9 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved
 from .exact_loop import RULE, check, compare, loop, or_refused
 from .layers import Function, rand
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return (out.sin() + 0.3 * out).mean()
 
 
 def steps(model: nn.Module, batches: Sequence[Tensor], maybe_refused: bool = False) -> None:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 import andmask_ext as am
 from andmask_ext import metrics, reference
 from andmask_ext.metrics._monitor import METRICS
+from tests.models import mlp
 from tests.optim.common import (
     MAKERS,
     backward,
     batches,
     environments,
-    mlp,
     parameters,
     random_grads,
     train_step,
@@ -89,7 +89,7 @@ def test_training_is_the_same_to_the_bit(maker: str) -> None:
 @pytest.mark.parametrize("with_optimizer", [False, True])
 def test_an_agreement(with_optimizer: bool) -> None:
     model = mlp()
-    x, y = torch.randn(6, 5), torch.randn(6, 2)
+    x, y = torch.randn(6, 4), torch.randn(6, 3)
     grads = []
     for row in range(6):
         loss = nn.functional.mse_loss(model(x[row : row + 1]), y[row : row + 1])
@@ -114,7 +114,7 @@ def test_micro_batches_of_an_agreement_are_one_record() -> None:
     monitor = metrics.Monitor(agreement, every=1)
     for part in range(3):
         with agreement(2, write_grads=part == 2):
-            model(torch.randn(4, 5)).square().mean().backward()
+            model(torch.randn(4, 4)).square().mean().backward()
     assert monitor.steps == [0]
     assert monitor.total("noise_kept_fraction")[0].item() == pytest.approx(
         metrics.noise_kept_fraction(6, 0.5)
@@ -399,12 +399,12 @@ def test_a_monitor_of_every_step_gives_norms_to_the_user_as_well() -> None:
     monitor = metrics.Monitor(agreement, every=1)
     for record in range(3):
         with agreement():
-            model(torch.randn(4, 5)).square().mean().backward()
+            model(torch.randn(4, 4)).square().mean().backward()
         coherence = metrics.coherence(agreement.moments[0])
         assert coherence.item() == pytest.approx(monitor.total("coherence")[record].item())
     monitor.detach()
     with agreement():
-        model(torch.randn(4, 5)).square().mean().backward()
+        model(torch.randn(4, 4)).square().mean().backward()
     assert agreement.moments[0].squared_norms is None
 
 
@@ -443,7 +443,7 @@ def test_a_step_that_reaches_no_parameter() -> None:
     monitor = metrics.Monitor(agreement, every=1)
     other = torch.ones((), requires_grad=True)
     with agreement():
-        model(torch.randn(4, 5))
+        model(torch.randn(4, 4))
         (other * 1).backward()
     assert monitor.steps == [0]
     assert all(torch.isnan(value) for value in monitor.latest.values())
@@ -462,7 +462,7 @@ def test_the_optimizer_is_freed_with_its_last_reference() -> None:
     monitor.detach()
 
 
-@pytest.mark.cpu_only
+@pytest.mark.no_device
 def test_norms_of_large_parameters() -> None:
     """Equal environments have a coherence of their number, however long the gradient is."""
     param = nn.Parameter(torch.zeros(6_000_000))

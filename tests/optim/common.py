@@ -65,12 +65,8 @@ def assert_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
         assert torch.equal(a.detach(), b.detach())
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
-
-
 def batches(environments: int = 4) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(8, 5), torch.randn(8, 2)) for _ in range(environments)]
+    return [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(environments)]
 
 
 def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

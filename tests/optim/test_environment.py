@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import andmask_ext as am
 
+from ..models import mlp
 from .common import (
     MAKERS,
     assert_equal,
@@ -21,7 +22,6 @@ from .common import (
     batches,
     environments,
     losses,
-    mlp,
     optim,
     parameters,
     random_grads,
@@ -259,7 +259,7 @@ def test_reentrant_checkpointing_twice_over_needs_micro_batches_none() -> None:
     model = mlp()
 
     def loss() -> Tensor:
-        x = torch.randn(8, 5, requires_grad=True)
+        x = torch.randn(8, 4, requires_grad=True)
         return sum(checkpoint(model, x, use_reentrant=True).sum() for _ in range(2))
 
     optimizer = sgd(model.parameters())

@@ -11,7 +11,8 @@ from torch import nn
 from torch.amp import GradScaler
 from torch.nn.utils import clip_grad_norm_
 
-from .common import assert_equal, mlp, optim, parameters, random_grads, values
+from ..models import mlp
+from .common import assert_equal, optim, parameters, random_grads, values
 
 
 def step(optimizer: torch.optim.Optimizer, params: list[nn.Parameter], scale: float = 1.0) -> None:
@@ -101,7 +102,7 @@ def test_with_a_grad_scaler_clipping_and_a_scheduler() -> None:
     before = values(model.parameters())
     for value in (float("inf"), 1.0):
         optimizer.zero_grad()
-        scaler.scale((model(torch.randn(3, 5)) * value).sum()).backward()
+        scaler.scale((model(torch.randn(3, 4)) * value).sum()).backward()
         scaler.unscale_(optimizer)
         clip_grad_norm_(model.parameters(), 1.0)
         scaler.step(optimizer)

@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 import andmask_ext as am
 
+from ..models import mlp
 from .common import (
     assert_equal,
     batches,
     environments,
     losses,
-    mlp,
     optim,
     parameters,
     random_grads,

@@ -7,8 +7,6 @@ import andmask_ext
 from andmask_ext import plots
 from andmask_ext.metrics import landscapes
 
-pytestmark = pytest.mark.cpu_only
-
 BOWLS = landscapes.quadratics([[[3.0, 1.0], [1.0, 1.0]], [[1.0, -0.5], [-0.5, 2.0]]]).losses
 STARTS = torch.tensor([[1.0, 2.0], [-2.0, 0.5], [0.0, -1.0]]).double()
 

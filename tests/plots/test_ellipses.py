@@ -10,8 +10,6 @@ from andmask_ext import metrics, plots
 
 from .pictures import draw
 
-pytestmark = pytest.mark.cpu_only
-
 
 def positive_definite(count, condition=1.0):
     factors = torch.randn(count, 2, 2).double()

@@ -7,8 +7,6 @@ import andmask_ext
 from andmask_ext import plots
 from andmask_ext.metrics import landscapes
 
-pytestmark = pytest.mark.cpu_only
-
 
 def at(point):
     return torch.tensor(point, dtype=torch.float64)

@@ -13,8 +13,6 @@ from andmask_ext.plots._surfaces import lines_of, surfaces_of
 
 from .pictures import colour_at, draw, texts
 
-pytestmark = pytest.mark.cpu_only
-
 EXAMPLE = landscapes.two_minima()
 
 

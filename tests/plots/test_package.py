@@ -18,8 +18,6 @@ from andmask_ext.metrics import landscapes
 
 from .pictures import Correlations, Curve, Histogram, Monitor, draw
 
-pytestmark = pytest.mark.cpu_only
-
 EXAMPLE = landscapes.two_minima()
 STARTS = torch.tensor([[2.6, -0.8], [-2.0, -1.0]])
 FIGURES = {

@@ -31,8 +31,6 @@ from benchmarks.contest.results import Results, summarise
 
 from .common import assert_picture, read_records, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

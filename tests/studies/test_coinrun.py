@@ -33,8 +33,6 @@ from studies.coinrun.training import (
 from studies.records import RunFiles
 from studies.study import Finished, Run
 
-pytestmark = pytest.mark.cpu_only
-
 # ---- the expert, in a corridor ----
 
 LEFT, WAIT, UP, RIGHT = (ACTIONS.index(one) for one in ("left", "wait", "up", "right"))

@@ -16,8 +16,6 @@ pytest.importorskip("sklearn")
 from studies.coinrun.data import game_version
 from studies.coinrun.player import always, follow, greedy, play, sampled, uniform
 
-pytestmark = pytest.mark.cpu_only
-
 # Level k ends after k + 1 actions, with a reward if all of them were k. Frames show k, and how
 # many actions came.
 SERVER = """

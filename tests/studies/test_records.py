@@ -7,8 +7,6 @@ import torch
 
 from studies.records import RunFiles, canonical, write_atomically
 
-pytestmark = pytest.mark.cpu_only
-
 IDENTITY = {"study": "x", "settings": {"tau": 0.8, "decay": (0.5, 0.75)}, "seed": 0}
 
 

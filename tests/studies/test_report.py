@@ -21,8 +21,6 @@ from . import toy
 from .browser import Browser, start
 from .common import run
 
-pytestmark = pytest.mark.cpu_only
-
 TEST = ["51.20 ± 0.94", "9.50 ± 0.1", None, "100.00 ± 0.00", DASH]
 DECAY = [1e-9, 0.001, 0.5, None, 3e-7]
 METHODS = ["mean", "AND-mask <b>τ</b> & more", "seed10", "seed9", "mean"]

@@ -11,8 +11,6 @@ from studies.report.cells import DASH, cell, duration, number
 from studies.report.collect import FoundRecord, collect
 from studies.report.runs import lay_out, split
 
-pytestmark = pytest.mark.cpu_only
-
 
 def test_texts_are_sorted_as_the_numbers_they_begin_with():
     for text, expected in {

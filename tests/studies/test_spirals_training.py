@@ -13,8 +13,6 @@ from studies.spirals import PAPER, RELEASED, Settings, build_model, train
 from studies.spirals.methods import Learner
 from studies.spirals.training import batches, build_optimizer, train_epoch
 
-pytestmark = pytest.mark.cpu_only
-
 TINY = replace(
     PAPER,
     environments=3,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import andmask_ext as am
 
-from . import strategies
-from .conftest import cuda_kernels
+from .. import strategies
+from ..conftest import cuda_kernels
 from .rule_table import TABLE, assert_matches_reference, examples
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
