@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._dtypes import wide_dtype
+
 # Elements whose squares are added up in the tensor's own precision; their sums join in float64.
 # (torch.linalg.vector_norm of 16 million float32 numbers on a CPU is .06 % too small.)
 _PART = 1 << 14
@@ -16,7 +18,7 @@ def squared_norms(rows: Tensor) -> Tensor:
     In float32 (of float32) squares beyond its range are lost, as in
     ``torch.nn.utils.clip_grad_norm_``.
     """
-    wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(rows)
     whole = rows.shape[1] // _PART * _PART
     parts = rows[:, :whole].unflatten(1, (-1, _PART)) if whole else rows[:, None, :0]
     norms: Tensor = torch.linalg.vector_norm(parts, dim=2, dtype=wide).double().square().sum(1)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, check_weight
+from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
+from ._dtypes import dtype_name, wide_dtype
 from ._norms import squared_norm
 
 if TYPE_CHECKING:
@@ -308,7 +309,7 @@ class Moments:
     def _dtype(self, kind: str, param: Tensor) -> torch.dtype:
         if kind == "votes":
             return self._vote_type
-        return torch.float64 if param.dtype == torch.float64 else torch.float32
+        return wide_dtype(param)
 
     def _lists(self, indices: Sequence[int]) -> list[list[Any]]:
         """Sum, votes, squares and logs of some parameters; those not kept are empty."""
@@ -495,17 +496,13 @@ class Moments:
         param = self._params[index]
         if not isinstance(grad, Tensor):
             raise TypeError(f"grads[{index}]: expected a Tensor, but got {type(grad).__name__}")
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"grads[{index}]: expected a dense tensor, but got layout "
-                f"{str(grad.layout).removeprefix('torch.')} (an embedding with sparse=True?)"
-            )
+        check_dense_grad(f"grads[{index}]", grad)
         if grad.shape != shape:
             raise ValueError(f"grads[{index}]: expected shape {shape}, but got {tuple(grad.shape)}")
         if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
             raise TypeError(
-                f"grads[{index}]: expected dtype {str(param.dtype).removeprefix('torch.')}, "
-                f"but got {str(grad.dtype).removeprefix('torch.')}"
+                f"grads[{index}]: expected dtype {dtype_name(param.dtype)}, "
+                f"but got {dtype_name(grad.dtype)}"
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool
+from .._dtypes import wide_dtype
 from ._inputs import Entries, Gradients, entries_of, without_none
 
 __all__ = ["coherence", "signal_to_noise"]
@@ -113,10 +114,7 @@ def squared_norm(tensor: Tensor) -> Tensor:
 def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
     """Return ``|sum_e g_e|^2`` and ``sum_e |g_e|^2`` of each parameter."""
     if entries.stacked is not None:
-        wide = [
-            grads.sum(0, dtype=torch.float64 if grads.dtype == torch.float64 else torch.float32)
-            for grads in entries.stacked
-        ]
+        wide = [grads.sum(0, dtype=wide_dtype(grads)) for grads in entries.stacked]
         return [squared_norm(one) for one in wide], [squared_norm(g) for g in entries.stacked]
     moments = entries.moments
     assert moments is not None
@@ -141,7 +139,7 @@ def _sums_and_squares(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
         return without_none(moments.sum), without_none(moments.squares)
     sums, squares = [], []
     for grads in entries.stacked:
-        wide = grads if grads.dtype == torch.float64 else grads.float()
+        wide = grads.to(wide_dtype(grads))
         sums.append(wide.sum(0))
         columns = wide.reshape(len(grads), -1).split(max(1, _CHUNK // len(grads)), 1)
         variances = torch.cat([part.double().var(0, correction=0) for part in columns])

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._checks import check_dense_grad
+
 if TYPE_CHECKING:
     from ._base import EnvironmentOptimizer
 
@@ -103,12 +105,7 @@ class Environment:
     def _take(self, param: Tensor) -> None:
         grad = param.grad
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"environment: expected a dense gradient for a parameter of shape "
-                f"{tuple(param.shape)}, but got layout {str(grad.layout).removeprefix('torch.')} "
-                "(an embedding with sparse=True?)"
-            )
+        check_dense_grad("environment", grad)
         param.grad = None
         self._received.setdefault(id(param), 0)
         group, index = self._optimizer._slots[id(param)]

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..._dtypes import dtype_name
+
 Params: TypeAlias = "Tensor | dict[str, Tensor]"
 Loss: TypeAlias = Callable[[Params], Tensor]
 
@@ -70,8 +72,7 @@ class Problem:
         self.point = self.layout.flatten(params)  # type: ignore[arg-type]
         if self.point.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                "params: expected dtype float32 or float64, "
-                f"but got {str(self.point.dtype).removeprefix('torch.')}"
+                f"params: expected dtype float32 or float64, but got {dtype_name(self.point.dtype)}"
             )
         self.losses = _check_losses(losses)
         self.looped: dict[int, str] = {}
@@ -102,7 +103,7 @@ class Problem:
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
                 f"losses[{environment}]: expected a 0-dim floating-point Tensor, "
-                f"but got shape {list(value.shape)} and {value.dtype}"
+                f"but got shape {list(value.shape)} and {dtype_name(value.dtype)}"
             )
         return value
 
@@ -209,7 +210,8 @@ class Problem:
             if eps < 16 * digits * abs(one):
                 raise ValueError(
                     f"eps: expected at least {16 * digits * abs(one):.2g}, as losses[{e}] is "
-                    f"{one:.4g} and {self.point.dtype} tells no less apart, but got {eps:g}"
+                    f"{one:.4g} and {dtype_name(self.point.dtype)} tells no less apart, "
+                    f"but got {eps:g}"
                 )
             for other, how in zip(others, ("a second call", "torch.func.vmap"), strict=True):
                 if not abs(one - other) <= max(math.sqrt(digits) * abs(one), 1e-3 * eps):
