@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_bool, check_tau
 from ..agreement import Agreement
-from ..reference import vote_threshold
+from ..rules._threshold import vote_threshold
 from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]

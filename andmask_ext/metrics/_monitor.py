@@ -15,8 +15,8 @@ from ..agreement import Agreement
 from ..moments import Moments
 from ..optim import TemporalAndMaskAdam
 from ..optim._base import EnvironmentOptimizer
-from ..reference import vote_threshold
 from ..rules import AgreementSum, Rule
+from ..rules._threshold import vote_threshold
 from ._inputs import vote_histograms, without_none
 from ._signal import squared_norm
 from ._votes import noise_kept_fraction

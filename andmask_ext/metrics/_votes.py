@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._checks import check_bool, check_tau
 from ..moments import Moments
-from ..reference import vote_threshold
+from ..rules._threshold import vote_threshold
 from ._inputs import Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = [
