@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import andmask_ext as am
-from andmask_ext.agreement import _gramian, _session
+from andmask_ext.agreement import _accumulator, _gramian
 
 from .exact_loop import loop
 from .layers import LAYERS, batches
@@ -99,7 +99,7 @@ def test_from_factors_and_from_gradients(
 
 @pytest.mark.parametrize("scratch", [1, 20_000])
 def test_a_few_environments_at_a_time(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_gramian, _session):
+    for module in (_gramian, _accumulator):
         monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
     model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(30, 4)).double()
     check(model, torch.randn(8, 2, 8, dtype=torch.float64), None)
