@@ -74,3 +74,19 @@ def check_weight(weight: object) -> None:
         raise TypeError(f"weight: expected a number, but got {type(weight).__name__}")
     if not 0 < weight < float("inf"):
         raise ValueError(f"weight: expected a positive finite number, but got {weight}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, but got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, but got {value}")
+
+
+def check_generator(generator: object) -> None:
+    """Raise unless ``generator`` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, but got {type(generator).__name__}"
+        )

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import check_number
+from ..._checks import check_count, check_number
 from ..._dtypes import dtype_name
-from ._arguments import check_count
 from ._problem import FlatLayout, Params
 
 
@@ -128,7 +127,7 @@ def _of_diagonals(hessians: object) -> HessianMeans:
         )
     if len(hessians) == 0:
         raise ValueError("hessians: expected at least 1 diagonal, but got none")
-    if all(_is_symmetric_matrix(one) for one in hessians):
+    if all(_is_symmetric_matrix(hessian) for hessian in hessians):
         raise ValueError(
             "hessians: expected matrices in one Tensor [d, n, n] (torch.stack them) or a sequence "
             "of diagonals, but got a sequence of symmetric matrices"
