@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._dtypes import wide_dtype
+
 KINDS = ("votes", "squares", "logs")  # beside "sum", in the order that the native ops take them
 _LOG_OF_ZERO = math.log(1e-10)
 _VOTE_DTYPES = (torch.int8, torch.int16, torch.int32)
@@ -94,7 +96,7 @@ class Memory:
     def _dtype(self, kind: str, param: Tensor) -> torch.dtype:
         if kind == "votes":
             return self._vote_dtype
-        return torch.float64 if param.dtype == torch.float64 else torch.float32
+        return wide_dtype(param)
 
     def merge(self, other: Memory, count: int, other_count: int) -> None:
         """Add other sums of the same parameters and kinds.

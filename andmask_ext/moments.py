@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, check_weight
+from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
+from ._dtypes import dtype_name
 from ._memory import KINDS, Memory
 from ._norms import squared_norm
 
@@ -376,17 +377,13 @@ class Moments:
         param = self._params[index]
         if not isinstance(grad, Tensor):
             raise TypeError(f"grads[{index}]: expected a Tensor, but got {type(grad).__name__}")
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"grads[{index}]: expected a dense tensor, but got layout "
-                f"{str(grad.layout).removeprefix('torch.')} (an embedding with sparse=True?)"
-            )
+        check_dense_grad(f"grads[{index}]", grad)
         if grad.shape != shape:
             raise ValueError(f"grads[{index}]: expected shape {shape}, but got {tuple(grad.shape)}")
         if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
             raise TypeError(
-                f"grads[{index}]: expected dtype {str(param.dtype).removeprefix('torch.')}, "
-                f"but got {str(grad.dtype).removeprefix('torch.')}"
+                f"grads[{index}]: expected dtype {dtype_name(param.dtype)}, "
+                f"but got {dtype_name(grad.dtype)}"
             )
 
 

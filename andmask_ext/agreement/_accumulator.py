@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._devices import by_device
+from .._dtypes import wide_dtype
 from .._norms import squared_norm
 from ..moments import Moments
 from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Stacked, add_up
 from ._gramian import Gramian, Part, exact
 from ._graph import Graph, Operand
 from ._groups import Groups
-from ._layout import wide_dtype
 from ._views import View
 
 # Gradients of several environments are held only in buffers of at most this size.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._checks import check_dense_grad
 from .._pending import PendingStep
 
 # Gradients are added to the moments together, once they are as large as this: small enough to be
@@ -99,12 +100,7 @@ class Environment:
     def _take(self, param: Tensor) -> None:
         grad = param.grad
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"environment: expected a dense gradient for a parameter of shape "
-                f"{tuple(param.shape)}, but got layout {str(grad.layout).removeprefix('torch.')} "
-                "(an embedding with sparse=True?)"
-            )
+        check_dense_grad("environment", grad)
         param.grad = None
         self._received.setdefault(id(param), 0)
         group, index = self._pending.slots[id(param)]

@@ -2,8 +2,8 @@
 
 Each follows one parameter. ``step`` takes the stacked gradients of its environments
 ``[d, *shape]`` (those of :class:`TemporalAndMaskAdam`: one gradient ``[*shape]``) and returns the
-parameter after it. Tests compare the native optimizers with these, step by step; nothing else uses
-them.
+parameter after it. Tests compare the native optimizers with these, step by step; no other module
+of the package imports them.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3 and

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._checks import check_bool, check_dtype, check_tau
+from .._checks import check_bool, check_dense_grad, check_dtype, check_tau
 from .._devices import by_device
 from ._checks import check_betas, check_lr, check_range
 from ._state import load_wide_state, no_steps, zeros_like_wide
@@ -135,11 +135,8 @@ class TemporalAndMaskAdam(Optimizer):
             if not params:
                 continue
             for index, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"params[{index}].grad: expected a dense tensor, but got layout "
-                        f"{str(param.grad.layout).removeprefix('torch.')}"
-                    )
+                if param.grad is not None:
+                    check_dense_grad(f"params[{index}].grad", param.grad)
             for places in by_device(params):
                 self._step_some(group, [params[place] for place in places])
         return loss

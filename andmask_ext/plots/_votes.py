@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .._checks import check_bool, check_tau
-from ..reference import vote_threshold
+from ..rules._threshold import vote_threshold
 from . import palette
 from ._data import Curve, Votes
 from .style import (

@@ -138,8 +138,3 @@ class Rule:
     def _noise(self, grads: Tensor) -> Tensor | None:
         """Draw what the rule needs of random numbers, from torch's global generator."""
         return None
-
-
-def wide_dtype(grads: Tensor) -> torch.dtype:
-    """Return the dtype that the rules compute in."""
-    return torch.float64 if grads.dtype == torch.float64 else torch.float32

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 from andmask_ext import metrics, reference
-from andmask_ext.metrics._monitor import METRICS
+from andmask_ext.metrics._record import METRICS
 from tests.models import mlp
 from tests.optim.common import (
     MAKERS,
@@ -40,7 +40,7 @@ def expected(grads: list[Tensor], tau: float) -> dict[str, list[float]]:
         mask = reference.agreement_mask(one, tau)
         rows["sign_agreement"].append((reference.votes(one).abs() / len(one)).mean().item())
         rows["kept_fraction"].append(mask.mean().item())
-        rows["noise_kept_fraction"].append(metrics.noise_kept_fraction(len(one), tau))
+        rows["noise_kept_fraction"].append(metrics.noise_kept_probability(len(one), tau))
         rows["norm"].append(mean.norm().item())
         rows["masked_norm"].append((mask * mean).norm().item())
         rows["coherence"].append((one.sum(0).square().sum() / one.square().sum()).item())
@@ -117,7 +117,7 @@ def test_micro_batches_of_an_agreement_are_one_record() -> None:
             model(torch.randn(4, 4)).square().mean().backward()
     assert monitor.steps == [0]
     assert monitor.total("noise_kept_fraction")[0].item() == pytest.approx(
-        metrics.noise_kept_fraction(6, 0.5)
+        metrics.noise_kept_probability(6, 0.5)
     )
     assert torch.isfinite(monitor.total("coherence")).all()
 

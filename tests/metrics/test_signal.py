@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -188,3 +190,13 @@ def test_squared_norms_of_all_lengths_and_layouts() -> None:
     for tensor in tensors:
         exact = tensor.double().square().sum().item()
         assert squared_norm(tensor).item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, (1 << 18) + 5])
+def test_squared_norms_beyond_float32(size: int) -> None:
+    from andmask_ext._norms import squared_norm
+
+    tensor = torch.full((size,), 1e25)
+    assert squared_norm(tensor).item() == math.inf
+    exact = size * tensor[0].item() ** 2
+    assert squared_norm(tensor, torch.float64).item() == pytest.approx(exact, rel=1e-12)

@@ -113,6 +113,8 @@ def test_the_number_of_threads_does_not_matter() -> None:
 def test_results_never_require_grad_and_compile() -> None:
     grads = torch.randn(4, 10, requires_grad=True)
     assert not any(one.requires_grad for one in am.ops.vote_histogram(grads))
+    votes = [grads.detach().sign().sum(0).to(torch.int8)]
+    assert not any(one.requires_grad for one in ops._vote_histograms([grads.sum(0)], votes, 4))
     torch.library.opcheck(ops.vote_histogram.default, (grads,))
     torch.library.opcheck(
         ops._vote_histograms.default,
