@@ -1,6 +1,6 @@
 """One batch, many environments: ``Agreement`` against a plain pass and the ways that exist.
 
-python benchmarks/bench_agreement.py --quick
+python -m benchmarks.bench_agreement --quick
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training with d environments against the d plain backward passes it contains, and its peers.
 
-python benchmarks/bench_backward.py --quick
+python -m benchmarks.bench_backward --quick
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """accumulate_ and resolve against the eager formulas, and against adding gradients up.
 
-python benchmarks/bench_moments.py --quick
+python -m benchmarks.bench_moments --quick
 """
 
 from __future__ import annotations
