@@ -1,6 +1,6 @@
 """One batch, many environments: ``Agreement`` against a plain pass and the ways that exist.
 
-python -m benchmarks.bench_agreement --quick
+python benchmarks/bench_agreement.py --quick
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Training with d environments against the d plain backward passes it contains, and its peers.
 
-python -m benchmarks.bench_backward --quick
+python benchmarks/bench_backward.py --quick
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The ops on every device here beside eager torch and torch.compile on the same device.
 
-    python -m benchmarks.bench_cuda --quick                        # under 3 minutes
-    python -m benchmarks.bench_cuda --save NAME --figure PATH
-    python -m benchmarks.roofline NAME                             # predictions beside it
+    python benchmarks/bench_cuda.py --quick                        # under 3 minutes
+    python benchmarks/bench_cuda.py --save NAME --figure PATH
+    python benchmarks/roofline.py NAME                             # predictions beside it
 
 The yardstick of each case is measured with it in turns: a copy of as many bytes as the op has to
 read and write, or the plain weight gradient for moments of weight gradients. Shares are of that.

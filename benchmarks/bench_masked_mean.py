@@ -1,8 +1,8 @@
 """masked_mean against the eager formula, torch.compile, the authors' code, and one read pass.
 
-    python -m benchmarks.bench_masked_mean --quick
-    python -m benchmarks.bench_masked_mean --save before     # then change something
-    python -m benchmarks.bench_masked_mean --compare before
+    python benchmarks/bench_masked_mean.py --quick
+    python benchmarks/bench_masked_mean.py --save before     # then change something
+    python benchmarks/bench_masked_mean.py --compare before
 
 The yardstick (ratio 1.00) is the floor: `torch.sum` over all of the input, one read pass. What no
 implementation can avoid beyond it is writing the output; `torch.sum(grads, 0)` reads and writes

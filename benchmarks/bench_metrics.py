@@ -1,6 +1,6 @@
 """Metrics: histograms against a read pass, pairs against TorchJD, monitors against no monitor.
 
-python -m benchmarks.bench_metrics --quick
+python benchmarks/bench_metrics.py --quick
 """
 
 from __future__ import annotations

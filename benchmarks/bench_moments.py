@@ -1,6 +1,6 @@
 """accumulate_ and resolve against the eager formulas, and against adding gradients up.
 
-python -m benchmarks.bench_moments --quick
+python benchmarks/bench_moments.py --quick
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """optimizer.step(), resolving included, against the fused step of torch.optim.
 
-python -m benchmarks.bench_optim --quick
+python benchmarks/bench_optim.py --quick
 """
 
 from __future__ import annotations

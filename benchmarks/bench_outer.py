@@ -3,7 +3,7 @@
 The yardstick is torch.mm for linear layers, and the library's own backward for convolutions. What
 ours does on top: every environment's share of the gradient votes.
 
-python -m benchmarks.bench_outer --quick
+python benchmarks/bench_outer.py --quick
 """
 
 from __future__ import annotations

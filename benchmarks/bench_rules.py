@@ -1,7 +1,7 @@
 """Every rule on stacked gradients against its eager formula, sorting, torch.compile, and one read.
 
-    python -m benchmarks.bench_rules --quick
-    python -m benchmarks.bench_rules --save before --rules Median TrimmedMean
+    python benchmarks/bench_rules.py --quick
+    python benchmarks/bench_rules.py --save before --rules Median TrimmedMean
 
 The yardstick (ratio 1.00) is the floor: `torch.sum` over all of the input, one read pass. Noise is
 part of what is timed, on both sides.

@@ -1,7 +1,7 @@
 """Turn a kept run of bench_masked_mean.py into a table and a figure.
 
-python -m benchmarks.bench_masked_mean --save NAME
-python -m benchmarks.report NAME            # prints Markdown, writes runs/NAME.png
+python benchmarks/bench_masked_mean.py --save NAME
+python benchmarks/report.py NAME            # prints Markdown, writes runs/NAME.png
 """
 
 from __future__ import annotations

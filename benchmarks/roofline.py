@@ -1,17 +1,11 @@
 """What the ops have to move and to compute, and how long that takes at least: tables and a figure.
 
-    python -m benchmarks.bench_cuda --save NAME
-    python -m benchmarks.roofline NAME              # prints tables
-    python -m benchmarks.roofline NAME --figure PATH
+    python benchmarks/bench_cuda.py --save NAME
+    python benchmarks/roofline.py NAME              # prints the tables of docs/cuda.md
+    python benchmarks/roofline.py NAME --figure PATH
 
 An op has to read its inputs and to write its results once, and it has instructions to issue for
 each unit (a coordinate, or an element of the input). The longer of the two is the prediction.
-
-Bytes: ``rescale`` writes, reads and writes again, since its factor is known at the end only.
-Instructions are counted in float32 additions. A multiply-add is one. Comparisons, minima, additions
-of integers and conversions go at half the rate on a GPU and count 2 there. Counts of stacked
-gradients on the GPU are from the machine code for sm_90, the others from the source. In matrix
-products the unit is a weight, and instructions are multiply-adds.
 """
 
 from __future__ import annotations
@@ -27,7 +21,7 @@ RUNS = Path(__file__).parent / "runs"
 
 @dataclass(frozen=True)
 class Work:
-    """One op on one size."""
+    """One op on one size. What is counted stands in docs/cuda.md."""
 
     op: str
     size: str
@@ -200,7 +194,7 @@ def threads_text(facts: dict) -> str:
 
 
 def tables(run: dict) -> str:
-    """Return Markdown: counts and predictions, then the CPU's measurements."""
+    """Return the Markdown of docs/cuda.md: counts and predictions, then the CPU's measurements."""
     lines = [
         "| op | size | bytes | instructions | per byte | predicted | bound by |",
         "| --- | --- | --- | --- | --- | --- | --- |",
