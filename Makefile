@@ -86,10 +86,10 @@ results: $(READY) game  ## every study in full, two to four hours; and one page 
 	done
 	$(BIN)/python -m studies report
 
-# In tiers: `test` is the library's suite, `test-rest` all else: studies, what compiles or installs
-# the package, what takes long. CI runs both. TESTS=tests/optim chooses a part.
+# In tiers: `test` is the library's suite, `test-rest` all else: studies, and what
+# compiles or installs the package. CI runs both. TESTS=tests/optim chooses a part.
 TESTS ?= tests
-LIBRARY := --ignore=tests/studies -m 'not (large or build or slow)'
+LIBRARY := --ignore=tests/studies -m 'not (large or build)'
 
 .PHONY: test
 test: $(READY)  ## the library's test suite
@@ -100,9 +100,9 @@ test-quick: $(READY)  ## the same with few examples per property: between two ed
 	ANDMASK_HYPOTHESIS_PROFILE=quick $(PYTEST) $(LIBRARY) $(TESTS)
 
 .PHONY: test-rest
-test-rest: $(READY) game torchvision  ## the tests of studies, builds and CoinRun, and slow ones
+test-rest: $(READY) game torchvision  ## the tests of studies, of CoinRun, of builds
 	ANDMASK_GAME_PYTHON=$(abspath $(GAME))/bin/python ANDMASK_TORCHVISION=$(abspath $(TORCHVISION)) \
-	  $(PYTEST) -m 'study or build or slow' $(TESTS)
+	  $(PYTEST) -m 'study or build' $(TESTS)
 
 .PHONY: test-all
 test-all: test test-rest  ## every test but test-large
