@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .records import write_atomically
+
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
 
 DPI = 160
 

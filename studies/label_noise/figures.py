@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from andmask_ext.plots.palette import BLUE, GREY, VERMILION
-from andmask_ext.plots.style import LINES, SMALL, Array, style
+from andmask_ext.plots.style import LINES, SMALL, style
 
-from ..figures import save
+from ..figures import Array, save
 
 Curves = Array  # [seeds, epochs], shares
 

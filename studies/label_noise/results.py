@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from andmask_ext.plots.style import Array
-
+from ..figures import Array
 from ..study import Finished
 from ..summary import Claim, Picture, Summary, Table, spread
 from .figures import draw_label_noise, draw_random_labels

@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from andmask_ext.metrics import landscapes
 from studies.landscape import parts, patchwork
 from studies.landscape.cli import PartSettings, main
 from studies.landscape.results import Results, summarise
+from studies.landscape.surfaces import LOSSES, POINTS
 
 from .common import assert_picture, read_records, read_summary, run
 
@@ -117,8 +117,6 @@ def test_rules_begin_at_the_same_starts(records):
 
 def test_a_start_ends_where_plain_gradient_descent_leads(records):
     """A reference: one start at a time, and the rules written out."""
-    losses = landscapes.two_minima().losses
-    points = landscapes.two_minima().points
     rules = {
         "mean": lambda grads: grads.mean(0),
         "and-mask": lambda grads: torch.where(grads.sign().sum(0).abs() == 2, grads.mean(0), 0),
@@ -128,9 +126,9 @@ def test_a_start_ends_where_plain_gradient_descent_leads(records):
         for start, end in list(zip(record["starts"], record["ends"], strict=True))[:6]:
             theta = torch.tensor(start, dtype=torch.float64)
             for _ in range(250):
-                grads = [torch.func.grad(loss)(theta) for loss in losses]
+                grads = [torch.func.grad(loss)(theta) for loss in LOSSES]
                 theta = theta - 0.05 * rule(torch.stack(grads))
-            near = [place for place, at in points.items() if math.dist(theta, at) < 0.1]
+            near = [place for place, at in POINTS.items() if math.dist(theta, at) < 0.1]
             assert (near or ["elsewhere"]) == [end], (name, start)
 
 
