@@ -48,12 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     A command's module is imported only when it is asked for, and so are the packages it needs.
-
-    Args:
-        arguments: the command and what follows it; from the command line when None.
-
-    Returns:
-        The exit status: 0, 1 (a package is missing), 2 (wrong arguments) or 130 (interrupted).
     """
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(

@@ -137,12 +137,7 @@ def _point(axes: Axes, name: str, marker: str) -> Line2D:
 
 
 def draw_ends(results: Results, folder: Path) -> Picture:
-    """Draw all starts, coloured by where they end.
-
-    Args:
-        results: of all runs.
-        folder: where the figure goes.
-    """
+    """Draw all starts, coloured by where they end."""
     x, y, grid = _grid(121)
     pooled = sum(_values(grid)) / 2
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
@@ -185,12 +180,7 @@ def draw_ends(results: Results, folder: Path) -> Picture:
 
 
 def draw_ellipses(results: Results, folder: Path) -> Picture:
-    """Draw level sets of pairs of quadratics and of their means.
-
-    Args:
-        results: of all runs.
-        folder: where the figure goes.
-    """
+    """Draw level sets of pairs of quadratics and of their means."""
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     with style():
         panels = list(figure.subplots(1, len(PAIRS), sharex=True, sharey=True))
@@ -247,12 +237,7 @@ def _outline(hessian: Any) -> Array:
 
 
 def draw_patchwork(results: Results, folder: Path) -> Picture:
-    """Draw the staircase, the network at three points, and the score over the search's length.
-
-    Args:
-        results: of all runs.
-        folder: where the figure goes.
-    """
+    """Draw the staircase, the network at three points, and the score over the search's length."""
     x = torch.linspace(0, 1, 1001, dtype=torch.float64)
     first = results.patches[0]
     found = min(first["searches"], key=lambda one: one["score"])

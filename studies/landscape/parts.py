@@ -37,18 +37,7 @@ PAIRS: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
 def search(
     losses: Sequence[Loss], theta: Sequence[float], epsilon: float, steps: int, seed: int
 ) -> am.metrics.Inconsistency:
-    """Search for the inconsistency score of a point.
-
-    Args:
-        losses: of the environments.
-        theta: the point.
-        epsilon: the level.
-        steps: how far the search goes at most.
-        seed: of its random directions.
-
-    Returns:
-        A lower bound, with the point that attains it.
-    """
+    """Search for the inconsistency score of a point."""
     return am.metrics.inconsistency_score(
         losses,
         torch.tensor(theta, dtype=torch.float64),
@@ -61,14 +50,7 @@ def search(
 
 
 def draw_start(generator: torch.Generator) -> Tensor:
-    """Draw a start on the surfaces.
-
-    Args:
-        generator: source of it.
-
-    Returns:
-        A point of the square that figures show.
-    """
+    """Draw a start on the surfaces."""
     left, right, low, high = BOUNDS
     share = torch.rand(2, generator=generator, dtype=torch.float64)
     return torch.tensor([left, low]) + share * torch.tensor([right - left, high - low])
@@ -77,19 +59,7 @@ def draw_start(generator: torch.Generator) -> Tensor:
 def descents(
     rule: str, starts: int, steps: int, samples: int, seed: int, report: Report
 ) -> dict[str, Any]:
-    """Descend from random starts, and measure the invariant learning consistency of the rule.
-
-    Args:
-        rule: one of :data:`RULES`.
-        starts: how many.
-        steps: of descent.
-        samples: how many of them, the first ones, are scored.
-        seed: decides the starts.
-        report: as in :meth:`..study.Study.execute`.
-
-    Returns:
-        Where each start ended, and the scores.
-    """
+    """Descend from random starts, and measure the invariant learning consistency of the rule."""
     first = seed * SEEDS_APART
     generators = [torch.Generator().manual_seed(first + k) for k in range(max(starts, samples))]
     begins = torch.stack([draw_start(generator) for generator in generators])
@@ -132,16 +102,7 @@ def descents(
 
 
 def minima(epsilons: tuple[float, ...], seed: int, report: Report) -> dict[str, Any]:
-    """Score both minima of the surfaces.
-
-    Args:
-        epsilons: levels.
-        seed: of the search.
-        report: as in :meth:`..study.Study.execute`.
-
-    Returns:
-        For each minimum the losses, what pooling shows of it, and its scores.
-    """
+    """Score both minima of the surfaces."""
 
     def pooled(theta: Tensor) -> Tensor:
         return torch.stack([loss(theta) for loss in LOSSES]).mean()
@@ -165,11 +126,7 @@ def minima(epsilons: tuple[float, ...], seed: int, report: Report) -> dict[str, 
 
 
 def quadratics() -> dict[str, Any]:
-    """Compare the exact score of pairs of quadratics with the bounds that are said to hold.
-
-    Returns:
-        For each pair the ratio of determinants, the exact score at epsilon 1, and the bounds.
-    """
+    """Compare exact scores of pairs of quadratics, at epsilon 1, with bounds said to hold."""
     results = {}
     for name, hessians in PAIRS.items():
         matrices = torch.tensor(hessians, dtype=torch.float64)
@@ -190,17 +147,7 @@ def quadratics() -> dict[str, Any]:
 def patches(
     epsilons: tuple[float, ...], steps: tuple[int, ...], seed: int, report: Report
 ) -> dict[str, Any]:
-    """Score the patchwork solution by search.
-
-    Args:
-        epsilons: levels.
-        steps: of the search: the longer, the more it finds.
-        seed: of the search.
-        report: as in :meth:`..study.Study.execute`.
-
-    Returns:
-        Losses at the solution and at the paper's other point, and what each search found.
-    """
+    """Score the patchwork solution by search."""
     functions = patchwork.losses()
     searches: list[dict[str, Any]] = []
     for number, epsilon in enumerate(epsilons):
