@@ -32,7 +32,7 @@ assert "site-packages" in am.__file__, am.__file__
 grads = torch.tensor([[1.0, -2.0, 3.0], [3.0, 4.0, 5.0]])
 assert torch.ops.andmask.masked_mean(grads, 1.0).tolist() == [2.0, 0.0, 4.0]
 weight = torch.ones(2, requires_grad=True)
-am.backward([(weight * k).sum() for k in (1.0, 3.0)], am.AndMask())
+am.backward([(weight * k).sum() for k in (1.0, 3.0)], am.AndMask(1.0))
 assert weight.grad.tolist() == [2.0, 2.0]
 assert am.metrics.vote_histogram(grads).counts.tolist() == [1, 0, 2]
 losses = [lambda x: x.square().sum(), lambda x: 3 * x.square().sum()]

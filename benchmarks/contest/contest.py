@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
+from ..measuring import ROUNDS, Row, Step, limited_memory, measure, seconds_of, untimed
 from .exactness import Deviation, Loop
-from .measuring import ROUNDS, Row, limited_memory, measure, seconds_of, untimed
 from .memory import SLOW, peak_of
-from .models import setting, workload
-from .peers import EXACT, LIBRARIES, OURS, PLAIN, Contestant, Step
+from .models import setting
+from .peers import EXACT, LIBRARIES, OURS, PLAIN, Contestant
 
 GROUPS = 8
 EVERY, GROUPED = "every example", f"{GROUPS} groups"
@@ -38,11 +38,6 @@ class Case:
     def name(self, parameters: int) -> str:
         """Name the case for people."""
         return f"{self.model}, {parameters / 1e6:.2f} M, batch {self.examples}, {self.kind}"
-
-
-def usual_case(model: str, kind: str, examples: int | None = None) -> Case:
-    """Make a case with the model's usual batch."""
-    return Case(model, kind, examples or workload(model).examples)
 
 
 def unavailable(name: str, environments: int) -> str:

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from .measuring import limited_memory, peak_memory, seconds_of, status
+from ..measuring import limited_memory, peak_memory, seconds_of, status
 from .models import setting
 from .peers import GRADIENTS, LIBRARIES, STEPS, plain
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..measuring import Step
 from .models import Batch, loss
 
 TAU = 0.6
-Step = Callable[[], object]
 Contestant = Callable[[nn.Module, Batch, int], Step]
 # Contestant: the module to import, and the name under which pip knows it.
 LIBRARIES = {

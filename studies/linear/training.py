@@ -12,19 +12,19 @@ from torch import Tensor
 
 import andmask_ext as am
 
-from ..search import Space, draw
+from ..search import draw
 from ..study import Outcome, Report, Settings
 from .unit_tests import Problem, Split, draw_problem
 
 METHODS = ("mean", "and-mask", "geometric", "irm", "oracle")
 
 Trial = dict[str, Any]
-_COMMON: Space = {
+_COMMON: dict[str, Sequence[Any]] = {
     "lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
 }
 MOST_TRIALS = math.prod(map(len, _COMMON.values()))
-_OWN: dict[str, Space] = {
+_OWN: dict[str, dict[str, Sequence[Any]]] = {
     "and-mask": {"tau": (0.8, 0.9, 1.0)},
     "geometric": {"tau": (0.8, 0.9, 1.0)},
     "irm": {"penalty": (0.5, 0.9, 0.99, 0.999)},
