@@ -56,7 +56,7 @@ def main() -> None:
     grads = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(ops.masked_mean.default, (grads, 0.5, True))
     torch.library.opcheck(ops.agreement_mask.default, (grads.detach(), 0.5))
-    torch.library.opcheck(ops.aggregate.default, (grads.detach(), "median", []))
+    torch.library.opcheck(ops._aggregate.default, (grads.detach(), "median", []))
     print("opcheck: passed" + (", on the CPU" if not torch.cuda.is_available() else ""))
     if torch.cuda.is_available():
         torch.library.opcheck(ops.masked_mean.default, (grads.detach().cuda(), 0.5, True))
