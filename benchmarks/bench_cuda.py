@@ -18,12 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 
 import andmask_ext as am
-from andmask_ext.plots.style import style
-from studies.figures import save
 
 from .common import COLOURS, RUNS, duration, keep, markdown, measure
 from .cuda_cases import COMPILED, EAGER, OURS, build
@@ -122,6 +118,11 @@ def lines_of(rows: Sequence[Result]) -> list[list[str]]:
 
 def draw(run: Result, path: Path) -> None:
     """One column of bars for each device: shares of a copy above, of the plain product below."""
+    from matplotlib.figure import Figure  # a machine with a GPU may be without
+    from matplotlib.patheffects import withStroke
+
+    from studies.figures import save
+
     colors = {OURS: COLOURS[0], COMPILED: COLOURS[4], EAGER: COLOURS[3]}
     devices = list(run["devices"])
     count = [
@@ -206,8 +207,7 @@ def main() -> None:
         print(f"\nkept as {keep(f'{chosen.save}.json', json.dumps(run, indent=1))}")
     picture = chosen.figure or (RUNS / f"{chosen.save}.png" if chosen.save else None)
     if picture:
-        with style():
-            draw(run, picture)
+        draw(run, picture)
 
 
 if __name__ == "__main__":

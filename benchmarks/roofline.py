@@ -16,14 +16,12 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-
-from studies.figures import save
+from typing import TYPE_CHECKING, Any
 
 from .common import COLOURS, RUNS, duration, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Run = Mapping[str, Any]  # what bench_cuda has kept
 
@@ -238,6 +236,10 @@ BLUE, ORANGE = COLOURS[0], COLOURS[4]
 
 def draw(run: Run, path: Path) -> None:
     """Instructions a second against instructions per byte: roofs, predictions, measurements."""
+    from matplotlib.figure import Figure
+
+    from studies.figures import save
+
     facts = run["devices"]["cpu"]
     figure = Figure(figsize=(11, 5.8))
     left, right = figure.subplots(1, 2)
