@@ -65,24 +65,24 @@ torchvision: $(TORCHVISION)/.ready  ## for the test that reads CIFAR-10: ANDMASK
 
 # What docs/results.md holds. Interrupted, it goes on where it was.
 define RESULTS
-spirals --part search
-spirals --part environments --seeds 0
-spirals --revolutions 1 2 3 --seeds 0
-spirals --setting released --seeds 1 2 3
-spirals --setting tuned --seeds 1 2 3
-correlation
-linear
-landscape
-label-noise
-coinrun
-benchmark
+studies spirals --part search
+studies spirals --part environments --seeds 0
+studies spirals --revolutions 1 2 3 --seeds 0
+studies spirals --setting released --seeds 1 2 3
+studies spirals --setting tuned --seeds 1 2 3
+studies correlation
+studies linear
+studies landscape
+studies label-noise
+studies coinrun
+benchmarks.contest
 endef
 export RESULTS
 
 .PHONY: results
 results: $(READY) game  ## every study in full, two to four hours; and one page of all: runs/report.html
 	echo "$$RESULTS" | while read -r study; do \
-	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m studies $$study </dev/null || exit; \
+	  ANDMASK_GAME_PYTHON=$(GAME)/bin/python $(BIN)/python -m $$study </dev/null || exit; \
 	done
 	$(BIN)/python -m studies report
 

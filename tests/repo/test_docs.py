@@ -32,7 +32,6 @@ LINK = re.compile(r"(?<!`)\[[^\]]*\]\(([^)\s]+)\)")
 DECIMAL = re.compile(r"(?<![\w.*)\]}])\.\d+")  # .93 for 0.93
 HEADING = re.compile(r"^#+ (.+)$", re.MULTILINE)
 
-pytestmark = pytest.mark.cpu_only
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

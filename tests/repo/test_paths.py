@@ -43,8 +43,6 @@ PYTHON_COMMENT = re.compile(
     r'(?s:""".*?"""|\'\'\'.*?\'\'\')|"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|#(?P<text>.*)'
 )
 
-pytestmark = pytest.mark.cpu_only
-
 
 def files() -> list[str]:
     """Return the paths of the files and folders of the repository."""

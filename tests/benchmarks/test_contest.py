@@ -1,7 +1,6 @@
-"""The benchmark as a study: that all ways lead to the same gradient. Times are never asserted."""
+"""The contest as a study: that all ways lead to the same gradient. Times are never asserted."""
 
 import math
-import subprocess
 import sys
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
-from benchmarks.contest import contest as contests
 from benchmarks.contest.cli import main
 from benchmarks.contest.contest import EVERY, GROUPED, Case, contest
 from benchmarks.contest.exactness import Loop
@@ -22,21 +20,19 @@ from benchmarks.contest.peers import (
     LIBRARIES,
     OURS,
     PLAIN,
-    PLAIN_STEP,
     STEPS,
     TAU,
     versions,
 )  # fmt: skip
 from benchmarks.contest.results import Results, summarise
-
-from .common import assert_picture, read_records, read_summary, run
+from tests.studies.common import assert_picture, read_records, read_summary
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The quick setting, through the command line."""
     path = tmp_path_factory.mktemp("benchmark")
-    run("benchmark", "--quick", "--threads", 1, "--output", path)
+    assert main(["--quick", "--threads", "1", "--output", str(path)]) == 0
     return path
 
 
@@ -68,11 +64,6 @@ def test_every_way_has_a_row_with_times_or_a_reason(folder):
         assert [row["contestant"] for row in record["steps"]] == list(STEPS)
         for name, present in versions().items():
             assert (rows[name]["note"] == "not installed") == (present is None)
-
-
-def test_a_library_installed_later_is_another_run(folder):
-    for record in read_records(folder):
-        assert record["identity"]["settings"]["libraries"] == versions()
 
 
 def test_the_loop_is_the_papers_formula():
@@ -156,38 +147,6 @@ def test_a_library_that_cannot_be_imported_ends_nothing(tmp_path, monkeypatch):
     assert not rows[-1].median
 
 
-def test_models_need_no_library_of_figures():
-    code = "import sys; import benchmarks.contest.contest as one; "
-    code += (
-        "print(one.workload('ResNet-9').build()[0][0].weight.shape, 'matplotlib' in sys.modules)"
-    )
-    answer = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert answer.stdout.strip() == "torch.Size([64, 3, 3, 3]) False"
-
-
-def test_slow_ways_are_timed_once():
-    calls = []
-
-    def slow(model, batch, environments):
-        def step():
-            calls.append(1)
-            GRADIENTS[EXACT](model, batch, environments)()
-
-        return step
-
-    ways = {PLAIN: GRADIENTS[PLAIN], EXACT: slow}
-    rows, _ = contest(Case("MLP 16", GROUPED, 16), ways, PLAIN, memory=False, rounds=2, slow=0.0)
-    assert len(calls) == 2  # the first warms up
-    assert [row.note for row in rows] == ["", "timed once"]
-
-
-def test_domainbed_is_not_asked_for_more_environments_than_it_can_bear():
-    assert contests.unavailable("DomainBed", 8) == ""
-    assert "128 passes" in contests.unavailable("DomainBed", 128)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_stacked_gradients_grows_with_environments():
     parameters = sum(param.numel() for param in MODELS["MLP"].build().parameters())
@@ -197,11 +156,6 @@ def test_memory_of_stacked_gradients_grows_with_environments():
     assert stack < loop < 2.5 * stack
     assert parameters * 4 / 2**20 < ours < stack / 4
     assert whole > ours
-
-
-def test_memory_of_what_fails_is_an_error():
-    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
-        peak_of(EXACT, "MLP 16", 8, 0)
 
 
 def made_up(kind, ratios, model="MLP", exact=True, memory=10.0):
@@ -268,12 +222,6 @@ ABOUT_US = (
 GOOD = {PLAIN: 1.0, OURS: 1.2, EXACT: 40.0, "vmap(grad)": 2.0}
 
 
-def test_all_claims_about_us_can_hold():
-    found = claims_of(made_up(EVERY, GOOD), made_up(EVERY, GOOD, "CNN"))
-    assert all(found[text].holds for text in ABOUT_US), found
-    assert found[SAME].measured == "4 of 4 gradients"  # the loop is not compared with itself
-
-
 @pytest.mark.parametrize("how", ["inexact", "missing", "missing in one of two seeds"])
 def test_a_case_without_our_gradient_is_held_against_us(how):
     case = made_up(EVERY, GOOD, "CNN")
@@ -292,38 +240,9 @@ def test_a_case_without_our_gradient_is_held_against_us(how):
         assert "CNN" in found[text].measured
 
 
-def test_ours_without_a_figure_is_no_success():
-    case = made_up(EVERY, GOOD, "CNN")
-    for row in (*case[2]["gradients"], *case[2]["steps"]):
-        if row["contestant"] in (OURS, *STEPS):
-            row.update(median=0.0, ratio=0.0, megabytes=None, memory_ratio=None)
-    found = claims_of(made_up(EVERY, GOOD), case)
-    for text in ABOUT_US[:-1]:
-        assert not found[text].holds, found[text]
-        assert "not measured" in found[text].measured
-
-
-def test_the_loop_alone_proves_nothing():
-    found = claims_of(made_up(EVERY, {PLAIN: 1.0, EXACT: 40.0}))
-    assert not found[SAME].holds
-    assert found[SAME].measured.startswith("0 of 0 gradients; no gradient of Agreement")
-    found = claims_of(made_up(EVERY, {PLAIN: 1.0, OURS: 1.0}))
-    assert not found[ABOUT_US[0]].holds
-    assert "no other exact way" in found[ABOUT_US[0]].measured
-
-
-def test_runs_of_several_seeds_are_one_case():
-    slow, fast = ({PLAIN: 1.0, OURS: ratio} for ratio in (3.0, 1.0))
-    records = [made_up(EVERY, slow), made_up(EVERY, fast), made_up(EVERY, fast)]
-    assert Results(records).entry("MLP", EVERY, OURS).ratio == 1.0
-    assert Results(records).cases == [("MLP", EVERY)]
-
-
 def test_figure_with_memory(tmp_path):
-    run(
-        "benchmark", "--quick", "--models", "MLP 16", "--environments", GROUPED, "--memory",
-        "--output", tmp_path,
-    )  # fmt: skip
+    sizes = ["--models", "MLP 16", "--environments", GROUPED]
+    assert main(["--quick", *sizes, "--memory", "--output", str(tmp_path)]) == 0
     (record,) = read_records(tmp_path)
     assert record["identity"]["settings"]["examples"] == 16
     for row in record["gradients"]:
@@ -338,10 +257,7 @@ def test_figure_with_memory(tmp_path):
     [
         (["--models", "LSTM"], "models: expected MLP, CNN, transformer, ResNet-9"),
         (["--examples", "12"], "examples: expected a positive multiple of 8, got 12"),
-        (["--examples", "0"], "examples: expected a positive multiple of 8, got 0"),
-        (["--rounds", "0"], "rounds: expected at least 1, got 0"),
         (["--jobs", "2"], "jobs: expected 1"),
-        (["--environments", "none"], "invalid choice: 'none'"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
@@ -350,8 +266,3 @@ def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
-
-
-def test_yardsticks_are_contestants():
-    assert PLAIN in GRADIENTS
-    assert PLAIN_STEP in STEPS

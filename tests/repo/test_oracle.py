@@ -30,7 +30,6 @@ def imports_oracle(source: str) -> bool:
     return any("reference" in name.split(".") for name in modules_of(ast.parse(source)))
 
 
-@pytest.mark.cpu_only
 def test_no_module_of_the_package_imports_the_oracle() -> None:
     paths = sorted(PACKAGE.rglob("*.py"))
     product = [path for path in paths if path.name != "reference.py"]
@@ -40,7 +39,6 @@ def test_no_module_of_the_package_imports_the_oracle() -> None:
     assert users == []
 
 
-@pytest.mark.cpu_only
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -55,13 +53,11 @@ def test_imports_are_found(source: str, expected: bool) -> None:
     assert imports_oracle(source) is expected
 
 
-@pytest.mark.cpu_only
 @given(tau=st.floats(0, 1), environments=st.integers(1, 40_000))
 def test_threshold_of_the_product_is_that_of_the_oracle(tau: float, environments: int) -> None:
     assert vote_threshold(tau, environments) == reference.vote_threshold(tau, environments)
 
 
-@pytest.mark.cpu_only
 @given(votes=st.integers(0, 40_000), others=st.integers(0, 40_000))
 def test_threshold_of_a_tie_is_exact(votes: int, others: int) -> None:
     environments = max(1, votes + others)
