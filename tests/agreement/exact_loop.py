@@ -204,7 +204,7 @@ def check(
     moments = agreement.moments[0]
     assert moments.count == len(members_of(environments, examples))
     names = {id(param): name for name, param in model.named_parameters()}
-    sums = dict(zip((names.get(id(p)) for p in agreement._params), moments.sum, strict=True))
+    sums = dict(zip((names.get(id(p)) for p in agreement._setup.params), moments.sum, strict=True))
     votes: dict[str | None, Tensor | None] = {}
     if "votes" in moments.kinds:
         votes = dict(zip(sums, moments.votes, strict=True))

@@ -15,14 +15,10 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved
 from .exact_loop import RULE, check, compare, loop
 from .layers import Function, rand
 from .outcomes import EXACT, MIXING, NOT_FROM_OUTPUTS, outcome
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return (out.sin() + 0.3 * out).mean()
 
 
 def steps(model: nn.Module, batches: Sequence[Tensor]) -> list[str]:

@@ -12,17 +12,12 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import andmask_ext as am
 
+from ..models import curved
 from .exact_loop import RULE, check, loop
 from .layers import Function, rand
 
 IDS = torch.tensor([1, 0, 2, 1, 1, 0])
 ENVIRONMENTS = pytest.mark.parametrize("environments", [None, 2, IDS], ids=["each", "2", "ids"])
-
-
-def curved(model: nn.Module, *inputs: Tensor) -> Tensor:
-    out = model(*inputs)
-    out = out[0] if isinstance(out, tuple) else out
-    return (out.sin() + 0.3 * out).mean()
 
 
 # ---- several uses ----
