@@ -11,13 +11,14 @@ from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from ._accumulator import GradientAccumulator, Target, Treatment
 from ._constants import Constants, storage
-from ._formulas import NodeGradient, make_contribution
+from ._formulas import make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
 from ._groups import Environments, Groups
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
+from ._node_gradient import NodeGradient
 from ._nodes import leaf
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
 
