@@ -182,7 +182,7 @@ def _stream(
     for grads, weight in environments:
         moments.add(grads, weight)
         del grads
-    return moments.resolve_and_release(rule)
+    return rule._update_in_place(moments)
 
 
 def _stack(

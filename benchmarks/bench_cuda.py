@@ -1,8 +1,8 @@
 """The ops on every device here beside eager torch and torch.compile on the same device.
 
-    python benchmarks/bench_cuda.py --quick                        # under 3 minutes
-    python benchmarks/bench_cuda.py --save NAME --figure PATH
-    python benchmarks/roofline.py NAME                             # predictions beside it
+    python -m benchmarks.bench_cuda --quick                        # under 3 minutes
+    python -m benchmarks.bench_cuda --save NAME --figure PATH
+    python -m benchmarks.roofline NAME                             # predictions beside it
 
 The yardstick of each case is measured with it in turns: a copy of as many bytes as the op has to
 read and write, or the plain weight gradient for moments of weight gradients. Shares are of that.
@@ -13,26 +13,30 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import andmask_ext as am
 
-from .common import RUNS, Row, measure
+from .common import COLOURS, RUNS, duration, keep, markdown, measure
 from .cuda_cases import COMPILED, EAGER, OURS, build
+from .measuring import untimed
 from .peaks import copied_bytes, multiply_adds
-from .roofline import Work, time_text, works
+from .roofline import Work, works
 
 KINDS = (False, True)  # whether an op is a product of matrices
 WIDEST = 2.0  # shares beyond are written into the bar
+Result = dict[str, Any]
 NO_CUDA = "no CUDA device was found: every row is of the CPU"
 
 
 # ---- measuring ----
 
 
-def case(work: Work, device: torch.device) -> list[dict]:
+def case(work: Work, device: torch.device) -> list[Result]:
     """Measure one op; a contestant that cannot do it is kept with the reason."""
     torch._dynamo.reset()
     torch.manual_seed(0)
@@ -45,10 +49,9 @@ def case(work: Work, device: torch.device) -> list[dict]:
             del contestants[name]
     yardstick = "plain" if work.product else "copy"
     # A product counts two operations for each multiply-add.
-    amount = int(2 * work.multiply_adds if work.product else work.total_bytes)
+    amount = 2 * work.multiply_adds if work.product else work.total_bytes
     rows = measure(work.op, contestants, bytes_moved=amount, yardstick=yardstick, rounds=5)
-    for name, note in failed.items():
-        rows.append(Row(work.op, name, rows[0].threads, rows[0].isa, *[0.0] * 5, note=note))
+    rows += [untimed(work.op, name, note=note) for name, note in failed.items()]
     return [
         {
             "device": device.type,
@@ -83,21 +86,24 @@ def facts(device: torch.device) -> dict[str, object]:
     }
 
 
-def table(rows: list[dict]) -> str:
-    lines = [
-        "| op | size | device | time | IQR | GB/s or GFLOP/s | share of copy, or of plain product "
-        "| eager ÷ | `torch.compile` ÷ |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+COLUMNS = (
+    "op", "size", "device", "time", "IQR", "GB/s or GFLOP/s",
+    "share of copy, or of plain product", "eager ÷", "`torch.compile` ÷",
+)  # fmt: skip
+
+
+def lines_of(rows: Sequence[Result]) -> list[list[str]]:
+    """Return the cells of a line for each op and device."""
+    lines = []
     cases = dict.fromkeys((row["device"], row["op"]) for row in rows)
     for device, op in cases:
         own = {r["contestant"]: r for r in rows if (r["device"], r["op"]) == (device, op)}
         ours = own[OURS]
         cells = [f"`{op}`", ours["size"], device]
         if ours["note"]:
-            lines.append("| " + " | ".join([*cells, ours["note"], *[""] * 5]) + " |")
+            lines.append([*cells, ours["note"], *[""] * 5])
             continue
-        cells += [time_text(ours["median"]), f"{ours['iqr'] / ours['median']:.0%}"]
+        cells += [duration(ours["median"]), f"{ours['iqr'] / ours['median']:.0%}"]
         cells += [f"{ours['giga_per_second']:.0f}", f"{ours['share']:.2f}"]
         for peer in (EAGER, COMPILED):
             if peer not in own:
@@ -106,33 +112,24 @@ def table(rows: list[dict]) -> str:
                 cells.append(own[peer]["note"])
             else:
                 cells.append(f"{own[peer]['median'] / ours['median']:.1f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    if "cuda" not in {row["device"] for row in rows}:
-        lines.append(f"| **{NO_CUDA}** |" + " |" * 8)
-    return "\n".join(lines)
+        lines.append(cells)
+    return lines
 
 
-def draw(run: dict, path: str) -> None:
+def draw(run: Result, path: Path) -> None:
     """One column of bars for each device: shares of a copy above, of the plain product below."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure  # a machine with a GPU may be without
     from matplotlib.patheffects import withStroke
 
-    colors = {OURS: "#0072B2", COMPILED: "#E69F00", EAGER: "#999999"}  # Okabe-Ito
+    from studies.figures import save
+
+    colors = {OURS: COLOURS[0], COMPILED: COLOURS[4], EAGER: COLOURS[3]}
     devices = list(run["devices"])
     count = [
         len({r["op"] for r in run["rows"] if r["product"] is product}) for product in (False, True)
     ]
-    figure, axes = plt.subplots(
-        2,
-        len(devices),
-        figsize=(3.2 + 4.3 * len(devices), 9),
-        squeeze=False,
-        sharey="row",
-        height_ratios=count,
-    )
+    figure = Figure(figsize=(3.2 + 4.3 * len(devices), 9), layout="constrained")
+    axes = figure.subplots(2, len(devices), squeeze=False, sharey="row", height_ratios=count)
     titles = ("share of the rate of copy_", "share of the rate of the plain weight gradient")
     for column, device in enumerate(devices):
         for line, product in enumerate(KINDS):
@@ -165,19 +162,20 @@ def draw(run: dict, path: str) -> None:
             axis.set_xlabel(titles[line], fontsize=9)
             axis.set_xlim(0, WIDEST)
         axes[0][column].set_title(f"{device}: {run['devices'][device]['name']}", fontsize=10)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    legend = axes[0][0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=3, fontsize=9)
     if "cuda" not in run["devices"]:
         figure.suptitle(NO_CUDA, fontsize=9)
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
-    figure.savefig(path, dpi=110)
+    print(f"figure  {save(figure, path)}")
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("--quick", action="store_true", help="small sizes on the CPU")
     options.add_argument("--save", metavar="NAME", help="keep as benchmarks/runs/NAME.json")
-    options.add_argument("--figure", metavar="PATH", help="default: benchmarks/runs/NAME.png")
+    options.add_argument(
+        "--figure", metavar="PATH", type=Path, help="default: benchmarks/runs/NAME.png"
+    )
     options.add_argument("--threads", type=int, default=torch.get_num_threads())
     options.add_argument("--only", default="", help="ops whose name contains this")
     chosen = options.parse_args()
@@ -188,7 +186,7 @@ def main() -> None:
     else:
         print(f"{NO_CUDA}.\n")
     print(f"{am.build_info()}\n")
-    run: dict = {"info": am.build_info(), "sizes": sizes, "devices": {}, "rows": []}
+    run: Result = {"info": am.build_info(), "sizes": sizes, "devices": {}, "rows": []}
     for name, place in sizes.items():
         device = torch.device(name)
         run["devices"][name] = facts(device)
@@ -198,22 +196,18 @@ def main() -> None:
                 continue
             rows = case(work, device)
             run["rows"] += rows
-            print(table(rows).splitlines()[2], flush=True)
+            print(*lines_of(rows)[0], sep=" | ", flush=True)
             if name == "cuda":
                 torch.cuda.empty_cache()
         for key, value in facts(device).items():  # a busy machine may have lowered the first ones
             if isinstance(value, float):
                 run["devices"][name][key] = max(run["devices"][name][key], value)
-    print(f"\n{table(run['rows'])}")
+    print(f"\n{markdown(COLUMNS, lines_of(run['rows']))}")
     if chosen.save:
-        RUNS.mkdir(exist_ok=True)
-        path = RUNS / f"{chosen.save}.json"
-        path.write_text(json.dumps(run, indent=1))
-        print(f"\nkept as {path}")
-    picture = chosen.figure or (str(RUNS / f"{chosen.save}.png") if chosen.save else None)
+        print(f"\nkept as {keep(f'{chosen.save}.json', json.dumps(run, indent=1))}")
+    picture = chosen.figure or (RUNS / f"{chosen.save}.png" if chosen.save else None)
     if picture:
         draw(run, picture)
-        print(f"figure  {picture}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
 """Metrics: histograms against a read pass, pairs against TorchJD, monitors against no monitor.
 
-python benchmarks/bench_metrics.py --quick
+python -m benchmarks.bench_metrics --quick
 """
 
 from __future__ import annotations
 
 import copy
-import time
+import statistics
 from collections.abc import Callable
-from statistics import median
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +18,8 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
-from .common import Row, measure, parser, peak_memory, run
-from .contest.models import MODELS
-
-Step = Callable[[], object]
+from .common import Row, Step, measure, parser, peak_memory, rows_of, run, seconds_of
+from .contest.models import loss, setting
 
 
 def histogram(environments: int, columns: int, dtype: torch.dtype) -> list[Row]:
@@ -119,38 +119,37 @@ def with_memory(rows: list[Row], contestants: dict[str, Step], yardstick: str) -
     for row in rows:
         row.megabytes = peaks[row.contestant] / 2**20
         row.memory_ratio = peaks[row.contestant] / max(1, peaks[yardstick])
-        row.process_ratio = float("nan")
     return rows
 
 
 def pairs(model: str) -> list[Row]:
     """The Gram matrix of the gradients of all examples: one backward pass each."""
     torch.manual_seed(0)
-    build, make_batch, examples = MODELS[model]
-    network, (x, y) = build(), make_batch(examples)
+    network, batch = setting(model)
+    x, y = batch
     agreement = am.Agreement(network, am.AndMask(0.2))
 
     def aggregate(gram: bool) -> Step:
         def step() -> None:
             network.zero_grad()
             with agreement(gram=gram):
-                F.cross_entropy(network(x), y).backward()
+                loss(network, batch).backward()
 
         return step
 
     def plain() -> None:
         network.zero_grad()
-        F.cross_entropy(network(x), y).backward()
+        loss(network, batch).backward()
 
     def per_example() -> Tensor:
         params = {name: p.detach() for name, p in network.named_parameters()}
 
-        def loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        def of_one(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             out = torch.func.functional_call(network, params, (x[None],))
             return F.cross_entropy(out, y[None])
 
-        grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(params, x, y)
-        flat = torch.cat([one.flatten(1) for one in grads.values()], 1)
+        grads = torch.func.vmap(torch.func.grad(of_one), in_dims=(None, 0, 0))(params, x, y)
+        flat = torch.cat([grad.flatten(1) for grad in grads.values()], 1)
         return flat @ flat.t()
 
     contestants: dict[str, Step] = {
@@ -166,16 +165,15 @@ def pairs(model: str) -> list[Row]:
             F.cross_entropy(other(x), y, reduction="none")
         )
     return measure(
-        f"Gram matrix, {model}, {examples} examples", contestants, bytes_moved=0, yardstick="plain"
+        f"Gram matrix, {model}, {len(y)} examples", contestants, bytes_moved=0, yardstick="plain"
     )
 
 
-def torchjd_engine(network: nn.Module):
+def torchjd_engine(network: nn.Module) -> Any:
     try:
-        from torchjd.autogram import Engine
+        return import_module("torchjd.autogram").Engine(network, batch_dim=0)
     except ImportError:
         return None
-    return Engine(network, batch_dim=0)
 
 
 def monitor(model: str, every_example: bool) -> list[Row]:
@@ -183,28 +181,34 @@ def monitor(model: str, every_example: bool) -> list[Row]:
     names = {"no monitor": None, "andmask": 10, "recorded each step": 1}
     steps: dict[str, Step] = {}
     for name, every in names.items():
-        torch.manual_seed(0)
-        build, make_batch, examples = MODELS[model]
-        network, (x, y) = build(), make_batch(examples)
+        network, (x, y) = setting(model)
         optimizer = am.optim.AndMaskAdamW(network.parameters(), lr=1e-4, tau=0.2)
         agreement = am.Agreement(network, optimizer)
         if every is not None:
             am.metrics.Monitor(agreement, every=every)
 
-        def step(network=network, x=x, y=y, optimizer=optimizer, agreement=agreement) -> None:
-            if every_example:
-                with agreement():
-                    F.cross_entropy(network(x), y).backward()
-            else:
-                for part, labels in zip(x.chunk(8), y.chunk(8), strict=True):
-                    with optimizer.environment():
-                        F.cross_entropy(network(part), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        steps[name] = step
+        steps[name] = partial(_train, network, x, y, optimizer, agreement, every_example)
     what = "every example" if every_example else "8 backward passes"
     return alternately(f"monitor, {model}, {what}", steps, yardstick="no monitor")
+
+
+def _train(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    optimizer: am.optim.AndMaskAdamW,
+    agreement: am.Agreement,
+    every_example: bool,
+) -> None:
+    if every_example:
+        with agreement():
+            loss(network, (x, y)).backward()
+    else:
+        for part in zip(x.chunk(8), y.chunk(8), strict=True):
+            with optimizer.environment():
+                loss(network, part).backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def alternately(case: str, steps: dict[str, Step], yardstick: str) -> list[Row]:
@@ -216,29 +220,25 @@ def alternately(case: str, steps: dict[str, Step], yardstick: str) -> list[Row]:
         sums = dict.fromkeys(steps, 0.0)
         for _ in range(20):
             for name, step in steps.items():
-                start = time.perf_counter()
-                step()
-                sums[name] += time.perf_counter() - start
+                sums[name] += seconds_of(step)
         for name, total in sums.items():
             times[name].append(total / 20)
-    base = times[yardstick]
-    isa = str(am.build_info()["isa"])
-    rows = []
-    for name, found in times.items():
-        ratio = median(one / other for one, other in zip(found, base, strict=True))
-        spread = sorted(found)
-        rows.append(
-            Row(case, name, torch.get_num_threads(), isa, median(found), spread[-2] - spread[1],
-                min(found), 0.0, ratio)
-        )  # fmt: skip
+    rows = rows_of(case, times, yardstick)
+    for row in rows:
+        pairs = zip(times[row.contestant], times[yardstick], strict=True)
+        row.ratio = statistics.median(own / base for own, base in pairs)
     return rows
 
 
-def quadratics(count: int, size: int) -> list[Callable[[Tensor], Tensor]]:
+def quadratics(count: int, size: int) -> list[Callable[[Any], Tensor]]:
     torch.manual_seed(0)
     roots = torch.randn(count, size, 2 * size, dtype=torch.float64)
     hessians = roots @ roots.mT / size
-    return [lambda x, h=h: x @ h @ x / 2 for h in hessians]
+
+    def quadratic(hessian: Tensor, x: Tensor) -> Tensor:
+        return x @ hessian @ x / 2
+
+    return [partial(quadratic, hessian) for hessian in hessians]
 
 
 def exact_score(size: int) -> list[Row]:
@@ -252,7 +252,7 @@ def exact_score(size: int) -> list[Row]:
         hessians = [torch.func.hessian(loss)(point).numpy() for loss in losses]
         top = [size - 1, size - 1]
         return max(
-            scipy.linalg.eigh(b, a, eigvals_only=True, subset_by_index=top)[0]
+            float(scipy.linalg.eigh(b, a, eigvals_only=True, subset_by_index=top)[0])
             for i, a in enumerate(hessians)
             for j, b in enumerate(hessians)
             if i != j
@@ -289,7 +289,7 @@ def search(size: int) -> list[Row]:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args()
+    options = parser(__doc__).parse_args()
     shapes = [
         (2, 1 << 24),
         (8, 1 << 22),
@@ -303,14 +303,14 @@ def main() -> None:
         shapes, models = shapes[1:4:2], models[:1]
     dtypes = (torch.float32, torch.bfloat16)
     cases: list[Callable[[], list[Row]]] = []
-    cases += [lambda s=s, t=t: histogram(*s, t) for s in shapes for t in dtypes]
-    cases += [lambda s=s: histogram_of_moments(*s) for s in shapes]
-    cases += [lambda s=s: curve(*s) for s in shapes[:4]]
-    cases += [lambda s=s: cosines(*s) for s in shapes[:5]]
-    cases += [lambda m=m: pairs(m) for m in models]
-    cases += [lambda m=m, e=e: monitor(m, e) for m in models for e in (True, False)]
-    cases += [lambda n=n: exact_score(n) for n in (50, 400)]
-    cases += [lambda n=n: search(n) for n in (10, 200)]
+    cases += [partial(histogram, *shape, dtype) for shape in shapes for dtype in dtypes]
+    cases += [partial(histogram_of_moments, *shape) for shape in shapes]
+    cases += [partial(curve, *shape) for shape in shapes[:4]]
+    cases += [partial(cosines, *shape) for shape in shapes[:5]]
+    cases += [partial(pairs, model) for model in models]
+    cases += [partial(monitor, model, every) for model in models for every in (True, False)]
+    cases += [partial(exact_score, size) for size in (50, 400)]
+    cases += [partial(search, size) for size in (10, 200)]
     run(options, cases)
 
 

@@ -1,24 +1,37 @@
 """optimizer.step(), resolving included, against the fused step of torch.optim.
 
-python benchmarks/bench_optim.py --quick
+python -m benchmarks.bench_optim --quick
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
 import andmask_ext as am
 
-from .common import Row, measure, parser, run
+from .common import Row, Step, measure, parser, run
 
 ENVIRONMENTS = 8
 TOTAL = 20_000_000
+Params = list[nn.Parameter]
+# The fused optimizer, ours, and the bytes of a parameter that ours moves.
+PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any], int]] = {
+    "AdamW": (torch.optim.AdamW, am.optim.AndMaskAdamW, 29),
+    "Adam": (torch.optim.Adam, am.optim.AndMaskAdam, 29),
+    "SGD": (
+        partial(torch.optim.SGD, momentum=0.9),
+        partial(am.optim.AndMaskSGD, momentum=0.9),
+        21,
+    ),
+}
 
 
-def parameters(count: int, dtype: torch.dtype) -> list[nn.Parameter]:
+def parameters(count: int, dtype: torch.dtype) -> Params:
     torch.manual_seed(0)
     params = [nn.Parameter(torch.randn(TOTAL // count).to(dtype)) for _ in range(count)]
     for param in params:
@@ -26,65 +39,49 @@ def parameters(count: int, dtype: torch.dtype) -> list[nn.Parameter]:
     return params
 
 
-def ready(optimizer: am.optim.AndMaskSGD) -> Callable[[], object]:
-    """Return a step that finds environments each time, though only the first calls brought any."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for param in params:
-        param.grad = None
-    for _ in range(ENVIRONMENTS):
-        with optimizer.environment(micro_batches=None):
-            for param in params:
-                param.grad = torch.randn_like(param)
-    (moments,) = optimizer._moments
-    touched = list(moments._touched)
+def environments(optimizer: Any, params: Params) -> Step:
+    """Return what brings the environments of a step; it is not timed."""
+    grads = [[torch.randn_like(param) for param in params] for _ in range(2)]
 
-    def step() -> None:
-        optimizer._environments = moments.count = ENVIRONMENTS
-        moments._touched[:] = touched
-        optimizer.step()
+    def bring() -> None:
+        for number in range(ENVIRONMENTS):
+            with optimizer.environment(micro_batches=None):
+                for param, grad in zip(params, grads[number % 2], strict=True):
+                    param.grad = grad
 
-    return step
+    return bring
 
 
 def case(count: int, name: str, dtype: torch.dtype = torch.float32) -> list[Row]:
-    build: dict[str, tuple[Callable, Callable]] = {
-        "AdamW": (
-            lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
-            lambda p, **o: am.optim.AndMaskAdamW(p, lr=1e-3, tau=0.6, **o),
-        ),
-        "Adam": (
-            lambda p: torch.optim.Adam(p, lr=1e-3, fused=True),
-            lambda p, **o: am.optim.AndMaskAdam(p, lr=1e-3, tau=0.6, **o),
-        ),
-        "SGD": (
-            lambda p: torch.optim.SGD(p, lr=1e-3, momentum=0.9, fused=True),
-            lambda p, **o: am.optim.AndMaskSGD(p, lr=1e-3, momentum=0.9, tau=0.6, **o),
-        ),
-    }
-    theirs, ours = build[name]
-    rows = measure(
+    theirs, ours, moved = PAIRS[name]
+    yardstick = f"torch {name}(fused)"
+    steps: dict[str, Step] = {yardstick: theirs(parameters(count, dtype), lr=1e-3, fused=True).step}
+    prepare: dict[str, Step] = {}
+    for suffix, rescale in (("", False), (", rescale", True)):
+        params = parameters(count, dtype)
+        optimizer = ours(params, lr=1e-3, tau=0.6, rescale=rescale)
+        for param in params:
+            param.grad = None
+        steps[f"AndMask{name}{suffix}"] = optimizer.step
+        prepare[f"AndMask{name}{suffix}"] = environments(optimizer, params)
+    return measure(
         f"{name}, {count} x {TOTAL // count}{' bfloat16' if dtype == torch.bfloat16 else ''}",
-        {
-            f"torch {name}(fused)": theirs(parameters(count, dtype)).step,
-            f"AndMask{name}": ready(ours(parameters(count, dtype))),
-            f"AndMask{name}, rescale": ready(ours(parameters(count, dtype), rescale=True)),
-        },
-        bytes_moved=TOTAL * (29 if name != "SGD" else 21),
-        yardstick=f"torch {name}(fused)",
+        steps,
+        prepare=prepare,
+        bytes_moved=TOTAL * moved,
+        yardstick=yardstick,
     )
-    return rows
 
 
 def temporal(count: int) -> list[Row]:
+    ours = am.optim.TemporalAndMaskAdam(parameters(count, torch.float32), tau=0.5)
     return measure(
         f"temporal Adam, {count} x {TOTAL // count}",
         {
             "torch Adam(fused)": torch.optim.Adam(
                 parameters(count, torch.float32), fused=True
             ).step,
-            "TemporalAndMaskAdam": am.optim.TemporalAndMaskAdam(
-                parameters(count, torch.float32)
-            ).step,
+            "TemporalAndMaskAdam": ours.step,
         },
         bytes_moved=TOTAL * 36,
         yardstick="torch Adam(fused)",
@@ -92,18 +89,13 @@ def temporal(count: int) -> list[Row]:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args()
-    cases: list[Callable[[], list[Row]]] = [
-        lambda count=count: case(count, "AdamW") for count in (5, 1000)
-    ]
+    options = parser(__doc__).parse_args()
+    counts = (5, 1000)
+    cases = [partial(case, count, "AdamW") for count in counts]
     if not options.quick:
-        cases += [
-            lambda name=name, count=count: case(count, name)
-            for name in ("Adam", "SGD")
-            for count in (5, 1000)
-        ]
-        cases.append(lambda: case(5, "AdamW", torch.bfloat16))
-        cases += [lambda count=count: temporal(count) for count in (5, 1000)]
+        cases += [partial(case, count, name) for name in ("Adam", "SGD") for count in counts]
+        cases.append(partial(case, 5, "AdamW", torch.bfloat16))
+        cases += [partial(temporal, count) for count in counts]
     run(options, cases)
 
 

@@ -3,12 +3,13 @@
 The yardstick is torch.mm for linear layers, and the library's own backward for convolutions. What
 ours does on top: every environment's share of the gradient votes.
 
-python benchmarks/bench_outer.py --quick
+python -m benchmarks.bench_outer --quick
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +134,8 @@ def layers(model: str) -> list[Callable[[], list[Row]]]:
             found.append(lambda: convolution(name, layer, a, d, examples))
         else:
             rows = a.numel() // a.shape[-1] // examples
-            flat = [x.reshape(-1, x.shape[-1]) for x in (a, d)]
-            found.append(lambda: linear(name, *flat, rows))
+            flat_a, flat_d = a.reshape(-1, a.shape[-1]), d.reshape(-1, d.shape[-1])
+            found.append(lambda: linear(name, flat_a, flat_d, rows))
 
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
@@ -145,17 +146,17 @@ def layers(model: str) -> list[Callable[[], list[Row]]]:
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0]).parse_args()
+    options = parser(__doc__).parse_args()
     cases: list[Callable[[], list[Row]]] = []
     for shape in LINEAR[:1] if options.quick else LINEAR:
         for rows in ENVIRONMENT_ROWS[::2] if options.quick else ENVIRONMENT_ROWS:
-            cases.append(lambda shape=shape, rows=rows: random_linear(*shape, rows))
+            cases.append(partial(random_linear, *shape, rows))
     for model in MODELS:
         cases += layers(model)
-    for shape in CONVOLUTIONS[4:5] if options.quick else CONVOLUTIONS:
+    for window in CONVOLUTIONS[4:5] if options.quick else CONVOLUTIONS:
         for environments in (IMAGES, 8):
             for memory in (torch.contiguous_format, torch.channels_last):
-                cases.append(lambda s=shape, e=environments, m=memory: random_convolution(*s, e, m))
+                cases.append(partial(random_convolution, *window, environments, memory))
     run(options, cases)
 
 

@@ -1,7 +1,7 @@
 """Every rule on stacked gradients against its eager formula, sorting, torch.compile, and one read.
 
-    python benchmarks/bench_rules.py --quick
-    python benchmarks/bench_rules.py --save before --rules Median TrimmedMean
+    python -m benchmarks.bench_rules --quick
+    python -m benchmarks.bench_rules --save before --rules Median TrimmedMean
 
 The yardstick (ratio 1.00) is the floor: `torch.sum` over all of the input, one read pass. Noise is
 part of what is timed, on both sides.
@@ -10,13 +10,14 @@ part of what is timed, on both sides.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import andmask_ext as am
 
-from .common import Row, measure, parser, run
+from .common import Row, Step, measure, parser, run
 
 SIZES = [(4, 65_536), (4, 1 << 22), (16, 65_536), (16, 1 << 20), (64, 65_536), (64, 1 << 18)]
 QUICK = [(4, 1 << 20), (16, 1 << 20), (64, 65_536)]
@@ -97,7 +98,7 @@ RULES: dict[am.rules.Rule, Callable[[Tensor], Tensor]] = {
     am.rules.Mean(): lambda g: g.mean(0),
     am.AndMask(TAU): and_mask,
     am.rules.GeometricMean(TAU): geometric_mean,
-    am.rules.SandMask(): sand_mask,
+    am.rules.SandMask(0.5): sand_mask,
     am.rules.MaskedAverage(TAU): masked_average,
     am.rules.AgreementSum(): agreement_sum,
     am.rules.AgreementRandom(): agreement_random,
@@ -115,7 +116,7 @@ def case(rule: am.rules.Rule, environments: int, columns: int, dtype: torch.dtyp
     torch.manual_seed(0)
     grads = torch.randn(environments, columns).to(dtype)
     eager = RULES[rule]
-    contestants: dict[str, Callable[[], object]] = {
+    contestants: dict[str, Step] = {
         "andmask": lambda: rule(grads),
         "eager": lambda: eager(grads),
     }
@@ -135,7 +136,7 @@ def case(rule: am.rules.Rule, environments: int, columns: int, dtype: torch.dtyp
 
 
 def main() -> None:
-    options = parser(__doc__.splitlines()[0])
+    options = parser(__doc__)
     options.add_argument(
         "--rules", nargs="+", metavar="NAME", choices=[type(rule).__name__ for rule in RULES]
     )
@@ -144,7 +145,7 @@ def main() -> None:
     run(
         chosen,
         [
-            lambda rule=rule, size=size: case(rule, *size, getattr(torch, chosen.dtype))
+            partial(case, rule, *size, getattr(torch, chosen.dtype))
             for rule in RULES
             if chosen.rules is None or type(rule).__name__ in chosen.rules
             for size in (QUICK if chosen.quick else SIZES)

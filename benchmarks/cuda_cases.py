@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,12 +11,13 @@ from torch import Tensor
 
 import andmask_ext as am
 
+from .measuring import Step
 from .roofline import Work
 
 ops = torch.ops.andmask
 TAU, COUNT = 0.6, 8
 ADAM = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
-Function = Callable[[], object]
+Tensors = list[Tensor]
 OURS, EAGER, COMPILED = "andmask", "eager", "torch.compile"
 
 
@@ -98,7 +100,7 @@ def normal(*shape: int, device: torch.device, dtype: torch.dtype = torch.float32
     return torch.randn(*shape, device=device, dtype=dtype)
 
 
-def on_stacks(work: Work, device: torch.device) -> dict[str, Function]:
+def on_stacks(work: Work, device: torch.device) -> dict[str, Step]:
     environments, columns = (int(n.replace(",", "")) for n in work.size.split(" x "))
     dtype = torch.bfloat16 if work.op.endswith("bfloat16") else torch.float32
     grads = normal(environments, columns, device=device, dtype=dtype)
@@ -111,7 +113,7 @@ def on_stacks(work: Work, device: torch.device) -> dict[str, Function]:
     return {OURS: op, EAGER: lambda: formula(grads), COMPILED: lambda: compiled(grads)}
 
 
-def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
+def on_lists(work: Work, device: torch.device) -> dict[str, Step]:
     count, size = (int(n.replace(",", "")) for n in work.size.split(" x "))
 
     def lists(fill: float | None = None) -> list[Tensor]:
@@ -122,9 +124,9 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
     grads, sums, params = lists(), lists(), lists()
     votes = [torch.randint(-COUNT, COUNT + 1, (size,), device=device).to(torch.int8) for _ in grads]
     steps = [torch.zeros((), device=device) for _ in grads]
-    own = (sums, votes, [], [], COUNT, "and_mask", [TAU])
+    own: tuple[Any, ...] = (sums, votes, [], [], COUNT, "and_mask", [TAU])
 
-    def pair(formula: Callable, *arguments: list[Tensor]) -> dict[str, Function]:
+    def pair(formula: Callable[..., object], *arguments: list[Tensor]) -> dict[str, Step]:
         compiled = torch.compile(formula, dynamic=False)
         return {EAGER: lambda: formula(*arguments), COMPILED: lambda: compiled(*arguments)}
 
@@ -138,20 +140,28 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
         options = {"lr": 1e-3, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
         flags = ("decoupled_weight_decay", "nesterov", "maximize", "first_step")
         options |= dict.fromkeys(flags, False)
-        step = lambda p, b, s, v: sgd(p, b, resolve(s, v))  # noqa: E731
+
+        def resolved_sgd(p: Tensors, b: Tensors, s: Tensors, v: Tensors) -> None:
+            sgd(p, b, resolve(s, v))
+
         return {
             OURS: lambda: ops._sgd_step_(params, buffers, *own, False, **options),
-            **pair(step, params, buffers, sums, votes),
+            **pair(resolved_sgd, params, buffers, sums, votes),
         }
     averages, squares, signs = lists(0.0), lists(0.0), lists(0.0)
     options = {**ADAM, "weight_decay": 0.0, "decoupled_weight_decay": True, "maximize": False}
     if work.op == "adam_step_":
-        step = lambda p, a, q, n, s, v: adam(p, resolve(s, v), a, q, n)  # noqa: E731
+
+        def resolved_adam(
+            p: Tensors, a: Tensors, q: Tensors, n: Tensors, s: Tensors, v: Tensors
+        ) -> None:
+            adam(p, resolve(s, v), a, q, n)
+
         return {
             OURS: lambda: ops._adam_step_(
                 params, averages, squares, [], steps, *own, False, **options
             ),
-            **pair(step, params, averages, squares, steps, sums, votes),
+            **pair(resolved_adam, params, averages, squares, steps, sums, votes),
         }
     options |= {"tau": TAU, "beta3": 0.9, "bias_correction": True}
     return {
@@ -162,7 +172,7 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
     }
 
 
-def on_rows(work: Work, device: torch.device) -> dict[str, Function]:
+def on_rows(work: Work, device: torch.device) -> dict[str, Step]:
     """Moments of a linear layer's weight gradient; the yardstick is the plain gradient."""
     each = int(work.op.split()[1])
     rows, inputs, outputs = (
@@ -185,7 +195,7 @@ def on_rows(work: Work, device: torch.device) -> dict[str, Function]:
     }
 
 
-def on_images(work: Work, device: torch.device) -> dict[str, Function]:
+def on_images(work: Work, device: torch.device) -> dict[str, Step]:
     count, side = int(work.size.split()[0]), int(work.size.split()[2])
     channels = int(work.size.split()[-1])
     images = normal(count, channels, side, side, device=device)
@@ -197,13 +207,14 @@ def on_images(work: Work, device: torch.device) -> dict[str, Function]:
 
     def plain(x: Tensor, d: Tensor) -> Tensor:
         rest = (*window, False, [0, 0], 1, [False, True, False])
-        return torch.ops.aten.convolution_backward(d, x, weight, None, *rest)[1]
+        gradient: Tensor = torch.ops.aten.convolution_backward(d, x, weight, None, *rest)[1]
+        return gradient
 
     def eager() -> None:
         for x, d in zip(images.split(1), grads.split(1), strict=True):
-            one = plain(x, d)
-            total.add_(one)
-            votes.add_(one.sign().to(votes.dtype))
+            gradient = plain(x, d)
+            total.add_(gradient)
+            votes.add_(gradient.sign().to(votes.dtype))
 
     return {
         OURS: lambda: ops._accumulate_convolution_(
@@ -214,7 +225,7 @@ def on_images(work: Work, device: torch.device) -> dict[str, Function]:
     }
 
 
-def build(work: Work, device: torch.device) -> dict[str, Function]:
+def build(work: Work, device: torch.device) -> dict[str, Step]:
     if "outer" in work.op:
         return on_rows(work, device)
     if "convolution" in work.op:

@@ -1,8 +1,8 @@
 """What the ops have to move and to compute, and how long that takes at least: tables and a figure.
 
-    python benchmarks/bench_cuda.py --save NAME
-    python benchmarks/roofline.py NAME              # prints the tables of docs/cuda.md
-    python benchmarks/roofline.py NAME --figure PATH
+    python -m benchmarks.bench_cuda --save NAME
+    python -m benchmarks.roofline NAME              # prints the tables of docs/cuda.md
+    python -m benchmarks.roofline NAME --figure PATH
 
 An op has to read its inputs and to write its results once, and it has instructions to issue for
 each unit (a coordinate, or an element of the input). The longer of the two is the prediction.
@@ -13,10 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-RUNS = Path(__file__).parent / "runs"
+from .common import COLOURS, RUNS, duration, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Run = Mapping[str, Any]  # what bench_cuda has kept
 
 
 @dataclass(frozen=True)
@@ -84,13 +91,13 @@ def works(place: str) -> dict[str, Work]:
         network = {32: 191, 128: 1471}[size[0]] * 2 / size[0]
         gpu = 48 if size[0] <= 32 else 412
         found.append(stacked(f"Median d={size[0]}", size, 4, 4, gpu, network + 2))
-    lists, size = tensors * each, f"{tensors} x {each:,}"
+    lists, shape = tensors * each, f"{tensors} x {each:,}"
     found += [
-        Work("accumulate_ sum, votes", size, lists, 4 + 8 + 2, 11, 6),
-        Work("resolve AndMask", size, lists, 4 + 1 + 4, 8, 4),
-        Work("sgd_step_", size, lists, 4 + 1 + 8 + 8, 14, 10),
-        Work("adam_step_", size, lists, 4 + 1 + 8 + 8 + 8, 45, 40),
-        Work("temporal_adam_step_", size, lists, 4 + 8 + 8 + 8 + 8, 55, 48),
+        Work("accumulate_ sum, votes", shape, lists, 4 + 8 + 2, 11, 6),
+        Work("resolve AndMask", shape, lists, 4 + 1 + 4, 8, 4),
+        Work("sgd_step_", shape, lists, 4 + 1 + 8 + 8, 14, 10),
+        Work("adam_step_", shape, lists, 4 + 1 + 8 + 8 + 8, 45, 40),
+        Work("temporal_adam_step_", shape, lists, 4 + 8 + 8 + 8 + 8, 55, 48),
     ]
     rows, inputs, outputs = {
         "quick": (128, 1024, 1024),
@@ -172,81 +179,70 @@ def h100(work: Work) -> tuple[float, str]:
 # ---- the CPU, as measured ----
 
 
-def cpu(work: Work, facts: dict[str, float]) -> tuple[float, str]:
+def cpu(work: Work, facts: Mapping[str, float]) -> tuple[float, str]:
     """As `h100`; `facts`: measured copy (bytes/s) and multiply-adds (of float32, a second)."""
     memory = work.total_bytes / facts["copy"]
     issue = work.units * work.cpu / facts["multiply_adds"]
     return max((memory, "memory"), (issue, "instructions"))
 
 
-def time_text(seconds: float) -> str:
-    if seconds >= 1:
-        return f"{seconds:.2f} s"
-    return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-3 else f"{seconds * 1e6:.3g} µs"
-
-
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def threads_text(facts: dict) -> str:
-    return f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
-
-
-def tables(run: dict) -> str:
-    """Return the Markdown of docs/cuda.md: counts and predictions, then the CPU's measurements."""
-    lines = [
-        "| op | size | bytes | instructions | per byte | predicted | bound by |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for work in works("cuda").values():
-        seconds, why = h100(work)
-        lines.append(
-            f"| `{work.op}` | {work.size} | {number(work.bytes)} | {number(work.gpu)} "
-            f"| {number(work.gpu / work.bytes)} | {time_text(seconds)} | {why} |"
-        )
-    facts = run["devices"]["cpu"]
-    measured = {
-        row["op"]: row
+def measured_times(run: Run) -> dict[str, float]:
+    """Return the seconds that our ops took on the CPU."""
+    return {
+        row["op"]: row["median"]
         for row in run["rows"]
         if row["device"] == "cpu" and row["contestant"] == "andmask" and row["median"]
     }
-    lines += [
-        "",
-        f"{facts['name']}, {threads_text(facts)}: a copy moves {facts['copy'] / 1e9:.0f} "
-        f"GB/s, {facts['multiply_adds'] / 1e9:.0f} G float32 multiply-adds a second.",
-        "",
-        "| op | size | bytes | instructions | per byte | predicted | bound by | measured "
-        "| predicted ÷ measured |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+
+
+def threads_text(facts: Mapping[str, Any]) -> str:
+    return f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+
+
+def counted(work: Work, instructions: float, seconds: float, why: str) -> list[str]:
+    """Return the cells about what an op needs, and how long that takes at least."""
+    cells = [f"`{work.op}`", work.size, number(work.bytes), number(instructions)]
+    return [*cells, number(instructions / work.bytes), duration(seconds), why]
+
+
+def tables(run: Run) -> str:
+    """Return the Markdown of docs/cuda.md: counts and predictions, then the CPU's measurements."""
+    columns = ["op", "size", "bytes", "instructions", "per byte", "predicted", "bound by"]
+    predicted = [counted(work, work.gpu, *h100(work)) for work in works("cuda").values()]
+    facts, times = run["devices"]["cpu"], measured_times(run)
+    lines = []
     for work in works(run["sizes"]["cpu"]).values():
-        if work.op not in measured:
-            continue
-        seconds, why = cpu(work, facts)
-        took = measured[work.op]["median"]
-        lines.append(
-            f"| `{work.op}` | {work.size} | {number(work.bytes)} | {number(work.cpu)} "
-            f"| {number(work.cpu / work.bytes)} | {time_text(seconds)} | {why} | {time_text(took)} "
-            f"| {seconds / took:.0%} |"
-        )
-    return "\n".join(lines)
+        if work.op in times:
+            seconds, why = cpu(work, facts)
+            took = times[work.op]
+            line = counted(work, work.cpu, seconds, why)
+            lines.append([*line, duration(took), f"{seconds / took:.0%}"])
+    peaks = (
+        f"{facts['name']}, {threads_text(facts)}: a copy moves {facts['copy'] / 1e9:.0f} "
+        f"GB/s, {facts['multiply_adds'] / 1e9:.0f} G float32 multiply-adds a second."
+    )
+    more = [*columns, "measured", "predicted ÷ measured"]
+    return "\n\n".join([markdown(columns, predicted), peaks, markdown(more, lines)])
 
 
 # ---- the figure ----
 
-BLUE, ORANGE = "#0072B2", "#E69F00"  # Okabe-Ito
+BLUE, ORANGE = COLOURS[0], COLOURS[4]
 
 
-def draw(run: dict, path: str) -> None:
+def draw(run: Run, path: Path) -> None:
     """Instructions a second against instructions per byte: roofs, predictions, measurements."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    from studies.figures import save
 
     facts = run["devices"]["cpu"]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.8))
+    figure = Figure(figsize=(11, 5.8))
+    left, right = figure.subplots(1, 2)
     roof(left, COPY / 1e12, TENSOR["bfloat16"] / 1e12, "--", "bfloat16 tensor cores: {:.1f} T/s")
     roof(left, COPY / 1e12, INSTRUCTIONS / 1e12, "-", "float32: {:.1f} T/s")
     roof_label(left, COPY / 1e12, INSTRUCTIONS / 1e12, "memory: 3.0 TB/s")
@@ -257,11 +253,7 @@ def draw(run: dict, path: str) -> None:
     rates = facts["copy"] / 1e9, facts["multiply_adds"] / 1e9
     roof(right, *rates, "-", "float32: {:.0f} G/s")
     roof_label(right, *rates, f"copy: {rates[0]:.0f} GB/s")
-    measured = {
-        row["op"]: row["median"]
-        for row in run["rows"]
-        if row["device"] == "cpu" and row["contestant"] == "andmask" and row["median"]
-    }
+    measured = measured_times(run)
     local = {name: work for name, work in works(run["sizes"]["cpu"]).items() if name in measured}
     points(right, local, lambda work: (work.cpu, measured[work.op]), 1e9, BLUE, "measured")
     right.set_title(f"{facts['name']}, {threads_text(facts)}: measured", fontsize=10)
@@ -279,10 +271,10 @@ def draw(run: dict, path: str) -> None:
     for column in range(4):
         some = names[column * per_column : (column + 1) * per_column]
         figure.text(0.06 + 0.24 * column, 0.155, "\n".join(some), fontsize=8, va="top")
-    figure.savefig(path, dpi=120)
+    print(f"\nfigure  {save(figure, path)}")
 
 
-def roof(axis, copy: float, peak: float, style: str, text: str) -> None:
+def roof(axis: Axes, copy: float, peak: float, style: str, text: str) -> None:
     ridge = peak / copy
     axis.plot([0.2, ridge, 1500], [0.2 * copy, peak, peak], style, color="black", lw=1.2)
     right = style == "--"
@@ -296,12 +288,19 @@ def roof(axis, copy: float, peak: float, style: str, text: str) -> None:
     )
 
 
-def roof_label(axis, copy: float, peak: float, text: str) -> None:
+def roof_label(axis: Axes, copy: float, peak: float, text: str) -> None:
     at = (0.4 * peak / copy, 0.4 * peak)
     axis.annotate(text, at, (-6, 0), textcoords="offset points", fontsize=8, ha="right")
 
 
-def points(axis, cases, of, scale, color, label) -> None:
+def points(
+    axis: Axes,
+    cases: Mapping[str, Work],
+    of: Callable[[Work], tuple[float, float]],
+    scale: float,
+    color: str,
+    label: str,
+) -> None:
     """Draw the cases as numbered points; numbers are those of the list below the figure."""
     numbers = {name: number for number, name in enumerate(works("cuda"), 1)}
     groups: list[tuple[float, float, list[int]]] = []  # cases at nearly the same place
@@ -322,15 +321,13 @@ def points(axis, cases, of, scale, color, label) -> None:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     options.add_argument("name", help="what bench_cuda.py --save was given")
-    options.add_argument("--figure", help="default: benchmarks/runs/NAME-roofline.png")
+    options.add_argument("--figure", type=Path, help="default: benchmarks/runs/NAME-roofline.png")
     chosen = options.parse_args()
     run = json.loads((RUNS / f"{chosen.name}.json").read_text())
     print(tables(run))
-    path = chosen.figure or str(RUNS / f"{chosen.name}-roofline.png")
-    draw(run, path)
-    print(f"\nfigure  {path}")
+    draw(run, chosen.figure or RUNS / f"{chosen.name}-roofline.png")
 
 
 if __name__ == "__main__":

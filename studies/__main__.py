@@ -33,10 +33,6 @@ COMMANDS = {
         "studies.coinrun:main",
         "behavioural cloning on CoinRun levels, played on unseen ones",
     ),
-    "benchmark": (
-        "benchmarks.contest.cli:main",
-        "time and memory of a training step, beside other libraries",
-    ),
     "report": (
         "studies.report:main",
         "one page of all that studies left in a folder",
@@ -45,21 +41,16 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Run a command: 0, 1 (a package is missing), 2 (wrong arguments) or 130 (interrupted).
 
     A command's module is imported only when it is asked for, and so are the packages it needs.
-
-    Args:
-        arguments: the command and what follows it; from the command line when None.
-
-    Returns:
-        The exit status: 0, 1 (a package is missing), 2 (wrong arguments) or 130 (interrupted).
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     width = max(map(len, COMMANDS))
     parser = argparse.ArgumentParser(
         prog="python -m studies",
         usage="%(prog)s [-h] COMMAND ...",
-        description="Gradients that all environments agree on, and experiments with them.",
+        description="The experiments of the paper, with gradients that all environments agree on.",
         epilog="commands:\n"
         + "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
         + "\n\n'%(prog)s COMMAND --help' says more about one of them.",
@@ -67,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    if not arguments:
+        parser.print_help()
+        return 0
     chosen = parser.parse_args(arguments)
     prog = f"{parser.prog} {chosen.command}"
     module, _, function = COMMANDS[chosen.command][0].partition(":")

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Any, TypeAlias
 
+import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .records import write_atomically
 
+Array: TypeAlias = np.ndarray[Any, np.dtype[Any]]
+
 DPI = 160
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Save a figure as PNG with 256 colours: a third of the bytes, and no difference that one sees.
-
-    Args:
-        figure: made with :class:`matplotlib.figure.Figure` rather than pyplot, so that nothing of
-            it is kept.
-        path: PNG file to write; it appears whole or not at all.
-
-    Returns:
-        The path.
-    """
+    """Save as PNG with 256 colours: a third of the bytes, and no difference that one sees."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=DPI)
     image = Image.open(picture).convert("RGB")

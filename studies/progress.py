@@ -10,13 +10,7 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Progress of one run: a bar in a terminal, a line now and then elsewhere.
-
-    Args:
-        title: at the start of each line.
-        unit: what is counted.
-        lines: never draw a bar.
-    """
+    """Progress of one run: a bar in a terminal, a line now and then elsewhere."""
 
     FIRST_LINE = 5.0  # seconds; the longer a run lasts, the rarer the lines
 

@@ -39,16 +39,7 @@ class Stateful(Protocol):
 
 
 def canonical(identity: Identity) -> str:
-    """Write an identity as JSON in one fixed way, so that equal identities are equal strings.
-
-    Args:
-        identity: a mapping that JSON can hold; tuples count as lists.
-
-    Returns:
-        JSON with sorted keys.
-
-    Raises:
-        ValueError: a value is NaN or infinite, which JSON cannot hold.
+    """Write an identity as JSON in one fixed way; a number that is not finite raises ValueError.
 
     Example:
         >>> canonical({"tau": 0.8, "decay": (0.5, 0.75)})
@@ -60,10 +51,7 @@ def canonical(identity: Identity) -> str:
 class RunFiles:
     """The files of one run: record, final weights, and the checkpoint while it lasts.
 
-    Args:
-        folder: output folder; made when something is first written.
-        name: readable start of the file names, such as ``and-mask-seed0``.
-        identity: everything that decides the outcome of the run; its hash ends the file names.
+    The identity has everything that decides the outcome of the run; its hash ends the file names.
 
     The time of a run counts from the making of this object, and goes on where a checkpoint left it.
 
@@ -82,11 +70,7 @@ class RunFiles:
         self._started = time.perf_counter()
 
     def read_record(self) -> dict[str, Any] | None:
-        """Read the finished record.
-
-        Returns:
-            The record, or None where there is none of this very identity.
-        """
+        """Read the finished record; None where there is none of this very identity."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
         except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
@@ -98,13 +82,7 @@ class RunFiles:
     def finish(
         self, results: Mapping[str, Any], weights: Mapping[str, torch.Tensor] | None = None
     ) -> None:
-        """Write weights and record, then drop the checkpoint.
-
-        Args:
-            results: what to keep beside identity and time; NaN and infinities, which JSON does not
-                know, are written as null.
-            weights: state dict of the trained model, where it is needed later.
-        """
+        """Write weights and record, where NaN and infinities are null, then drop the checkpoint."""
         if weights is not None:
             content = dict(weights)
             write_atomically(self.weights, lambda file: torch.save(content, file))
@@ -119,12 +97,7 @@ class RunFiles:
         self.checkpoint.unlink(missing_ok=True)
 
     def read_checkpoint(self) -> dict[str, Any] | None:
-        """Read the state of an interrupted run.
-
-        Returns:
-            The state given to :meth:`write_checkpoint`, or None where there is none; and where it
-            is damaged, which is told.
-        """
+        """Read the state of an interrupted run; None without one, or where it is damaged."""
         try:
             saved: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
         except FileNotFoundError:
@@ -139,11 +112,7 @@ class RunFiles:
         return state
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Replace the checkpoint.
-
-        Args:
-            state: tensors, numbers, strings and containers of them.
-        """
+        """Replace the checkpoint by tensors, numbers, strings and containers of them."""
         saved = {"identity": self._identity, "seconds": self._seconds(), "state": dict(state)}
         write_atomically(self.checkpoint, lambda file: torch.save(saved, file))
 
@@ -156,15 +125,8 @@ class RunFiles:
         is random in an epoch comes from there, it needs nothing from the one before but ``parts``,
         and a run that was interrupted ends with the same bits as one that was not. Draw data from
         another stream: in the first epoch of seed 0 this one is that of ``torch.manual_seed(0)``.
-
-        Args:
-            total: how many epochs the run has.
-            seed: that of the run.
-            history: lists that the loop's body appends to; those of a checkpoint are put in.
-            parts: model, optimizer and whatever else changes; a checkpoint is loaded into them.
-
-        Yields:
-            The number of the epoch, from 0.
+        A checkpoint is loaded into ``parts`` (model, optimizer and whatever else changes) and into
+        the lists of ``history``, which the loop's body appends to.
 
         Example:
             >>> import tempfile
@@ -199,11 +161,7 @@ class RunFiles:
                 pause = max(CHECKPOINT_SECONDS, (saved - now) / CHECKPOINT_SHARE)
 
     def read_weights(self) -> dict[str, torch.Tensor]:
-        """Read the final weights.
-
-        Returns:
-            The state dict of the trained model.
-        """
+        """Read the final weights."""
         weights: dict[str, torch.Tensor] = torch.load(self.weights, weights_only=True)
         return weights
 
@@ -221,15 +179,7 @@ def without_nan(value: Any) -> Any:
 
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file so that a reader, or the next run after a crash, sees the old or the new one.
-
-    Args:
-        path: where the file shall be; its folder is made.
-        write: called with an open binary file.
-
-    Raises:
-        OSError: the folder cannot be made or written to.
-    """
+    """Write a file so that a reader, or the next run after a crash, sees the old or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

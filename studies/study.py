@@ -48,13 +48,7 @@ S = TypeVar("S", bound=Settings)
 
 @dataclass(frozen=True)
 class Run(Generic[S]):
-    """One run to be done.
-
-    Args:
-        label: what distinguishes it from others, for people and for its file's name.
-        settings: what decides it.
-        seed: decides all its random draws.
-    """
+    """One run to be done; the label distinguishes it for people and in its file's name."""
 
     label: str
     settings: S
@@ -63,12 +57,7 @@ class Run(Generic[S]):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found.
-
-    Args:
-        results: for its record; ``final``, a mapping of names to numbers, is printed.
-        weights: state dict to keep, if figures or later runs need it.
-    """
+    """What a run found: its record, of which ``final`` is printed, and weights to keep."""
 
     results: Mapping[str, Any]
     weights: Weights | None = None
@@ -76,13 +65,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Finished(Generic[S]):
-    """A run that is done.
-
-    Args:
-        run: what was asked for.
-        record: what was found.
-        files: where it lies; gives the weights.
-    """
+    """A run that is done; its files give the weights."""
 
     run: Run[S]
     record: Mapping[str, Any]
@@ -119,74 +102,33 @@ class Study(ABC, Generic[S]):
 
     @abstractmethod
     def plan(self, options: argparse.Namespace) -> Sequence[Run[S]]:
-        """Turn options into runs.
+        """Turn options into runs, in the order in which they are done.
 
-        Args:
-            options: those of :meth:`add_options`, and ``quick``, ``output``, ``seeds``, and
-                ``seeds_given``: whether these are not the defaults.
-
-        Returns:
-            The runs, in the order in which they are done.
-
-        Raises:
-            ValueError: options that cannot be meant.
+        Beside the study's own, options have ``quick``, ``output``, ``seeds``, and ``seeds_given``:
+        whether these are not the defaults. Raise ValueError for options that cannot be meant.
         """
 
     @abstractmethod
     def execute(self, settings: S, seed: int, files: RunFiles, report: Report) -> Outcome:
         """Do one run, or go on from its checkpoint. May be called in a process of its own.
 
-        Args:
-            settings: what decides it.
-            seed: decides all random draws.
-            files: keeps checkpoints.
-            report: called with how much is done, of how much, and a few words about it.
-
-        Returns:
-            What was found.
+        ``report`` is called with how much is done, of how much, and a few words about it.
         """
 
     @abstractmethod
     def present(
         self, finished: Sequence[Finished[S]], folder: Path, options: argparse.Namespace
     ) -> Summary:
-        """Say what the runs come to, and draw it.
-
-        Args:
-            finished: all runs, those of :meth:`plan` and those that followed up.
-            folder: where figures go.
-            options: as in :meth:`plan`.
-
-        Returns:
-            Claims, tables, figures.
-        """
+        """Say what the runs, those that followed up too, come to; draw it into the folder."""
 
     def follow_up(
         self, finished: Sequence[Finished[S]], options: argparse.Namespace
     ) -> Sequence[Run[S]]:
-        """Return the runs that depend on what others found, such as the best of a search again.
-
-        Args:
-            finished: all runs of :meth:`plan`.
-            options: as there.
-
-        Returns:
-            Further runs; none unless a study says so.
-        """
+        """Return the runs that depend on what others found, such as the best of a search again."""
         return ()
 
     def prepare(self, options: argparse.Namespace) -> bool:
-        """Do what comes before any run, such as making data.
-
-        Args:
-            options: as in :meth:`plan`.
-
-        Returns:
-            False to stop after it.
-
-        Raises:
-            ValueError: options that cannot be meant, such as a folder without data.
-        """
+        """Do what comes before any run, such as making data. Return False to stop after it."""
         return True
 
     def summary_name(self, options: argparse.Namespace) -> str:
@@ -194,15 +136,7 @@ class Study(ABC, Generic[S]):
         return self.name
 
     def main(self, arguments: Sequence[str], prog: str | None = None) -> int:
-        """Run the study.
-
-        Args:
-            arguments: the command line after the study's name.
-            prog: how the command was called.
-
-        Returns:
-            The exit status: 0, or 130 when interrupted. Wrong arguments exit with 2.
-        """
+        """Run the study: 0, or 130 when interrupted. Wrong arguments exit with 2."""
         prog = prog or f"python -m studies {self.name}"
         parser = self._parser(prog)
         options = parser.parse_args(arguments)

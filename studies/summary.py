@@ -24,11 +24,6 @@ SUFFIX = ".summary.json"
 class Claim:
     """A sentence of the paper, or about it, that runs can contradict.
 
-    Args:
-        text: the sentence.
-        holds: whether the runs agree with it.
-        measured: the figures that decide.
-
     Example:
         >>> print(Claim("plain training memorises", True, "100 % train, 51.2 % test"))
         [holds] plain training memorises: 100 % train, 51.2 % test
@@ -44,15 +39,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of numbers and words.
-
-    Args:
-        title: what it shows.
-        columns: their headings, with units.
-        rows: as many cells each; a number is printed with up to four digits, None as a dash.
-
-    Raises:
-        ValueError: a row has another length than the headings.
+    """Rows of numbers and words; a number is printed with up to four digits, None as a dash.
 
     Example:
         >>> print(Table("accuracy", ("method", "test %"), [("mean", 51.25), ("and-mask", 100.0)]))
@@ -87,12 +74,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure of a study.
-
-    Args:
-        path: its file.
-        caption: what it shows, and what to see in it.
-    """
+    """A figure of a study, with a caption that says what to see in it."""
 
     path: Path
     caption: str
@@ -100,14 +82,7 @@ class Picture:
 
 @dataclass
 class Summary:
-    """What a study found.
-
-    Args:
-        claims: what was tested.
-        tables: results, mean and spread over seeds.
-        pictures: figures.
-        notes: what a reader must know: what differs from the paper, what did not work.
-    """
+    """What a study found; notes are what a reader must know, such as what did not work."""
 
     claims: list[Claim] = field(default_factory=list)
     tables: list[Table] = field(default_factory=list)
@@ -120,16 +95,7 @@ class Summary:
         return "\n\n".join(part for part in parts if part)
 
     def write(self, folder: Path, name: str, facts: dict[str, Any]) -> Path:
-        """Write it as JSON.
-
-        Args:
-            folder: that of the records and the figures.
-            name: start of the file's name.
-            facts: what else belongs into it: the study, its command line, times.
-
-        Returns:
-            The file.
-        """
+        """Write it as JSON, together with facts such as the command line, and return the file."""
         content = facts | without_nan(
             {
                 "claims": [asdict(claim) for claim in self.claims],
@@ -150,12 +116,6 @@ class Summary:
 def shown(cell: Cell) -> str:
     """Write a table's cell for people.
 
-    Args:
-        cell: a word, a number or None.
-
-    Returns:
-        The word itself, at most four digits of a number, a dash for None.
-
     Example:
         >>> shown(3.14159), shown(1234567), shown(None)
         ('3.142', '1234567', '-')
@@ -166,15 +126,7 @@ def shown(cell: Cell) -> str:
 
 
 def spread(values: Iterable[float], digits: int = 2) -> str:
-    """Write mean and standard deviation over seeds.
-
-    Args:
-        values: one for each seed.
-        digits: behind the point.
-
-    Returns:
-        Such as ``51.20 ± 0.94``; the mean alone of a single value, or where one is not finite; a
-        dash of none.
+    """Write mean and standard deviation over seeds, with so many digits behind the point.
 
     Example:
         >>> spread([1.0, 2.0, 3.0])

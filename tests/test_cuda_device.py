@@ -85,10 +85,10 @@ def calls() -> dict[str, Callable[[], object]]:
     params = [torch.randn(129), torch.randn(3, 5)]
     state = [[torch.zeros_like(param) for param in params] for _ in range(3)]
     steps = [torch.zeros(()) for _ in params]
-    adam = dict(
-        lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.0, decoupled_weight_decay=False,
-        maximize=False,
-    )  # fmt: skip
+    adam = {
+        "lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0,
+        "decoupled_weight_decay": False, "maximize": False,
+    }  # fmt: skip
     inputs, outputs = torch.randn(8, 4, 33), torch.randn(8, 4, 17)
     total, votes = torch.zeros(17, 33), torch.zeros(17, 33, dtype=torch.int8)
     images, errors = torch.randn(6, 3, 8, 8), torch.randn(6, 4, 8, 8)

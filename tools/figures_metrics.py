@@ -1,4 +1,4 @@
-"""Draw the figures of docs/metrics.md and docs/theory.md: python tools/figures_metrics.py.
+"""Draw the figures of docs/metrics.md: python tools/figures_metrics.py.
 
 Trains a small network on the spirals for some of them (half a minute), and writes PNG files into
 docs/figures.
@@ -23,48 +23,10 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 from andmask_ext import metrics, plots
-from andmask_ext.metrics import landscapes
 from studies.figures import save
-from studies.landscape.parts import PAIRS
 from studies.spirals.data import SpiralsConfig, draw_spirals
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
-STARTS = torch.tensor(
-    [[-2.7, -0.5], [0.2, 2.7], [-1.2, -1.6], [2.7, -2.2], [0.7, -2.8], [2.3, 1.3]]
-).double()
-
-
-def draw_landscapes() -> Figure:
-    """Two minima that look alike after pooling, of which one is in both environments."""
-    example = landscapes.two_minima()
-    return plots.loss_landscapes(example.losses, example.bounds, points=example.points)[0].figure
-
-
-def draw_trajectories() -> Figure:
-    """The same losses, and where the mean gradient and the AND-mask lead."""
-    example = landscapes.two_minima()
-    panels = plots.trajectories(
-        example.losses, STARTS, steps=600, bounds=example.bounds, points=example.points
-    )
-    return panels[0].figure
-
-
-def draw_ellipses() -> Figure:
-    """Pairs of quadratics that differ little, and more, and by a turn."""
-    names = ("similar", "across each other", "turned")
-    pairs = {name: torch.tensor(PAIRS[name], dtype=torch.float64) for name in names}
-    figure, panels = plt.subplots(
-        1, 3, figsize=(8.3, 3.5), layout="constrained", sharex=True, sharey=True
-    )
-    for axes, (name, hessians) in zip(panels, pairs.items(), strict=True):
-        plots.ellipses(hessians, ax=axes)
-        ratio = axes.get_title().rpartition(" ")[2]
-        axes.set_title(f"{name}, ratio {ratio}", fontsize=10.5)
-        axes.label_outer()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=8.5)
-    return figure
-
 
 # ---- a network that memorises the spirals ----
 
@@ -157,9 +119,6 @@ def main() -> None:
     options.add_argument("--output", type=Path, default=FIGURES, help="folder (docs/figures)")
     output = options.parse_args().output
     for name, draw in (
-        ("landscapes", draw_landscapes),
-        ("trajectories", draw_trajectories),
-        ("ellipses", draw_ellipses),
         ("votes", draw_votes),
         ("tau_curve", draw_tau_curve),
         ("cosines", draw_cosines),

@@ -51,7 +51,7 @@ class GradientAccumulator:
         groups: the environments.
         weights: a factor for each environment, or one for all.
         deferred: treat no parameter before :meth:`finish`: uses may come that are not announced.
-        records: by the parameter's number; filled for the report.
+        treatments: by the parameter's number; filled for the report.
         gramian: takes scalar products of the gradients, if there is one.
     """
 
@@ -61,14 +61,14 @@ class GradientAccumulator:
         groups: Groups,
         weights: list[float],
         deferred: bool,
-        records: dict[int, Treatment],
+        treatments: dict[int, Treatment],
         gramian: Gramian | None = None,
     ) -> None:
         self._targets = targets
         self._groups = groups
         self._weights = weights
         self._deferred = deferred
-        self._records = records
+        self._treatments = treatments
         self._gramian = gramian
         self._expected: dict[int, int] = {}
         self._entries: dict[int, list[Entry]] = {}
@@ -116,14 +116,14 @@ class GradientAccumulator:
             return
         target = self._targets[param]
         paths = sorted({entry.contribution.path for entry in entries})
-        record = self._records[param] = Treatment(len(entries), paths)
+        treatment = self._treatments[param] = Treatment(len(entries), paths)
         squares = None
         if self._gramian is not None and not self._take_products(param, entries):
             squares = torch.empty_like(target.param, dtype=wide_dtype(target.param))
         reason = self._add_directly(target, entries, squares)
         if reason:
             self._add_in_chunks(target, entries)
-            record.paths.append(f"gradients of a few environments at a time ({reason})")
+            treatment.paths.append(f"gradients of a few environments at a time ({reason})")
 
     def _take_products(self, param: int, entries: list[Entry]) -> bool:
         """Take scalar products; or return False, if they will be had from squares almost for free.
@@ -155,7 +155,7 @@ class GradientAccumulator:
     def _is_whole(self, target: Target, entry: Entry) -> bool:
         """Return whether a native op adds this entry to all of a parameter."""
         contiguous = target.param.is_contiguous()
-        return entry.view.full and contiguous and entry.is_direct(target.moments.kinds)
+        return entry.view.full and contiguous and entry.is_direct(target.moments._counts_zeros)
 
     def _add_directly(self, target: Target, entries: list[Entry], squares: Tensor | None) -> str:
         """Add entries that nothing has to be added to before they vote; or say why that cannot be.
@@ -175,9 +175,9 @@ class GradientAccumulator:
         if elements is None:
             return "several uses are added up"
         partial_use = elements < target.param.numel()
-        if partial_use and target.moments.kinds not in ((), ("votes",)):
+        if partial_use and target.moments._counts_zeros:
             return "a part of it is used, and the rule counts zeros"
-        if not all(entry.is_direct(target.moments.kinds) for entry in entries):
+        if not all(entry.is_direct(target.moments._counts_zeros) for entry in entries):
             return "no kernel adds such a use to such a view"
         contribution, view = entries[0].contribution, entries[0].view
         if len(entries) == 1 and isinstance(contribution, Stacked):
@@ -199,12 +199,12 @@ class GradientAccumulator:
             count = self._groups.environments
             norms = squares.sum(dtype=torch.float64)
             norms += squared_norm(memory[0]) / count
-            target.moments.add_squared_norm(target.index, norms)
+            target.moments._add_squared_norm(target.index, norms)
         return ""
 
     def _memory(self, target: Target) -> list[Tensor | None]:
         """Return sum, votes, squares and logs of a parameter; those not kept are None."""
-        lists = target.moments.open_memory([target.index], self._groups.environments)
+        lists = target.moments._open_memory([target.index], self._groups.environments)
         return [tensors[0] if tensors else None for tensors in lists]
 
     def _add(self, target: Target, memory: list[Tensor | None], contribution: Contribution) -> None:
@@ -254,7 +254,7 @@ class GradientAccumulator:
             moments = targets[0].moments
             for places in by_device(grads):
                 indices = [targets[place].index for place in places]
-                lists = moments.open_memory(indices, self._groups.environments)
+                lists = moments._open_memory(indices, self._groups.environments)
                 torch.ops.andmask._accumulate_.default(
                     *lists, [grads[place] for place in places], moments.count, self._weights, True
                 )
@@ -279,7 +279,7 @@ class GradientAccumulator:
             total.index_add_(0, lines, gradients, alpha=self._weights[0])
 
     def _add_in_chunks(self, target: Target, entries: Sequence[Entry]) -> None:
-        lists = target.moments.open_memory([target.index], self._groups.environments)
+        lists = target.moments._open_memory([target.index], self._groups.environments)
         total: Tensor = lists[0][0]
         parts = _parts(target, entries)
         count, step = self._groups.environments, _at_once(total)

@@ -30,15 +30,19 @@ class Entry:
         assert self.operand.view is not None
         return self.operand.view
 
-    def is_direct(self, kinds: tuple[str, ...]) -> bool:
-        """Return whether a kernel adds this to the view of moments of these kinds."""
+    def is_direct(self, zeros_count: bool) -> bool:
+        """Return whether a kernel adds this to the view of moments.
+
+        Args:
+            zeros_count: whether a gradient of zero changes the moments, too.
+        """
         contribution, view = self.contribution, self.view
         if isinstance(contribution, Outer):
             return _is_matrix(view, contribution)
         if isinstance(contribution, Convolution):
             return view.order == "same"
         if isinstance(contribution, Lookup):
-            return view.order == "same" and kinds in ((), ("votes",))
+            return view.order == "same" and not zeros_count
         return isinstance(contribution, Stacked)
 
     def gradients(self, param: Tensor, begin: int, end: int) -> Tensor:

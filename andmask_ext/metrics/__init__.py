@@ -6,7 +6,6 @@ Nothing waits for a GPU. Metrics of solutions (inconsistency score, invariant le
 take losses and parameters.
 """
 
-from . import landscapes
 from ._alignment import GradientCorrelation, gradient_correlation, gradient_cosines
 from ._monitor import Monitor
 from ._signal import coherence, signal_to_noise
@@ -53,7 +52,6 @@ __all__ = [
     "inconsistency_score",
     "invariant_learning_consistency",
     "kept_fraction",
-    "landscapes",
     "leave_one_environment_out",
     "model_losses",
     "noise_kept_fraction",

@@ -96,12 +96,12 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
         ValueError: there are none, or entries differ in the number of environments.
     """
     if isinstance(grads, Moments):
-        if grads.count == 0 or not grads.touched:
+        if grads.count == 0 or not grads._touched:
             raise ValueError(
                 f"{name}: expected moments of at least 1 environment that has touched a parameter, "
                 f"but got {grads}"
             )
-        places = grads.touched
+        places = grads._touched
         return Entries(grads.count, None, grads, places, _in_places(places, len(grads.sum)))
     if isinstance(grads, Tensor):
         check_grads(grads, name)

@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
-from .._observers import Observer
+from .._pending import Group, Observer
 from ..agreement import Agreement
-from ..moments import Moments
-from ..optim import TemporalAndMaskAdam
-from ..optim._base import EnvironmentOptimizer
-from ..rules import Rule
+from ..optim import EnvironmentOptimizer, TemporalAndMaskAdam
 from ._record import METRICS, make_record
 
 __all__ = ["Monitor"]
@@ -44,7 +41,7 @@ class Monitor(Observer):
     In the steps between nothing is done. In those recorded, one pass is made over sums and votes,
     and the squared norm of each environment's gradient is taken (``coherence=False``: not). Results
     stay on the device of the parameters: nothing waits for it. The source keeps its monitor, until
-    :meth:`close`.
+    :meth:`detach`.
 
     To watch plain training, train with ``AndMask(tau=0.0)``, which is the mean, and say what would
     be kept: ``Monitor(optimizer, tau=0.8)``.
@@ -98,7 +95,7 @@ class Monitor(Observer):
         check_bool("coherence", coherence)
         known: dict[int, str] = {}
         if isinstance(source, Agreement):
-            known = source._names
+            known = source._require_setup("Monitor").names
             if source._optimizer is not None:
                 source = source._optimizer
         elif not isinstance(source, EnvironmentOptimizer):
@@ -119,7 +116,7 @@ class Monitor(Observer):
         self.names: list[str] = []
         # Of each record: metric -> one value for each parameter, and one for all.
         self._records: list[dict[str, Tensor]] = []
-        source._observers.append(self)
+        source._pending.add_observer(self)
 
     def __repr__(self) -> str:
         return (
@@ -127,11 +124,11 @@ class Monitor(Observer):
             f"{_number(len(self.names), 'parameter')}, every {_number(self._every, 'step')})"
         )
 
-    def close(self) -> None:
+    def detach(self) -> None:
         """Stop recording. What has been recorded stays."""
         source = self._source()
-        if source is not None and self in source._observers:
-            source._observers.remove(self)
+        if source is not None:
+            source._pending.remove_observer(self)
 
     # ---- what the source calls ----
 
@@ -139,7 +136,7 @@ class Monitor(Observer):
         return self._coherence and self._step % self._every == 0
 
     @torch.no_grad()
-    def end(self, groups: Sequence[tuple[list[Tensor], Moments, Rule]]) -> None:
+    def end(self, groups: Sequence[Group]) -> None:
         step, self._step = self._step, self._step + 1
         if step % self._every:
             return
@@ -273,12 +270,8 @@ class Monitor(Observer):
             ValueError: they are of other parameters.
         """
         source = self._source()
-        groups: list[list[Tensor]] = []
-        if isinstance(source, Agreement):
-            groups = [source._params]
-        elif source is not None:
-            groups = [group["params"] for group in source.param_groups]
-        expected = self._names(groups)
+        groups = [] if source is None else source._rules()
+        expected = self._names([params for params, _ in groups])
         if state["names"] and source is not None and state["names"] != expected:
             raise ValueError(
                 f"state: expected records of {_number(len(expected))} ({_listed(expected)}), "

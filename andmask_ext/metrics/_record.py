@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._pending import Group
 from ..moments import Moments
 from ..rules import AgreementSum, Rule
 from ..rules._threshold import vote_threshold
@@ -22,8 +23,6 @@ METRICS = (
     "masked_norm",
     "coherence",
 )
-
-Group = tuple[list[Tensor], Moments, Rule]  # what an observer gets of each param group
 
 # Sums over coordinates, of which the metrics are ratios: those of all parameters are sums, too.
 _SUMS = (
@@ -48,7 +47,7 @@ def make_record(groups: Sequence[Group], tau: float | None, coherence: bool) -> 
     """
     measured = [
         _measure(moments, _tau_of(rule) if tau is None else tau, coherence)
-        if moments.touched
+        if moments._touched
         else {}
         for _, moments, rule in groups
     ]
@@ -108,10 +107,10 @@ def _with_totals(
                 continue
             values = sums[name].to(device)
             total += values.sum()
-            if len(moments.touched) == len(params):
+            if len(moments._touched) == len(params):
                 parts.append(values)
                 continue
-            by_index = dict(zip(moments.touched, values.split(1), strict=True))
+            by_index = dict(zip(moments._touched, values.split(1), strict=True))
             parts += [by_index.get(index, nothing) for index in range(len(params))]
         missing = any(sums and name not in sums for sums in measured)
         if not any(name in sums for sums in measured) or (missing and name == "sum_of_norms"):

@@ -79,7 +79,7 @@ def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
 
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
-            :class:`andmask_ext.Moments` with squares, or whose ``track_norms`` was set.
+            :class:`andmask_ext.Moments` with squares, or with ``"norms"`` among its kinds.
         per_parameter: return one value for each parameter instead of one for all.
 
     Returns:
@@ -140,7 +140,8 @@ def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
     sum_of_norms = sums_of_squared_norms(moments, norm_of_sum)
     if sum_of_norms is None:
         raise ValueError(
-            f"grads: expected moments with squares, or with track_norms set, but got {moments}"
+            "grads: expected moments with squares, or with norms (kinds=(..., 'norms'), or a "
+            f"Monitor of every step), but got {moments}"
         )
     return norm_of_sum, sum_of_norms
 

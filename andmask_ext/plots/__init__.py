@@ -1,8 +1,9 @@
-"""Figures of metrics and of loss landscapes; needs matplotlib: ``pip install andmask_ext[plots]``.
+"""Figures of metrics; needs matplotlib: ``pip install andmask_ext[plots]``.
 
 Every function takes matplotlib axes as ``ax``, or opens a figure that fits a README, and returns
 the axes: one, or a list of them where there are several panels (the figure is ``axes.figure``, or
 ``axes[0].figure``). Nothing is shown or saved, and matplotlib's settings are left as they were.
+``palette`` and ``style`` hold the colours and the look, for figures of your own.
 """
 
 try:
@@ -12,23 +13,17 @@ except ImportError as error:
         "andmask_ext.plots needs matplotlib: pip install 'andmask_ext[plots]'"
     ) from error
 
-from . import palette
+from . import palette, style
 from ._correlations import gradient_correlation, gradient_cosines
-from ._descent import descend
-from ._ellipses import ellipses
-from ._landscapes import loss_landscapes, trajectories
 from ._monitor import kept_fraction
 from ._votes import tau_curve, vote_histogram
 
 __all__ = [
-    "descend",
-    "ellipses",
     "gradient_correlation",
     "gradient_cosines",
     "kept_fraction",
-    "loss_landscapes",
     "palette",
+    "style",
     "tau_curve",
-    "trajectories",
     "vote_histogram",
 ]

@@ -10,17 +10,9 @@ from matplotlib.ticker import Formatter
 from torch import Tensor
 
 from . import palette
+from ._axes import DIVERGING, as_array, axes_or_new, check_has, environment_names
 from ._data import Correlations
-from .style import (
-    DIVERGING,
-    LINES,
-    WIDTH,
-    as_array,
-    axes_or_new,
-    check_has,
-    environment_names,
-    style,
-)
+from .style import LINES, WIDTH, style
 
 __all__ = ["gradient_correlation", "gradient_cosines"]
 

@@ -10,8 +10,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from .._checks import check_bool
+from ._axes import DIVERGING, Array, as_array, axes_or_new, check_has
 from ._data import Records
-from .style import DIVERGING, WIDTH, Array, as_array, axes_or_new, check_has, style
+from .style import WIDTH, style
 
 __all__ = ["kept_fraction"]
 

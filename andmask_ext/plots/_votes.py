@@ -11,18 +11,9 @@ from matplotlib.axes import Axes
 from .._checks import check_bool, check_tau
 from ..rules._threshold import vote_threshold
 from . import palette
+from ._axes import Array, as_array, axes_or_new, check_has, panels_or_new, percent
 from ._data import Curve, Votes
-from .style import (
-    SMALL,
-    WIDTH,
-    Array,
-    as_array,
-    axes_or_new,
-    check_has,
-    panels_or_new,
-    percent,
-    style,
-)
+from .style import SMALL, WIDTH, style
 
 __all__ = ["tau_curve", "vote_histogram"]
 

@@ -1,6 +1,5 @@
-"""Time and memory of the AND-mask's gradient, in all ways that exist: ``... benchmark --help``.
+"""Time and memory of the AND-mask's gradient, in all ways that exist: one study.
 
-``models`` and ``peers`` hold networks and contestants, ``measuring`` and ``memory`` take their time
-and memory, ``contest`` lets them run against each other. Those need nothing but torch, and the
-scripts in ``benchmarks/`` use them too.
+``python -m benchmarks.contest --help``. ``models`` and ``peers`` hold networks and contestants,
+``contest`` lets them run against each other; the ``bench_*.py`` use them too.
 """

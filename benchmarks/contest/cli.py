@@ -1,4 +1,4 @@
-"""``python -m studies benchmark``: the contests as a study."""
+"""The contests as a study, on the frame of ``studies``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from studies.records import RunFiles
 from studies.study import Finished, Outcome, Report, Run, Settings, Study
 from studies.summary import Summary
 
+from ..measuring import ROUNDS
 from .contest import EVERY, GROUPED, GROUPS, Case, contest
 from .figures import draw
-from .measuring import ROUNDS
 from .memory import SLOW
 from .models import workload
 from .peers import GRADIENTS, OUR_STEP, OURS, PLAIN, PLAIN_STEP, STEPS, versions

@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 
+from ..measuring import ROUNDS, Row, Step, limited_memory, measure, seconds_of, untimed
 from .exactness import Deviation, Loop
-from .measuring import ROUNDS, Row, limited_memory, measure, seconds_of, untimed
 from .memory import SLOW, peak_of
-from .models import setting, workload
-from .peers import EXACT, LIBRARIES, OURS, PLAIN, Contestant, Step
+from .models import setting
+from .peers import EXACT, LIBRARIES, OURS, PLAIN, Contestant
 
 GROUPS = 8
 EVERY, GROUPED = "every example", f"{GROUPS} groups"
@@ -23,18 +23,7 @@ Tell = Callable[[str, str], object]
 
 @dataclass(frozen=True)
 class Case:
-    """What is done: the gradient, or a whole step, of one model and one kind of environments.
-
-    Args:
-        model: as in :func:`models.workload`.
-        kind: every example is an environment, or each of 8 groups.
-        examples: in the batch.
-        seed: of weights and data.
-
-    Example:
-        >>> Case("MLP 16", GROUPED, 32).environments
-        8
-    """
+    """What is done: the gradient, or a whole step, of one model and one kind of environments."""
 
     model: str
     kind: str
@@ -47,35 +36,12 @@ class Case:
         return self.examples if self.kind == EVERY else GROUPS
 
     def name(self, parameters: int) -> str:
-        """Name the case for people.
-
-        Args:
-            parameters: of the model.
-        """
+        """Name the case for people."""
         return f"{self.model}, {parameters / 1e6:.2f} M, batch {self.examples}, {self.kind}"
 
 
-def usual_case(model: str, kind: str, examples: int | None = None) -> Case:
-    """Make a case with the model's usual batch.
-
-    Args:
-        model: as in :func:`models.workload`.
-        kind: of environments.
-        examples: in the batch, if not as usual.
-    """
-    return Case(model, kind, examples or workload(model).examples)
-
-
 def unavailable(name: str, environments: int) -> str:
-    """Say why a contestant is not even tried.
-
-    Args:
-        name: of the contestant.
-        environments: how many.
-
-    Returns:
-        The reason; nothing if there is none.
-    """
+    """Say why a contestant is not even tried."""
     if name in LIBRARIES:
         module = LIBRARIES[name][0]
         try:
@@ -89,11 +55,7 @@ def unavailable(name: str, environments: int) -> str:
 
 
 def reason(error: Exception) -> str:
-    """Write an error in a line.
-
-    Args:
-        error: what a library raised.
-    """
+    """Write an error in a line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:110]}{'...' if len(text) > 110 else ''}"
 
@@ -112,20 +74,6 @@ def contest(
     """Let contestants do the same.
 
     All that fail, or are not there, have a row that says why.
-
-    Args:
-        case: what to do.
-        contestants: by name.
-        yardstick: the contestant whose time and memory are 1.
-        memory: measure it, too.
-        rounds: of timing.
-        seconds_per_round: a step is repeated until it fills them.
-        slow: contestants whose step takes more seconds are timed once.
-        tell: called with the stage and the contestant's name before each.
-
-    Returns:
-        A row for each contestant, in their order, and how gradients differ from the authors' loop
-        (if that is among the contestants).
     """
     with limited_memory(), _quiet():
         tried = _try(case, contestants, yardstick, slow, tell)

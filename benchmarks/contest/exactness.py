@@ -19,18 +19,11 @@ CLOSE = 1e-4  # relative to the largest masked mean of a tensor
 
 @dataclass(frozen=True)
 class Deviation:
-    """How a gradient differs from the loop's.
+    """How a gradient differs from the loop's."""
 
-    Args:
-        masked_otherwise: coordinates that one keeps and the other masks, though no sign that
-            rounding could turn decides there.
-        difference: largest one where both keep, relative to the largest of that parameter.
-        decided: share of the coordinates in which rounding cannot decide.
-    """
-
-    masked_otherwise: int
-    difference: float
-    decided: float
+    masked_otherwise: int  # coordinates that one keeps and the other masks, beyond rounding
+    difference: float  # largest where both keep, relative to the largest of that parameter
+    decided: float  # share of the coordinates in which rounding cannot decide
 
     @property
     def exact(self) -> bool:
@@ -51,11 +44,6 @@ class Loop:
     none, when the same sum is taken in another order. Where such votes could carry a coordinate
     over the threshold, nothing can be said of it. Exact zeros are votes of nobody: they are there
     because a unit is off.
-
-    Args:
-        model: with parameters that all have gradients.
-        batch: inputs and labels.
-        environments: equal groups of consecutive examples.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, environments: int) -> None:
@@ -76,14 +64,7 @@ class Loop:
             self._decided.append(torch.cat([_decided(part, noise) for part in parts]))
 
     def compare(self, own: Sequence[Tensor | None]) -> Deviation:
-        """Compare a gradient with the loop's.
-
-        Args:
-            own: one tensor for each parameter; None, which is never exact, where there is none.
-
-        Returns:
-            How they differ.
-        """
+        """Compare a gradient with the loop's, parameter by parameter; None is never exact."""
         masked = decided = 0
         difference = 0.0
         for given, mean, sure in zip(own, self._means, self._decided, strict=True):

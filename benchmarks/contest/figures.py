@@ -24,16 +24,7 @@ HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")
 
 
 def draw(results: Results, kind: str, folder: Path) -> Picture:
-    """Draw all ways for one kind of environments, ours at the top.
-
-    Args:
-        results: of all runs.
-        kind: of environments.
-        folder: where the figure goes.
-
-    Returns:
-        The figure.
-    """
+    """Draw all ways for one kind of environments, ours at the top."""
     names = [name for name in GRADIENTS if name != PLAIN]
     models = [model for model, its in results.cases if its == kind]
     places = np.arange(len(names))[::-1] * 1.0

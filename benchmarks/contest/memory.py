@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from .measuring import limited_memory, peak_memory, seconds_of, status
+from ..measuring import limited_memory, peak_memory, seconds_of, status
 from .models import setting
 from .peers import GRADIENTS, LIBRARIES, STEPS, plain
 
@@ -20,22 +20,10 @@ TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # of mallopt
 
 
 def peak_of(contestant: str, model: str, examples: int, environments: int) -> tuple[float, float]:
-    """Measure the memory of two steps.
+    """Return the peak of two steps in MiB over the process with model and batch, and in all.
 
     The process is forked from one that has imported what is needed and done nothing else, so that
     all contestants start alike.
-
-    Args:
-        contestant: one of ``GRADIENTS`` or ``STEPS``.
-        model: as in :func:`models.workload`.
-        examples: in the batch.
-        environments: equal groups of consecutive examples.
-
-    Returns:
-        MiB at the peak over those of the process with model and batch, and those of all of it.
-
-    Raises:
-        RuntimeError: the contestant failed, or its process died.
     """
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])

@@ -15,39 +15,22 @@ Batch = tuple[Tensor, Tensor]
 
 
 class Workload(NamedTuple):
-    """A network and its data.
+    """A network and its data."""
 
-    Args:
-        build: makes the network, with initial weights from torch's global generator.
-        draw: makes a batch of so many examples, inputs and labels, likewise.
-        examples: in a usual batch of plain training.
-    """
-
-    build: Callable[[], nn.Module]
-    draw: Callable[[int], Batch]
-    examples: int
+    build: Callable[[], nn.Module]  # with weights from torch's global generator
+    draw: Callable[[int], Batch]  # a batch of so many examples, likewise
+    examples: int  # in a usual batch of plain training
 
 
 def mlp(width: int = 1024) -> nn.Module:
-    """Return a network of two hidden layers: many parameters, little to compute for each.
-
-    Args:
-        width: of inputs and hidden layers.
-
-    Returns:
-        The network, from ``[batch, width]`` to 10 classes.
-    """
+    """Return a network of two hidden layers: many parameters, little to compute for each."""
     return nn.Sequential(
         nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
     )
 
 
 def cnn() -> nn.Module:
-    """Return five convolutions with group norm: few parameters, much to compute for each.
-
-    Returns:
-        The network, from ``[batch, 3, 32, 32]`` to 10 classes.
-    """
+    """Return five convolutions with group norm: few parameters, much to compute for each."""
 
     def block(before: int, after: int, stride: int) -> list[nn.Module]:
         return [
@@ -108,21 +91,7 @@ MODELS: dict[str, Workload] = {
 
 
 def workload(name: str) -> Workload:
-    """Find a network by its name.
-
-    Args:
-        name: one of :data:`MODELS`, or ``MLP 512`` for the MLP of that width.
-
-    Returns:
-        The network and its data.
-
-    Raises:
-        ValueError: there is no such network.
-
-    Example:
-        >>> workload("MLP 16").build()[0]
-        Linear(in_features=16, out_features=16, bias=True)
-    """
+    """Find a network by its name: one of MODELS, or ``MLP 512`` for the MLP of that width."""
     family, _, width = name.partition(" ")
     if family == "MLP" and width.isdecimal() and int(width):
         return Workload(lambda: mlp(int(width)), _vectors(int(width)), MODELS["MLP"].examples)
@@ -132,26 +101,12 @@ def workload(name: str) -> Workload:
 
 
 def setting(name: str, examples: int | None = None, seed: int = 0) -> tuple[nn.Module, Batch]:
-    """Make a network and a batch.
-
-    Args:
-        name: as in :func:`workload`.
-        examples: in the batch; as many as usual if None.
-        seed: of torch's global generator, for weights and data.
-
-    Returns:
-        Both, fresh.
-    """
+    """Make a network and a batch."""
     torch.manual_seed(seed)
     chosen = workload(name)
     return chosen.build(), chosen.draw(examples or chosen.examples)
 
 
 def loss(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean cross entropy of a batch.
-
-    Args:
-        model: from inputs to scores of classes.
-        batch: inputs and labels.
-    """
+    """Return the mean cross entropy of a batch."""
     return F.cross_entropy(model(batch[0]), batch[1])

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..measuring import Step
 from .models import Batch, loss
 
 TAU = 0.6
-Step = Callable[[], object]
 Contestant = Callable[[nn.Module, Batch, int], Step]
 # Contestant: the module to import, and the name under which pip knows it.
 LIBRARIES = {
@@ -34,12 +34,7 @@ LIBRARIES = {
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the other libraries, None for those that are not installed.
-
-    Example:
-        >>> sorted(versions())
-        ['BackPACK', 'Opacus', 'TorchJD']
-    """
+    """Return the versions of the other libraries, None for those that are not installed."""
     found: dict[str, str | None] = {}
     for name, (_, package) in LIBRARIES.items():
         try:
@@ -50,15 +45,7 @@ def versions() -> dict[str, str | None]:
 
 
 def formula(grads: Tensor) -> Tensor:
-    """Return what the authors' code makes of stacked gradients.
-
-    Args:
-        grads: of all environments, ``[environments, *shape]``.
-
-    Example:
-        >>> formula(torch.tensor([[1.0, 2.0], [3.0, -2.0]]))
-        tensor([2., 0.])
-    """
+    """Return what the authors' code makes of stacked gradients."""
     mask = (grads.sign().mean(0).abs() >= TAU).to(grads.dtype)
     return mask * grads.mean(0)
 
@@ -68,47 +55,27 @@ def apply_formula(
     stacks: Iterable[Tensor],
     aggregate: Callable[[Tensor], Tensor] = formula,
 ) -> None:
-    """Write the masked gradients.
-
-    Args:
-        params: where to.
-        stacks: their gradients, stacked; asked for one parameter after the other.
-        aggregate: makes one gradient of a stack.
-    """
+    """Write the masked gradients; stacks are asked for one parameter after the other."""
     with torch.no_grad():
         for param, stack in zip(params, stacks, strict=True):
             param.grad = aggregate(stack)
 
 
 def means(per_example: Tensor, environments: int) -> Tensor:
-    """Return the gradients or losses of environments, given those of single examples.
-
-    Args:
-        per_example: gradients or losses, ``[examples, *shape]``.
-        environments: equal groups of consecutive examples.
-    """
+    """Return the gradients or losses of environments, given those of single examples."""
     if len(per_example) == environments:
         return per_example
     return per_example.reshape(environments, -1, *per_example.shape[1:]).mean(1)
 
 
 def split(batch: Batch, environments: int) -> list[Batch]:
-    """Return the batches of the environments.
-
-    Args:
-        batch: of all of them.
-        environments: equal groups of consecutive examples.
-    """
+    """Return the batches of the environments."""
     inputs, labels = (part.chunk(environments) for part in batch)
     return list(zip(inputs, labels, strict=True))
 
 
 def clear(params: Sequence[Tensor]) -> None:
-    """Forget gradients.
-
-    Args:
-        params: whose.
-    """
+    """Forget gradients."""
     for param in params:
         param.grad = None
 

@@ -17,29 +17,17 @@ Record = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Entry:
-    """What one contestant took in one case: medians over runs; None where there is no figure.
-
-    Args:
-        seconds: of a step.
-        ratio: to the yardstick's.
-        megabytes: at the peak, over those of the process with model and batch.
-        memory_ratio: to the yardstick's.
-        note: why there is no figure.
-    """
+    """What one contestant took in one case: medians over runs; None where there is no figure."""
 
     seconds: float | None
-    ratio: float | None
-    megabytes: float | None
+    ratio: float | None  # to the yardstick's
+    megabytes: float | None  # at the peak, over those of the process with model and batch
     memory_ratio: float | None
-    note: str
+    note: str  # why there is no figure
 
 
 class Results:
-    """Records of contests, by case.
-
-    Args:
-        records: model, kind of environments, record of each run.
-    """
+    """Records of contests, by case."""
 
     def __init__(self, records: Sequence[tuple[str, str, Record]]) -> None:
         self._records = records
@@ -57,23 +45,11 @@ class Results:
         return list(dict.fromkeys((model, kind) for model, kind, _ in self._records))
 
     def of(self, model: str, kind: str) -> list[Record]:
-        """Return the records of a case.
-
-        Args:
-            model: its name.
-            kind: of environments.
-        """
+        """Return the records of a case."""
         return [record for *case, record in self._records if case == [model, kind]]
 
     def entry(self, model: str, kind: str, name: str, what: str = "gradients") -> Entry:
-        """Return what a contestant took.
-
-        Args:
-            model: its name.
-            kind: of environments.
-            name: of the contestant.
-            what: gradients or steps.
-        """
+        """Return what a contestant took."""
         rows = [
             row for record in self.of(model, kind) for row in record[what]
             if row["contestant"] == name
@@ -87,12 +63,7 @@ class Results:
         )
 
     def exact(self, model: str, kind: str) -> list[str]:
-        """Return the contestants whose gradients are those of the authors' loop.
-
-        Args:
-            model: its name.
-            kind: of environments.
-        """
+        """Return the contestants whose gradients are those of the authors' loop."""
         deviations = [record["deviations"] for record in self.of(model, kind)]
         return [
             name
@@ -107,15 +78,7 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 
 def summarise(results: Results, timed: bool) -> Summary:
-    """Write tables and claims.
-
-    Args:
-        results: of all runs.
-        timed: whether times and memory are worth a claim.
-
-    Returns:
-        A summary without figures.
-    """
+    """Write tables and claims."""
     tables = [_exactness(results)]
     tables += [_gradients(results, kind) for kind in results.kinds]
     tables += [_steps(results), _missing(results)]
@@ -189,31 +152,12 @@ def _gradients(results: Results, kind: str) -> Table:
 
 
 def in_words(kind: str) -> str:
-    """Say what is an environment.
-
-    Args:
-        kind: of environments.
-
-    Example:
-        >>> in_words("8 groups")
-        '8 groups, each an environment'
-    """
+    """Say what is an environment."""
     return f"{kind} is an environment" if kind == EVERY else f"{kind}, each an environment"
 
 
 def shown(value: float | None) -> str | None:
-    """Write a ratio for people.
-
-    Args:
-        value: to the yardstick's.
-
-    Returns:
-        As many digits as say something; None for None.
-
-    Example:
-        >>> shown(0.0312), shown(1.056), shown(311.4), shown(None)
-        ('0.03', '1.06', '311', None)
-    """
+    """Write a ratio for people."""
     if value is None:
         return None
     return f"{value:.0f}" if value >= 20 else f"{value:.2f}"

@@ -25,19 +25,12 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Levels:
-    """The levels of one split.
+    """The levels of one split."""
 
-    Args:
-        first: number of the first; the others follow.
-        count: how many.
-        states: kept of each, at most.
-        expansions: of the expert's search in each.
-    """
-
-    first: int
+    first: int  # its number; the others follow
     count: int
-    states: int
-    expansions: int
+    states: int  # kept of each, at most
+    expansions: int  # of the expert's search in each
 
 
 @dataclass(frozen=True)
@@ -68,37 +61,20 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class States:
-    """Recorded states.
+    """Recorded states."""
 
-    Args:
-        frames: uint8 of shape [states, 3, 64, 64].
-        targets: the expert's policy, [states, actions].
-        level: number of the level of each.
-        levels: all levels, with or without states.
-        plans: the expert's actions from the start of each level, then -1.
-        rewards, durations: reward and frames when that plan is played.
-    """
-
-    frames: Tensor
-    targets: Tensor
-    level: Tensor
-    levels: list[int]
-    plans: Array
-    rewards: Array
+    frames: Tensor  # uint8 [states, 3, 64, 64]
+    targets: Tensor  # the expert's policy, [states, actions]
+    level: Tensor  # number of the level of each
+    levels: list[int]  # all of them, with or without states
+    plans: Array  # the expert's actions from the start of each level, then -1
+    rewards: Array  # and the frames, when that plan is played
     durations: Array
 
 
 @lru_cache(maxsize=3)
 def load(file: Path, split: str) -> States:
-    """Read one split.
-
-    Args:
-        file: what the game's side has written.
-        split: ``train``, ``validation`` or ``test``.
-
-    Returns:
-        Its states.
-    """
+    """Read one split."""
     with np.load(file) as content:
         part = {
             name: content[f"{split}_{name}"]
@@ -116,17 +92,7 @@ def load(file: Path, split: str) -> States:
 
 
 def find_python(given: str | None) -> str:
-    """Find a Python that has the game.
-
-    Args:
-        given: the one to use; None: that of the environment, or this one.
-
-    Returns:
-        Its path.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """Find a Python that has the game."""
     found = given or os.environ.get(VARIABLE)
     if found is None and importlib.util.find_spec("procgen"):
         found = sys.executable
@@ -152,28 +118,14 @@ def find_python(given: str | None) -> str:
 
 
 def game_command(python: str) -> list[str]:
-    """Return the command that runs the game's side.
-
-    Args:
-        python: one that has the game.
-
-    Returns:
-        It, without arguments.
-    """
+    """Return the command that runs the game's side."""
     run = "import runpy, sys; sys.path.insert(0, sys.argv.pop(1)); "
     run += "runpy.run_module('game', run_name='__main__', alter_sys=True)"
     return [python, "-c", run, str(HERE)]
 
 
 def game_version(command: Sequence[str]) -> str:
-    """Return the version of procgen2.
-
-    Args:
-        command: that of the game's side.
-
-    Returns:
-        It, or ``of unknown version``.
-    """
+    """Return the version of procgen2."""
     code = "from importlib.metadata import version; print(version('procgen2'))"
     call = [command[0], "-c", code]
     answer = subprocess.run(call, capture_output=True, text=True, check=False)
@@ -181,16 +133,7 @@ def game_version(command: Sequence[str]) -> str:
 
 
 def make(settings: DataSettings, file: Path, command: Sequence[str]) -> None:
-    """Have the game's side make the data; what it did before an interruption is not done again.
-
-    Args:
-        settings: which levels.
-        file: where to.
-        command: that of the game's side.
-
-    Raises:
-        RuntimeError: it failed.
-    """
+    """Have the game's side make the data; what it did before an interruption is not done again."""
     arguments = [*command, "collect", "--output", str(file)]
     for split in ("train", "validation", "test"):
         arguments += [f"--{split}", *map(str, asdict(getattr(settings, split)).values())]

@@ -26,16 +26,7 @@ COLUMNS = 10  # frames of a level
 
 
 def draw_curves(final: Finals, constant: Sequence[float], path: Path) -> Path:
-    """Draw loss and accuracy over steps.
-
-    Args:
-        final: final runs by method.
-        constant: loss on training and test states of a policy that ignores the frame.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw loss and accuracy over steps."""
     with style():
         figure = Figure(figsize=(8.3, 3.6), layout="constrained")
         panels = figure.subplots(1, 2)
@@ -83,17 +74,7 @@ def _after_start(run: Done) -> list[float]:
 
 
 def draw_search(finished: Sequence[Done], final: Finals, unseen: States, path: Path) -> Path:
-    """Draw the loss of every trial, and the levels that policies solve.
-
-    Args:
-        finished: all runs.
-        final: final runs by method.
-        unseen: test states, with what the expert reached.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the loss of every trial, and the levels that policies solve."""
     with style():
         figure = Figure(figsize=(8.3, 3.4), layout="constrained")
         trials, solved = figure.subplots(1, 2, width_ratios=(1, 1.35))
@@ -151,16 +132,7 @@ def _trials(axes: Axes, finished: Sequence[Done], highest: float) -> None:
 
 
 def draw_sheet(shown: Mapping[str, Played], levels: Sequence[int], path: Path) -> Path:
-    """Draw frames of levels as policies play them.
-
-    Args:
-        shown: what each policy played, with frames.
-        levels: numbers of the levels.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw frames of levels as policies play them."""
     rows = len(levels) * len(shown)
     with style():
         figure = Figure(figsize=(8.3, 0.78 * rows + 0.1 * len(levels)), layout="constrained")

@@ -9,13 +9,7 @@ CHANNELS_OF_A_GROUP = 8
 
 
 class Block(nn.Module):
-    """Two convolutions, each 3 by 3, and a way around them.
-
-    Args:
-        inputs: channels that come.
-        outputs: channels that go.
-        stride: of the first convolution.
-    """
+    """Two convolutions, each 3 by 3, and a way around them."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -39,13 +33,6 @@ class PolicyNetwork(nn.Module):
 
     Group norm takes the place of batch norm: as all frames of a training step come from one level,
     the statistics of a batch would be those of a level, and others than those used in the game.
-
-    Args:
-        width: channels of the first stage, a multiple of 8.
-        actions: how many.
-
-    Raises:
-        ValueError: another width.
     """
 
     def __init__(self, width: int, actions: int) -> None:
@@ -70,14 +57,7 @@ class PolicyNetwork(nn.Module):
                 parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
 
     def forward(self, frames: Tensor) -> Tensor:
-        """Return logits.
-
-        Args:
-            frames: uint8.
-
-        Shape:
-            frames [n, 3, 64, 64] → [n, actions].
-        """
+        """Return logits."""
         x = (frames.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         logits: Tensor = self.head(self.stages(self.stem(x)).mean((2, 3)))
         return logits

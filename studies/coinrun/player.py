@@ -20,15 +20,7 @@ Policy = Callable[[Tensor, Tensor], Tensor]
 
 
 class GameServer:
-    """Levels that are played side by side in the game's process.
-
-    Args:
-        command: that of the game's side.
-        levels: their numbers.
-
-    Raises:
-        RuntimeError: the process has ended; with what it said.
-    """
+    """Levels that are played side by side in the game's process."""
 
     def __init__(self, command: Sequence[str], levels: Sequence[int]) -> None:
         self._count = len(levels)
@@ -95,18 +87,11 @@ class GameServer:
 
 @dataclass
 class Played:
-    """How levels went.
-
-    Args:
-        rewards: of each level.
-        decisions: how many actions were taken in each.
-        over: which levels ended before the last decision.
-        frames: what was seen before each decision, [levels, 3, 64, 64] each, if asked for.
-    """
+    """How levels went."""
 
     rewards: Array
-    decisions: Array
-    over: Array
+    decisions: Array  # how many actions were taken in each
+    over: Array  # which levels ended before the last decision
     frames: list[Tensor] = field(default_factory=list)
 
 
@@ -116,20 +101,10 @@ def play(
     limit: int,
     keep: bool = False,
 ) -> dict[str, Played]:
-    """Play levels once each, all at the same time.
+    """Play levels once each, all at the same time, for at most ``limit`` decisions.
 
-    Args:
-        command: that of the game's side.
-        parts: by name, numbers of levels and the policy that plays them. A policy gets frames and
-            the places of their levels within its part, and returns actions.
-        limit: decisions after which a level that goes on is left.
-        keep: whether to keep the frames.
-
-    Returns:
-        How each part went.
-
-    Raises:
-        RuntimeError: the game's process failed.
+    ``parts`` has numbers of levels and the policy that plays them, by name. A policy gets frames
+    and the places of their levels within its part, and returns actions.
     """
     played = {
         name: Played(np.zeros(len(levels)), np.zeros(len(levels), int), np.zeros(len(levels), bool))

@@ -41,27 +41,12 @@ def mean(runs: Sequence[Done], name: str) -> float:
 
 
 def best_trial(finished: Sequence[Done], method: str) -> Done:
-    """Return the trial with the lowest loss on validation levels.
-
-    Args:
-        finished: all runs.
-        method: whose.
-
-    Returns:
-        The run.
-    """
+    """Return the trial with the lowest loss on validation levels."""
     return min(of(finished, "trial", method), key=lambda one: value(one, "validation_loss"))
 
 
 def returns(played: Mapping[str, Played]) -> dict[str, dict[str, Any]]:
-    """Put what was played into a record.
-
-    Args:
-        played: by split.
-
-    Returns:
-        ``final``: mean returns; ``played``: the return and the decisions of each level.
-    """
+    """Put what was played into a record."""
     return {
         "final": {f"{split}_return": float(one.rewards.mean()) for split, one in played.items()},
         "played": {
@@ -72,29 +57,16 @@ def returns(played: Mapping[str, Played]) -> dict[str, dict[str, Any]]:
 
 
 def constant_policy(states: States, where: Sequence[States]) -> list[float]:
-    """Return the divergence from the expert of its own mean, whatever the frame.
+    """Return the divergence of the expert from its own mean over ``states``.
 
-    Args:
-        states: whose mean is taken: no policy that ignores the frame does better on these.
-        where: the states on which it is measured.
-
-    Returns:
-        A number for each of these.
+    No policy that ignores the frame does better on these.
     """
     logits = states.targets.mean(0, keepdim=True).clamp(min=1e-6).log()
     return [divergence(logits.expand_as(one.targets), one.targets).item() for one in where]
 
 
 def loss_table(final: Finals, constant: Sequence[float]) -> Table:
-    """Show how near clones are to the expert.
-
-    Args:
-        final: final runs by method.
-        constant: the loss on training and test states of a policy that ignores the frame.
-
-    Returns:
-        The table.
-    """
+    """Show how near clones are to the expert."""
     shown = (
         ("train KL", "train_loss", 1, 3),
         ("test KL", "test_loss", 1, 3),
@@ -118,17 +90,7 @@ def loss_table(final: Finals, constant: Sequence[float]) -> Table:
 
 
 def return_table(finished: Sequence[Done], final: Finals, train: States, test: States) -> Table:
-    """Show what policies reach in the game.
-
-    Args:
-        finished: all runs.
-        final: final runs by method.
-        train: states of training levels, with what the expert reached.
-        test: those of unseen levels.
-
-    Returns:
-        The table.
-    """
+    """Show what policies reach in the game."""
     rows: list[Sequence[Cell]] = [
         ("expert", f"{test.rewards.mean():.2f}", None, f"{train.rewards.mean():.2f}")
     ]
@@ -183,19 +145,9 @@ def search_table(finished: Sequence[Done]) -> Table:
 
 
 def beyond_spread(low: Sequence[float], high: Sequence[float]) -> bool:
-    """Say whether runs are below others by more than seeds explain.
+    """Say whether means differ by more than both standard deviations together.
 
-    Args:
-        low: a number of each run.
-        high: likewise, of the others.
-
-    Returns:
-        Whether the means differ by more than both standard deviations together. Never with a
-        single seed, or where a run diverged.
-
-    Example:
-        >>> beyond_spread([0.1, 0.2], [0.5, 0.6]), beyond_spread([0.1, 0.5], [0.4, 0.6])
-        (True, False)
+    Never with a single seed, or where a run diverged.
     """
     if min(len(low), len(high)) < 2 or not all(map(math.isfinite, (*low, *high))):
         return False
@@ -224,18 +176,10 @@ def claims(
     test: States,
     constant: Sequence[float],
 ) -> list[Claim]:
-    """Return what the runs can contradict.
+    """Return what the runs can contradict: claims of the paper, and those that they stand on.
 
-    Args:
-        finished: all runs.
-        final: final runs by method.
-        train: states of training levels, with what the expert reached.
-        test: those of unseen levels.
-        constant: loss on training and test states of the expert's mean, whatever the frame.
-
-    Returns:
-        Claims of the paper, and those that they stand on. A difference between both methods has to
-        be one :func:`beyond_spread`; a policy without seeds has to be surpassed by every run.
+    A difference between both methods has to be one :func:`beyond_spread`; a policy without seeds
+    has to be surpassed by every run.
     """
     solved = {
         name: (states.rewards > 0) for name, states in (("training", train), ("unseen", test))
@@ -305,16 +249,7 @@ def claims(
 
 
 def length_of_training(final: Finals, states: int) -> str:
-    """Say how long final runs were, and whether they ended too early to memorise.
-
-    Args:
-        final: final runs by method.
-        states: of training levels.
-
-    Returns:
-        A note: passes over the states, and how many runs had their lowest loss on unseen levels
-        at one of the last three measurements.
-    """
+    """Say how long final runs were, and whether they ended too early to memorise."""
     runs = [one for its in final.values() for one in its]
     settings = runs[0].run.settings
     passes = settings.epochs * runs[0].record["levels"] * settings.batch / states

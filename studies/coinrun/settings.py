@@ -45,16 +45,7 @@ SPACES: dict[str, dict[str, list[Any]]] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is done.
-
-    Args:
-        data: which levels.
-        trials: of each method.
-        epochs: of a trial.
-        final_epochs: of a final run.
-        batch: states of a step.
-        width: of the network.
-    """
+    """How much is done."""
 
     data: DataSettings
     trials: int
@@ -76,13 +67,5 @@ QUICK = Size(
 
 
 def trials(method: str, count: int) -> list[dict[str, Any]]:
-    """Return the settings that a method is tried with: the given one, then random ones.
-
-    Args:
-        method: one of :data:`METHODS`.
-        count: how many.
-
-    Returns:
-        A dict of options for each.
-    """
+    """Return the settings that a method is tried with: the given one, then random ones."""
     return [FIRST[method], *draw(SPACES[method], count - 1, seed=0)] if count else []

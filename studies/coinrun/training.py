@@ -70,15 +70,7 @@ class CoinRunSettings(Settings):
 
 
 def build_optimizer(settings: CoinRunSettings, model: PolicyNetwork) -> torch.optim.Optimizer:
-    """Return a run's optimizer.
-
-    Args:
-        settings: those of the run.
-        model: what it trains.
-
-    Returns:
-        Adam, AdamW, or the temporal AND-mask.
-    """
+    """Return a run's optimizer."""
     if settings.method == "adam":
         kind = torch.optim.AdamW if settings.decoupled else torch.optim.Adam
         return kind(
@@ -93,21 +85,13 @@ def build_optimizer(settings: CoinRunSettings, model: PolicyNetwork) -> torch.op
         betas=(settings.beta1, settings.beta2, settings.beta3),
         weight_decay=settings.weight_decay,
         tau=settings.tau,
-        decoupled_weight_decay=settings.decoupled,
+        weight_decay_mode="decoupled" if settings.decoupled else "after_mask",
         bias_correction=settings.bias_correction,
     )
 
 
 def batches(states: States, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield one batch of each level, levels in random order: the steps of an epoch.
-
-    Args:
-        states: training states.
-        size: at most so many states a batch; all of a level that has fewer.
-
-    Yields:
-        Frames and targets of one level, drawn without repetition by torch's global generator.
-    """
+    """Yield one batch of each level, levels in random order: the steps of an epoch."""
     numbers = states.level.unique()
     for level in numbers[torch.randperm(len(numbers))]:
         rows = (states.level == level).nonzero()[:, 0]
@@ -116,15 +100,7 @@ def batches(states: States, size: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def divergence(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return KL(π* ‖ π̂), the mean over states.
-
-    Args:
-        logits: of the clone.
-        targets: the expert's policy; a probability of zero counts nothing.
-
-    Shape:
-        [n, actions], [n, actions] → [].
-    """
+    """Return KL(π* ‖ π̂), the mean over states."""
     return F.kl_div(logits.log_softmax(1), targets, reduction="batchmean")
 
 
@@ -132,13 +108,8 @@ def divergence(logits: Tensor, targets: Tensor) -> Tensor:
 def measure(model: torch.nn.Module, states: States) -> dict[str, float]:
     """Measure how near a policy is to the expert's.
 
-    Args:
-        model: gives logits.
-        states: where.
-
-    Returns:
-        ``loss``, the divergence, and ``accuracy``, the share of states where the most likely
-        action is one of those that the expert likes best.
+    ``accuracy`` is the share of states where the most likely action is one of those that the
+    expert likes best.
     """
     frames = states.frames.split(EVALUATION_BATCH)
     logits = torch.cat([model(part) for part in frames])
@@ -167,18 +138,7 @@ def some(states: States, count: int) -> States:
 def train(
     settings: CoinRunSettings, seed: int, files: RunFiles, report: Report
 ) -> tuple[PolicyNetwork, History]:
-    """Clone the expert.
-
-    Args:
-        settings: those of the run.
-        seed: decides initial weights, the order of levels and the states drawn.
-        files: keeps checkpoints.
-        report: called after every epoch.
-
-    Returns:
-        The network, and what was measured: ``epoch``, and loss and accuracy on states of training
-        and validation levels, in final runs of test levels, too.
-    """
+    """Clone the expert."""
     splits = ("validation",) if settings.role == "trial" else ("validation", "test")
     states = load(settings.file, "train")
     measured = {split: load(settings.file, split) for split in splits}
@@ -207,14 +167,7 @@ def train(
 
 
 def at_its_best(history: History) -> dict[str, float]:
-    """Return what was measured where the loss on validation levels was lowest.
-
-    Args:
-        history: that of a final run.
-
-    Returns:
-        ``best_epoch``, and the loss on test levels then, ``best_test_loss``.
-    """
+    """Return what was measured where the loss on validation levels was lowest."""
     losses = [math.inf if math.isnan(loss) else loss for loss in history["validation_loss"]]
     place = losses.index(min(losses))
     return {
@@ -224,12 +177,7 @@ def at_its_best(history: History) -> dict[str, float]:
 
 
 def load_model(settings: CoinRunSettings, weights: Weights) -> PolicyNetwork:
-    """Return the network of a run that is done.
-
-    Args:
-        settings: those of the run.
-        weights: what it left.
-    """
+    """Return the network of a run that is done."""
     model = PolicyNetwork(settings.width, len(ACTIONS))
     model.load_state_dict(dict(weights))
     return model

@@ -27,15 +27,7 @@ def _draw(axes: Axes, tau: Tensor, values: Tensor, number: int, label: str | Non
 
 
 def draw_main(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
-    """Draw correlations under both masks, and how many coordinates are left.
-
-    Args:
-        records: what was found, for each seed.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw correlations under both masks, and how many coordinates are left."""
     tau = torch.tensor(records[0]["tau"])
     with style():
         figure = Figure(figsize=(9.4, 3.3), layout="constrained")
@@ -62,15 +54,7 @@ def draw_main(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
 
 
 def draw_conditions(groups: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> Path:
-    """Draw the correlations of the AND-mask in each condition, a panel for each.
-
-    Args:
-        groups: what was found, for each condition and seed.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the correlations of the AND-mask in each condition, a panel for each."""
     with style():
         figure = Figure(figsize=(1.2 + 1.95 * len(groups), 2.9), layout="constrained")
         panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]

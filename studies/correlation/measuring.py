@@ -75,20 +75,7 @@ CONDITIONS: dict[str, dict[str, Any]] = {
 
 
 def build_network(settings: CorrelationSettings, inputs: int, seed: int) -> nn.Module:
-    """Build the network, with its random start.
-
-    Args:
-        settings: give width and start.
-        inputs: input dimensions.
-        seed: decides the start.
-
-    Returns:
-        An MLP with three hidden layers of LeakyReLU; it gives one logit for each example.
-
-    Example:
-        >>> build_network(CorrelationSettings(), 34, seed=0)(torch.zeros(5, 34)).shape
-        torch.Size([5])
-    """
+    """Build the network, with its random start."""
     with torch.random.fork_rng(devices=()):
         model = build_model(
             SpiralsSettings(shortcut_dims=inputs - MECHANISM, width=settings.width, layers=3), seed
@@ -102,16 +89,7 @@ def build_network(settings: CorrelationSettings, inputs: int, seed: int) -> nn.M
 
 
 def permute(inputs: Tensor, dims: slice, generator: torch.Generator) -> Tensor:
-    """Give every example some dimensions of another example of its environment.
-
-    Args:
-        inputs: examples [d, n, f].
-        dims: which dimensions move, together.
-        generator: source of the permutations, one for each environment.
-
-    Returns:
-        A copy [d, n, f].
-    """
+    """Give each example of ``[d, n, f]`` some dimensions of another one of its environment."""
     permuted = inputs.clone()
     for environment in permuted:
         order = torch.randperm(len(environment), generator=generator)
@@ -120,16 +98,7 @@ def permute(inputs: Tensor, dims: slice, generator: torch.Generator) -> Tensor:
 
 
 def environment_gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Return the gradients of all environments.
-
-    Args:
-        model: gives one logit for each example.
-        inputs: examples [d, n, f].
-        labels: zeros and ones [d, n].
-
-    Returns:
-        For each parameter ``[d, *shape]``.
-    """
+    """Return the gradients ``[d, *shape]`` of all environments, for each parameter."""
     names, params = zip(*model.named_parameters(), strict=True)
     each = [
         torch.autograd.grad(binary_cross_entropy_with_logits(model(x), y), params)
@@ -143,15 +112,9 @@ def environment_gradients(model: nn.Module, inputs: Tensor, labels: Tensor) -> d
 def measure(settings: CorrelationSettings, seed: int, report: Report) -> dict[str, Any]:
     """Draw data and network, and measure all correlations at all thresholds.
 
-    Args:
-        settings: what to do.
-        seed: decides data, network and permutations.
-        report: told of progress.
-
-    Returns:
-        ``tau``; ``kept`` and ``noise``, the shares of coordinates that the AND-mask keeps, and
-        would keep of pure noise; ``curves``: mask, signals as they are (``plain``) or masked
-        (``masked``), name of the signal -> correlations.
+    ``kept`` and ``noise`` are the shares of coordinates that the AND-mask keeps, and would keep of
+    pure noise. ``curves`` has mask -> signals as they are (``plain``) or masked (``masked``) ->
+    name of the signal -> correlations.
     """
     data = draw_spirals(settings.data_config(), seed)
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
@@ -192,17 +155,7 @@ def measure(settings: CorrelationSettings, seed: int, report: Report) -> dict[st
 
 
 def curve(records: Sequence[Mapping[str, Any]], mask: str, signals: str, name: str) -> Tensor:
-    """Return the correlations of all seeds.
-
-    Args:
-        records: what was found, for each seed.
-        mask: ``and`` or ``xor``.
-        signals: ``plain`` or ``masked``.
-        name: of the signal.
-
-    Returns:
-        float64 ``[seeds, thresholds]``, NaN where there is none.
-    """
+    """Return the correlations of all seeds, ``[seeds, thresholds]``, NaN where there is none."""
     rows = [record["curves"][mask][signals][name] for record in records]
     return torch.tensor(
         [[float("nan") if value is None else value for value in row] for row in rows],
@@ -211,12 +164,5 @@ def curve(records: Sequence[Mapping[str, Any]], mask: str, signals: str, name: s
 
 
 def where_enough(values: Tensor) -> Tensor:
-    """Drop thresholds at which fewer than half of the seeds have a correlation.
-
-    Args:
-        values: ``[seeds, thresholds]``, NaN where there is none.
-
-    Returns:
-        The same, with NaN for all seeds there.
-    """
+    """Drop thresholds at which fewer than half of the seeds have a correlation."""
     return values.where((~values.isnan()).double().mean(0) >= 0.5, torch.nan)

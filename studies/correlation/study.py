@@ -139,13 +139,9 @@ class Correlation(Study[CorrelationSettings]):
 def claims(records: Sequence[Mapping[str, Any]]) -> list[Claim]:
     """Compare correlations at the ends of the range of thresholds.
 
-    Args:
-        records: what was found, for each seed.
-
-    Returns:
-        The paper's claims. A fall counts if its mean over seeds is more than .1 and more than two
-        standard errors; what stays falls by .1 at most. Either needs three seeds, and half of all,
-        with a correlation at both ends: a claim about fewer does not hold.
+    A fall counts if its mean over seeds is more than 0.1 and more than two standard errors; what
+    stays falls by 0.1 at most. Either needs three seeds, and half of all, with a correlation at
+    both ends: a claim about fewer does not hold.
     """
     plain = {name: curve(records, "and", "plain", name) for name in SIGNALS}
     xor = {name: curve(records, "xor", "plain", name) for name in SIGNALS}

@@ -19,18 +19,10 @@ TEST_DIGITS = 357  # leaves 1440 to train on: 18 batches of 80
 
 @dataclass(frozen=True)
 class Images:
-    """Images to train and to test on, standardised by the training images.
-
-    Args:
-        train: ``[examples, channels, side, side]``.
-        given: the labels to train with.
-        truth: the true labels of the same images.
-        test: images that are not among them.
-        test_truth: their true labels.
-    """
+    """Images to train and to test on, standardised by the training images."""
 
     train: Tensor
-    given: Tensor
+    given: Tensor  # the labels to train with
     truth: Tensor
     test: Tensor
     test_truth: Tensor
@@ -49,26 +41,12 @@ class Images:
 def load(
     data: str, labels: str, noise: float, size: int, examples: int | None, folder: str, seed: int
 ) -> Images:
-    """Load images, scale them, and give them labels.
+    """Load images, scale them to sides of ``size``, and give them labels.
 
-    Args:
-        data: ``"digits"``: scikit-learn's 1797 images of 8 x 8, of which ``seed`` sets 357 aside
-            for the test, as many of each class as there are on the whole. ``"cifar10"``: CIFAR-10
-            from a local folder.
-        labels: ``"true"``; ``"random"``: drawn anew for every training image, so that one in ten
-            is right by chance; ``"noisy"``: as :func:`mislabel` does it.
-        noise: the share of wrong labels, for ``"noisy"``.
-        size: side of the images; they are scaled to it bilinearly.
-        examples: take so many of the training images, from the first on; None: all.
-        folder: where CIFAR-10 lies.
-        seed: decides the labels and, of the digits, which are set aside.
-
-    Returns:
-        The images.
-
-    Raises:
-        ValueError: there is no CIFAR-10 in the folder, nothing to read it with, or fewer training
-            images than ``examples``.
+    ``"digits"`` are scikit-learn's 1797 images of 8 x 8, of which ``seed`` sets 357 aside for the
+    test; ``"cifar10"`` comes from a local ``folder``. Labels are ``"true"``, ``"random"``: drawn
+    anew for every training image, so that one in ten is right by chance, or ``"noisy"``: as
+    :func:`mislabel` does it. ``examples`` takes so many of the training images, the first ones.
     """
     images, truth, test, test_truth = digits(seed) if data == "digits" else cifar10(folder)
     if examples is not None:
@@ -93,22 +71,7 @@ def load(
 
 
 def mislabel(truth: Tensor, share: float, classes: int, generator: torch.Generator) -> Tensor:
-    """Give a share of the examples a wrong label, drawn evenly from the other classes.
-
-    Args:
-        truth: int64 labels.
-        share: of the examples, rounded to a whole number of them.
-        classes: how many there are.
-        generator: draws which, and what.
-
-    Returns:
-        The new labels.
-
-    Example:
-        >>> generator = torch.Generator().manual_seed(0)
-        >>> (mislabel(torch.zeros(8, dtype=torch.int64), 0.25, 10, generator) != 0).sum()
-        tensor(2)
-    """
+    """Give a share of the examples a wrong label, drawn evenly from the other classes."""
     chosen = torch.randperm(len(truth), generator=generator)[: round(share * len(truth))]
     given = truth.clone()
     shift = torch.randint(1, classes, chosen.shape, generator=generator)
@@ -117,14 +80,7 @@ def mislabel(truth: Tensor, share: float, classes: int, generator: torch.Generat
 
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Load scikit-learn's digits and set a part of each class aside.
-
-    Args:
-        seed: decides which, and the order of the others.
-
-    Returns:
-        Training images ``[1440, 1, 8, 8]``, values in [0, 1], and their labels; the same to test.
-    """
+    """Return images [n, 1, 8, 8] in [0, 1] and labels, to train on and to test on."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -139,18 +95,7 @@ def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @lru_cache(maxsize=1)
 def cifar10(folder: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Load CIFAR-10 with torchvision's loader, which also checks the files.
-
-    Args:
-        folder: holds ``cifar-10-batches-py``, as in the archive of the Python version.
-
-    Returns:
-        Training images ``[50000, 3, 32, 32]``, values in [0, 1], and their labels; the same to
-        test.
-
-    Raises:
-        ValueError: the files are not there or damaged, or torchvision is missing or does not work.
-    """
+    """Return CIFAR-10, likewise, from a folder that holds ``cifar-10-batches-py``."""
     try:
         from torchvision.datasets import CIFAR10
     except (ImportError, RuntimeError) as error:  # the latter: made for another torch

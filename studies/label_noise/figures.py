@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from andmask_ext.plots.palette import BLUE, GREY, VERMILION
-from andmask_ext.plots.style import LINES, SMALL, Array, style
+from andmask_ext.plots.style import LINES, SMALL, style
 
-from ..figures import save
+from ..figures import Array, save
 
 Curves = Array  # [seeds, epochs], shares
 
@@ -22,16 +22,7 @@ Curves = Array  # [seeds, epochs], shares
 def draw_random_labels(
     curves: Mapping[str, Mapping[float, Curves]], chance: float, path: Path
 ) -> Path:
-    """Draw the training accuracy over epochs for each threshold, and over thresholds at the end.
-
-    Args:
-        curves: for ``"true"`` and ``"random"`` labels, for each threshold, of each seed.
-        chance: accuracy of guessing.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the training accuracy over epochs for each threshold, and over thresholds at the end."""
     with style():
         figure = Figure(figsize=(10.4, 3.7), layout="constrained")
         panels = figure.subplots(1, 3, sharey=True)
@@ -68,16 +59,7 @@ def _over_taus(
 def draw_label_noise(
     rows: Mapping[str, Mapping[str, tuple[Curves, Curves]]], chance: float, path: Path
 ) -> Path:
-    """Draw the accuracy on mislabeled and on test images over epochs.
-
-    Args:
-        rows: for each row's name, such as the norm, and each method the two accuracies.
-        chance: accuracy of guessing.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the accuracy on mislabeled and on test images over epochs."""
     with style():
         figure = Figure(figsize=(8.3, 0.6 + 3.1 * len(rows)), layout="constrained")
         grid = figure.subplots(len(rows), 2, squeeze=False, sharex=True)

@@ -12,11 +12,7 @@ NORMS = ("group", "batch")
 
 
 class Residual(nn.Module):
-    """Layers around which the input goes unchanged.
-
-    Args:
-        layers: applied one after the other; their output has the shape of their input.
-    """
+    """Layers around which the input goes unchanged."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -34,29 +30,10 @@ def fast_resnet(
     """Build the ResNet-9 of DAWNBench's fast CIFAR-10 entries, with a norm that suits environments.
 
     Eight convolutions of width 1, 2, 4 and 8 times ``width``, two blocks with a shortcut, three
-    poolings by two: images need sides of at least 8.
-
-    Args:
-        channels: of the images.
-        classes: outputs.
-        width: channels after the first convolution.
-        norm: ``"group"``: group norm, which treats each example by itself. ``"batch"``: batch norm,
-            converted by :func:`andmask_ext.nn.convert_batchnorm`: outside of an agreement's context
-            it is plain batch norm, and inside it takes statistics per environment. Where every
-            example is an environment they are over the positions of one image only.
-        groups: of the group norm at most; in each layer the greatest number that divides both this
-            and its channels.
-
-    Returns:
-        The network; it takes images ``[batch, channels, height, width]``.
-
-    Raises:
-        ValueError: ``norm`` has another value.
-
-    Example:
-        >>> import torch
-        >>> fast_resnet(channels=1, width=8)(torch.zeros(2, 1, 16, 16)).shape
-        torch.Size([2, 10])
+    poolings by two: images need sides of at least 8. With ``norm="group"`` each example is treated
+    by itself. With ``"batch"`` the network is converted by
+    :func:`andmask_ext.nn.convert_batchnorm`: inside of an agreement's context its statistics are
+    those of an environment. Where every example is one, they are over positions of one image only.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from andmask_ext.plots.style import Array
-
+from ..figures import Array
 from ..study import Finished
 from ..summary import Claim, Picture, Summary, Table, spread
 from .figures import draw_label_noise, draw_random_labels
@@ -29,51 +28,25 @@ Done = Sequence[Finished[NoiseSettings]]
 
 
 def series(done: Done, name: str) -> Array:
-    """Return a quantity over epochs.
-
-    Args:
-        done: runs that differ in their seeds.
-        name: as in their histories.
-
-    Returns:
-        An array ``[seeds, epochs]``.
-    """
+    """Return a quantity ``[seeds, epochs]`` of runs that differ in their seeds."""
     return np.array([one.record["history"][name] for one in done], dtype=float)
 
 
 def smoothed(values: Array) -> Array:
-    """Return the mean of each epoch and those before it, as many as a peak is the mean of.
-
-    Example:
-        >>> smoothed(np.array([[0.0, 3.0, 6.0, 9.0]]))
-        array([[3., 6.]])
-    """
+    """Return the mean of each epoch and those before it, as many as a peak is the mean of."""
     window = min(WINDOW, values.shape[1])
     windows: Array = np.lib.stride_tricks.sliding_window_view(values, window, axis=1)
     return np.asarray(windows.mean(-1))
 
 
 def fall(values: Array) -> Array:
-    """Return how far each seed's accuracy lies below its peak at the end, both over some epochs.
-
-    Example:
-        >>> fall(np.array([[0.5, 0.5, 0.5, 0.9, 0.9, 0.9, 0.8, 0.8, 0.8]])).round(3)
-        array([0.1])
-    """
+    """Return how far each seed's accuracy lies below its peak at the end, both over some epochs."""
     smooth = smoothed(values)
     return np.asarray(smooth.max(1) - smooth[:, -1])
 
 
 def notes(settings: NoiseSettings, quick: bool) -> list[str]:
-    """Return what a reader must know.
-
-    Args:
-        settings: of any run.
-        quick: whether these are the short version's.
-
-    Returns:
-        Sentences on data, sizes, tuning and batch norm.
-    """
+    """Return what a reader must know."""
     found = []
     if settings.data == "digits":
         found.append(
@@ -95,13 +68,7 @@ def notes(settings: NoiseSettings, quick: bool) -> list[str]:
 
 
 def present_random_labels(done: Done, picture: Path, summary: Summary) -> None:
-    """Add what runs with true and with random labels come to.
-
-    Args:
-        done: the runs.
-        picture: the figure's file.
-        summary: is added to.
-    """
+    """Add what runs with true and with random labels come to."""
     taus = sorted({one.run.settings.tau or 0.0 for one in done})
     groups = {
         labels: {
@@ -182,13 +149,7 @@ def present_random_labels(done: Done, picture: Path, summary: Summary) -> None:
 
 
 def present_label_noise(done: Done, picture: Path, summary: Summary) -> None:
-    """Add what runs with noisy labels come to.
-
-    Args:
-        done: the runs.
-        picture: the figure's file.
-        summary: is added to.
-    """
+    """Add what runs with noisy labels come to."""
     grid: dict[str, dict[str, list[Finished[NoiseSettings]]]] = {}
     for one in done:
         settings = one.run.settings

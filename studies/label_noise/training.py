@@ -42,9 +42,6 @@ class NoiseSettings(Settings):
         lr: learning rate.
         epochs: how often all examples are seen.
         folder: where CIFAR-10 lies; it does not decide anything, as the files are checked.
-
-    Raises:
-        ValueError: a setting cannot be meant.
     """
 
     data: str = "digits"
@@ -98,11 +95,7 @@ class NoiseSettings(Settings):
         return "Adam" if self.tau is None else f"AND-mask tau={self.tau:g}"
 
     def load(self, seed: int) -> Images:
-        """Load the images and their labels.
-
-        Raises:
-            ValueError: as :func:`.data.load`, or there are fewer images than in a batch.
-        """
+        """Load the images and their labels."""
         images = load(
             self.data, self.labels, self.noise, self.size, self.examples, self.folder, seed
         )
@@ -119,12 +112,7 @@ class NoiseSettings(Settings):
 
 
 class Trainer:
-    """A model, its optimizer, and how they take a step.
-
-    Args:
-        model: to be trained.
-        settings: method, threshold and learning rate.
-    """
+    """A model, its optimizer, and how they take a step."""
 
     def __init__(self, model: nn.Module, settings: NoiseSettings) -> None:
         self.model = model
@@ -142,13 +130,8 @@ class Trainer:
     def step(self, images: Tensor, labels: Tensor, measure: bool = False) -> tuple[Tensor, float]:
         """Take a step on a batch; every example is an environment.
 
-        Args:
-            images: ``[batch, channels, side, side]``.
-            labels: the given ones.
-            measure: also take the share of coordinates that the mask keeps.
-
-        Returns:
-            The loss, and that share (1 without a mask; NaN if not measured).
+        Returns the loss, and the share of coordinates that the mask keeps: 1 without a mask, NaN
+        if it is not measured.
         """
         context: Callable[[], contextlib.AbstractContextManager[None]]
         context = self._agreement or contextlib.nullcontext
@@ -175,16 +158,11 @@ def predict(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracies(model: nn.Module, images: Images) -> dict[str, float]:
-    """Measure a model.
+    """Measure a model; NaN where there are no such images.
 
-    Args:
-        model: trained for some time.
-        images: what it is trained and tested on.
-
-    Returns:
-        ``train``: share of training images predicted as labelled; ``mislabeled``: the same of those
-        with a wrong label; ``recovered``: share of these predicted as what they truly are;
-        ``test``: share of test images that are right. NaN where there are no such images.
+    ``train``: share of training images predicted as labelled; ``mislabeled``: the same of those
+    with a wrong label; ``recovered``: share of these predicted as what they truly are; ``test``:
+    share of test images that are right.
     """
     predicted = predict(model, images.train)
     wrong = images.mislabeled

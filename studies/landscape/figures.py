@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter
 
-from andmask_ext import plots
-from andmask_ext.metrics import landscapes
+import andmask_ext as am
 from andmask_ext.plots import palette
 from andmask_ext.plots.style import LINES, WIDTH, style
 
-from ..figures import save
+from ..figures import Array, save
 from ..summary import Picture
 from . import patchwork
 from .parts import LR, PAIRS, RULES
 from .results import RHO, Results
+from .surfaces import BOUNDS, LOSSES, POINTS, descend
 
 STARTS = ((-2.7, -0.5), (0.2, 2.7), (-1.2, -1.6), (2.7, -2.2), (0.7, -2.8), (2.3, 1.3))
 NAMES = {**{rule: rule for rule in RULES}, "and-mask": "AND-mask", "mean": "mean gradient"}
@@ -32,31 +36,58 @@ LOOKS = {  # of starts, by where they lead, and of the minimum there
 }
 
 
-def draw_surfaces(folder: Path) -> Picture:
-    """Draw both losses and their means, and paths of two rules.
+# Light enough for lines on top; low is dark, in colour and in grey.
+SURFACE = LinearSegmentedColormap.from_list(
+    "surface", ["#5F7391", "#94A2B5", "#C3C7C4", "#E4DDBC", "#FBF3D0"]
+)
+LEVELS = 13
 
-    Args:
-        folder: where the figure goes.
-    """
-    surface = landscapes.two_minima()
+
+def draw_surfaces(folder: Path) -> Picture:
+    """Draw both losses and their means, and paths of two rules."""
     starts = torch.tensor(STARTS, dtype=torch.float64)
     paths = {
-        name: plots.descend(surface.losses, starts, RULES[rule], LR, 250)
+        name: descend(LOSSES, starts, RULES[rule], LR, 250).numpy()
         for name, rule in (("AND-mask", "and-mask"), ("mean gradient", "mean"))
     }
+    x, y, grid = _grid(141)
+    a, b = _values(grid)
+    surfaces = {
+        "environment A": a,
+        "environment B": b,
+        "arithmetic mean (OR)": (a + b) / 2,
+        "geometric mean (AND)": np.sqrt(a * b),
+    }
+    values = np.stack(list(surfaces.values()))
+    low, high = values.min(), np.quantile(values, 0.9)
+    levels = low + (high - low) * np.linspace(0, 1, LEVELS) ** 2  # closer at low losses
+    norm = BoundaryNorm(levels, SURFACE.N, extend="max")
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     with style():
-        panels = list(figure.subplots(1, 4, sharex=True, sharey=True))
-        plots.loss_landscapes(
-            surface.losses, surface.bounds, points=surface.points, paths=paths, ax=panels
-        )
-        legend = panels[-1].get_legend()
-        handles = legend.legend_handles
-        names = [text.get_text() for text in legend.get_texts()]
-        legend.remove()
-        for axes in panels:
+        panels = list(figure.subplots(1, len(surfaces), sharex=True, sharey=True))
+        for axes, (title, surface) in zip(panels, surfaces.items(), strict=True):
+            filled = axes.contourf(x, y, surface, levels, cmap=SURFACE, norm=norm, extend="max")
+            inside = levels[(levels > surface.min()) & (levels < surface.max())]
+            axes.contour(x, y, surface, inside, colors="white", linewidths=0.6, alpha=0.9)
+            handles = [
+                *(
+                    _paths(axes, name, path, rank)
+                    for rank, (name, path) in enumerate(paths.items())
+                ),
+                *(_point(axes, name, marker) for name, marker in zip(POINTS, "*X", strict=True)),
+            ]
+            axes.set(title=title, aspect="equal", xlabel=r"$\theta_1$", ylabel=r"$\theta_2$")
+            axes.set(xlim=BOUNDS[:2], ylim=BOUNDS[2:])
+            axes.spines[:].set_visible(True)
             axes.label_outer()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(names))
+        bar = figure.colorbar(filled, ax=panels, pad=0.01, aspect=18, shrink=0.9)
+        ticks = levels[:: (LEVELS - 1) // 4]
+        bar.set_ticks(ticks, labels=[f"{tick:.2g}" for tick in ticks])
+        bar.minorticks_off()
+        bar.ax.tick_params(length=0, labelsize=8)
+        bar.set_label("loss")
+        bar.outline.set_visible(False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     path = save(figure, folder / "landscape-surfaces.png")
     return Picture(
         path,
@@ -65,18 +96,50 @@ def draw_surfaces(folder: Path) -> Picture:
     )
 
 
-def draw_ends(results: Results, folder: Path) -> Picture:
-    """Draw all starts, coloured by where they end.
+def _grid(resolution: int) -> tuple[Array, Array, torch.Tensor]:
+    """Return a grid over the picture: coordinates ``[rows, columns]``, and points ``[n, 2]``."""
+    left, right, low, high = BOUNDS
+    x, y = np.meshgrid(np.linspace(left, right, resolution), np.linspace(low, high, resolution))
+    return x, y, torch.from_numpy(np.stack((x, y), -1)).flatten(0, 1)
 
-    Args:
-        results: of all runs.
-        folder: where the figure goes.
-    """
-    surface = landscapes.two_minima()
-    left, right, low, high = surface.bounds
-    x, y = np.meshgrid(np.linspace(left, right, 121), np.linspace(low, high, 121))
-    grid = torch.from_numpy(np.stack((x, y)))
-    pooled = torch.stack([loss(grid) for loss in surface.losses]).mean(0)
+
+def _values(grid: torch.Tensor) -> list[Array]:
+    """Return both losses on a grid of :func:`_grid`."""
+    side = math.isqrt(len(grid))
+    return [torch.vmap(loss)(grid).view(side, side).numpy() for loss in LOSSES]
+
+
+def _paths(axes: Axes, name: str, paths: Array, rank: int) -> Line2D:
+    """Draw the paths ``[steps, starts, 2]`` of one rule, and return its entry in a legend."""
+    line = LINES[rank]
+    look: dict[str, Any] = {"color": line.color, "linestyle": line.linestyle, "linewidth": 1.6}
+    # Smaller from one to the next: ends in one place are all seen.
+    end: dict[str, Any] = {
+        "color": line.color,
+        "marker": line.marker,
+        "ms": 8 - 3.5 * rank,
+        "mec": "white",
+    }
+    halo = [withStroke(linewidth=3.2, foreground="white", alpha=0.8)]
+    for path in paths.swapaxes(0, 1):
+        axes.plot(*path.T, **look, zorder=3, path_effects=halo)
+        axes.plot(*path[-1], **end, mew=0.7, zorder=4)
+        axes.plot(*path[0], "o", color="white", mec=palette.BLACK, mew=0.9, ms=4.5, zorder=5)
+    return Line2D([], [], label=name, **{**look, **end})
+
+
+def _point(axes: Axes, name: str, marker: str) -> Line2D:
+    """Mark a minimum, and return its entry in a legend."""
+    look: dict[str, Any] = {"color": palette.ORANGE, "marker": marker, "mec": palette.BLACK}
+    size = 11 if marker == "*" else 7.5
+    axes.plot(*POINTS[name], **look, ms=1.6 * size, mew=0.8, linestyle="", zorder=2.5)
+    return Line2D([], [], label=name, **look, ms=size, mew=0.8, linestyle="")
+
+
+def draw_ends(results: Results, folder: Path) -> Picture:
+    """Draw all starts, coloured by where they end."""
+    x, y, grid = _grid(121)
+    pooled = sum(_values(grid)) / 2
     figure = Figure(figsize=(WIDTH, 2.75), layout="constrained")
     with style():
         panels = figure.subplots(1, len(RULES), sharex=True, sharey=True)
@@ -90,14 +153,14 @@ def draw_ends(results: Results, folder: Path) -> Picture:
             for place, (colour, marker, _) in LOOKS.items():
                 size = min(12.0, 4000 / len(starts))
                 axes.scatter(*starts[ends == place].T, s=size, color=colour, linewidths=0)
-                if place in surface.points:
-                    axes.plot(*surface.points[place], marker, color=colour, mec="white", ms=13)
+                if place in POINTS:
+                    axes.plot(*POINTS[place], marker, color=colour, mec="white", ms=13)
             axes.set(
                 aspect="equal",
                 title=NAMES[rule],
                 xlabel=r"$\theta_1$",
-                xlim=(left, right),
-                ylim=(low, high),
+                xlim=BOUNDS[:2],
+                ylim=BOUNDS[2:],
             )
             axes.title.set_fontsize(9.5)
         panels[0].set_ylabel(r"$\theta_2$")
@@ -117,17 +180,12 @@ def draw_ends(results: Results, folder: Path) -> Picture:
 
 
 def draw_ellipses(results: Results, folder: Path) -> Picture:
-    """Draw level sets of pairs of quadratics and of their means.
-
-    Args:
-        results: of all runs.
-        folder: where the figure goes.
-    """
+    """Draw level sets of pairs of quadratics and of their means."""
     figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
     with style():
         panels = list(figure.subplots(1, len(PAIRS), sharex=True, sharey=True))
         for axes, (name, hessians) in zip(panels, PAIRS.items(), strict=True):
-            plots.ellipses(torch.tensor(hessians, dtype=torch.float64), ax=axes)
+            _ellipses(axes, torch.tensor(hessians, dtype=torch.float64))
             one = results.quadratics[name]
             axes.set_title(
                 f"{name}\n{RHO} = {one['determinants']:.3g}, score {one['score']:.3g} ε",
@@ -144,13 +202,42 @@ def draw_ellipses(results: Results, folder: Path) -> Picture:
     )
 
 
-def draw_patchwork(results: Results, folder: Path) -> Picture:
-    """Draw the staircase, the network at three points, and the score over the search's length.
+def _ellipses(axes: Axes, hessians: torch.Tensor) -> None:
+    """Draw where quadratic losses with these Hessians, and those with their means, are 1."""
+    means = am.metrics.hessian_means(hessians)
+    for matrix, face, edge, hatch, name in (
+        (means.geometric, "#BFE3D6", palette.GREEN, None, "geometric mean (AND)"),
+        (means.arithmetic, "#D9D9D9", palette.BLACK, "////", "arithmetic mean (OR)"),
+    ):
+        axes.fill(
+            *_outline(matrix),
+            facecolor=face,
+            edgecolor=edge,
+            hatch=hatch,
+            hatch_linewidth=0.4,
+            linewidth=1.2,
+            label=name,
+        )
+    for name, matrix, color, line in zip(
+        "AB", hessians, (palette.BLUE, palette.VERMILION), ("-", (0, (6, 2))), strict=True
+    ):
+        label = f"environment {name}"
+        axes.plot(*_outline(matrix), color=color, linestyle=line, linewidth=1.9, label=label)
+    axes.plot(0, 0, "+", color=palette.BLACK, markersize=6, label="_minimum")
+    axes.set(xlabel=r"$\theta_1$", ylabel=r"$\theta_2$", aspect="equal")
 
-    Args:
-        results: of all runs.
-        folder: where the figure goes.
-    """
+
+def _outline(hessian: Any) -> Array:
+    """Return the points ``[2, n]`` at which half of ``x H x`` is 1."""
+    angle = torch.linspace(0, 2 * math.pi, 361, dtype=torch.float64)
+    factor = torch.linalg.cholesky(hessian).mT
+    circle = math.sqrt(2) * torch.stack((angle.cos(), angle.sin()))
+    outline: Array = torch.linalg.solve_triangular(factor, circle, upper=True).numpy()
+    return outline
+
+
+def draw_patchwork(results: Results, folder: Path) -> Picture:
+    """Draw the staircase, the network at three points, and the score over the search's length."""
     x = torch.linspace(0, 1, 1001, dtype=torch.float64)
     first = results.patches[0]
     found = min(first["searches"], key=lambda one: one["score"])

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 import andmask_ext as am
-from andmask_ext import plots
-from andmask_ext.metrics import landscapes
 
 from ..study import Report
 from . import patchwork
-from .patchwork import Loss
+from .surfaces import BOUNDS, LOSSES, POINTS, Loss, descend, quadratic
 
 RULES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": am.rules.Mean(),
@@ -39,18 +37,7 @@ PAIRS: dict[str, tuple[tuple[tuple[float, float], ...], ...]] = {
 def search(
     losses: Sequence[Loss], theta: Sequence[float], epsilon: float, steps: int, seed: int
 ) -> am.metrics.Inconsistency:
-    """Search for the inconsistency score of a point.
-
-    Args:
-        losses: of the environments.
-        theta: the point.
-        epsilon: the level.
-        steps: how far the search goes at most.
-        seed: of its random directions.
-
-    Returns:
-        A lower bound, with the point that attains it.
-    """
+    """Search for the inconsistency score of a point."""
     return am.metrics.inconsistency_score(
         losses,
         torch.tensor(theta, dtype=torch.float64),
@@ -63,15 +50,8 @@ def search(
 
 
 def draw_start(generator: torch.Generator) -> Tensor:
-    """Draw a start on the surfaces.
-
-    Args:
-        generator: source of it.
-
-    Returns:
-        A point of the square that figures show.
-    """
-    left, right, low, high = landscapes.two_minima().bounds
+    """Draw a start on the surfaces."""
+    left, right, low, high = BOUNDS
     share = torch.rand(2, generator=generator, dtype=torch.float64)
     return torch.tensor([left, low]) + share * torch.tensor([right - left, high - low])
 
@@ -79,29 +59,15 @@ def draw_start(generator: torch.Generator) -> Tensor:
 def descents(
     rule: str, starts: int, steps: int, samples: int, seed: int, report: Report
 ) -> dict[str, Any]:
-    """Descend from random starts, and measure the invariant learning consistency of the rule.
-
-    Args:
-        rule: one of :data:`RULES`.
-        starts: how many.
-        steps: of descent.
-        samples: how many of them, the first ones, are scored.
-        seed: decides the starts.
-        report: as in :meth:`..study.Study.execute`.
-
-    Returns:
-        Where each start ended, and the scores.
-    """
-    surface = landscapes.two_minima()
-    losses: Sequence[Loss] = surface.losses
+    """Descend from random starts, and measure the invariant learning consistency of the rule."""
     first = seed * SEEDS_APART
     generators = [torch.Generator().manual_seed(first + k) for k in range(max(starts, samples))]
     begins = torch.stack([draw_start(generator) for generator in generators])
-    ends = plots.descend(surface.losses, begins, RULES[rule], LR, steps)[-1]
-    after = plots.descend(surface.losses, ends, RULES[rule], LR, 1)[-1]
+    ends = descend(LOSSES, begins, RULES[rule], LR, steps)[-1]
+    after = descend(LOSSES, ends, RULES[rule], LR, 1)[-1]
     moves = (after - ends).norm(dim=1) / LR
-    names = list(surface.points)
-    places = torch.tensor([surface.points[name] for name in names], dtype=torch.float64)
+    names = list(POINTS)
+    places = torch.tensor(list(POINTS.values()), dtype=torch.float64)
     distances = torch.cdist(ends, places)
     reached = torch.where(distances.amin(1) < NEAR, distances.argmin(1), len(names))
     found = [[*names, "elsewhere"][index] for index in reached[:starts].tolist()]
@@ -112,7 +78,7 @@ def descents(
     ilc = am.metrics.invariant_learning_consistency(
         train,
         draw_start,
-        losses,
+        LOSSES,
         ILC_EPSILON,
         samples,
         seed=first,
@@ -136,31 +102,21 @@ def descents(
 
 
 def minima(epsilons: tuple[float, ...], seed: int, report: Report) -> dict[str, Any]:
-    """Score both minima of the surfaces.
-
-    Args:
-        epsilons: levels.
-        seed: of the search.
-        report: as in :meth:`..study.Study.execute`.
-
-    Returns:
-        For each minimum the losses, what pooling shows of it, and its scores.
-    """
-    surface = landscapes.two_minima()
+    """Score both minima of the surfaces."""
 
     def pooled(theta: Tensor) -> Tensor:
-        return torch.stack([loss(theta) for loss in surface.losses]).mean()
+        return torch.stack([loss(theta) for loss in LOSSES]).mean()
 
     results: dict[str, Any] = {}
-    for number, (name, place) in enumerate(surface.points.items()):
+    for number, (name, place) in enumerate(POINTS.items()):
         point = torch.tensor(place, dtype=torch.float64)
         scores = []
         for step, epsilon in enumerate(epsilons):
-            found = search(surface.losses, place, epsilon, MINIMA_STEPS, seed)
+            found = search(LOSSES, place, epsilon, MINIMA_STEPS, seed)
             scores.append(float(found.score))
             report(number * len(epsilons) + step + 1, 2 * len(epsilons), f"{name} {epsilon:g}")
         results[name] = {
-            "losses": [float(loss(point)) for loss in surface.losses],
+            "losses": [float(loss(point)) for loss in LOSSES],
             "pooled_gradient": float(torch.func.grad(pooled)(point).norm()),
             "pooled_curvatures": torch.linalg.eigvalsh(torch.func.hessian(pooled)(point)).tolist(),
             "scores": scores,
@@ -170,17 +126,12 @@ def minima(epsilons: tuple[float, ...], seed: int, report: Report) -> dict[str, 
 
 
 def quadratics() -> dict[str, Any]:
-    """Compare the exact score of pairs of quadratics with the bounds that are said to hold.
-
-    Returns:
-        For each pair the ratio of determinants, the exact score at epsilon 1, and the bounds.
-    """
+    """Compare exact scores of pairs of quadratics, at epsilon 1, with bounds said to hold."""
     results = {}
     for name, hessians in PAIRS.items():
         matrices = torch.tensor(hessians, dtype=torch.float64)
-        surface = landscapes.quadratics(matrices)
+        losses = [quadratic(hessian) for hessian in hessians]
         center = torch.zeros(2, dtype=torch.float64)
-        losses: Sequence[Loss] = surface.losses
         found = am.metrics.inconsistency_score(losses, center, 1.0, "quadratic")
         ratio = float(am.metrics.hessian_means(matrices).log_det_ratio.exp())
         results[name] = {
@@ -196,17 +147,7 @@ def quadratics() -> dict[str, Any]:
 def patches(
     epsilons: tuple[float, ...], steps: tuple[int, ...], seed: int, report: Report
 ) -> dict[str, Any]:
-    """Score the patchwork solution by search.
-
-    Args:
-        epsilons: levels.
-        steps: of the search: the longer, the more it finds.
-        seed: of the search.
-        report: as in :meth:`..study.Study.execute`.
-
-    Returns:
-        Losses at the solution and at the paper's other point, and what each search found.
-    """
+    """Score the patchwork solution by search."""
     functions = patchwork.losses()
     searches: list[dict[str, Any]] = []
     for number, epsilon in enumerate(epsilons):

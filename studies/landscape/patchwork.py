@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-Loss = Callable[[Any], Tensor]
+from .surfaces import Loss
 
 # The paper's text and figure differ in the second number; with -45 the losses are what it says.
 SOLUTION = (100.0, -45.0, 100.0, -75.0, 1.0, 1.0)
@@ -18,15 +15,7 @@ POINTS = 501  # of each environment
 
 
 def target(x: Tensor) -> Tensor:
-    """Return the staircase with two steps that is to be learned.
-
-    Args:
-        x: numbers in [0, 1].
-
-    Example:
-        >>> [round(value, 6) for value in target(torch.tensor([0.3, 0.45, 0.6, 0.9])).tolist()]
-        [0.0, 0.5, 1.0, 2.0]
-    """
+    """Return the staircase with two steps that is to be learned."""
     return (10 * (x - 0.4)).clamp(0, 1) + (10 * (x - 0.7)).clamp(0, 1)
 
 
@@ -34,10 +23,6 @@ def network(theta: Tensor, x: Tensor) -> Tensor:
     r"""Return what the network makes of inputs.
 
     .. math:: f(x) = \theta_5 \sigma(\theta_1 x + \theta_2) + \theta_6 \sigma(\theta_3 x + \theta_4)
-
-    Args:
-        theta: the six parameters.
-        x: inputs.
     """
     first = torch.sigmoid(theta[0] * x + theta[1])
     second = torch.sigmoid(theta[2] * x + theta[3])
@@ -45,13 +30,7 @@ def network(theta: Tensor, x: Tensor) -> Tensor:
 
 
 def losses() -> list[Loss]:
-    """Return the mean squared error of each environment, as a function of the parameters.
-
-    Example:
-        >>> solution = torch.tensor(SOLUTION, dtype=torch.float64)
-        >>> [round(loss(solution).item(), 4) for loss in losses()]
-        [0.0032, 0.0032]
-    """
+    """Return the mean squared error of each environment, as a function of the parameters."""
 
     def loss_of(low: float, high: float) -> Loss:
         x = torch.linspace(low, high, POINTS, dtype=torch.float64)

@@ -32,11 +32,7 @@ class Part(Protocol):
 
 
 class Results:
-    """Records of runs, by part.
-
-    Args:
-        records: settings and record of each run.
-    """
+    """Records of runs, by part."""
 
     def __init__(self, records: Sequence[tuple[Part, Record]]) -> None:
         self._records = records
@@ -51,29 +47,15 @@ class Results:
         ]
 
     def descents(self, rule: str) -> list[Record]:
-        """Return the descents of a rule, one record for each seed.
-
-        Args:
-            rule: its name.
-        """
+        """Return the descents of a rule, one record for each seed."""
         return self._of("descents", rule)
 
     def share(self, rule: str, place: str) -> list[float]:
-        """Return which percentage of starts leads somewhere, for each seed.
-
-        Args:
-            rule: its name.
-            place: a minimum, or elsewhere.
-        """
+        """Return which percentage of starts leads somewhere, for each seed."""
         return [record["final"][f"{place} %"] for record in self.descents(rule)]
 
     def ilc(self, rule: str, places: Sequence[str] = PLACES) -> list[float]:
-        """Return minus the score of each scored end, of all seeds.
-
-        Args:
-            rule: its name.
-            places: only of ends there.
-        """
+        """Return minus the score of each scored end, of all seeds."""
         return [
             -math.inf if score is None else -score  # of a descent that diverged
             for one in self.descents(rule)
@@ -83,14 +65,7 @@ class Results:
 
 
 def summarise(results: Results) -> Summary:
-    """Write tables and claims.
-
-    Args:
-        results: of all runs.
-
-    Returns:
-        A summary without figures.
-    """
+    """Write tables and claims."""
     return Summary(
         claims=[
             *_of_minima(results),

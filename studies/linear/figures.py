@@ -40,15 +40,7 @@ Solutions = Mapping[
 
 
 def draw_regression(solutions: Solutions, path: Path) -> Path:
-    """Draw the weights that each rule finds, and the losses.
-
-    Args:
-        solutions: what was found.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the weights that each rule finds, and the losses."""
     columns = list(ENVIRONMENTS)
     with style():
         figure = Figure(figsize=(8.3, 5.0), layout="constrained")
@@ -105,13 +97,6 @@ def draw_unit_tests(cells: Cells, path: Path) -> Path:
     """Draw the test error of each method on each unit test, as it is and scrambled.
 
     Errors of example 1, whose size differs between seeds, are given as multiples of the oracle's.
-
-    Args:
-        cells: what was found.
-        path: PNG file to write.
-
-    Returns:
-        The path.
     """
     rows = cells.environments
     with style():

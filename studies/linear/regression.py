@@ -30,17 +30,10 @@ LR, LR_FACTOR, DECAY, STEPS, START = 0.3, 0.9995, 0.01, 1001, 0.1
 
 @dataclass(frozen=True)
 class Stored:
-    """What the authors' notebook has kept of a run.
+    """What the authors' notebook has kept of a run."""
 
-    Args:
-        rule: one of ``RULES``.
-        environments: a key of ``ENVIRONMENTS``.
-        theta: the five weights, as printed.
-        loss: on those environments, as printed.
-    """
-
-    rule: str
-    environments: str
+    rule: str  # one of RULES
+    environments: str  # a key of ENVIRONMENTS
     theta: tuple[float, float, float, float, float]
     loss: float
 
@@ -72,24 +65,13 @@ class RegressionSettings(Settings):
 
 
 def points() -> Tensor:
-    """Return the inputs of the four points.
-
-    Returns:
-        float64 ``[4, 5]``.
-    """
+    """Return the inputs of the four points."""
     eye = torch.eye(POINTS, dtype=torch.float64)
     return 3 * torch.cat((eye, torch.full((POINTS, 1), 0.1, dtype=torch.float64)), dim=1)
 
 
 def losses(theta: Tensor) -> Tensor:
-    """Return the loss of each point, half the squared error.
-
-    Args:
-        theta: the weights ``[5]``.
-
-    Returns:
-        ``[4]``.
-    """
+    """Return the loss of each point, half the squared error."""
     return (points() @ theta - 1).square() / 2
 
 
@@ -99,18 +81,6 @@ def descend(rule: str, environments: str, start: Tensor) -> Tensor:
     A step multiplies the learning rate by .9995, moves :math:`\theta` against what the rule makes
     of the points' gradients, and then shrinks *the result* by the factor ``1 - lr * .01``. There
     are 1001 steps.
-
-    Args:
-        rule: one of ``RULES``.
-        environments: a key of ``ENVIRONMENTS``.
-        start: the weights to start from ``[5]``.
-
-    Returns:
-        The weights ``[5]``, in float64.
-
-    Example:
-        >>> descend("and-mask", "first two", torch.zeros(5))[-1].round(decimals=3).item()
-        2.999
     """
     chosen = list(ENVIRONMENTS[environments])
     inputs, theta, lr = points()[chosen], start.double(), LR
@@ -122,12 +92,7 @@ def descend(rule: str, environments: str, start: Tensor) -> Tensor:
 
 
 def left_of_start() -> float:
-    """Return the factor by which decay alone shrinks a weight in the whole descent.
-
-    Example:
-        >>> round(left_of_start(), 4)
-        0.094
-    """
+    """Return the factor by which decay alone shrinks a weight in the whole descent."""
     left, lr = 1.0, LR
     for _ in range(STEPS):
         lr *= LR_FACTOR
@@ -142,12 +107,6 @@ def recovered_start(stored: Stored) -> Tensor:
     end, shrunk by decay: with a mask the four weights that only one point has a gradient for,
     without one all that is orthogonal to the points. The rest of the start is forgotten, and is
     taken to be zero.
-
-    Args:
-        stored: the outcome.
-
-    Returns:
-        The weights ``[5]``.
     """
     moved = points()[list(ENVIRONMENTS[stored.environments])]
     if stored.rule != "mean":
@@ -158,28 +117,12 @@ def recovered_start(stored: Stored) -> Tensor:
 
 
 def stored_outcome(rule: str, environments: str) -> Stored:
-    """Return what the notebook has kept of a run.
-
-    Args:
-        rule: one of ``RULES``.
-        environments: a key of ``ENVIRONMENTS``.
-
-    Returns:
-        The outcome; raises StopIteration where there is none.
-    """
+    """Return what the notebook has kept of a run."""
     return next(s for s in STORED if (s.rule, s.environments) == (rule, environments))
 
 
 def run_regression(settings: RegressionSettings, seed: int) -> Outcome:
-    """Descend, and measure the loss on the points that were seen and on the others.
-
-    Args:
-        settings: what to do.
-        seed: decides the start.
-
-    Returns:
-        ``theta``, and ``final`` with the losses; that of unseen points is None where all were seen.
-    """
+    """Descend, and measure the loss on the points that were seen and on the others."""
     if settings.stored:
         start = recovered_start(stored_outcome(settings.rule, settings.environments))
     else:

@@ -13,25 +13,15 @@ from .training import Trial, UnitTestSettings, least
 
 @dataclass(frozen=True)
 class Cell:
-    """A method on a unit test.
-
-    Args:
-        example: 1, 2 or 3.
-        scrambled: whether its inputs are rotated.
-        environments: training environments.
-        method: what trained.
-        trial: the chosen setting.
-        validation: error that it was chosen by, the mean over seeds.
-        test: error for each seed.
-    """
+    """A method on a unit test."""
 
     example: int
     scrambled: bool
     environments: int
     method: str
-    trial: Trial
-    validation: float
-    test: dict[int, float]
+    trial: Trial  # the chosen setting
+    validation: float  # error that it was chosen by, the mean over seeds
+    test: dict[int, float]  # error for each seed
 
     @property
     def error(self) -> float:
@@ -44,12 +34,6 @@ class Cells:
 
     Of the settings tried, that with the least mean validation error over the seeds is taken, the
     first of several; test errors take no part in the choice.
-
-    Args:
-        finished: runs; others than on unit tests are left out.
-
-    Raises:
-        ValueError: seeds of one method have tried other settings.
     """
 
     def __init__(self, finished: Sequence[Finished[Settings]]) -> None:

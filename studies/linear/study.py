@@ -283,14 +283,7 @@ def _present_unit_tests(summary: Summary, cells: Cells, picture: Path) -> None:
 
 
 def unit_test_claims(cells: Cells) -> list[Claim]:
-    """Compare test errors of methods, with most environments and with fewest.
-
-    Args:
-        cells: what was found.
-
-    Returns:
-        Claims of Aubin et al., and of Arjovsky et al. about IRMv1.
-    """
+    """Compare test errors of methods, with most environments and with fewest."""
     few, many = cells.environments[0], cells.environments[-1]
 
     def error(example: int, scrambled: bool, method: str, count: int = many) -> float:

@@ -12,19 +12,19 @@ from torch import Tensor
 
 import andmask_ext as am
 
-from ..search import Space, draw
+from ..search import draw
 from ..study import Outcome, Report, Settings
 from .unit_tests import Problem, Split, draw_problem
 
 METHODS = ("mean", "and-mask", "geometric", "irm", "oracle")
 
 Trial = dict[str, Any]
-_COMMON: Space = {
+_COMMON: dict[str, Sequence[Any]] = {
     "lr": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1),
     "weight_decay": (1e-6, 1e-5, 1e-4, 1e-3, 1e-2),
 }
 MOST_TRIALS = math.prod(map(len, _COMMON.values()))
-_OWN: dict[str, Space] = {
+_OWN: dict[str, dict[str, Sequence[Any]]] = {
     "and-mask": {"tau": (0.8, 0.9, 1.0)},
     "geometric": {"tau": (0.8, 0.9, 1.0)},
     "irm": {"penalty": (0.5, 0.9, 0.99, 0.999)},
@@ -63,17 +63,6 @@ def make_trials(method: str, count: int) -> list[Trial]:
 
     Learning rates and weight decays are drawn at random, the same ones for all methods. With them
     go the values of the method's own option, one after the other.
-
-    Args:
-        method: one of ``METHODS``.
-        count: how many; fewer are returned where there are fewer learning rates and decays.
-
-    Returns:
-        A dict of values for each trial.
-
-    Example:
-        >>> [trial["penalty"] for trial in make_trials("irm", 5)]
-        [0.5, 0.9, 0.99, 0.999, 0.5]
     """
     own = _OWN.get(method, {})
     return [
@@ -83,16 +72,7 @@ def make_trials(method: str, count: int) -> list[Trial]:
 
 
 def least(errors: Sequence[float | None]) -> int:
-    """Return the place of the least error, the first of several.
-
-    Args:
-        errors: of each setting; one that is not finite, or None as in a record, is larger than all
-            others.
-
-    Example:
-        >>> least([float("nan"), 0.2, 0.1, 0.1, None])
-        2
-    """
+    """Return the place of the least error, the first of several; None and NaN are the largest."""
 
     def size(place: int) -> float:
         error = errors[place]
@@ -105,15 +85,6 @@ def run_unit_test(settings: UnitTestSettings, seed: int, report: Report) -> Outc
     """Train with each setting of a random search, and measure all of them.
 
     Which setting is best is for the mean over seeds to say.
-
-    Args:
-        settings: what to do.
-        seed: decides the data and the start.
-        report: told of progress.
-
-    Returns:
-        ``trials``: the settings; ``validation`` and ``test``: their errors, the mean over the
-        environments.
     """
     problem = draw_problem(
         settings.example, settings.environments, settings.samples, settings.scrambled, seed
@@ -139,19 +110,7 @@ def train(
     seed: int,
     report: Report = lambda done, total, text: None,
 ) -> Tensor:
-    """Train one linear model for each setting, all from the same start, side by side.
-
-    Args:
-        problem: the data.
-        method: one of ``METHODS``.
-        trials: settings: ``lr``, ``weight_decay``, and the method's own.
-        iterations: steps of Adam, of all data each.
-        seed: decides the start.
-        report: told of progress.
-
-    Returns:
-        Weights of the inputs and, last, the bias, ``[trials, 11]``.
-    """
+    """Train a linear model for each setting from the same start; weights ``[trials, 11]``."""
     split = problem.oracle_train if method == "oracle" else problem.train
     inputs = _with_ones(split.inputs)
     generator = torch.Generator().manual_seed(seed)
@@ -193,20 +152,6 @@ def environment_gradients(
     The objective is :math:`(1 - \lambda) L_e + \lambda (\partial_w L_e(w f))^2` at w = 1: the loss,
     a mean over examples, with the penalty of IRMv1. Loss is the squared error or cross entropy.
 
-    Args:
-        weights: of the models; the last is the bias.
-        inputs: with a last column of ones.
-        answers: zeros and ones, or numbers.
-        classification: which of the two.
-        penalties: the weight :math:`\lambda` for each model.
-
-    Returns:
-        The gradients.
-
-    Shape:
-        ``weights`` [t, f], ``inputs`` [d, n, f], ``answers`` [d, n], ``penalties`` [t]; the result
-        is [d, t, f].
-
     Reference:
         Arjovsky et al., *Invariant risk minimization*, 2019, arXiv 1907.02893, section 3.
     """
@@ -229,16 +174,7 @@ def environment_gradients(
 
 @torch.no_grad()
 def measure(weights: Tensor, split: Split, classification: bool) -> list[float]:
-    """Return the error of each model, the mean over environments.
-
-    Args:
-        weights: ``[t, 11]``, the last is the bias.
-        split: what to measure on.
-        classification: whether to count wrong answers, or to take the mean squared error.
-
-    Returns:
-        As many numbers as models.
-    """
+    """Return the share of wrong answers, or the squared error, of each model."""
     outputs = _with_ones(split.inputs) @ weights.T
     answers = split.answers[:, :, None]
     errors = (outputs > 0) != (answers > 0.5) if classification else (outputs - answers).square()

@@ -28,38 +28,23 @@ _MARGIN = 0.1  # of the invariant dimensions in example 3
 
 @dataclass(frozen=True)
 class Split:
-    """Examples of all environments.
+    """Examples of all environments."""
 
-    Args:
-        inputs: float32 ``[d, n, 10]``.
-        answers: float32 ``[d, n]``: zeros and ones, or numbers in example 1.
-    """
-
-    inputs: Tensor
-    answers: Tensor
+    inputs: Tensor  # [d, n, 10]
+    answers: Tensor  # [d, n]: zeros and ones, or numbers in example 1
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A drawn unit test.
-
-    Args:
-        classification: whether answers are classes.
-        train: what to train on.
-        validation: the same distribution again, for the choice of options.
-        test: environments as in training, with the spurious dimensions shuffled.
-        oracle_train: ``train`` with the spurious dimensions shuffled.
-        oracle_validation: ``validation``, likewise.
-        rotation: float64 ``[10, 10]``, what the inputs were multiplied by.
-    """
+    """A drawn unit test."""
 
     classification: bool
     train: Split
-    validation: Split
-    test: Split
-    oracle_train: Split
+    validation: Split  # the same distribution again, for the choice of options
+    test: Split  # with the spurious dimensions shuffled
+    oracle_train: Split  # train, shuffled likewise
     oracle_validation: Split
-    rotation: Tensor
+    rotation: Tensor  # [10, 10], what the inputs were multiplied by
 
 
 def draw_problem(
@@ -78,24 +63,6 @@ def draw_problem(
       .1 in the invariant dimensions, and N(0, 1) in the spurious ones, drawn for each environment.
 
     Inputs that are scrambled are those of the same seed that are not, rotated.
-
-    Args:
-        example: 1, 2 or 3.
-        environments: how many, from 3 on.
-        samples: examples in each environment, in each split.
-        scrambled: whether to rotate the inputs.
-        seed: decides all random draws.
-
-    Returns:
-        The problem.
-
-    Raises:
-        ValueError: there is no such example, or sizes are too small.
-
-    Example:
-        >>> problem = draw_problem(3, environments=3, samples=100, scrambled=False, seed=0)
-        >>> problem.train.inputs.shape, problem.classification
-        (torch.Size([3, 100, 10]), True)
 
     Reference:
         Aubin et al., *Linear unit-tests for invariance discovery*, 2021, arXiv 2102.10867, section

@@ -21,15 +21,7 @@ WHICH = (("train", "training accuracy (%)"), ("test", "test accuracy (%)"))
 
 
 def draw_methods(runs: Sequence[Done], path: Path) -> Path:
-    """Draw the final accuracies of methods, a row each.
-
-    Args:
-        runs: of one data set.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the final accuracies of methods, a row each."""
     methods = list(dict.fromkeys(one.run.settings.method for one in runs))
     groups = {m: [one for one in runs if one.run.settings.method == m] for m in methods}
     with style():
@@ -57,17 +49,7 @@ def draw_search(
     again: Mapping[str, Sequence[Done]],
     path: Path,
 ) -> Path:
-    """Draw the final accuracies of all trials of each method, and of its best one again.
-
-    Args:
-        trials: of each method.
-        best: the one that was chosen.
-        again: that one with other seeds; may be empty.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw the final accuracies of all trials of each method, and of its best one again."""
     methods = list(trials)
     with style():
         figure, panels = _rows(methods)
@@ -151,15 +133,7 @@ def _colour(method: str) -> str:
 
 
 def draw_environments(groups: Mapping[tuple[str, int], Sequence[Done]], path: Path) -> Path:
-    """Draw accuracy over the number of environments.
-
-    Args:
-        groups: runs of each method (``mean``, ``and-mask``) and number of environments.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-    """
+    """Draw accuracy over the number of environments."""
     numbers = sorted({number for _, number in groups})
     with style():
         figure = Figure(figsize=(6.6, 3.7), layout="constrained")

@@ -36,14 +36,6 @@ class SpiralsConfig:
         standardize: divide both mechanism dimensions by their standard deviation in the environment
             (the authors' code does, the paper does not say so).
 
-    Raises:
-        ValueError: a size below one (shortcut dimensions: below zero), a variance that is negative
-            or not finite, or revolutions that are not positive and finite.
-
-    Example:
-        >>> SpiralsConfig(environments=4, examples=100).shortcut_dims
-        32
-
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 4.1.
     """
@@ -72,29 +64,15 @@ class SpiralsConfig:
 
 @dataclass(frozen=True)
 class Spirals:
-    """A drawn data set; columns 0 and 1 of the inputs are the mechanism, the rest the shortcut.
+    """A drawn data set; columns 0 and 1 of the inputs are the mechanism, the rest the shortcut."""
 
-    Args:
-        train_inputs: float32 array.
-        train_labels: float32 array of zeros and ones.
-        test_inputs: float32 array.
-        test_labels: float32 array of zeros and ones.
-        validation_inputs: drawn as the test set is, from another random stream.
-        validation_labels: theirs.
-        shortcuts: the vector that each environment adds for class 1 and subtracts for class 0.
-
-    Shape:
-        ``train_inputs`` [d, n, 2 + s], ``train_labels`` [d, n], ``test_inputs`` [m, 2 + s],
-        ``test_labels`` [m], those of validation likewise, ``shortcuts`` [d, s].
-    """
-
-    train_inputs: Array
-    train_labels: Array
-    test_inputs: Array
+    train_inputs: Array  # [d, n, 2 + s]
+    train_labels: Array  # [d, n], zeros and ones
+    test_inputs: Array  # [m, 2 + s]
     test_labels: Array
-    validation_inputs: Array
+    validation_inputs: Array  # drawn as the test set is, from another random stream
     validation_labels: Array
-    shortcuts: Array
+    shortcuts: Array  # [d, s], what each environment adds for class 1 and subtracts for class 0
 
     def largest_vote(self) -> int:
         """Count by how much the environments agree, at best, on the sign of a shortcut dimension.
@@ -102,9 +80,6 @@ class Spirals:
         Shortcuts are drawn at random, so now and then all or most environments happen to share the
         sign of a dimension. There the shortcut *is* invariant, and no vote on signs can tell it
         from a mechanism. Among 16 environments and 16 dimensions this befalls one seed in 2048.
-
-        Returns:
-            The largest absolute sum of signs over environments, at most d; 0 without shortcuts.
         """
         return int(np.abs(np.sign(self.shortcuts).sum(axis=0)).max(initial=0))
 
@@ -116,23 +91,6 @@ def draw_mechanism(
 
     The angle follows from the radius before noise is added to it, so noise moves a point along its
     ray, never around the centre.
-
-    Args:
-        rng: source of randomness.
-        count: number of points.
-        revolutions: turns of an arm between centre and rim.
-        standardize: divide each of the two coordinates by its standard deviation.
-
-    Returns:
-        Points and their labels (0 or 1, each with probability one half).
-
-    Shape:
-        [count, 2] and [count].
-
-    Example:
-        >>> points, labels = draw_mechanism(np.random.default_rng(0), 5, revolutions=2)
-        >>> points.shape, labels.shape
-        ((5, 2), (5,))
     """
     radius = rng.uniform(RADIUS_MIN, RADIUS_MAX, count)
     labels = rng.integers(0, 2, count)
@@ -150,21 +108,6 @@ def draw_spirals(config: SpiralsConfig, seed: int) -> Spirals:
     Every environment has a random stream of its own, so environment 3 is the same data whether it
     is one of 4 or one of 400, and the test set does not depend on the number of environments. A
     validation set, for those who choose settings, is drawn like the test set.
-
-    Args:
-        config: sizes and parameterisation.
-        seed: a number >= 0; the same seed gives the same bits.
-
-    Returns:
-        The data set.
-
-    Raises:
-        ValueError: the seed is negative.
-
-    Example:
-        >>> data = draw_spirals(SpiralsConfig(environments=4, examples=100), seed=0)
-        >>> data.train_inputs.shape, data.shortcuts.shape
-        ((4, 100, 34), (4, 32))
 
     Reference:
         Parascandolo et al., ICLR 2021, section 4.1.

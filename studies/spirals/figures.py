@@ -28,18 +28,7 @@ REGIONS = LinearSegmentedColormap.from_list("regions", ["#E3B0CB", "#FFFFFF", "#
 
 
 def draw_curves(runs: Sequence[Done], path: Path) -> Path:
-    """Draw accuracy over time for every method and seed, and the decision regions of one seed.
-
-    Args:
-        runs: runs of one data set, each method with one tau.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: there is no run.
-    """
+    """Draw accuracy over time for every method and seed, and the decision regions of one seed."""
     if not runs:
         raise ValueError("runs: expected at least one, got none")
     methods = [method for method in COLOURS if any(r.run.settings.method == method for r in runs)]
@@ -119,18 +108,6 @@ def class_probability(
 
     The shortcut dimensions are drawn as at test time, and the probability of class 1 is averaged
     over the draws: a network that ignores the shortcut says 0 or 1, one that follows it one half.
-
-    Args:
-        run: the run whose network is asked.
-        extent: the plane is shown from minus to plus this number in both directions.
-        resolution: points along one side.
-        draws: shortcuts drawn; the same ones for every point.
-
-    Returns:
-        Probabilities of class 1; rows are the second mechanism dimension.
-
-    Shape:
-        [resolution, resolution].
     """
     settings, model = run.run.settings, _network(run)
     line = torch.linspace(-extent, extent, resolution)
@@ -153,18 +130,7 @@ def _network(run: Done) -> torch.nn.Module:
 
 
 def draw_map(runs: Sequence[Done], path: Path) -> Path:
-    """Draw final test and training accuracy over tau and revolutions, averaged over seeds.
-
-    Args:
-        runs: runs that differ in method, tau, revolutions and seed.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: there is no run.
-    """
+    """Draw final test and training accuracy over tau and revolutions, averaged over seeds."""
     if not runs:
         raise ValueError("runs: expected at least one, got none")
     revolutions = sorted({run.run.settings.revolutions for run in runs})
@@ -213,19 +179,7 @@ def _column(run: Done) -> float:
 
 
 def draw_data(configs: Sequence[SpiralsConfig], seed: int, path: Path) -> Path:
-    """Draw data sets: the mechanism of each, and the shortcuts of a few environments of the last.
-
-    Args:
-        configs: what to draw.
-        seed: which data set.
-        path: PNG file to write.
-
-    Returns:
-        The path.
-
-    Raises:
-        ValueError: there is no configuration, or the last has fewer than two shortcut dimensions.
-    """
+    """Draw the mechanism of data sets, and shortcuts of a few environments of the last."""
     if not configs or configs[-1].shortcut_dims < 2:
         raise ValueError("configs: expected one or more, the last with 2 shortcut dimensions")
     reach = 1.2 * max(float(np.abs(_mechanism(config, seed)[0]).max()) for config in configs)

@@ -23,18 +23,11 @@ from .settings import Settings
 
 @dataclass
 class Learner:
-    """What a step works on.
-
-    Args:
-        settings: those of the run.
-        model: the network.
-        optimizer: of its parameters; one of :mod:`andmask_ext.optim` for rules on moments.
-        epoch: the current one, from 0.
-    """
+    """What a step works on."""
 
     settings: Settings
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer  # one of andmask_ext.optim for rules on moments
     epoch: int = 0
 
 

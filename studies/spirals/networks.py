@@ -11,22 +11,7 @@ from .settings import Settings
 
 
 def build_model(settings: Settings, seed: int) -> nn.Module:
-    """Build the LeakyReLU network of the paper, with the initial weights of the authors' code.
-
-    Args:
-        settings: gives the numbers of inputs, hidden layers and hidden units, and the method.
-        seed: decides the initial weights.
-
-    Returns:
-        A module that maps inputs to one logit each.
-
-    Shape:
-        Input [n, 2 + s], output [n].
-
-    Example:
-        >>> build_model(Settings(), seed=0)(torch.zeros(5, 34)).shape
-        torch.Size([5])
-    """
+    """Build the LeakyReLU network of the paper, with the initial weights of the authors' code."""
     generator = torch.Generator().manual_seed(seed)
     inputs, width = 2 + settings.shortcut_dims, settings.width
     if settings.method == "dann":
@@ -44,16 +29,7 @@ def build_model(settings: Settings, seed: int) -> nn.Module:
 
 
 def linear(fan_in: int, fan_out: int, generator: torch.Generator) -> nn.Linear:
-    """Build a layer with Kaiming-normal weights and biases of .01.
-
-    Args:
-        fan_in: number of inputs.
-        fan_out: number of outputs.
-        generator: source of the weights.
-
-    Returns:
-        The layer.
-    """
+    """Build a layer with Kaiming-normal weights and biases of .01."""
     layer = nn.Linear(fan_in, fan_out)
     nn.init.kaiming_normal_(layer.weight, generator=generator)
     nn.init.constant_(layer.bias, 0.01)
@@ -64,12 +40,6 @@ class Adversaries(nn.Module):
     """DANN: features, from which one classifier tells labels and another one environments.
 
     Each of the three has two linear layers, as in the paper.
-
-    Args:
-        inputs: number of inputs.
-        width: hidden units, and features.
-        environments: how many there are to be told apart.
-        generator: source of the initial weights.
 
     Reference:
         Ganin et al., *Domain-adversarial training of neural networks*, JMLR 2016.

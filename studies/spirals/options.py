@@ -13,12 +13,7 @@ SEVERAL = ("tau", "revolutions", "environments")  # options that take several va
 
 
 def add_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
-    """Add the study's options; those that override a setting are None unless given.
-
-    Args:
-        parser: has the common ones.
-        parts: what ``--part`` can be, the default first.
-    """
+    """Add the study's options; those that override a setting are None unless given."""
     what = parser.add_argument_group("spirals")
     what.add_argument(
         "--part",
@@ -111,14 +106,7 @@ def _shown(value: object) -> str:
 
 
 def given(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the settings that were given, but the method; a list where an option takes several.
-
-    Args:
-        options: what the parser found.
-
-    Returns:
-        Names and values.
-    """
+    """Return the settings that were given, but the method; a list where an option takes several."""
     values = {
         field.name: getattr(options, field.name)
         for field in fields(Settings)
@@ -132,16 +120,8 @@ def given(options: argparse.Namespace) -> dict[str, Any]:
 def base(options: argparse.Namespace, several: Sequence[str] = (), **changes: Any) -> Settings:
     """Return the setting to start from, with all that was given for it.
 
-    Args:
-        options: what the parser found.
-        several: options that may have several values here; they are left to the caller.
-        changes: what a part of the study has otherwise, unless options say something else.
-
-    Returns:
-        The settings, of plain training; the method is up to the caller.
-
-    Raises:
-        ValueError: several values where one is expected, or one that cannot be meant.
+    Options in ``several`` may have several values; they are left to the caller, and so is the
+    method. ``changes`` are what a part of the study has unless options say something else.
     """
     values = given(options)
     for name in SEVERAL:

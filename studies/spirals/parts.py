@@ -42,15 +42,7 @@ class Part(ABC):
 
 
 def label(settings: Settings, environments: bool = False) -> str:
-    """Name a run's place in a grid, for people.
-
-    Args:
-        settings: those of the run.
-        environments: name their number, too.
-
-    Returns:
-        Such as ``and-mask tau=0.8 revolutions=2``.
-    """
+    """Name a run's place in a grid, such as ``and-mask tau=0.8 revolutions=2``."""
     words = [settings.method]
     if "tau" in METHODS[settings.method]:
         words.append(f"tau={settings.tau:g}")
@@ -61,14 +53,7 @@ def label(settings: Settings, environments: bool = False) -> str:
 
 
 def without_repetition(runs: Iterable[SpiralsRun]) -> list[SpiralsRun]:
-    """Drop runs that differ in nothing that decides them, such as plain training's for every tau.
-
-    Args:
-        runs: any.
-
-    Returns:
-        The first of each kind, in their order.
-    """
+    """Drop runs that differ in nothing that decides them: plain training's for every tau."""
     found: dict[Any, SpiralsRun] = {}
     for run in runs:
         found.setdefault((tuple(run.settings.identity().items()), run.seed), run)
@@ -98,12 +83,6 @@ def notes_on_shortcuts(finished: Iterable[Done]) -> list[str]:
 
     By chance enough environments agree on the sign of a shortcut dimension now and then. The rule
     is right to keep it; the test is then not fair.
-
-    Args:
-        finished: runs of any methods.
-
-    Returns:
-        Sentences, each once.
     """
     notes = []
     for one in finished:

@@ -65,13 +65,6 @@ class Settings(study.Settings):
         fit: share of right answers on the training data, in one epoch, at which the learning rate
             falls to a tenth and training ends ``SETTLE`` epochs later; None for never.
 
-    Raises:
-        ValueError: a value that cannot be meant; the message names it.
-
-    Example:
-        >>> Settings(tau=1.0).learning_rate(epoch=50)
-        0.001
-
     Reference:
         Parascandolo et al., ICLR 2021, section 4.1 and its appendix.
     """
@@ -153,15 +146,7 @@ class Settings(study.Settings):
         return SpiralsConfig(**{name: getattr(self, name) for name in names})
 
     def learning_rate(self, epoch: float, train_accuracy: Sequence[float] = ()) -> float | None:
-        """Return the learning rate of a step.
-
-        Args:
-            epoch: counted from 0, with the fraction of it that is done.
-            train_accuracy: of the epochs before it; matters with ``fit`` only.
-
-        Returns:
-            The rate, or None where training has come to its end.
-        """
+        """Return the learning rate at an epoch and the fraction of it; None at training's end."""
         passed = sum(epoch >= share * self.epochs for share in self.decay)
         fitted = next(
             (e for e, share in enumerate(train_accuracy, start=1) if self.fits(share)), None

@@ -30,13 +30,6 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
 
     The L2 penalty is added to the aggregated gradient, thus *after* the mask and before Adam's
     moments: weights without agreement shrink. The authors have it there too.
-
-    Args:
-        settings: gives method, optimizer, learning rate and L2 penalty.
-        model: what to train.
-
-    Returns:
-        The optimizer of all parameters.
     """
     options: dict[str, Any] = {"lr": settings.lr}
     if "l2" in METHODS[settings.method]:
@@ -54,17 +47,6 @@ def batches(inputs: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor,
     """Shuffle every environment by itself and cut it into batches; a rest is left out.
 
     The shuffle comes from torch's global generator.
-
-    Args:
-        inputs: examples of all environments.
-        labels: their labels.
-        size: examples from each environment in one batch.
-
-    Yields:
-        Inputs and labels of one step.
-
-    Shape:
-        ``inputs`` [d, n, f] and ``labels`` [d, n] give [d, size, f] and [d, size].
     """
     environments, examples = labels.shape
     order = torch.rand(environments, examples).argsort(dim=1)
@@ -79,16 +61,7 @@ def train_epoch(
     steps: Iterator[tuple[Tensor, Tensor]],
     rate: Callable[[int], float],
 ) -> tuple[float, float]:
-    """Train for one epoch.
-
-    Args:
-        learner: model, optimizer and settings.
-        steps: inputs [d, b, f] and labels [d, b] of each step.
-        rate: the learning rate of a step, counted from 0.
-
-    Returns:
-        Training accuracy and mean loss during the epoch.
-    """
+    """Train for one epoch; return training accuracy and mean loss during it."""
     make_gradients = STEPS[learner.settings.method]
     losses, hits = [], []
     learner.model.train()
@@ -105,16 +78,7 @@ def train_epoch(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """Measure the share of right answers, with dropout and batch norm as at test time.
-
-    Args:
-        model: network that gives one logit for each example.
-        inputs: examples [..., f].
-        labels: zeros and ones [...].
-
-    Returns:
-        A number between 0 and 1.
-    """
+    """Measure the share of right answers, with dropout and batch norm as at test time."""
     model.eval()
     right = sum(
         int(((model(x) > 0) == (y > 0.5)).sum())
@@ -133,16 +97,8 @@ def train(
 ) -> Outcome:
     """Train one network from start, or from its checkpoint, to its end.
 
-    Args:
-        settings: data, network, method and schedule.
-        seed: decides data, initial weights and all that is random in an epoch.
-        files: where checkpoints are kept.
-        report: called after each epoch.
-
-    Returns:
-        Weights, and for the record ``final``, ``history`` and ``largest_shortcut_vote``. In the
-        history are, after each epoch: training accuracy and loss *during* it, while the network was
-        changing, and the accuracy on the test set after it.
+    The history has, for each epoch, training accuracy and loss *during* it, while the network was
+    changing, and the accuracy on the test set after it.
     """
     data = draw_spirals(settings.data_config(), seed)
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)

@@ -277,7 +277,7 @@ def test_a_histogram_is_printed_in_one_line() -> None:
 
 
 def test_an_agreement_is_no_gradients() -> None:
-    agreement = am.Agreement(torch.nn.Linear(2, 1), am.AndMask())
+    agreement = am.Agreement(torch.nn.Linear(2, 1), am.AndMask(1.0))
     with pytest.raises(TypeError, match=r"but got Agreement; its moments are in \.moments"):
         metrics.kept_fraction(agreement, 0.5)
 

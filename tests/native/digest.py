@@ -1,4 +1,4 @@
-"""Prints the instruction set in use and a digest of the ops' outputs on many inputs.
+"""Prints the instruction set in use and, for each thread count that is given, a digest of the ops.
 
 Run as a script, in a process of its own: the instruction set is chosen once per process.
 """
@@ -105,7 +105,8 @@ def weight_gradients(rng: np.random.Generator, dtype: torch.dtype) -> Iterator[b
         yield bits(kinds)
 
 
-def main(threads: int) -> None:
+def digest_of_ops(threads: int) -> str:
+    """What the ops make of many inputs."""
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)  # torch's own random numbers depend on the instruction set
     digest = hashlib.sha256()
@@ -164,8 +165,8 @@ def main(threads: int) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for part in weight_gradients(rng, dtype):
             digest.update(part)
-    print(am.build_info()["isa"], digest.hexdigest())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    print(am.build_info()["isa"], *(digest_of_ops(int(threads)) for threads in sys.argv[1:]))

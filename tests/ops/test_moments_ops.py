@@ -134,7 +134,7 @@ def test_any_layout_gives_the_same_values(op: str, dtype: torch.dtype, layout: s
     expected = c.after(op)
     names = [n for n, v in vars(c).items() if isinstance(v, list) and v and torch.is_tensor(v[0])]
     for changed in [names] if layout != "mixed" else [[name] for name in names if name != "steps"]:
-        strided = Case(**{name: value for name, value in vars(c.after("resolve")).items()})
+        strided = Case(**vars(c.after("resolve")))
         for name in set(changed) - {"steps"}:
             convert = LAYOUTS["transposed" if layout == "mixed" else layout]
             rows = name == "grads"

@@ -93,7 +93,7 @@ def test_very_many_environments(environments: int) -> None:
     assert_same(am.ops.vote_histogram(grads), grads)
 
 
-@pytest.mark.cpu_only
+@pytest.mark.no_device
 @pytest.mark.skipif(cuda_kernels(), reason="about the CPU's kernels")
 def test_the_number_of_threads_does_not_matter() -> None:
     grads = torch.randn(5, 300_001)
@@ -143,7 +143,7 @@ def test_what_is_refused(change, message: str) -> None:
         ops._vote_histograms(*change(*one_of_each()))
 
 
-@pytest.mark.cpu_only
+@pytest.mark.no_device
 @pytest.mark.skipif(cuda_kernels(), reason="CUDA does not ask the host")
 def test_votes_that_cannot_be() -> None:
     sums, votes = one_of_each()

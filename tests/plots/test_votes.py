@@ -15,8 +15,6 @@ from andmask_ext.rules._threshold import vote_threshold
 
 from .pictures import Curve, Histogram, draw, noise_votes, texts
 
-pytestmark = pytest.mark.cpu_only
-
 
 def heights(axes):
     return np.array([bar.get_height() for bar in axes.containers[0]])

@@ -1,6 +1,5 @@
 """CoinRun without the game: the expert's search on a toy world, cloning, the talk with a server."""
 
-import argparse
 import math
 import struct
 from dataclasses import replace
@@ -14,26 +13,19 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from studies.__main__ import main
 from studies.coinrun import data, training
 from studies.coinrun.data import States, find_python
 from studies.coinrun.game.expert import AT_ONCE, Search, policy, search
 from studies.coinrun.game.world import ACTIONS, FRAMES, pose
 from studies.coinrun.network import PolicyNetwork
-from studies.coinrun.results import best_trial, constant_policy
 from studies.coinrun.settings import FIRST, METHODS, SPACES, trials
 from studies.coinrun.training import (
     CoinRunSettings,
     batches,
-    build_optimizer,
     divergence,
-    measure,
     train,
 )
 from studies.records import RunFiles
-from studies.study import Finished, Run
-
-pytestmark = pytest.mark.cpu_only
 
 # ---- the expert, in a corridor ----
 
@@ -111,36 +103,6 @@ def test_the_expert_finds_the_fastest_way():
     assert {image[0, 0, 0] for image in graph.images} == {0, 2, 4, 6, 8, 10}
 
 
-def test_costs_are_frames_to_the_coin():
-    graph = search(Corridor(), Search(expansions=100))
-    costs = graph.costs()
-    for node, image in enumerate(graph.images):
-        place = (int(image[0, 0, 0]), (node > 0) and ACTIONS[graph.origin[node][1]].endswith("up"))
-        if place[0] == PIT - 2 and not place[1]:
-            assert costs[node, RIGHT] == math.inf, "into the pit"
-            assert np.isfinite(costs[node, UP])
-        if place[0] == END - 2:
-            assert costs[node, RIGHT] == FRAMES - 1
-    np.testing.assert_allclose(costs[0, WAIT], costs[0].min() + FRAMES)
-
-
-def test_a_plan_leads_to_its_node():
-    graph = search(Corridor(), Search(expansions=100))
-    for node, image in enumerate(graph.images):
-        place = (0, False)
-        for action in graph.plan(node):
-            x, airborne, end = step(*place, action)
-            assert end is None
-            place = x, airborne
-        assert place[0] == image[0, 0, 0]
-
-
-def test_an_expert_that_may_not_look_finds_nothing():
-    graph = search(Corridor(), Search(expansions=1, most=1))
-    assert graph.best_plan() is None
-    assert np.isinf(graph.costs()).all()
-
-
 def test_the_policy_prefers_what_is_faster():
     costs = np.array([[8.0, 8.0, 12.0, np.inf]])
     expected = np.exp([0, 0, -2, -np.inf])
@@ -154,17 +116,6 @@ def test_it_is_a_resnet_18():
     # 11,176,512 parameters in front of the head, as in He et al. with 64 channels.
     parameters = sum(p.numel() for p in PolicyNetwork(64, 6).parameters())
     assert parameters == 11_176_512 + 6 * 512 + 6
-
-
-def test_what_a_frame_says_does_not_depend_on_the_batch():
-    model, frames = PolicyNetwork(8, 6), torch.randint(256, (5, 3, 64, 64)).to(torch.uint8)
-    together, alone = model(frames), torch.cat([model(one[None]) for one in frames])
-    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-
-
-def test_a_width_that_cannot_be():
-    with pytest.raises(ValueError, match="width: expected a multiple of 8, got 12"):
-        PolicyNetwork(12, 6)
 
 
 # ---- cloning ----
@@ -218,13 +169,6 @@ def test_the_divergence_is_that_of_the_expert_from_the_clone():
     torch.testing.assert_close(divergence(logits, targets), terms.nan_to_num().sum(1).mean())
 
 
-def test_any_of_the_best_actions_is_right(states):
-    states.targets[:] = torch.tensor([0.0, 0.4, 0.4, 0.2, 0.0, 0.0])
-    rows = torch.eye(6)[[1, 2, 3, 0, 1]].repeat(6, 1)
-    found = measure(lambda frames: rows[: len(frames)], states)
-    assert found["accuracy"] == pytest.approx(0.6)
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_training_follows_the_printed_formula(states, tmp_path, method):
     settings = replace(TINY, method=method, epochs=1, batch=99, weight_decay=0.1)
@@ -261,47 +205,6 @@ def test_training_follows_the_printed_formula(states, tmp_path, method):
     assert sum(near) / len(near) > 0.99
 
 
-def test_decay_may_be_a_penalty(states):
-    model = PolicyNetwork(8, 6)
-    kinds = [
-        type(build_optimizer(replace(TINY, method="adam", decoupled=one), model))
-        for one in (True, False)
-    ]
-    assert kinds == [torch.optim.AdamW, torch.optim.Adam]
-    group = build_optimizer(replace(TINY, decoupled=False), model).param_groups[0]
-    assert group["decoupled_weight_decay"] is False
-    assert group["betas"] == (0.5, 0.999, 0.8)
-
-
-def test_an_interrupted_run_ends_with_the_same_bits(states, tmp_path, monkeypatch):
-    from studies import records
-
-    monkeypatch.setattr(records, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(records, "CHECKPOINT_SHARE", math.inf)
-    whole, history = train(TINY, 3, RunFiles(tmp_path, "whole", {}), lambda *_: None)
-
-    def stop(done, total, text):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        train(TINY, 3, RunFiles(tmp_path, "part", {}), stop)
-    seen = []
-    again, other = train(TINY, 3, RunFiles(tmp_path, "part", {}), lambda *a: seen.append(a[0]))
-    assert seen == [3, 4]
-    assert history == other
-    assert history["epoch"] == [2, 4]
-    for one, two in zip(whole.parameters(), again.parameters(), strict=True):
-        assert torch.equal(one, two)
-
-
-def test_the_constant_policy_is_the_best_without_a_look(states):
-    best = constant_policy(states, [states])[0]
-    for _ in range(20):
-        logits = (states.targets.mean(0) + 1e-6).log() + 0.1 * torch.randn(6)
-        assert divergence(logits.expand(30, 6), states.targets) >= best - 1e-5
-
-
 # ---- the search ----
 
 
@@ -312,25 +215,6 @@ def test_both_methods_have_equal_budgets(method):
     assert found[0] == FIRST[method]
     assert all(set(one) == set(SPACES[method]) for one in found[1:])
     assert trials(method, 3) == found[:3]
-
-
-def test_the_paper_s_best_is_tried():
-    first = FIRST["temporal"]
-    found = [first[name] for name in ("lr", "beta1", "beta3", "tau", "weight_decay")]
-    assert found == [0.0078, 0.21, 0.79, 0.36, 0.057]
-
-
-def test_the_best_trial_has_the_lowest_validation_loss(tmp_path):
-    losses = {"a": 0.5, "b": 0.3, "c": None, "d": 0.4}
-    finished = [
-        Finished(
-            Run(label, replace(TINY, lr=1e-3 * number), 0),
-            {"final": {"validation_loss": loss}},
-            RunFiles(tmp_path, label, {}),
-        )
-        for number, (label, loss) in enumerate(losses.items())
-    ]
-    assert best_trial(finished, "temporal").run.label == "b"
 
 
 # ---- messages ----
@@ -350,46 +234,3 @@ def test_a_python_without_the_game_is_named(tmp_path, monkeypatch):
         find_python(str(fake))
     fake.write_text("#!/bin/sh\nexit 0\n")
     assert find_python(str(fake)) == str(fake)
-
-
-def test_the_two_commands_are_told_where_there_is_no_game(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv(data.VARIABLE, raising=False)
-    monkeypatch.setattr(data.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as stopped:
-        main(["coinrun", "--quick", "--output", str(tmp_path / "none")])
-    assert stopped.value.code == 2
-    told = capsys.readouterr().err
-    assert "python3 -m venv ~/.procgen; ~/.procgen/bin/pip install procgen2 'numpy<2'" in told
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--levels", "0"], "levels: expected at least 1, got 0"),
-        (["--levels", "2000"], "levels: expected at most 1000, got 2000"),
-        (["--trials", "0"], "trials: expected at least 1, got 0"),
-        (["--final-epochs", "-1"], "final-epochs: expected at least 1, got -1"),
-        (["--width", "12"], "width: expected a multiple of 8, got 12"),
-        (["--batch", "some"], "invalid int value: 'some'"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["coinrun", "--output", str(tmp_path / "none"), *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-
-
-def test_options_change_the_data():
-    from studies.coinrun.study import _size
-
-    given = dict.fromkeys(
-        ("levels", "states", "trials", "epochs", "final_epochs", "batch", "width")
-    )
-    keys = {
-        _size(argparse.Namespace(**given | change, quick=quick)).data.key
-        for quick in (True, False)
-        for change in ({}, {"levels": 2}, {"states": 7})
-    }
-    assert len(keys) == 6

@@ -7,9 +7,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 
 import andmask_ext as am
-from studies.__main__ import main
 from studies.correlation.measuring import (
-    CONDITIONS,
     SIGNALS,
     CorrelationSettings,
     build_network,
@@ -17,13 +15,10 @@ from studies.correlation.measuring import (
     environment_gradients,
     measure,
     permute,
-    where_enough,
 )
 from studies.correlation.study import claims
 
 from .common import assert_picture, read_records, read_summary, run
-
-pytestmark = pytest.mark.cpu_only
 
 SMALL = CorrelationSettings(environments=4, examples=32, width=8)
 TINY = ("--environments", 4, "--examples", 32, "--width", 8)
@@ -51,18 +46,6 @@ def test_the_quick_setting_shows_what_the_paper_claims(quick):
     assert_picture(quick / "correlation.png")
 
 
-def test_records_hold_all_thresholds_and_both_masks(quick):
-    for record in read_records(quick):
-        assert record["tau"] == [k / 16 for k in range(17)]
-        assert len(record["kept"]) == len(record["noise"]) == 17
-        for mask in ("and", "xor"):
-            for signals in ("plain", "masked"):
-                assert list(record["curves"][mask][signals]) == list(SIGNALS)
-        one = record["curves"]["xor"]["plain"]["mechanism"]
-        assert one[0] is None  # the XOR-mask of tau = 0 keeps nothing
-        assert one[-1] == pytest.approx(record["curves"]["and"]["plain"]["mechanism"][0], abs=0.01)
-
-
 def test_permuting_moves_some_dimensions_within_an_environment():
     torch.manual_seed(0)
     inputs = torch.randn(3, 50, 6)
@@ -84,23 +67,6 @@ def test_gradients_are_those_of_each_environment():
         torch.nn.functional.binary_cross_entropy_with_logits(model(x), y).backward()
         for name, param in model.named_parameters():
             assert torch.equal(found[name][number], param.grad)
-
-
-def test_starts_are_stock_or_the_authors():
-    state = torch.random.get_rng_state()
-    stock = build_network(SMALL, 34, seed=3)
-    assert torch.equal(torch.random.get_rng_state(), state)
-    torch.manual_seed(3)
-    layers = [m for m in stock.modules() if isinstance(m, torch.nn.Linear)]
-    assert [(m.in_features, m.out_features) for m in layers] == [(34, 8), (8, 8), (8, 8), (8, 1)]
-    for layer in layers:
-        expected = torch.nn.Linear(layer.in_features, layer.out_features)
-        assert torch.equal(layer.weight, expected.weight)
-        assert torch.equal(layer.bias, expected.bias)
-    wide = CorrelationSettings(kaiming=True, width=200)
-    first = next(m for m in build_network(wide, 34, seed=3).modules() if hasattr(m, "weight"))
-    assert first.weight.var().item() == pytest.approx(2 / 34, rel=0.1)
-    assert (first.bias == 0.01).all()
 
 
 def test_what_is_measured_is_the_packages_metric():
@@ -137,16 +103,6 @@ def test_what_is_measured_is_the_packages_metric():
             for name in SIGNALS:
                 values = found["curves"][mask]["masked" if masked else "plain"][name]
                 assert values == pytest.approx(expected.correlations[name].tolist(), nan_ok=True)
-
-
-def test_a_mean_of_few_seeds_is_none():
-    nan = float("nan")
-    values = torch.tensor([[1.0, nan, nan], [2.0, 3.0, nan], [3.0, 4.0, 5.0]])
-    assert where_enough(values).isnan().tolist() == [
-        [False, True, True],
-        [False, False, True],
-        [False, False, True],
-    ]
 
 
 def fabricated(start, end, low):
@@ -200,33 +156,3 @@ def fabricated(start, end, low):
 )
 def test_claims_can_fail(start, end, low, holds):
     assert [claim.holds for claim in claims(fabricated(start, end, low))] == holds
-
-
-def test_conditions_have_a_figure_and_rows(tmp_path):
-    run("correlation", *TINY, "--seeds", 0, 1, "--output", tmp_path)
-    summary = read_summary(tmp_path, "correlation")
-    assert [picture["file"] for picture in summary["pictures"]] == [
-        "correlation.png",
-        "conditions.png",
-    ]
-    assert len(summary["tables"][0]["rows"]) == len(CONDITIONS) * 2 * len(SIGNALS)
-    assert_picture(tmp_path / "conditions.png")
-    released = [r for r in read_records(tmp_path) if r["identity"]["settings"]["released"]]
-    assert len(released) == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--environments", "1"], "environments: expected at least 2, got 1"),
-        (["--examples", "1"], "examples: expected at least 2, got 1"),
-        (["--width", "0"], "width: expected at least 1, got 0"),
-        (["--conditions", "all"], "invalid choice: 'all'"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["correlation", "--output", str(tmp_path / "none"), *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()

@@ -11,13 +11,10 @@ pytest.importorskip("tqdm")
 from torch import nn
 from torch.nn import functional as F
 
-import andmask_ext as am
 from studies import records
-from studies.__main__ import main
 from studies.label_noise.data import Images
 from studies.label_noise.networks import Residual, fast_resnet
 from studies.label_noise.results import fall, smoothed
-from studies.label_noise.study import LabelNoise
 from studies.label_noise.training import (
     NoiseSettings,
     Trainer,
@@ -26,8 +23,6 @@ from studies.label_noise.training import (
 )
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
-
-pytestmark = pytest.mark.cpu_only
 
 SMALL = {"width": 2, "size": 16, "examples": 16, "batch": 16, "epochs": 1}
 
@@ -52,36 +47,6 @@ def test_the_network_is_the_resnet_9_of_dawnbench():
         x = torch.randn(1, shortcut.layers[0][0].in_channels, 4, 4)
         assert torch.equal(shortcut(x), x + shortcut.layers(x))
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_groups_divide_the_channels():
-    norms = [m for m in fast_resnet(1, 10, 6, groups=4).modules() if isinstance(m, nn.GroupNorm)]
-    assert [(m.num_groups, m.num_channels) for m in norms[:2]] == [(2, 6), (4, 12)]
-
-
-def test_its_batch_norm_is_plain_outside_and_of_each_image_inside():
-    torch.manual_seed(0)
-    model = fast_resnet(1, width=4, norm="batch")
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 8
-    images = torch.randn(5, 1, 16, 16)
-    images[3] *= 100
-    plain = nn.BatchNorm2d(4)(model[0][0](images))
-    assert torch.allclose(model[0][1](model[0][0](images)), plain)
-    agreement = am.Agreement(model, am.AndMask(0.2))
-    with agreement():
-        inside = model(images)
-        inside.sum().backward()
-    for example, logits in zip(images, inside, strict=True):
-        with agreement():
-            alone = model(example[None])
-            alone.sum().backward()
-        torch.testing.assert_close(alone[0], logits, rtol=1e-4, atol=1e-4)
-
-
-def test_an_unknown_norm_is_refused():
-    with pytest.raises(ValueError, match="norm: expected one of group, batch, got 'layer'"):
-        fast_resnet(norm="layer")
 
 
 # ---- a step ----
@@ -121,19 +86,6 @@ def test_a_step_is_that_of_gradients_of_single_examples(batch, tau, norm):
     torch.testing.assert_close(step[sure], expected[sure], rtol=1e-3, atol=1e-9)
     assert 0 < share < 1
     assert share == pytest.approx(kept.double().mean().item(), abs=0.02)
-
-
-def test_tau_zero_is_adam(batch):
-    models = []
-    for tau in (None, 0.0):
-        torch.manual_seed(0)
-        model = fast_resnet(1, width=2, groups=2)
-        trainer = Trainer(model, NoiseSettings(tau=tau, **SMALL))
-        for _ in range(4):
-            _, kept = trainer.step(*batch, measure=True)
-        assert kept == 1
-        models.append(weights(model))
-    torch.testing.assert_close(*models, rtol=1e-3, atol=2e-5)  # steps are 5e-4 each
 
 
 def test_accuracies_are_those_of_the_labels_they_name():
@@ -205,18 +157,6 @@ def test_wrong_labels_are_spread_over_the_first_batches_of_every_seed():
         assert shares.max() < 0.5
 
 
-def test_seeds_that_are_asked_for_are_all_run(tmp_path, monkeypatch):
-    planned = []
-
-    def look(study, options):
-        planned.append({one.seed for one in study.plan(options)})
-
-    monkeypatch.setattr(LabelNoise, "prepare", look)  # None: stop before any run
-    run("label-noise", "--part", "random-labels", "--output", tmp_path)
-    run("label-noise", "--part", "random-labels", "--seeds", 0, 1, 2, "--output", tmp_path)
-    assert planned == [{0, 1}, {0, 1, 2}]
-
-
 TINY = "label-noise --width 2 --examples 32 --batch 16 --epochs 2 --seeds 0".split()
 
 
@@ -244,55 +184,3 @@ def test_quick_shows_the_effect(tmp_path):
         else:
             pairs = zip(history["mislabeled"], history["recovered"], strict=True)
             assert all(wrong + right <= 1 for wrong, right in pairs)
-
-
-def test_parts_thresholds_and_norms_are_chosen(tmp_path, capsys):
-    run(*TINY, "--part", "label-noise", "--tau", 0.3, 0.6, "--output", tmp_path)
-    found = [record["identity"]["settings"] for record in read_records(tmp_path)]
-    assert sorted((s["norm"], s["tau"] or 0) for s in found) == [
-        (norm, tau) for norm in ("batch", "group") for tau in (0, 0.3, 0.6)
-    ]
-    assert all("rescale" not in s for s in found if s["tau"] is None)
-    summary = read_summary(tmp_path, "label-noise-only")
-    assert "batch norm: with tau=0.3 test accuracy" in " ".join(
-        c["text"] for c in summary["claims"]
-    )
-    run(*TINY, "--part", "random-labels", "--tau", 0.3, "--output", tmp_path)
-    assert len(read_records(tmp_path)) == 6 + 2
-    assert "tau" in capsys.readouterr().out
-    assert (tmp_path / "random-labels-only.summary.json").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tau", "1.5"], "tau: expected a number in [0, 1], got 1.5"),
-        (["--tau", "nan"], "tau: expected a number in [0, 1], got nan"),
-        (["--noise", "1"], "noise: expected a share between 0 and 1, got 1.0"),
-        (["--lr", "inf"], "lr: expected a finite number > 0, got inf"),
-        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["--width", "0"], "width: expected at least 1, got 0"),
-        (["--size", "8"], "size: expected at least 16, got 8"),
-        (["--size", "4", "--norm", "group"], "size: expected at least 8, got 4"),
-        (["--examples", "40"], "examples: expected at least 80, got 40"),
-        (["--examples", "5000"], "examples: expected at most the 1440 training images, got 5000"),
-        (["--batch", "2000"], "batch: expected at most the 1440 training images, got 2000"),
-        (["--data", "cifar10"], "data-dir: expected a folder that holds CIFAR-10, got none"),
-        (["--part", "both"], "invalid choice: 'both'"),
-        (
-            ["--part", "random-labels", "--norm", "batch", "group"],
-            "norm: expected none without part label-noise, got batch group",
-        ),
-        (
-            ["--part", "random-labels", "--noise", "0.25"],
-            "noise: expected none without part label-noise, got 0.25",
-        ),
-        (["--data-dir", "images"], "data-dir: expected none with data digits, got images"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["label-noise", *arguments, "--output", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """What people see while a run lasts."""
 
-import sys
 from itertools import pairwise
 
 import pytest
@@ -9,8 +8,6 @@ pytest.importorskip("tqdm")
 
 from studies import progress
 from studies.progress import Progress
-
-pytestmark = pytest.mark.cpu_only
 
 
 @pytest.fixture
@@ -43,14 +40,3 @@ def test_a_run_that_goes_on_says_so(clock, capsys):
         "run  goes on after step 7",
         "run  step 9/10  x  3 s left",
     ]
-
-
-def test_a_terminal_gets_a_bar(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with Progress("run", "epoch") as tell:
-        for epoch in range(1, 4):
-            tell(epoch, 3, "loss 1")
-    captured = capsys.readouterr()
-    assert "run" in captured.err
-    assert "3" in captured.err
-    assert not captured.out

@@ -1,13 +1,14 @@
 """Records and checkpoints: found again by identity, never half written."""
 
+import doctest
 import json
 
 import pytest
 import torch
 
-from studies.records import RunFiles, canonical, write_atomically
-
-pytestmark = pytest.mark.cpu_only
+from benchmarks import measuring
+from studies import records, search, summary
+from studies.records import RunFiles, write_atomically
 
 IDENTITY = {"study": "x", "settings": {"tau": 0.8, "decay": (0.5, 0.75)}, "seed": 0}
 
@@ -27,12 +28,6 @@ def test_a_record_is_read_back_with_its_weights(tmp_path):
         files.record.name,
         files.weights.name,
     }
-
-
-def test_nothing_yet(tmp_path):
-    files = RunFiles(tmp_path, "run", IDENTITY)
-    assert files.read_record() is None
-    assert files.read_checkpoint() is None
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"study": "y"}, {"settings": {"tau": 0.9}}])
@@ -96,10 +91,8 @@ def test_a_run_that_diverged_has_a_record_too(tmp_path):
     assert files.read_record()["history"]["loss"] == [0.5, None, None]
 
 
-def test_tuples_are_lists_and_order_does_not_matter():
-    assert canonical({"b": (1, 2), "a": 0}) == canonical({"a": 0, "b": [1, 2]})
-
-
-def test_not_a_number_has_no_place_in_an_identity():
-    with pytest.raises(ValueError, match="JSON"):
-        canonical({"tau": float("nan")})
+@pytest.mark.parametrize("module", [records, search, summary, measuring], ids=lambda m: m.__name__)
+def test_examples_print_what_they_say(module):
+    result = doctest.testmod(module)
+    assert result.attempted > 0
+    assert result.failed == 0

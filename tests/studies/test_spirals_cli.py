@@ -1,8 +1,6 @@
 """``python -m studies spirals`` from outside: records, figures, the three parts, messages."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -10,13 +8,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 pytest.importorskip("sklearn")
 
-from studies.__main__ import main
-from studies.spirals import search
 from studies.spirals.settings import METHODS
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
-
-pytestmark = pytest.mark.cpu_only
 
 SMALL = (
     "--examples 64 --test-examples 100 --shortcut-dims 4 --batch 32 --width 16 --layers 2 "
@@ -53,62 +47,11 @@ def test_a_record_for_every_method_and_seed(done):
     assert record["largest_shortcut_vote"] in (2, 4)
 
 
-def test_a_table_with_the_spread_and_the_figure(done):
-    rows = read_summary(done, "spirals")["tables"][0]["rows"]
-    assert [row[:2] for row in rows] == [
-        ["mean revolutions=1", 2],
-        ["and-mask tau=0.8 revolutions=1", 2],
-    ]
-    assert all("±" in row[3] for row in rows)
-    assert_picture(done / "spirals-revolutions1.png", width=800)
-
-
-def test_nothing_but_results_is_left(done):
-    kinds = sorted(path.suffix for path in done.iterdir())
-    assert kinds == [".json"] * 5 + [".png"] + [".pt"] * 4
-
-
-def test_what_is_done_is_not_run_again_but_other_settings_are(done, capsys):
-    again = [*TINY, "--seeds", "0", "--method", "mean", "--output", str(done)]
-    run(*again)
-    assert "done before" in capsys.readouterr().out
-    before = len(read_records(done))
-    run(*again, "--lr", "0.001")
-    assert "done before" not in capsys.readouterr().out
-    assert len(read_records(done)) == before + 1
-
-
-def test_a_shared_sign_is_noted(tmp_path, capsys):
-    # Two environments agree on the sign of each dimension with a chance of one half.
-    run(*TINY, "--environments", 2, "--tau", 1, "--seeds", 0, "--output", tmp_path)
-    assert "note: seed 0: by chance the environments agree, with 2 net votes" in (
-        capsys.readouterr().out
-    )
-
-
 def test_several_tau_give_a_map(tmp_path):
     run(*TINY, "--seeds", 0, "--tau", 0, 0.5, 1, "--revolutions", 1, 2, "--output", tmp_path)
     assert len(read_records(tmp_path)) == 2 * (3 + 1), "plain training has no tau"
     assert_picture(tmp_path / "spirals-map.png")
     assert (tmp_path / "spirals-map.summary.json").exists()
-
-
-def test_the_data_are_drawn_without_training(tmp_path):
-    run("spirals", "--draw-data", "--output", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["data.png"]
-    assert_picture(tmp_path / "data.png", width=800)
-
-
-def test_plain_training_can_pool(tmp_path):
-    run(*TINY, "--method", "mean", "--pooled", "--seeds", 0, "--output", tmp_path)
-    assert read_records(tmp_path)[0]["identity"]["settings"]["pooled"] is True
-
-
-def test_a_setting_has_a_summary_of_its_own(tmp_path):
-    run(*TINY, "--setting", "tuned", "--seeds", 1, "--fit", 1, "--output", tmp_path)
-    assert read_summary(tmp_path, "spirals-tuned")["runs"] == 2
-    settings = read_records(tmp_path)[0]["identity"]["settings"]
-    assert (settings["standardize"], settings["shortcut_variance"]) == (True, 1)
 
 
 # ---- the quick version: the paper's finding ----
@@ -158,13 +101,6 @@ def test_the_search_runs_the_best_of_each_method_again(tmp_path):
     assert_picture(tmp_path / "spirals-search.png", height=200)
 
 
-def test_given_options_are_not_searched():
-    assert "width" in search._space("mean", {})
-    assert "width" not in search._space("mean", {"width": 16})
-    assert "tau" not in search._space("mean", {})
-    assert 1.0 not in search._space("sand-mask", {})["tau"], "it would mask everything"
-
-
 # ---- the number of environments ----
 
 
@@ -186,65 +122,3 @@ def test_the_number_of_environments(tmp_path):
 
 
 # ---- wrong arguments ----
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--tau", "1.5"], "tau: expected a number in [0, 1], got 1.5"),
-        (["--tau", "nan"], "tau: expected a number in [0, 1], got nan"),
-        (["--epochs", "0"], "epochs: expected at least 1, got 0"),
-        (["--batch", "4096"], "batch: expected at most the 1280 examples"),
-        (["--lr", "-1"], "lr: expected a finite number > 0, got -1.0"),
-        (["--l2", "-1"], "l2: expected a finite number >= 0, got -1.0"),
-        (["--decay", "2"], "decay: expected shares of the epochs"),
-        (["--environments", "0"], "environments: expected at least 1, got 0"),
-        (["--environments", "2", "4"], "environments: expected one value in this part, got [2, 4]"),
-        (["--pooled"], "pooled: expected a method that does without environments, got 'and-mask'"),
-        (["--part", "environments", "--no-pooled"], "pooled: expected no such option"),
-        (["--trials", "3"], "trials: expected at least 1, and --part search, got 3 and compare"),
-        (["--part", "search", "--trials", "0"], "trials: expected at least 1"),
-        (["--part", "search", "--tau", "0", "1"], "tau: expected one value in this part"),
-        (["--part", "environments", "--method", "irm"], "method: expected mean or and-mask"),
-        (["--method", "average"], "invalid choice: 'average'"),
-        (["--tau", "much"], "invalid float value: 'much'"),
-    ],
-)
-def test_wrong_arguments_are_named(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["spirals", "--output", str(tmp_path / "none"), *arguments])
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
-
-
-def test_help_names_the_commands(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--help"])
-    assert stopped.value.code == 0
-    assert "spirals" in capsys.readouterr().out
-
-
-def test_info_prints_the_build(capsys):
-    assert main(["info"]) == 0
-    assert capsys.readouterr().out.strip()
-
-
-@pytest.mark.parametrize("package", ["numpy", "matplotlib", "tqdm", "sklearn"])
-def test_a_missing_package_is_one_sentence(package):
-    code = (
-        f"import sys, studies.__main__ as m; sys.modules[{package!r}] = None; "
-        "sys.exit(m.main(['spirals', '--epochs', '0']))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60
-    )
-    assert result.returncode == 1
-    assert f"needs the package '{package}': pip install andmask_ext[studies]" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_the_package_itself_imports_no_study():
-    code = "import sys, andmask_ext; print({'matplotlib', 'studies'} & set(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == "set()", result.stderr

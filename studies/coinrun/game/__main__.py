@@ -24,14 +24,9 @@ SPLITS = ("train", "validation", "test")
 def collect_level(level: int, options: Search) -> Parts:
     """Solve a level and keep states of it.
 
-    Args:
-        level: its number.
-        options: how.
-
-    Returns:
-        ``frames``, ``targets`` (the policy) and ``plans`` (the actions from the start to the state,
-        then -1) by state; ``plan``, the expert's actions, empty if it found no coin; and
-        ``expert``: reward and frames when that plan is played from the start.
+    ``frames``, ``targets`` (the policy) and ``plans`` (the actions from the start to the state,
+    then -1) are by state. ``plan`` has the expert's actions, none if it found no coin, and
+    ``expert`` reward and frames when that plan is played from the start.
     """
     graph = search(Game(AT_ONCE * len(ACTIONS), level, options.mode), options)
     plan, costs = graph.best_plan(), graph.costs()
@@ -55,12 +50,7 @@ def collect_level(level: int, options: Search) -> Parts:
 
 
 def collect(splits: dict[str, tuple[int, int, Search]], output: Path) -> None:
-    """Collect levels, one file for each until all are there, then one file of all.
-
-    Args:
-        splits: for each split its first level, how many there are, and how they are searched.
-        output: npz file to write.
-    """
+    """Collect levels, one file for each until all are there, then one file of all."""
     parts = output.with_suffix(".parts")
     parts.mkdir(parents=True, exist_ok=True)
     work = [
@@ -135,14 +125,7 @@ def end_with_input() -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one of the two commands.
-
-    Args:
-        arguments: the command line.
-
-    Returns:
-        The exit status.
-    """
+    """Run one of the two commands."""
     parser = argparse.ArgumentParser(prog="game.py", description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("collect", help="make the data, until the input ends")

@@ -17,42 +17,25 @@ UNKNOWN, DEAD, COIN = -3, -1, -2  # in the place of a child
 
 @dataclass(frozen=True)
 class Search:
-    """What decides the data of a level but its number.
-
-    Args:
-        mode: the game's ``distribution_mode``.
-        expansions: nodes to expand, at least; more until the coin is found.
-        most: nodes after which the expert gives up.
-        temperature: of the expert's policy, in frames.
-        states: at most so many are kept of a level.
-        seed: decides which.
-    """
+    """What decides the data of a level but its number."""
 
     mode: str = "hard"
-    expansions: int = 700
-    most: int = 3000
-    temperature: float = 2.0
-    states: int = 400
+    expansions: int = 700  # nodes to expand, at least; more until the coin is found
+    most: int = 3000  # nodes after which the expert gives up
+    temperature: float = 2.0  # of the expert's policy, in frames
+    states: int = 400  # kept of a level, at most
     seed: int = 0
 
 
 @dataclass
 class Graph:
-    """The states that a search found.
-
-    Args:
-        images: what the game shows there.
-        spent: frames from the start.
-        origin: node from which each was found first, and the action; -1 for the start.
-        children: for each action a node, or why there is none.
-        lasted: for each action its frames, fewer than four where the level ended.
-    """
+    """The states that a search found."""
 
     images: list[Array]
-    spent: list[int]
-    origin: list[tuple[int, int]]
-    children: list[list[int]]
-    lasted: list[list[int]]
+    spent: list[int]  # frames from the start
+    origin: list[tuple[int, int]]  # node from which each was found first, and the action
+    children: list[list[int]]  # for each action a node, or why there is none
+    lasted: list[list[int]]  # for each action its frames, fewer than four where the level ended
 
     def plan(self, node: int) -> list[int]:
         """Return the actions that lead from the start to a node."""
@@ -89,15 +72,7 @@ class Graph:
 
 
 def search(game: Game, options: Search) -> Graph:
-    """Explore a level from where the game stands.
-
-    Args:
-        game: ``AT_ONCE`` times as many copies as there are actions.
-        options: how much to explore.
-
-    Returns:
-        What was found.
-    """
+    """Explore a level; the game has ``AT_ONCE`` times as many copies as there are actions."""
     count = len(ACTIONS)
     unknown, none = [UNKNOWN] * count, [0] * count
     start = game.env.get_state()[0]
@@ -147,19 +122,7 @@ def _cell(state: bytes) -> tuple[int, int, int, int]:
 
 
 def policy(costs: Array, temperature: float) -> Array:
-    """Return the expert's policy.
-
-    Args:
-        costs: frames to the coin by state and first action; one of each state is finite.
-        temperature: frames.
-
-    Returns:
-        Probabilities of the same shape.
-
-    Example:
-        >>> policy(np.array([[8.0, np.inf, 8.0]]), 2.0).tolist()
-        [[0.5, 0.0, 0.5]]
-    """
+    """Return the expert's policy, given the frames to the coin by state and first action."""
     weights = np.exp((costs.min(1, keepdims=True) - costs) / temperature)
     shares: Array = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
     return shares

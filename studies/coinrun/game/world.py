@@ -16,13 +16,7 @@ FRAMES = 4  # that an action lasts
 
 
 class Game:
-    """Copies of one level, side by side, that can be put into any state.
-
-    Args:
-        copies: how many.
-        level: the level's number.
-        mode: the game's ``distribution_mode``.
-    """
+    """Copies of one level, side by side, that can be put into any state."""
 
     def __init__(self, copies: int, level: int, mode: str) -> None:
         from procgen import ProcgenGym3Env
@@ -45,14 +39,7 @@ class Game:
         return frames
 
     def act(self, actions: Array) -> tuple[Array, Array, Array]:
-        """Press buttons for four frames, or until the level ends.
-
-        Args:
-            actions: for each copy a number of :data:`ACTIONS`.
-
-        Returns:
-            For each copy the reward, whether the level ended, and after how many frames.
-        """
+        """Act for four frames or until the level ends: rewards, which ended, frames played."""
         reward, done = np.zeros(self.copies), np.zeros(self.copies, bool)
         lasted = np.zeros(self.copies, np.int64)
         for _ in range(FRAMES):
@@ -67,12 +54,8 @@ class Game:
 def pose(state: bytes) -> tuple[float, float, float, float]:
     """Read position and velocity of the player from a state of the game.
 
-    Args:
-        state: one of ``get_state``. It begins with words and numbers of 4 bytes each; strings,
-            among them the two random generators, have their length before them.
-
-    Returns:
-        x, y, and their change a frame.
+    It begins with words and numbers of 4 bytes each; strings, among them the two random
+    generators, have their length before them.
     """
     place = 4
     for numbers in (17, 0):  # the game's name and options; the generator of the level
@@ -83,16 +66,7 @@ def pose(state: bytes) -> tuple[float, float, float, float]:
 
 
 def replay(level: int, plan: Sequence[int], mode: str) -> tuple[float, int]:
-    """Play a plan from the start of a level.
-
-    Args:
-        level: its number.
-        plan: actions.
-        mode: the game's ``distribution_mode``.
-
-    Returns:
-        Reward, and frames played.
-    """
+    """Play a plan from the start of a level: reward, and frames played."""
     game, frames = Game(1, level, mode), 0
     for action in plan:
         reward, done, lasted = game.act(np.array([action]))
@@ -110,12 +84,6 @@ def play(
     First, and after each action, goes out for each level: the frame (uint8), reward (float32) and
     whether the level has ended (uint8), three arrays one after the other. One byte for each level
     comes in: its action, of no effect where the level has ended. An end of input ends it.
-
-    Args:
-        levels: their numbers.
-        mode: the game's ``distribution_mode``.
-        send: writes bytes.
-        ask: reads so many bytes; fewer mean the end.
     """
     once = {level: Game(1, level, mode).env.get_state()[0] for level in sorted(set(levels))}
     game = Game(len(levels), levels[0], mode)
