@@ -335,7 +335,7 @@ def test_tau_is_checked(
         (
             lambda: am.rules.TrimmedMean(-1),
             ValueError,
-            "b: expected an int of at least 0, but got -1",
+            "b: expected at least 0, but got -1",
         ),
         (lambda: am.rules.WinsorizedMean(51), ValueError, r"c: .* \[0, 50\], but got 51"),
         (lambda: am.rules.WinsorizedMean(None), TypeError, "c: expected .* but got NoneType"),
