@@ -1,4 +1,4 @@
-"""Put what full runs of the studies found into docs/results.md: python tools/results.py.
+"""Put what full runs of the studies found into docs/results.md: python -m tools.results.
 
 Between a line ``<!-- results: NAME -->`` and the next ``<!-- end -->`` stand the claims, tables and
 figures of NAME.summary.json below the folder of runs; all else in the page is written by hand.
