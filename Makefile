@@ -18,14 +18,19 @@ READY := $(VENV)/.ready
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 14
 
-$(TOOLS): Makefile
+# Python compiles a module when it is first imported; most of what is installed never is.
+$(TOOLS): Makefile pyproject.toml tools/requirements.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet '$(TORCH)' 'setuptools>=77' 'cmake>=3.21' ninja 'pybind11>=2.13'
+	$(BIN)/python tools/requirements.py dev > $(VENV)/requirements.txt
+	$(BIN)/pip install --quiet --no-compile '$(TORCH)' -r $(VENV)/requirements.txt
 	touch $@
+
+.PHONY: tools
+tools: $(TOOLS)  ## set up .venv with all that development needs, without the native library
 
 # Rebuilds what changed: seconds after an edit of one kernel.
 $(READY): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
-	$(BIN)/pip install --quiet --no-build-isolation -e '.[dev]'
+	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
 .PHONY: build
@@ -41,7 +46,7 @@ GAME_PYTHON ?= python3.11
 
 $(GAME)/.ready:
 	$(GAME_PYTHON) -m venv $(GAME)
-	$(GAME)/bin/pip install --quiet 'procgen2==0.10.7' 'numpy<2'
+	$(GAME)/bin/pip install --quiet --no-compile 'procgen2==0.10.7' 'numpy<2'
 	touch $@
 
 .PHONY: game
@@ -51,8 +56,8 @@ game: $(GAME)/.ready  ## the Python in which CoinRun is played: ANDMASK_GAME_PYT
 # a folder of its own.
 TORCHVISION := $(VENV)/torchvision
 
-$(TORCHVISION)/.ready: $(READY)
-	$(BIN)/pip install --quiet --no-deps --target $(TORCHVISION) 'torchvision==0.28.*'
+$(TORCHVISION)/.ready: $(TOOLS)
+	$(BIN)/pip install --quiet --no-compile --no-deps --target $(TORCHVISION) 'torchvision==0.28.*'
 	touch $@
 
 .PHONY: torchvision
@@ -81,20 +86,37 @@ results: $(READY) game  ## every study in full, two to four hours; and one page 
 	done
 	$(BIN)/python -m studies report
 
+# In tiers: `test` is the library's suite, `test-rest` all else: studies, and what
+# compiles or installs the package. CI runs both. TESTS=tests/optim chooses a part.
+TESTS ?= tests
+LIBRARY := --ignore=tests/studies -m 'not (large or build)'
+
 .PHONY: test
-test: $(READY)  ## run the test suite
-	$(PYTEST)
+test: $(READY)  ## the library's test suite
+	$(PYTEST) $(LIBRARY) $(TESTS)
+
+.PHONY: test-quick
+test-quick: $(READY)  ## the same with few examples per property: between two edits
+	ANDMASK_HYPOTHESIS_PROFILE=quick $(PYTEST) $(LIBRARY) $(TESTS)
+
+.PHONY: test-rest
+test-rest: $(READY) game torchvision  ## the tests of studies, of CoinRun, of builds
+	ANDMASK_GAME_PYTHON=$(abspath $(GAME))/bin/python ANDMASK_TORCHVISION=$(abspath $(TORCHVISION)) \
+	  $(PYTEST) -m 'study or build' $(TESTS)
+
+.PHONY: test-all
+test-all: test test-rest  ## every test but test-large
 
 .PHONY: test-long
 test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hour)
-	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST)
+	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST) $(TESTS)
 
 .PHONY: test-large
 test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
 	$(BIN)/python -m pytest -m large
 
 # Through the CUDA ops, whose kernels then run thread by thread on the host (a quarter of an hour).
-CUDA_TESTS ?= tests/ops tests/optim tests/agreement tests/test_*.py
+CUDA_TESTS ?= tests/ops tests/rules tests/optim tests/nn tests/agreement tests/test_*.py
 
 .PHONY: test-cuda-on-host
 test-cuda-on-host: $(READY)  ## the tests of ops and training on the CUDA kernels, without a GPU
@@ -104,7 +126,8 @@ CUDA_CHECK ?=
 
 .PHONY: cuda-check
 cuda-check: $(READY)  ## compile for sm_80, 90, 100: registers, spills, wide loads (needs nvcc)
-	$(BIN)/pip install --quiet --no-build-isolation -e '.[cuda-check]'
+	$(BIN)/python tools/requirements.py cuda-check > $(VENV)/cuda-check.txt
+	$(BIN)/pip install --quiet --no-compile -r $(VENV)/cuda-check.txt
 	$(BIN)/python tools/cuda_check.py $(CUDA_CHECK)
 
 .PHONY: cuda-sanitize
@@ -124,14 +147,14 @@ bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python -m benchmarks.bench_cuda
 
 .PHONY: lint
-lint: $(READY)  ## ruff, mypy --strict, clang-format
+lint: $(TOOLS)  ## ruff, mypy --strict, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: format
-format: $(READY)  ## reformat Python and C++
+format: $(TOOLS)  ## reformat Python and C++
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -151,4 +174,4 @@ sanitize: $(READY)  ## the kernel tests under ASan and UBSan
 
 .PHONY: clean
 clean:  ## remove builds (not .venv, not runs)
-	rm -rf build dist *.egg-info andmask_ext/lib andmask_ext/_harness.*.so
+	rm -rf build dist *.egg-info andmask_ext/lib andmask_ext/*.so

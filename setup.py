@@ -52,36 +52,51 @@ def check_compiler() -> str:
     return command
 
 
+def made_for(build: Path, options: str) -> bool:
+    """Tell whether a build folder is one of these options."""
+    stamp = build / "stamp"
+    return stamp.exists() and stamp.read_text() == options
+
+
+def build_folder(in_place: bool, options: str) -> Path:
+    """Return where to build: a wheel takes the objects of an editable build of its options."""
+    editable = ROOT / "build" / "editable"
+    return editable if in_place or made_for(editable, options) else ROOT / "build" / "wheel"
+
+
 class CMakeBuild(build_ext):
     """Builds the native libraries into the package folder."""
 
     def run(self) -> None:
         in_place = self.editable_mode or self.inplace
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "andmask_ext"
-        build = ROOT / "build" / ("editable" if in_place else "wheel")
         cmake = program("cmake", "pip install cmake")
         compiler = check_compiler()
         options = {
             "ANDMASK_TORCH_DIR": torch_dir(),
             "CMAKE_MAKE_PROGRAM": program("ninja", "pip install ninja"),
-            "ANDMASK_HARNESS": "ON" if in_place else "OFF",
             "ANDMASK_CUDA": os.environ.get("ANDMASK_CUDA", "AUTO"),
         }
+        defines = [f"-D{key}={value}" for key, value in options.items()]
+        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+        harness = ["-DANDMASK_HARNESS=OFF"]
         if in_place:  # the harness alone needs Python
             import pybind11
 
-            options["Python_EXECUTABLE"] = sys.executable
-            options["pybind11_DIR"] = pybind11.get_cmake_dir()
-        defines = [f"-D{key}={value}" for key, value in options.items()]
-        defines += shlex.split(os.environ.get("CMAKE_ARGS", ""))
+            harness = [
+                "-DANDMASK_HARNESS=ON",
+                f"-DPython_EXECUTABLE={sys.executable}",
+                f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            ]
         # CMake cannot change compiler, source folder or torch in an existing build folder.
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")
-        stamp, content = build / "stamp", f"{ROOT} {compiler} {defines} {architectures}"
-        if not stamp.exists() or stamp.read_text() != content:
+        content = f"{ROOT} {sys.executable} {compiler} {defines} {architectures}"
+        build = build_folder(in_place, content)
+        if not made_for(build, content):
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
-            stamp.write_text(content)
-        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines])
+            (build / "stamp").write_text(content)
+        subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines, *harness])
         subprocess.check_call([cmake, "--build", build])
         for stale in (package / "lib").glob("libandmask_cuda.*"):  # of a build with other options
             stale.unlink()

@@ -10,7 +10,7 @@ from ._library import build_info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the native library was built with and what it uses.
+    """Print what the native library was built with and what it uses; without a command, help.
 
     Args:
         arguments: of the command line; None: those of this process.
@@ -23,9 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Gradients that all environments agree on: the AND-mask for PyTorch.",
     )
     parser.add_argument(
-        "command", choices=["info"], help="print versions, compiler, instruction set and threads"
+        "command",
+        choices=["info"],
+        nargs="?",
+        help="print versions, compiler, instruction set and threads",
     )
-    parser.parse_args(arguments)
+    if parser.parse_args(arguments).command is None:
+        parser.print_help()
+        return 0
     facts = build_info()
     width = max(map(len, facts))
     for name, value in facts.items():

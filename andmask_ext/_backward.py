@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from ._checks import check_dtype, check_weight
+from ._checks import check_dense_grad, check_dtype, check_weight
 from .moments import Moments
 from .rules import Rule
 
@@ -153,12 +153,8 @@ def _environment_grads(
                     f"losses[{environment}]: its backward pass writes to .grad by itself (a custom "
                     "autograd.Function that calls backward?); its gradients cannot be aggregated"
                 )
-            if grad is not None and grad.layout != torch.strided:
-                raise TypeError(
-                    f"losses[{environment}]: expected dense gradients, but got layout "
-                    f"{str(grad.layout).removeprefix('torch.')} for parameter {index} of shape "
-                    f"{tuple(leaf.shape)} (an embedding with sparse=True?)"
-                )
+            if grad is not None:
+                check_dense_grad(f"losses[{environment}], parameter {index}", grad)
         yield grads
         del grads, grad
 
@@ -186,7 +182,7 @@ def _stream(
     for grads, weight in environments:
         moments.add(grads, weight)
         del grads
-    return moments.resolve_and_release(rule)
+    return rule._update_in_place(moments)
 
 
 def _stack(
@@ -251,11 +247,8 @@ def _check_params(params: Iterable[Tensor], name: str) -> list[Tensor]:
         if not param.requires_grad:
             continue
         check_dtype(f"{name}[{index}] of shape {tuple(param.shape)}", param)
-        if param.grad is not None and param.grad.layout != torch.strided:
-            raise TypeError(
-                f"{name}[{index}].grad: expected a dense tensor, but got layout "
-                f"{str(param.grad.layout).removeprefix('torch.')}"
-            )
+        if param.grad is not None:
+            check_dense_grad(f"{name}[{index}].grad", param.grad)
         leaves[id(param)] = param
     return list(leaves.values())
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ._dtypes import dtype_name
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -15,7 +17,16 @@ def check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: expected dtype float16, bfloat16, float32 or float64, "
-            f"but got {str(tensor.dtype).removeprefix('torch.')}"
+            f"but got {dtype_name(tensor.dtype)}"
+        )
+
+
+def check_dense_grad(name: str, grad: Tensor) -> None:
+    """Raise unless the gradient is dense."""
+    if grad.layout != torch.strided:
+        raise TypeError(
+            f"{name}: expected a dense gradient of shape {tuple(grad.shape)}, but got layout "
+            f"{str(grad.layout).removeprefix('torch.')} (an embedding with sparse=True?)"
         )
 
 
@@ -24,11 +35,7 @@ def check_grads(grads: object, name: str = "grads") -> None:
     if not isinstance(grads, Tensor):
         raise TypeError(f"{name}: expected a Tensor, but got {type(grads).__name__}")
     check_dtype(name, grads)
-    if grads.layout != torch.strided:
-        raise TypeError(
-            f"{name}: expected a dense (strided) tensor, "
-            f"but got layout {str(grads.layout).removeprefix('torch.')}"
-        )
+    check_dense_grad(name, grads)
     if grads.dim() == 0:
         raise ValueError(f"{name}: expected shape [environments, *shape], but got a 0-dim tensor")
     if grads.shape[0] == 0:
@@ -67,3 +74,19 @@ def check_weight(weight: object) -> None:
         raise TypeError(f"weight: expected a number, but got {type(weight).__name__}")
     if not 0 < weight < float("inf"):
         raise ValueError(f"weight: expected a positive finite number, but got {weight}")
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise unless ``value`` is an int of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, but got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, but got {value}")
+
+
+def check_generator(generator: object) -> None:
+    """Raise unless ``generator`` is a torch.Generator or None."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator: expected a torch.Generator or None, but got {type(generator).__name__}"
+        )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._checks import check_grads, check_tau
+from ._dtypes import wide_dtype
 from ._library import RULES
 
 
@@ -18,7 +19,7 @@ def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tens
 
 
 def _agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
-    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(grads)
     return _masked_mean(grads, tau, rescale).to(wide)
 
 
@@ -47,7 +48,7 @@ def _aggregate(
         raise ValueError(
             f"noise: expected {'a tensor' if expected.noise else 'None'} for rule {rule}"
         )
-    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
+    wide = wide_dtype(grads)
     if noise is not None and (noise.shape != grads.shape[1:] or noise.dtype != wide):
         raise ValueError(
             f"noise: expected {wide} of shape {tuple(grads.shape[1:])}, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,21 +12,44 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-__version__ = importlib.metadata.version("andmask_ext")
-
-_PATH = Path(__file__).parent / "lib" / "libandmask.so"
-_CUDA_PATH = _PATH.with_name("libandmask_cuda.so")
+_NAME = "libandmask.so"
 _WITHOUT_TENSORS = ("_native_info", "_rule_table")  # these ops belong to no device
+
+
+def _find(package: Path) -> tuple[str, Path]:
+    """Return the version and the native library: beside the package, or of an installed one.
+
+    In the source folder, Python's files shadow those of an installed wheel, and have no library.
+    """
+    beside = package / "lib" / _NAME
+    if beside.exists():
+        return importlib.metadata.version("andmask_ext"), beside
+    version = _source_version(package)
+    others = []
+    for distribution in importlib.metadata.distributions(name="andmask_ext"):
+        path = Path(str(distribution.locate_file(f"andmask_ext/lib/{_NAME}")))
+        if path.exists() and distribution.version == version:
+            return version, path
+        if path.exists():
+            others.append(f"{distribution.version} in {path.parents[2]}")
+    raise ImportError(
+        f"andmask_ext: the native library {beside} is missing, and andmask_ext {version} is not "
+        f"installed elsewhere (found: {', '.join(others) or 'no other version'}); build it with "
+        "`pip install -e .` in the source folder, or install a wheel of this version."
+    )
+
+
+def _source_version(package: Path) -> str:
+    """Return the version that the source folder around the package states."""
+    project = package.with_name("pyproject.toml")
+    text = project.read_text(encoding="utf-8") if project.exists() else ""
+    line = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
+    return line[1] if line else "of unknown version"
 
 
 def _load() -> None:
     if torch.torch_version.TorchVersion(torch.__version__) < "2.10":
         raise ImportError(f"andmask_ext needs torch >= 2.10, but found torch {torch.__version__}.")
-    if not _PATH.exists():
-        raise ImportError(
-            f"andmask_ext: the native library {_PATH} is missing; "
-            "build it with `pip install -e .` in the source folder, or install a wheel."
-        )
     try:
         torch.ops.load_library(_PATH)
     except OSError as error:
@@ -69,6 +93,8 @@ def _raiser(message: str) -> Callable[..., NoReturn]:
     return explain
 
 
+__version__, _PATH = _find(Path(__file__).parent)
+_CUDA_PATH = _PATH.with_name("libandmask_cuda.so")
 _load()
 _EXPLANATIONS = torch.library.Library("andmask", "IMPL")
 _CUDA_LOADED, _CUDA_STATE = _load_cuda()

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._checks import check_dtype, check_weight
+from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
+from ._dtypes import dtype_name
+from ._memory import KINDS, Memory
 from ._norms import squared_norm
 
-if TYPE_CHECKING:
-    from .rules import Rule
-
 __all__ = ["Moments"]
-
-KINDS = ("votes", "squares", "logs")
-_LOG_OF_ZERO = math.log(1e-10)
-_VOTE_TYPES = (torch.int8, torch.int16, torch.int32)
 
 
 class Moments:
@@ -36,8 +30,8 @@ class Moments:
       spread;
     - ``logs``: :math:`\sum_e \log(|g_e| + 10^{-10})`.
 
-    With ``track_norms = True``, set before the first environment, also a number per parameter,
-    ``squared_norms``: :math:`\sum_e \|g_e\|^2`, for :func:`andmask_ext.metrics.coherence`.
+    With ``"norms"`` among the kinds also one number per parameter, ``squared_norms``:
+    :math:`\sum_e \|g_e\|^2`, for :func:`andmask_ext.metrics.coherence`.
 
     ``count`` is the number of environments. An environment without a gradient for a parameter has
     gradient zero there: it counts, and votes for neither sign. The entry of a parameter that no
@@ -45,7 +39,8 @@ class Moments:
 
     Args:
         params: the parameters (or any tensors of their shape, dtype, device and layout).
-        kinds: the moments to keep beside the sum; for a rule, its ``rule.moments``.
+        kinds: the moments to keep beside the sum, some of ``"votes"``, ``"squares"``, ``"logs"``
+            and ``"norms"``; for a rule, its ``rule.moments``.
 
     Raises:
         TypeError: a parameter is not a floating-point tensor.
@@ -59,7 +54,7 @@ class Moments:
         >>> moments.add([torch.tensor([3.0, 4.0])])
         >>> moments
         Moments(2 environments, 1 of 1 parameters, sum + votes)
-        >>> [am.AndMask(tau).resolve(moments)[0].tolist() for tau in (0.0, 1.0)]
+        >>> [am.AndMask(tau).update(moments)[0].tolist() for tau in (0.0, 1.0)]
         [[2.0, 1.0], [2.0, 0.0]]
     """
 
@@ -72,34 +67,27 @@ class Moments:
                 )
             check_dtype(f"params[{index}]", param)
         wanted = tuple(kinds)
+        known = (*KINDS, "norms")
         for kind in wanted:
-            if kind not in KINDS:
-                raise ValueError(f"kinds: expected some of {', '.join(KINDS)}, but got {kind!r}")
-        self.kinds: tuple[str, ...] = tuple(kind for kind in KINDS if kind in wanted)
+            if kind not in known:
+                raise ValueError(f"kinds: expected some of {', '.join(known)}, but got {kind!r}")
+        self.kinds: tuple[str, ...] = tuple(kind for kind in known if kind in wanted)
         self.count = 0
-        self._vote_type = torch.int8
-        self._touched = [False] * len(self._params)
+        self._memory = Memory(self._params, self.kinds)
         self._open: set[int] = set()  # touched in the environment that is being added
-        self.track_norms = False
-        self.observed = False  # an observer wants norms in this step
+        self._observed = False  # an observer wants norms in this step
         self._norms: list[Tensor | None] | None = None
-        self._memory: dict[str, list[Tensor | None]] = {
-            kind: [None] * len(self._params) for kind in ("sum", *self.kinds)
-        }
 
     def __repr__(self) -> str:
         return (
-            f"Moments({self.count} environments, {sum(self._touched)} of {len(self._params)} "
-            f"parameters, {' + '.join(self._memory)})"
+            f"Moments({self.count} environments, {len(self._touched)} of {len(self._params)} "
+            f"parameters, {' + '.join(self._memory.kinds)})"
         )
 
     def _get(self, kind: str) -> list[Tensor | None]:
-        if kind not in self._memory:
+        if kind not in self._memory.kinds:
             raise AttributeError(f"{kind} are not kept: pass kinds=(..., {kind!r}) to Moments")
-        return [
-            memory if touched else None
-            for memory, touched in zip(self._memory[kind], self._touched, strict=True)
-        ]
+        return self._memory.get(kind)
 
     @property
     def sum(self) -> list[Tensor | None]:
@@ -130,14 +118,19 @@ class Moments:
         if self._norms is None or self.count == 0:
             return None
         return [
-            norm if touched else None
-            for norm, touched in zip(self._norms, self._touched, strict=True)
+            norm if self._memory.is_touched(index) else None
+            for index, norm in enumerate(self._norms)
         ]
 
     @property
-    def tracks_norms(self) -> bool:
+    def _tracks_norms(self) -> bool:
         """Whether squared norms are tracked, for the user or for an observer."""
-        return self.track_norms or self.observed
+        return self._observed or "norms" in self.kinds
+
+    @property
+    def _counts_zeros(self) -> bool:
+        """Whether a gradient of zero changes more than ``count``."""
+        return "squares" in self.kinds or "logs" in self.kinds
 
     # ---- producers ----
 
@@ -157,12 +150,12 @@ class Moments:
         """
         check_weight(weight)
         self._check_length(grads)
-        self.add_some(
+        self._add_some(
             [i for i, grad in enumerate(grads) if grad is not None],
             [grad for grad in grads if grad is not None],
             weight,
         )
-        self.end_environment()
+        self._end_environments(1)
 
     def add_stacked(
         self, grads: Sequence[Tensor | None], weights: Sequence[float] | None = None
@@ -196,7 +189,7 @@ class Moments:
         chosen = [grad for grad in grads if grad is not None]
         for index, grad in zip(given, chosen, strict=True):
             self._check_grad(index, grad, (environments, *self._params[index].shape))
-        if not set(given).issuperset(i for i, touched in enumerate(self._touched) if touched):
+        if not set(given).issuperset(self._touched):
             for row in range(environments):  # some parameters have zeros: one at a time
                 self.add(
                     [None if grad is None else grad[row] for grad in grads],
@@ -206,8 +199,10 @@ class Moments:
         self._accumulate(given, chosen, list(weights or ()), environments)
         self.count += environments
 
-    def add_some(self, indices: Sequence[int], grads: Sequence[Tensor], weight: float) -> None:
-        """Add gradients of some parameters to the environment that :meth:`end_environment` ends.
+    # ---- producers of this package ----
+
+    def _add_some(self, indices: Sequence[int], grads: Sequence[Tensor], weight: float) -> None:
+        """Add gradients of some parameters to an environment; ``_end_environments`` ends it.
 
         For producers that see gradients one after the other. Each parameter at most once for each
         environment.
@@ -219,32 +214,26 @@ class Moments:
         self._accumulate(indices, grads, [] if weight == 1 else [weight], 0)
         self._open.update(indices)
 
-    def open_memory(self, indices: Sequence[int], environments: int) -> list[list[Any]]:
-        """Return the moments of some parameters, ready for so many environments more.
+    def _open_memory(self, indices: Sequence[int], environments: int) -> list[list[Any]]:
+        """Return the moments of some parameters, with room for more environments.
 
         For producers that add several environments to a parameter themselves, before
-        :meth:`end_environments`. With ``count`` 0 what the moments hold is to be ignored.
+        ``_end_environments``. With ``count`` 0 the moments hold nothing that counts.
         """
         if not self._open.isdisjoint(indices):
             raise RuntimeError("expected each parameter once in an environment, but got one twice")
-        self._widen_votes(self.count + environments)
+        self._memory.widen_votes(self.count + environments)
         for index in indices:
             self._touch(index)
         self._open.update(indices)
         return self._lists(indices)
 
-    def end_environment(self) -> None:
-        """End the environment: what has not come is zero."""
-        self.end_environments(1)
-
-    def end_environments(self, environments: int) -> None:
+    def _end_environments(self, environments: int) -> None:
         """End environments that were added together: what has not come is zero in all of them."""
         for _ in range(environments):
-            if self.kinds not in ((), ("votes",)):  # zeros change neither the sum nor the votes
-                missing = [
-                    i for i, touched in enumerate(self._touched) if touched and i not in self._open
-                ]
-                zeros = [torch.zeros_like(self._params[i].detach()) for i in missing]
+            if self._counts_zeros:
+                missing = [index for index in self._touched if index not in self._open]
+                zeros = [torch.zeros_like(self._params[index].detach()) for index in missing]
                 self._accumulate(missing, zeros, [], 0)
             self.count += 1
         self._open.clear()
@@ -255,14 +244,14 @@ class Moments:
         if not indices:
             return
         with torch.no_grad():
-            self._widen_votes(self.count + max(stacked, 1))
+            self._memory.widen_votes(self.count + max(stacked, 1))
             for index in indices:
                 self._touch(index)
             if self._norms is not None:
                 squared = _squared_norms(grads, weights, stacked > 0)
                 for index, norm in zip(indices, squared, strict=True):
-                    self.add_squared_norm(index, norm)
-            for places in self._by_device(indices):
+                    self._add_squared_norm(index, norm)
+            for places in by_device([self._params[index] for index in indices]):
                 some = [grads[place] for place in places]
                 torch.ops.andmask._accumulate_.default(
                     *self._lists([indices[place] for place in places]),
@@ -272,121 +261,44 @@ class Moments:
                     stacked > 0,
                 )
 
-    def add_squared_norm(self, index: int, squared_norm: Tensor) -> None:
+    def _add_squared_norm(self, index: int, squared_norm: Tensor) -> None:
         """Add to the squared norms of a parameter, if they are tracked.
 
-        For producers that write to :meth:`open_memory`.
+        For producers that write to ``_open_memory``.
         """
         if self._norms is None:
             return
         before = self._norms[index]
         self._norms[index] = squared_norm if before is None else before + squared_norm
 
-    def _widen_votes(self, environments: int) -> None:
-        if "votes" not in self._memory or environments <= torch.iinfo(self._vote_type).max:
-            return
-        self._vote_type = next(t for t in _VOTE_TYPES if environments <= torch.iinfo(t).max)
-        self._memory["votes"] = [
-            None if votes is None else votes.to(self._vote_type) for votes in self._memory["votes"]
-        ]
-
     def _touch(self, index: int) -> None:
-        """Make sure that a parameter has its memory, and that it holds the zeros before."""
-        if self._touched[index]:
-            return
-        if self.tracks_norms and not any(self._touched):  # environments before were zero here
+        # The environments before were zero here, and so were their norms.
+        if self._tracks_norms and not self._touched:
             self._norms = [None] * len(self._params)
-        self._touched[index] = True
-        param = self._params[index]
-        for kind, memory in self._memory.items():
-            kept, dtype = memory[index], self._dtype(kind, param)
-            if kept is None or kept.dtype != dtype or kept.device != param.device:
-                memory[index] = torch.empty_like(param.detach(), dtype=dtype)
-            if self.count:  # else the first environment overwrites what is there
-                memory[index].fill_(self.count * _LOG_OF_ZERO if kind == "logs" else 0)  # type: ignore[union-attr]
+        self._memory.touch(index, self.count)
 
-    def _dtype(self, kind: str, param: Tensor) -> torch.dtype:
-        if kind == "votes":
-            return self._vote_type
-        return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-    def _lists(self, indices: Sequence[int]) -> list[list[Any]]:
-        """Sum, votes, squares and logs of some parameters; those not kept are empty."""
-        return [
-            [self._memory[kind][i] for i in indices] if kind in self._memory else []
-            for kind in ("sum", *KINDS)
-        ]
-
-    # ---- consumers ----
+    # ---- for the rules ----
 
     @property
-    def touched(self) -> list[int]:
+    def _touched(self) -> list[int]:
         """The indices of the parameters that any environment has touched."""
-        return [i for i, touched in enumerate(self._touched) if touched]
+        return self._memory.touched
 
-    def arguments(self, rule: Rule, indices: Sequence[int]) -> tuple[Any, ...]:
-        """Return what the native consumers take: moments, count, rule."""
-        if self.count == 0:
-            raise ValueError("moments: expected at least one environment, but got 0")
-        missing = set(rule.moments or ()) - set(self.kinds)
-        if rule.moments is None or missing:
-            raise ValueError(
-                f"moments: expected {' + '.join(('sum', *(rule.moments or ())))} for {rule}, "
-                f"but got {' + '.join(self._memory)}"
-            )
-        return (*self._lists(indices), self.count, rule.name, rule.arguments, rule.rescale)
+    def _lists(self, indices: Sequence[int]) -> list[list[Any]]:
+        """Return sum, votes, squares and logs of some parameters, as the native ops take them."""
+        return self._memory.lists(indices)
 
-    def resolve(self, rule: Rule) -> list[Tensor | None]:
-        """Return the update that a rule makes of each parameter; None for untouched ones.
-
-        The moments stay as they are: several rules, or values of ``tau``, may be tried on them.
-
-        Args:
-            rule: one that has ``rule.moments``; all of those must be kept.
-
-        Returns:
-            One tensor per parameter, in its shape, dtype, device and layout.
-
-        Raises:
-            ValueError: no environment has been added, or the rule needs a moment that is not kept.
-        """
-        return self._resolve(rule, torch.ops.andmask._resolve.default)
-
-    def resolve_and_release(self, rule: Rule) -> list[Tensor | None]:
-        """Like :meth:`resolve`, in the memory of the sums where it can be; then start anew."""
-
-        def resolve(*arguments: Any) -> list[Tensor]:
-            torch.ops.andmask._resolve_.default(*arguments)
-            sums: list[Tensor] = arguments[0]
-            return sums
-
-        resolved = self._resolve(rule, resolve)
-        for index in self.touched:
-            self._memory["sum"][index] = None
+    def _release_sums(self) -> None:
+        """Start anew, and leave the sums to whoever has taken them."""
+        self._memory.release_sums()
         self.reset()
-        return resolved
-
-    def _resolve(self, rule: Rule, op: Callable[..., list[Tensor]]) -> list[Tensor | None]:
-        touched = self.touched
-        self.arguments(rule, touched)  # raises, even if there is nothing to do
-        resolved: list[Tensor | None] = [None] * len(self._params)
-        for places in self._by_device(touched):
-            indices = [touched[place] for place in places]
-            with torch.no_grad():
-                updates = op(*self.arguments(rule, indices))
-            for index, update in zip(indices, updates, strict=True):
-                resolved[index] = update.to(self._params[index].dtype)
-        return resolved
-
-    def _by_device(self, indices: Sequence[int]) -> list[list[int]]:
-        return by_device([self._params[index] for index in indices])
 
     # ---- bookkeeping ----
 
     def reset(self) -> None:
         """Forget all environments, and keep the memory for the next ones."""
         self.count = 0
-        self._touched = [False] * len(self._params)
+        self._memory.reset()
         self._open.clear()
         self._norms = None
 
@@ -397,17 +309,13 @@ class Moments:
             ValueError: they keep other kinds, or have parameters of other shapes.
         """
         mine, theirs = ([p.shape for p in m._params] for m in (self, other))
-        if self.kinds != other.kinds or mine != theirs:
+        if self._memory.kinds != other._memory.kinds or mine != theirs:
             raise ValueError(f"other: expected moments like {self}, but got {other}")
         if other.count == 0:
             return
         with torch.no_grad():
-            if self.count == 0:
-                self._vote_type = max(self._vote_type, other._vote_type, key=lambda t: t.itemsize)
-            self._widen_votes(self.count + other.count)
             norms = self._merged_norms(other)
-            for index in set(self.touched) | set(other.touched):
-                self._merge_one(index, other)
+            self._memory.merge(other._memory, self.count, other.count)
             self._norms = norms
         self.count += other.count
 
@@ -424,34 +332,12 @@ class Moments:
             for one, two in zip(mine, theirs, strict=True)
         ]
 
-    def _merge_one(self, index: int, other: Moments) -> None:
-        self._touch(index)
-        param, count = self._params[index], other.count
-        if self.count == 0:
-            for memory in self._memory.values():
-                memory[index].zero_()  # type: ignore[union-attr]
-        mine: dict[str, Any] = {kind: memory[index] for kind, memory in self._memory.items()}
-        theirs: dict[str, Any] = {
-            kind: memory[index].to(param.device)  # type: ignore[union-attr]
-            if other._touched[index]
-            else torch.full_like(mine[kind], count * _LOG_OF_ZERO if kind == "logs" else 0)
-            for kind, memory in other._memory.items()
-        }
-        if "squares" in mine:
-            mine["squares"] += theirs["squares"]
-            if self.count:  # the deviation of the two means (Chan, Golub and LeVeque 1979)
-                deviation = theirs["sum"] / count - mine["sum"] / self.count
-                share = self.count * count / (self.count + count)
-                mine["squares"] += deviation.square_().mul_(share)
-        for kind in mine.keys() - {"squares"}:
-            mine[kind] += theirs[kind]
-
     def state_dict(self) -> dict[str, Any]:
         """Return everything that :meth:`load_state_dict` needs to go on to the same bits.
 
         Like those of modules and optimizers it holds the tensors themselves, not copies.
         """
-        return {"count": self.count, **{kind: self._get(kind) for kind in self._memory}}
+        return {"count": self.count, **{kind: self._get(kind) for kind in self._memory.kinds}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state of moments of the same kinds and parameters; tensors are copied.
@@ -460,9 +346,9 @@ class Moments:
             ValueError: the state has other kinds, or tensors of other shapes.
         """
         kinds = [kind for kind in state if kind != "count"]
-        if sorted(kinds) != sorted(self._memory):
+        if sorted(kinds) != sorted(self._memory.kinds):
             raise ValueError(
-                f"state: expected {' + '.join(self._memory)}, but got {' + '.join(kinds)}"
+                f"state: expected {' + '.join(self._memory.kinds)}, but got {' + '.join(kinds)}"
             )
         shapes = [[None if t is None else t.shape for t in state[kind]] for kind in kinds]
         expected = [
@@ -471,14 +357,10 @@ class Moments:
         if any(found != expected for found in shapes) or len(expected) != len(self._params):
             raise ValueError(f"state: expected shapes {expected}, but got {shapes[0]}")
         self.reset()
-        self._widen_votes(state["count"])
+        self._memory.widen_votes(state["count"])
         for index, total in enumerate(state["sum"]):
-            if total is None:
-                continue
-            self._touch(index)
-            for kind in kinds:
-                self._memory[kind][index].copy_(state[kind][index])  # type: ignore[union-attr]
-        self._norms = None  # not part of the state
+            if total is not None:
+                self._memory.load(index, {kind: state[kind][index] for kind in kinds})
         self.count = state["count"]
 
     # ---- checks ----
@@ -495,17 +377,13 @@ class Moments:
         param = self._params[index]
         if not isinstance(grad, Tensor):
             raise TypeError(f"grads[{index}]: expected a Tensor, but got {type(grad).__name__}")
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"grads[{index}]: expected a dense tensor, but got layout "
-                f"{str(grad.layout).removeprefix('torch.')} (an embedding with sparse=True?)"
-            )
+        check_dense_grad(f"grads[{index}]", grad)
         if grad.shape != shape:
             raise ValueError(f"grads[{index}]: expected shape {shape}, but got {tuple(grad.shape)}")
         if (grad.dtype == torch.float64) != (param.dtype == torch.float64):
             raise TypeError(
-                f"grads[{index}]: expected dtype {str(param.dtype).removeprefix('torch.')}, "
-                f"but got {str(grad.dtype).removeprefix('torch.')}"
+                f"grads[{index}]: expected dtype {dtype_name(param.dtype)}, "
+                f"but got {dtype_name(grad.dtype)}"
             )
 
 

@@ -1,7 +1,8 @@
 """The specification: every op again, in float64 and plain PyTorch, written to be read.
 
-Tests compare the native ops with these functions. They return float64. Nothing else uses them, but
-for the threshold.
+Tests compare the native ops with these functions. They return float64. No other module of the
+package imports them, not even for the threshold: an oracle that the product computes with would
+prove itself.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.

@@ -71,7 +71,7 @@ def resolve(count: int, size: int, rule: am.rules.Rule) -> list[Row]:
     return measure(
         f"resolve {rule}, {count} x {size}",
         {
-            "andmask": lambda: rule.resolve(moments),
+            "andmask": lambda: rule.update(moments),
             "copy of the sums": lambda: [s.clone() for s in sums],
         },
         bytes_moved=count * size * (8 + sum(BYTES[kind] // 2 for kind in moments.kinds)),

@@ -24,12 +24,19 @@ settings.register_profile(
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
+settings.register_profile("quick", settings.get_profile("default"), max_examples=10)
 settings.register_profile(
     "long", settings.get_profile("default"), max_examples=5000, derandomize=False
 )
 settings.load_profile(os.environ.get("ANDMASK_HYPOTHESIS_PROFILE", "default"))
 
-NATIVE = Path(__file__).parent / "native"  # kernels on numpy arrays: no torch, no device
+TESTS = Path(__file__).parent
+MARKERS_OF_FOLDERS = {
+    "native": ["no_device"],  # kernels on numpy arrays: no torch, no device
+    "plots": ["no_device"],
+    "repo": ["no_device"],
+    "studies": ["no_device", "study"],
+}
 KERNELS = os.environ.get("ANDMASK_TEST_KERNELS", "own")
 
 
@@ -65,15 +72,29 @@ def cuda_kernels() -> bool:
     return KERNELS == "cuda-on-host" or torch.get_default_device().type == "cuda"
 
 
+def markers_of_folder(item: pytest.Item) -> list[str]:
+    if TESTS not in item.path.parents:
+        return []
+    return MARKERS_OF_FOLDERS.get(item.path.relative_to(TESTS).parts[0], [])
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in markers_of_folder(item):
+            item.add_marker(name)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if NATIVE in metafunc.definition.path.parents:
+    test = metafunc.definition
+    if "no_device" in markers_of_folder(test) or test.get_closest_marker("no_device"):
         return
-    chosen = ["cpu"] if metafunc.definition.get_closest_marker("cpu_only") else devices()
     if "device" not in metafunc.fixturenames:
-        if len(chosen) == 1:
+        if devices() == ["cpu"]:
             return
         metafunc.fixturenames.append("device")
-    metafunc.parametrize("device", chosen)
+    if not any(mark.args[0] == "device" for mark in test.iter_markers("parametrize")):
+        metafunc.parametrize("device", devices())
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,8 @@ from torch.utils.checkpoint import checkpoint
 import andmask_ext as am
 from andmask_ext import reference
 
+from .models import mlp
+
 RULE = am.AndMask(tau=0.6, rescale=True)
 ENVIRONMENTS = 5
 
@@ -60,16 +62,12 @@ class Tied(nn.Module):
         return self.head(hidden)
 
 
-def mlp(*middle: nn.Module) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(6, 8), *middle, nn.ReLU(), nn.Linear(8, 3))
-
-
 def test_equals_a_loop_of_plain_backward_passes() -> None:
-    check(mlp(), batches(6))
+    check(mlp(6, 8, 3, nn.ReLU()), batches(6))
 
 
 def test_batch_norm_in_training_mode_sees_one_environment_at_a_time() -> None:
-    check(mlp(nn.BatchNorm1d(8)), batches(6))
+    check(mlp(6, 8, 3, nn.BatchNorm1d(8), nn.ReLU()), batches(6))
 
 
 def test_tied_weights_are_summed_before_the_vote() -> None:
@@ -79,17 +77,17 @@ def test_tied_weights_are_summed_before_the_vote() -> None:
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiled_model(dynamic: bool) -> None:
     torch._dynamo.reset()
-    model = mlp(nn.BatchNorm1d(8))
+    model = mlp(6, 8, 3, nn.BatchNorm1d(8), nn.ReLU())
     check(model, batches(6), torch.compile(model, dynamic=dynamic))
 
 
 def test_checkpointing() -> None:
-    model = mlp(nn.Tanh())
+    model = mlp(6, 8)
     check(model, batches(6), lambda x: checkpoint(model, x, use_reentrant=False))
 
 
 def test_reentrant_checkpointing_is_refused_by_name_and_changes_nothing() -> None:
-    model = mlp()
+    model = mlp(6, 8)
     losses = [
         F.cross_entropy(checkpoint(model, x.requires_grad_(), use_reentrant=True), y)
         for x, y in batches(6)
@@ -100,7 +98,7 @@ def test_reentrant_checkpointing_is_refused_by_name_and_changes_nothing() -> Non
 
 
 def test_autocast() -> None:
-    model, data = mlp(), batches(6)
+    model, data = mlp(6, 8), batches(6)
     with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         am.backward([F.cross_entropy(model(x), y) for x, y in data], RULE, model.parameters())
     columns = []
@@ -122,7 +120,7 @@ def test_convolution_with_channels_last_keeps_the_layout_of_the_parameter() -> N
 
 
 def test_a_tensor_of_losses_that_share_one_graph() -> None:
-    model = mlp()
+    model = mlp(6, 8)
     x, y = torch.randn(ENVIRONMENTS, 6), torch.randint(0, 3, (ENVIRONMENTS,))
     expected = expected_grads(model, [(x[i : i + 1], y[i : i + 1]) for i in range(ENVIRONMENTS)])
     am.backward(F.cross_entropy(model(x), y, reduction="none"), RULE)
@@ -154,7 +152,7 @@ def test_graphs_are_freed_afterwards(shared: bool) -> None:
 
 
 def test_accumulates_into_existing_grads_as_plain_backward_does() -> None:
-    model, data = mlp(), batches(6)
+    model, data = mlp(6, 8), batches(6)
     expected = expected_grads(model, data)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
@@ -194,7 +192,7 @@ def test_untouched_environments_count_as_zeros_wherever_they_stand(touched: tupl
 
 
 def test_params_decide_who_gets_a_gradient() -> None:
-    model, data = mlp(), batches(6)
+    model, data = mlp(6, 8), batches(6)
     model[0].bias.requires_grad_(False)
     am.backward([F.cross_entropy(model(x), y) for x, y in data], RULE, model[0].parameters())
     assert model[0].weight.grad is not None
@@ -203,18 +201,18 @@ def test_params_decide_who_gets_a_gradient() -> None:
 
 
 def test_without_params_every_leaf_gets_one() -> None:
-    model, data = mlp(), batches(6)
+    model, data = mlp(6, 8), batches(6)
     free = torch.zeros(3, requires_grad=True)
     am.backward([F.cross_entropy(model(x) + free, y) for x, y in data], RULE)
     assert all(param.grad is not None for param in [*model.parameters(), free])
     leaf = torch.tensor(2.0, requires_grad=True)
-    am.backward([leaf, leaf * 3], am.AndMask())
+    am.backward([leaf, leaf * 3], am.AndMask(1.0))
     assert leaf.grad.item() == 2.0
 
 
 def test_a_common_positive_factor_does_not_change_the_mask() -> None:
     """So GradScaler.scale may be applied to every loss."""
-    one, data = mlp(), batches(6)
+    one, data = mlp(6, 8), batches(6)
     other = copy.deepcopy(one)
     am.backward([F.cross_entropy(one(x), y) for x, y in data], RULE)
     am.backward([F.cross_entropy(other(x), y) * 1024 for x, y in data], RULE)
@@ -224,7 +222,7 @@ def test_a_common_positive_factor_does_not_change_the_mask() -> None:
 
 def test_non_finite_losses_show_in_the_gradient() -> None:
     weight = torch.ones(2, requires_grad=True)
-    am.backward([weight.sum(), (weight * float("inf")).sum()], am.AndMask())
+    am.backward([weight.sum(), (weight * float("inf")).sum()], am.AndMask(1.0))
     assert not weight.grad.isfinite().any()
 
 
@@ -250,7 +248,7 @@ STREAMED = [
 @pytest.mark.parametrize("rule", STREAMED, ids=str)
 @pytest.mark.parametrize("lazy", [False, True])
 def test_streaming_equals_stacking(rule: am.rules.Rule, lazy: bool) -> None:
-    one, data = mlp(nn.BatchNorm1d(8)), batches(6)
+    one, data = mlp(6, 8, 3, nn.BatchNorm1d(8), nn.ReLU()), batches(6)
     other = copy.deepcopy(one)
     weights = [1.0, 0.5, 2.0, 1.5, 0.25]
     losses = (F.cross_entropy(one(x), y) for x, y in data)
@@ -298,7 +296,7 @@ def test_an_iterator_is_asked_when_the_loss_before_is_done() -> None:
             order.append("loss")
             yield (weight * factor).sum()
 
-    am.backward(losses(), am.AndMask(), [weight])
+    am.backward(losses(), am.AndMask(1.0), [weight])
     assert order == ["loss", "backward", "loss", "backward"]
     assert weight.grad.tolist() == [1.5, 1.5]
 
@@ -386,7 +384,7 @@ def test_errors_name_the_argument_and_change_nothing(
 def test_sparse_gradients_are_refused_by_name() -> None:
     embedding = nn.Embedding(5, 3, sparse=True)
     losses = [embedding(torch.tensor([i])).sum() for i in range(2)]
-    with pytest.raises(TypeError, match=r"losses\[0\]: .* sparse_coo .*sparse=True"):
+    with pytest.raises(TypeError, match=r"losses\[0\], parameter 0: .* sparse_coo .*sparse=True"):
         am.backward(losses, RULE, embedding.parameters())
     assert embedding.weight.grad is None
 
@@ -396,7 +394,7 @@ def test_a_sparse_grad_from_before_is_refused_by_name() -> None:
     first.grad = torch.ones(2)
     second.grad = torch.ones(2).to_sparse()
     losses = [(first + second).sum() for _ in range(2)]
-    with pytest.raises(TypeError, match=r"params\[1\].grad: expected a dense tensor"):
+    with pytest.raises(TypeError, match=r"params\[1\].grad: expected a dense gradient"):
         am.backward(losses, RULE, [first, second])
     assert first.grad.tolist() == [1.0, 1.0]
 

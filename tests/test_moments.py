@@ -119,7 +119,7 @@ def test_votes_are_widened_before_they_overflow(
         moments.merge(other)
     assert moments.votes[0].dtype == wide
     assert moments.votes[0].tolist() == [before + 1, -before - 1, 0]
-    assert moments.resolve(am.AndMask(1.0))[0].tolist() == [1.0, -1.0, 0.0]
+    assert am.AndMask(1.0).update(moments)[0].tolist() == [1.0, -1.0, 0.0]
     moments.reset()
     moments.add([sign])  # in the memory that is there
     assert moments.votes[0].tolist() == [1, -1, 0]
@@ -158,7 +158,7 @@ def test_none_is_a_gradient_of_zeros(kinds: tuple[str, ...], given_in: tuple[int
         assert_equal(found, expected, exact=False)
     else:
         assert found.sum[1] is None  # no environment has touched it
-        assert found.resolve(am.rules.Mean())[1] is None
+        assert am.rules.Mean().update(found)[1] is None
     stacked = am.Moments([torch.zeros(2), torch.zeros(5)], kinds)
     for row in range(3):
         part = slice(row, row + 1)
@@ -169,11 +169,11 @@ def test_none_is_a_gradient_of_zeros(kinds: tuple[str, ...], given_in: tuple[int
 def test_an_environment_without_any_gradient_counts() -> None:
     moments = am.Moments([torch.zeros(2)])
     moments.add([None])
-    assert moments.resolve(am.AndMask()) == [None]
+    assert am.AndMask(1.0).update(moments) == [None]
     moments.add([torch.tensor([4.0, 2.0])])
     assert moments.count == 2
-    assert moments.resolve(am.AndMask(0.5))[0].tolist() == [2.0, 1.0]
-    assert moments.resolve(am.AndMask(1.0))[0].tolist() == [0.0, 0.0]
+    assert am.AndMask(0.5).update(moments)[0].tolist() == [2.0, 1.0]
+    assert am.AndMask(1.0).update(moments)[0].tolist() == [0.0, 0.0]
 
 
 @dtypes
@@ -192,7 +192,7 @@ def test_weights_are_factors_of_the_losses(dtype: torch.dtype, data: st.DataObje
     assert_equal(weighted, add_one_by_one(new(dtype), grads, weights))
     assert_holds(weighted, [s.to(wide) for s in scaled])
     pooled = sum(size * grad for size, grad in zip(sizes, grads[0].double(), strict=True))
-    mean = weighted.resolve(am.rules.Mean())[0].double()
+    mean = am.rules.Mean().update(weighted)[0].double()
     torch.testing.assert_close(
         mean, pooled / sum(sizes), rtol=2 * torch.finfo(dtype).eps, atol=1e-5
     )
@@ -256,7 +256,7 @@ def test_reset_keeps_the_memory_and_forgets_the_rest() -> None:
     assert moments.count == 0
     assert moments.sum == [None] * len(SHAPES)
     with pytest.raises(ValueError, match="at least one environment, but got 0"):
-        moments.resolve(am.rules.Mean())
+        am.rules.Mean().update(moments)
     add_one_by_one(moments, grads)
     assert_equal(moments, add_one_by_one(new(), grads))
     assert [total.data_ptr() for total in moments.sum] == where
@@ -308,7 +308,7 @@ def test_memory_lies_as_the_parameter_does(dtype: torch.dtype, layout: str) -> N
         moments.add([torch.empty_like(param).copy_(grad)])
     moments.add([grads[3]])  # of another layout
     assert_holds(moments, [grads])
-    (update,) = moments.resolve(am.AndMask(0.6))
+    (update,) = am.AndMask(0.6).update(moments)
     assert update.stride() == strides
     assert update.dtype == dtype
     for kind in ("sum", *KINDS):
@@ -322,7 +322,7 @@ def test_a_parameter_may_change_its_dtype_between_steps() -> None:
     param.data = param.data.double()
     moments.reset()
     moments.add([torch.full((3,), 1 + 1e-12, dtype=torch.float64)])
-    assert moments.resolve(am.rules.Mean())[0].tolist() == [1 + 1e-12] * 3
+    assert am.rules.Mean().update(moments)[0].tolist() == [1 + 1e-12] * 3
 
 
 # ---- consumers ----
@@ -340,7 +340,7 @@ def test_a_sweep_of_tau_equals_masked_mean_at_each(
     scale = stack.double().abs().mean(0)
     for k in range(0, len(stack) + 1, max(1, len(stack) // 5)):
         rule = am.AndMask(k / len(stack), rescale)
-        (found,), expected = moments.resolve(rule), rule(stack)
+        (found,), expected = rule.update(moments), rule(stack)
         mask = am.ops.agreement_mask(stack, rule.tau)
         factor = am.ops.agreement_mask(stack, rule.tau, rescale).max().item()
         assert torch.equal(found[mask == 0], expected[mask == 0])
@@ -359,15 +359,15 @@ def test_what_is_not_finite_in_any_environment_shows(value: float) -> None:
         moments = am.Moments([torch.zeros(10)], KINDS)
         moments.add_stacked([grads])
         for rule in (am.rules.Mean(), am.AndMask(1.0), am.AndMask(1.0, rescale=True)):
-            assert moments.resolve(rule)[0].isfinite().tolist() == [i != 4 for i in range(10)]
+            assert rule.update(moments)[0].isfinite().tolist() == [i != 4 for i in range(10)]
 
 
 def test_resolve_changes_nothing() -> None:
     moments = add_one_by_one(new(), stacks(5))
     before = copy.deepcopy(moments)
-    first = moments.resolve(am.AndMask(0.6, True))
+    first = am.AndMask(0.6, True).update(moments)
     assert_equal(moments, before)
-    for one, other in zip(first, moments.resolve(am.AndMask(0.6, True)), strict=True):
+    for one, other in zip(first, am.AndMask(0.6, True).update(moments), strict=True):
         assert torch.equal(one, other)
 
 
@@ -375,7 +375,7 @@ def test_gradients_that_require_grad_leave_no_graph() -> None:
     moments = am.Moments([torch.zeros(3)])
     moments.add([torch.ones(3, requires_grad=True) * 2])
     assert not moments.sum[0].requires_grad
-    assert not moments.resolve(am.rules.Mean())[0].requires_grad
+    assert not am.rules.Mean().update(moments)[0].requires_grad
 
 
 # ---- errors ----
@@ -419,14 +419,14 @@ def test_mistakes_are_named_and_change_nothing(
         call(moments)
     assert_equal(moments, before)
     moments.add([ONE])  # and it goes on
-    assert moments.resolve(am.AndMask())[0].tolist() == [1.0] * 3
+    assert am.AndMask(1.0).update(moments)[0].tolist() == [1.0] * 3
 
 
 def test_a_rule_needs_its_moments() -> None:
     moments = am.Moments([torch.zeros(3)], ())
     moments.add([ONE])
     with pytest.raises(ValueError, match=r"expected sum \+ votes for AndMask.* but got sum"):
-        moments.resolve(am.AndMask())
+        am.AndMask(1.0).update(moments)
 
 
 def test_repr() -> None:

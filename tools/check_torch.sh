@@ -16,9 +16,10 @@ python3 -m venv "$work/venv"
 
 # Outside the source tree, so that `import andmask_ext` finds the wheel. The kernel harness is not
 # in a wheel; the kernels are tested through the ops.
-mkdir "$work/tests"
-cp -r "$root"/tests/{__init__,conftest,strategies,rule_table,test_backward,test_moments,test_rules}.py \
-  "$root"/tests/{test_docstrings.py,ops,optim} "$work/tests"
+mkdir -p "$work/tests/repo"
+cp -r "$root"/tests/{__init__,conftest,models,strategies,test_backward,test_moments}.py \
+  "$root"/tests/{rules,ops,optim} "$work/tests"
+cp "$root"/tests/repo/{__init__,test_docstrings}.py "$work/tests/repo"
 cp "$root/pyproject.toml" "$work"
 cd "$work"
 venv/bin/python - <<'PYTHON'

@@ -1,8 +1,8 @@
-"""Put what full runs of the studies found into docs/results.md: python -m tools.results.
+"""Put the results of full runs into the pages of docs/results: python -m tools.results.
 
-Between a line ``<!-- results: NAME -->`` and the next ``<!-- end -->`` stand the claims, tables and
-figures of NAME.summary.json below the folder of runs; all else in the page is written by hand.
-Figures are copied into docs/figures.
+This tool writes what is between a line ``<!-- results: NAME -->`` and the next ``<!-- end -->``:
+the claims, tables and figures of NAME.summary.json below the folder of runs. Everything else in a
+page is written by hand. Figures are copied into docs/figures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from studies.summary import SUFFIX, shown
 
 DOCS = Path(__file__).parents[1] / "docs"
 BLOCK = re.compile(r"(<!-- results: ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+WIDTH = 100
 
 
 def markdown(summary: dict[str, Any], folder: Path, figures: Path) -> str:
@@ -26,26 +28,45 @@ def markdown(summary: dict[str, Any], folder: Path, figures: Path) -> str:
     build = summary["build"]
     minutes = summary["seconds"] / 60
     parts = [
-        f"`{summary['command']}`: {summary['runs']} runs, seeds {_seeds(summary['seeds'])}, "
-        f"{minutes:.1f} minutes one after the other, torch {build['torch']}, {build['isa']}."
+        wrapped(
+            f"`{summary['command']}`: {summary['runs']} runs, seeds {_seeds(summary['seeds'])}, "
+            f"{minutes:.1f} minutes one after the other, torch {build['torch']}, {build['isa']}."
+        )
     ]
     if summary["claims"]:
-        marks = [
+        claims = [
             f"- {'**Holds**' if claim['holds'] else '**Does not hold**'}: {claim['text']}. "
             f"*{claim['measured']}*"
             for claim in summary["claims"]
         ]
-        parts.append("\n".join(marks))
+        parts.append("\n".join(wrapped(claim, indent="  ") for claim in claims))
     for table in summary["tables"]:
-        parts.append(f"*{table['title']}*\n\n{_table(table['columns'], table['rows'])}")
+        parts.append(wrapped(f"*{table['title']}*"))
+        parts.append(_table(table["columns"], table["rows"]))
     for picture in summary["pictures"]:
         name = f"results-{summary['study']}-{picture['file']}".replace(
             f"{summary['study']}-{summary['study']}", summary["study"]
         )
         shutil.copyfile(folder / picture["file"], figures / name)
-        caption = picture["caption"]
-        parts.append(f"![{caption}](figures/{name})\n\n*{caption}*")
+        title = Path(name).stem.removeprefix("results-").replace("-", " ")
+        parts.append(f"![{title}](../figures/{name})")
+        parts.append(wrapped(f"*{picture['caption']}*"))
     return "\n\n".join(parts) + "\n"
+
+
+def wrapped(text: str, indent: str = "") -> str:
+    """Return a paragraph in lines of the page's width; ``indent`` precedes all but the first."""
+    # A line that starts with "1." or "-" would be a list: keep it with the word before.
+    text = re.sub(r" (?=(\d+[.)]|[-+*#>]+)( |$))", "\0", with_zeros(text))
+    lines = textwrap.fill(
+        text, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return lines.replace("\0", " ")
+
+
+def with_zeros(text: str) -> str:
+    """Write decimals with the zero in front: .93 becomes 0.93."""
+    return re.sub(r"(?<![\w.])\.(?=\d)", "0.", text)
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -56,7 +77,7 @@ def _seeds(seeds: Sequence[int]) -> str:
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     lines = [columns, ["---"] * len(columns), *([shown(cell) for cell in row] for row in rows)]
     return "\n".join(
-        f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |"
+        f"| {' | '.join(with_zeros(str(cell)).replace('|', chr(92) + '|') for cell in line)} |"
         for line in lines
     )
 
@@ -65,10 +86,9 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--runs", type=Path, default=Path("runs"), help="default: runs")
     chosen = options.parse_args()
-    page = DOCS / "results.md"
 
-    def fill(found: re.Match[str]) -> str:
-        start, name, end = found.groups()
+    def fill(block: re.Match[str]) -> str:
+        start, name, end = block.groups()
         files = [
             path
             for path in chosen.runs.rglob(f"{name}{SUFFIX}")
@@ -83,7 +103,10 @@ def main() -> None:
         summary = json.loads(files[0].read_text())
         return f"{start}\n{markdown(summary, files[0].parent, DOCS / 'figures')}\n{end}"
 
-    page.write_text(BLOCK.sub(fill, page.read_text()))
+    # All pages are made before the first is written: a missing run leaves them as they are.
+    pages = {page: BLOCK.sub(fill, page.read_text()) for page in (DOCS / "results").glob("*.md")}
+    for page, text in pages.items():
+        page.write_text(text)
 
 
 if __name__ == "__main__":

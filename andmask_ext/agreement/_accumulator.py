@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._devices import by_device
+from .._dtypes import wide_dtype
 from .._norms import squared_norm
 from ..moments import Moments
 from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Stacked, add_up
 from ._gramian import Gramian, Part, exact
 from ._graph import Graph, Operand
 from ._groups import Groups
-from ._layout import wide_dtype
 from ._views import View
 
 # Gradients of several environments are held only in buffers of at most this size.
@@ -60,7 +60,7 @@ class GradientAccumulator:
         groups: the environments.
         weights: a factor for each environment, or one for all.
         deferred: treat no parameter before :meth:`finish`: uses may come that are not announced.
-        records: by the parameter's number; filled for the report.
+        treatments: by the parameter's number; filled for the report.
         products: takes scalar products of the gradients, if there is one.
     """
 
@@ -70,7 +70,7 @@ class GradientAccumulator:
         groups: Groups,
         weights: list[float],
         deferred: bool,
-        records: dict[int, Treatment],
+        treatments: dict[int, Treatment],
         products: Gramian | None = None,
     ) -> None:
         self.products = products
@@ -78,7 +78,7 @@ class GradientAccumulator:
         self._groups = groups
         self._weights = weights
         self._deferred = deferred
-        self._records = records
+        self._treatments = treatments
         self._expected: dict[int, int] = {}
         self._entries: dict[int, list[_Entry]] = {}
         self._done: set[int] = set()
@@ -124,7 +124,7 @@ class GradientAccumulator:
             return
         target = self._targets[param]
         paths = sorted({entry.use.path for entry in entries})
-        record = self._records[param] = Treatment(len(entries), paths)
+        record = self._treatments[param] = Treatment(len(entries), paths)
         squares = None
         if self.products is not None and not self._take_products(param, entries):
             squares = torch.empty_like(target.param, dtype=wide_dtype(target.param))
@@ -182,7 +182,7 @@ class GradientAccumulator:
         covered = _covered(entries, target.param)
         if covered is None:
             return "several uses are added up"
-        if covered < target.param.numel() and target.moments.kinds not in ((), ("votes",)):
+        if covered < target.param.numel() and target.moments._counts_zeros:
             return "a part of it is used, and the rule counts zeros"
         if not all(self._is_direct(target, entry) for entry in entries):
             return "no kernel adds such a use to such a view"
@@ -207,7 +207,7 @@ class GradientAccumulator:
             count = self._groups.environments
             norms = squares.sum(dtype=torch.float64)
             norms += squared_norm(memory[0]) / count
-            target.moments.add_squared_norm(target.index, norms)
+            target.moments._add_squared_norm(target.index, norms)
         return ""
 
     def _is_direct(self, target: Target, entry: _Entry) -> bool:
@@ -218,11 +218,11 @@ class GradientAccumulator:
         if isinstance(use, Convolution):
             return view.order == "same"
         if isinstance(use, Lookup):
-            return view.order == "same" and target.moments.kinds in ((), ("votes",))
+            return view.order == "same" and not target.moments._counts_zeros
         return isinstance(use, Stacked)
 
     def _memory(self, target: Target) -> list[Tensor | None]:
-        lists = target.moments.open_memory([target.index], self._groups.environments)
+        lists = target.moments._open_memory([target.index], self._groups.environments)
         return [one[0] if one else None for one in lists]
 
     def _add(self, target: Target, memory: list[Tensor | None], use: Contribution) -> None:
@@ -270,7 +270,7 @@ class GradientAccumulator:
             moments = targets[0].moments
             for places in by_device(grads):
                 indices = [targets[place].index for place in places]
-                lists = moments.open_memory(indices, self._groups.environments)
+                lists = moments._open_memory(indices, self._groups.environments)
                 some = [grads[place] for place in places]
                 torch.ops.andmask._accumulate_.default(
                     *lists, some, moments.count, self._weights, True
@@ -296,7 +296,7 @@ class GradientAccumulator:
             total.index_add_(0, lines, gradients, alpha=self._weights[0])
 
     def _add_in_chunks(self, target: Target, entries: Sequence[_Entry], param: int) -> None:
-        lists = target.moments.open_memory([target.index], self._groups.environments)
+        lists = target.moments._open_memory([target.index], self._groups.environments)
         total: Tensor = lists[0][0]
         parts = [partial(self._gradients, entry, target.param) for entry in entries]
         count, step = self._groups.environments, _at_once(total)

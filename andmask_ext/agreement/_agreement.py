@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_dtype
-from .._observers import Observer, begin_all
+from .._pending import PendingStep, State
 from ..moments import Moments
-from ..optim._base import EnvironmentOptimizer
+from ..optim import EnvironmentOptimizer
+from ..optim._base import check_rule
 from ..rules import AndMask, Rule
-from ._accumulator import Target, Treatment
-from ._backward_pass import BackwardPass
-from ._constants import Constants
+from ._backward_pass import BackwardPass, Setup
 from ._current import activate
-from ._forward import ForwardRecorder
-from ._groups import Environments, Groups, check_environments, make_groups
+from ._groups import Environments, check_environments
 from ._mode import BackwardMode
-from ._plan import Plan
 from ._report import Report, make_report
 from ._verify import Verification, compare, sample, take, undisturbed
 
@@ -47,9 +44,10 @@ class Agreement:
 
     Args:
         model: the model that is called inside the context.
-        rule: a rule on moments, as ``AndMask(tau=0.8)``: ``.grad`` holds the aggregated gradient
-            after the context. Or an optimizer of :mod:`andmask_ext.optim` on the same parameters:
-            its rules are used, and its ``step()`` resolves and updates in one pass.
+        optimizer_or_rule: an optimizer of :mod:`andmask_ext.optim` on the same parameters: its
+            rules are used, and its ``step()`` aggregates and updates in one pass. Or a rule on
+            moments, as ``AndMask(tau=0.8)``: ``.grad`` holds the aggregated gradient after the
+            context.
         params: the parameters to aggregate; None: all of ``model`` that require gradients (for an
             optimizer, all of its own). Others get their plain gradients.
         batch_dim: which dimension of the model's inputs and outputs is the batch.
@@ -84,7 +82,7 @@ class Agreement:
     def __init__(
         self,
         model: nn.Module,
-        rule: Rule | EnvironmentOptimizer,
+        optimizer_or_rule: EnvironmentOptimizer | Rule,
         params: Iterable[Tensor] | None = None,
         *,
         batch_dim: int = 0,
@@ -105,79 +103,43 @@ class Agreement:
             )
         if not isinstance(batch_dim, int) or batch_dim < 0:
             raise ValueError(f"batch_dim: expected a dimension from 0 on, but got {batch_dim!r}")
-        self._model: nn.Module | None = model
-        self._rule = rule
-        self._optimizer = rule if isinstance(rule, EnvironmentOptimizer) else None
-        self._check_rule()
-        self._params = self._choose(params)
-        self._leaves = list({id(p): p for p in (*model.parameters(), *self._params)}.values())
-        self._members = {id(module) for module in model.modules()}
-        self._batch_dim = batch_dim
-        self._reduction = loss_reduction
-        self._check_mixing = check_mixing
-        self._keep = keep_moments
-        self._moments: list[Moments] = []
-        if self._optimizer is None:
-            self._moments = [Moments(self._params, rule.moments or ())]  # type: ignore[union-attr]
-        self._names = {id(p): name for name, p in model.named_parameters()}
-        self._plans: dict[Any, Plan] = {}
-        self._records: dict[int, Treatment] = {}
-        self._run: BackwardPass | None = None
-        self._last_groups: tuple[Any, Groups] | None = None
-        self._open = False  # there are environments that have not been resolved
-        self._gram: dict[str, Tensor] | None = None
-        self._observers: list[Observer] = []
-
-    def _check_rule(self) -> None:
-        rule = self._rule
-        if self._optimizer is not None:
-            for group in self._optimizer.param_groups:
-                if group.get("weight_decay") and group.get("weight_decay_mode") == "before_mask":
-                    raise ValueError(
-                        "rule: expected an optimizer whose weight decay comes after the mask or is "
-                        "decoupled, but got weight_decay_mode='before_mask', which changes the "
-                        "gradient of each environment; use optimizer.environment()"
-                    )
-            return
-        if not isinstance(rule, Rule):
-            got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
-            raise TypeError(
-                "rule: expected a rule such as andmask_ext.AndMask() or an optimizer of "
-                f"andmask_ext.optim that takes environments, but got {got}"
-            )
-        if rule.moments is None:
-            raise TypeError(
-                f"rule: expected a rule on moments, but {rule} needs the gradients of all "
-                "environments at once; use andmask_ext.backward with it"
-            )
-
-    def _choose(self, params: Iterable[Tensor] | None) -> list[Tensor]:
-        assert self._model is not None
-        if self._optimizer is not None:
-            own = [p for group in self._optimizer.param_groups for p in group["params"]]
+        rule = optimizer_or_rule
+        self._optimizer: EnvironmentOptimizer | None = None
+        self._rule: Rule | None = None
+        if isinstance(rule, EnvironmentOptimizer):
+            _refuse_early_decay(rule)
+            self._optimizer, self._pending = rule, rule._pending
+            own = [param for group in rule.param_groups for param in group["params"]]
             if params is not None and {id(p) for p in params} != {id(p) for p in own}:
                 raise ValueError(
                     "params: expected None or the parameters of the optimizer, but got others"
                 )
-            chosen = own
+            chosen = _check_params(own, given=params is not None)
         else:
-            chosen = list(self._model.parameters() if params is None else params)
-        seen: dict[int, Tensor] = {}
-        for index, param in enumerate(chosen):
-            if not isinstance(param, Tensor):
-                raise TypeError(
-                    f"params[{index}]: expected a Tensor, but got {type(param).__name__}"
-                )
-            if params is None and not (param.requires_grad or param.is_floating_point()):
-                continue  # quantized, and frozen for good
-            check_dtype(f"params[{index}]", param)
-            if params is not None and not (param.is_leaf and param.requires_grad):
-                raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
-            if param.requires_grad or params is None:
-                seen[id(param)] = param
-        if not seen:
-            raise ValueError("params: expected at least one parameter, but got none")
-        return list(seen.values())
+            _check_rule(rule)
+            self._rule, self._pending = rule, PendingStep(self, clears_grads=False)
+            chosen = _check_params(
+                model.parameters() if params is None else params, given=params is not None
+            )
+        self._setup: Setup | None = Setup(
+            model=model,
+            members={id(module) for module in model.modules()},
+            params=chosen,
+            names={id(param): name for name, param in model.named_parameters()},
+            batch_dim=batch_dim,
+            reduction=loss_reduction,
+            check_mixing=check_mixing,
+        )
+        self._leaves = list({id(p): p for p in (*model.parameters(), *chosen)}.values())
+        self._keep = keep_moments
+        self._run: BackwardPass | None = None
+        self._gram: dict[str, Tensor] | None = None
+
+    def _rules(self) -> list[tuple[list[Tensor], Rule]]:
+        """Return parameters and rule, for the step that this object owns if it has a rule."""
+        assert self._setup is not None
+        assert self._rule is not None
+        return [(self._setup.params, self._rule)]
 
     # ---- the context ----
 
@@ -186,7 +148,7 @@ class Agreement:
         self,
         environments: Environments = None,
         *,
-        resolve: bool = True,
+        write_grads: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
         gram: bool = False,
     ) -> Iterator[None]:
@@ -200,7 +162,7 @@ class Agreement:
             environments: None: each example of the batch is an environment. An int d: d equal
                 groups of consecutive examples. An int64 tensor ``[batch]``: the environment of each
                 example, numbered from 0 without gaps; they may have different sizes.
-            resolve: False: leave ``.grad`` as it is, and let the next context add to the same
+            write_grads: False: leave ``.grad`` as it is, and let the next context add to the same
                 environments: for micro-batches that each hold whole environments. If one of them
                 raises, the environments of all are dropped. With an optimizer environments add up
                 until ``step()`` in any case.
@@ -216,8 +178,7 @@ class Agreement:
         """
         check_environments(environments)
         check_bool("gram", gram)
-        if self._model is None:
-            raise RuntimeError("Agreement: expected to be used before detach()")
+        setup = self._require_setup("Agreement")
         if self._run is not None:
             raise RuntimeError("Agreement: expected no context inside another of the same object")
         if grad_scaler is not None and not grad_scaler.is_enabled():
@@ -227,11 +188,15 @@ class Agreement:
             for leaf in self._leaves
         ]
         self._gram = None
-        run = self._run = self._begin(environments, grad_scaler)
-        run.gram = gram
+        if self._pending.state is not State.PENDING:
+            setup.treatments.clear()
+        run = BackwardPass(setup, self._pending, environments, grad_scaler, gram)
+        self._pending.open(run)
+        self._run = run
         complete = False
         try:
-            with BackwardMode(run), activate(environments), run.watch:
+            run.open()
+            with BackwardMode(run), activate(environments), run.recorder:
                 yield
             run.require_complete(before)
             complete = True
@@ -242,84 +207,40 @@ class Agreement:
                     leaf.grad = grad
                 self._abandon(run)
             run.close()
-        if gram and run.products is not None:
+        self._pending.close()
+        if run.products is not None and gram:
             self._gram = {
-                self._name(self._params[number]): products
+                setup.name(setup.params[number]): products
                 for number, products in sorted(run.products.found.items())
             }
-        self._end(run, resolve)
-
-    def _begin(
-        self, environments: Environments, scaler: torch.amp.GradScaler | None
-    ) -> BackwardPass:
-        assert self._model is not None
-        if self._optimizer is not None:
-            optimizer = self._optimizer
-        watch = ForwardRecorder(self._members, self._batch_dim)
-        run = BackwardPass(
-            self, environments, watch, Constants(self._model), scaler, self._reduction,
-            self._plans, self._records,
-        )  # fmt: skip
-        if self._optimizer is None:
-            if not self._open:
-                self._records.clear()
-                self._moments[0].reset()
-                self._moments[0].observed = begin_all(self._observers)
-            targets = [
-                Target(param, self._moments[0], index) for index, param in enumerate(self._params)
-            ]
-        else:
-            optimizer._enter(run)  # type: ignore[arg-type]
-            targets = []
-            for param in self._params:
-                group, index = optimizer._slots[id(param)]
-                targets.append(Target(param, optimizer._moments[group], index))
-        run.targets = targets
-        return run
+        if self._rule is not None and write_grads:
+            self._write_grads(run.scale)
 
     def _abandon(self, run: BackwardPass) -> None:
         """Forget the environments of this context, as it has raised."""
-        if self._optimizer is not None:
-            self._optimizer._current = None
-            if run.started:
-                if self._optimizer._environments:
-                    self._optimizer._broken = True
-                else:
-                    self._optimizer._forget()
-        elif run.started:
-            self._moments[0].reset()
-            self._open = False
+        pending = self._pending
+        pending.abandon(changed=run.started)
+        earlier = self._optimizer is not None and pending.environments > 0
+        if pending.state is State.BROKEN and not earlier:
+            pending.finish()  # nothing is lost but what has just raised
 
-    def _end(self, run: BackwardPass, resolve: bool) -> None:
-        if self._optimizer is not None:
-            self._optimizer._current = None
-            self._optimizer._leave(0)
-            return
-        self._open = not resolve
-        if not resolve:
-            return
-        moments, rule = self._moments[0], self._rule
-        assert isinstance(rule, Rule)
-        for observer in self._observers:
-            observer.end([(self._params, moments, rule)])
+    def _write_grads(self, scale: float) -> None:
+        groups = self._pending.complete()
+        self._pending.observe(groups)
         with torch.no_grad():
-            updates = rule.resolve(moments) if self._keep else moments.resolve_and_release(rule)
-            if run.scale != 1:
-                torch._foreach_mul_([u for u in updates if u is not None], run.scale)
-            for param, update in zip(self._params, updates, strict=True):
-                if update is not None:
-                    param.grad = update if param.grad is None else param.grad.add_(update)
+            for params, moments, rule in groups:
+                updates = rule.update(moments) if self._keep else rule._update_in_place(moments)
+                if scale != 1:
+                    torch._foreach_mul_([update for update in updates if update is not None], scale)
+                for param, update in zip(params, updates, strict=True):
+                    if update is not None:
+                        param.grad = update if param.grad is None else param.grad.add_(update)
+        self._pending.finish(keep_moments=True)
 
-    def _groups(self, environments: Environments, examples: int) -> Groups:
-        if isinstance(environments, Tensor):
-            return make_groups(environments, examples)
-        key = (environments, examples)
-        if self._last_groups is None or self._last_groups[0] != key:
-            self._last_groups = (key, make_groups(environments, examples))
-        return self._last_groups[1]
-
-    def _name(self, param: Tensor) -> str:
-        return self._names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+    def _require_setup(self, caller: str) -> Setup:
+        if self._setup is None:
+            raise RuntimeError(f"{caller}: expected to be used before detach()")
+        return self._setup
 
     # ---- looking at it ----
 
@@ -330,15 +251,13 @@ class Agreement:
         Raises:
             RuntimeError: with a rule and ``keep_moments=False`` they became the gradients.
         """
-        if self._model is None:
-            raise RuntimeError("moments: expected to be asked for before detach()")
-        if self._optimizer is not None:
-            return self._optimizer._moments
-        if not self._keep and not self._open:
+        self._require_setup("moments")
+        idle = self._pending.state is State.IDLE
+        if self._rule is not None and idle and not self._keep:
             raise RuntimeError(
                 "moments: expected keep_moments=True: the gradients have been written over them"
             )
-        return self._moments
+        return self._pending.moments
 
     @property
     def gram(self) -> dict[str, Tensor]:
@@ -364,9 +283,9 @@ class Agreement:
         Raises:
             RuntimeError: after :meth:`detach`.
         """
-        if self._model is None:
-            raise RuntimeError("report: expected to be called before detach()")
-        return make_report([(self._name(param), param) for param in self._params], self._records)
+        setup = self._require_setup("report")
+        named = [(setup.name(param), param) for param in setup.params]
+        return make_report(named, setup.treatments)
 
     def verify(
         self,
@@ -399,41 +318,84 @@ class Agreement:
             ValueError: ``batch`` holds no tensors, or cannot be split into the environments.
         """
         check_environments(environments)
-        if self._model is None or self._run is not None:
-            raise RuntimeError("verify: expected no context that is open, and no detach() before")
-        model, params = self._model, [p for p in self._params if p.requires_grad]
-        chosen, groups = sample(batch, self._batch_dim, environments, most)
+        setup = self._require_setup("verify")
+        if self._run is not None:
+            raise RuntimeError("verify: expected to be called outside of the context")
+        model, params = setup.model, [param for param in setup.params if param.requires_grad]
+        chosen, groups = sample(batch, setup.batch_dim, environments, most)
         trial = Agreement(
-            model, AndMask(), params, batch_dim=self._batch_dim,
-            loss_reduction=self._reduction, check_mixing=self._check_mixing, keep_moments=True,
+            model, AndMask(tau=1.0), params, batch_dim=setup.batch_dim,
+            loss_reduction=setup.reduction, check_mixing=setup.check_mixing, keep_moments=True,
         )  # fmt: skip
+        assert trial._setup is not None
 
         def losses() -> Iterator[Callable[[], Tensor]]:
             for environment in range(groups.environments):
                 members = groups.members(environment)
-                part = take(chosen, members, self._batch_dim, groups.examples)
-                factor = 1 if self._reduction == "mean" else 1 / len(members)
+                part = take(chosen, members, setup.batch_dim, groups.examples)
+                factor = 1 if setup.reduction == "mean" else 1 / len(members)
                 yield partial(_scaled_loss, loss_fn, model, part, factor)
 
         with undisturbed(model, params), torch.enable_grad():
             with trial(groups.ids):
                 loss_fn(model, chosen).backward()
-            if not self._records:  # no step yet: show what was done here
-                numbers = {id(param): number for number, param in enumerate(self._params)}
-                for number, record in trial._records.items():
-                    self._records[numbers[id(params[number])]] = record
-            names = [self._name(param) for param in params]
+            if not setup.treatments:  # no step yet: show what was done here
+                numbers = {id(param): number for number, param in enumerate(setup.params)}
+                for number, treatment in trial._setup.treatments.items():
+                    setup.treatments[numbers[id(params[number])]] = treatment
+            names = [setup.name(param) for param in params]
             return compare(names, params, trial.moments[0], losses(), tolerance)
 
     def detach(self) -> None:
         """Let go of the model, the memory of the moments and all that was learnt of the model."""
         if self._run is not None:
             raise RuntimeError("detach: expected to be called outside of the context")
-        self._model = None
-        self._optimizer, self._last_groups, self._gram = None, None, None
-        self._params, self._leaves, self._moments, self._names = [], [], [], {}
-        self._plans.clear()
-        self._records.clear()
+        if self._rule is not None:
+            self._pending.replace_moments()
+        self._setup, self._optimizer, self._gram = None, None, None
+        self._leaves = []
+
+
+def _check_rule(rule: object) -> None:
+    if not isinstance(rule, Rule):
+        got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
+        raise TypeError(
+            "optimizer_or_rule: expected an optimizer of andmask_ext.optim that takes "
+            f"environments, or a rule such as andmask_ext.AndMask(tau=0.8), but got {got}"
+        )
+    check_rule(rule)
+
+
+def _refuse_early_decay(optimizer: EnvironmentOptimizer) -> None:
+    for group in optimizer.param_groups:
+        if group.get("weight_decay") and group.get("weight_decay_mode") == "before_mask":
+            raise ValueError(
+                "optimizer_or_rule: expected an optimizer whose weight decay comes after the mask "
+                "or is decoupled, but got weight_decay_mode='before_mask', which changes the "
+                "gradient of each environment; use optimizer.environment()"
+            )
+
+
+def _check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
+    """Return the parameters to aggregate, each once.
+
+    Args:
+        params: candidates.
+        given: whether the caller has named them; otherwise those that cannot be are passed over.
+    """
+    chosen: dict[int, Tensor] = {}
+    for index, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
+        if not given and not (param.requires_grad or param.is_floating_point()):
+            continue  # quantized, and frozen for good
+        check_dtype(f"params[{index}]", param)
+        if given and not (param.is_leaf and param.requires_grad):
+            raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
+        chosen[id(param)] = param
+    if not chosen:
+        raise ValueError("params: expected at least one parameter, but got none")
+    return list(chosen.values())
 
 
 def _scaled_loss(

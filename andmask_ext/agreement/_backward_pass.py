@@ -3,88 +3,140 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
+from .._pending import PendingStep
 from ._accumulator import GradientAccumulator, Target, Treatment
 from ._constants import Constants, storage
 from ._formulas import NodeGradient, make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
-from ._groups import Environments, Groups
+from ._groups import Environments, Groups, make_groups
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
 from ._nodes import leaf
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
 
-if TYPE_CHECKING:
-    from ._agreement import Agreement
-
 _MOST_PLANS = 128
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an Agreement knows of its model, and has learnt of it in earlier contexts.
+
+    Attributes:
+        model: the model.
+        members: the ids of its modules.
+        params: the parameters whose gradients are aggregated.
+        names: names of parameters, by id.
+        batch_dim: which dimension of the model's inputs and outputs is the batch.
+        reduction: ``"mean"`` or ``"sum"``: of the loss.
+        check_mixing: as Agreement takes it.
+        plans: what to do with graphs that have been seen.
+        treatments: how each parameter was treated in the last context, by its number.
+        partitions: the last partition of a batch into equal groups, by what described it.
+    """
+
+    model: nn.Module
+    members: set[int]
+    params: list[Tensor]
+    names: dict[int, str]
+    batch_dim: int
+    reduction: str
+    check_mixing: str
+    plans: dict[Any, Plan] = field(default_factory=dict)
+    treatments: dict[int, Treatment] = field(default_factory=dict)
+    partitions: dict[Any, Groups] = field(default_factory=dict)
+
+    def name(self, param: Tensor) -> str:
+        """Return the name of a parameter, or what else tells it from others."""
+        return self.names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+
+    def groups(self, environments: Environments, examples: int) -> Groups:
+        """Return the partition of a batch; that into equal groups is kept for the next one."""
+        if isinstance(environments, Tensor):
+            return make_groups(environments, examples)
+        key = (environments, examples)
+        if key not in self.partitions:
+            groups = make_groups(environments, examples)
+            self.partitions.clear()
+            self.partitions[key] = groups
+        return self.partitions[key]
 
 
 class BackwardPass:
     """The backward passes of one context.
 
+    Args:
+        setup: what is known of the model.
+        pending: the step that the environments belong to.
+        environments: as given to the context.
+        grad_scaler: the scaler that the loss goes through.
+        gram: whether scalar products of all pairs of environments are wanted.
+
     Attributes:
-        grad_scaler: as given to the context (read by the optimizers).
+        grad_scaler: as above.
         scale: of the gradient scaler.
         started: whether any moments may have been changed.
-        targets: where the moments of each parameter are.
-        gram: whether scalar products of all pairs of environments are wanted; then
-        products: has them after the backward pass.
+        recorder: sees the calls of the model.
+        products: the scalar products, after the backward pass.
     """
 
-    targets: list[Target]
     mode: BackwardMode
 
     def __init__(
         self,
-        owner: Agreement,
+        setup: Setup,
+        pending: PendingStep,
         environments: Environments,
-        watch: ForwardRecorder,
-        constants: Constants,
         grad_scaler: torch.amp.GradScaler | None,
-        reduction: str,
-        plans: dict[Any, Plan],
-        records: dict[int, Treatment],
+        gram: bool,
     ) -> None:
-        self.watch = watch
-        self.constants = constants
         self.grad_scaler = grad_scaler
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
-        self._owner = owner
-        self._environments = environments
-        self._reduction = reduction
-        self._plans = plans
-        self._records = records
-        self._tracked = {id(param): number for number, param in enumerate(owner._params)}
-        self._session: GradientAccumulator | None = None
-        self.gram = False
+        self.recorder = ForwardRecorder(setup.members, setup.batch_dim)
+        self.constants = Constants(setup.model)
         self.products: Gramian | None = None
-        self._proof = MixingCheck(self._engine)
+        self._setup = setup
+        self._pending = pending
+        self._environments = environments
+        self._gram = gram
+        self._tracked = {id(param): number for number, param in enumerate(setup.params)}
+        self._targets: list[Target] = []
+        self._accumulator: GradientAccumulator | None = None
+        self._mixing = MixingCheck(self._engine)
         self._inner = 0  # backward passes inside this one
         self._outer: Any = None  # the key of the plan of the outer one
         self._groups: Groups | None = None
         self._passes = 0
         self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
 
+    def open(self) -> None:
+        """Find the moments of each parameter, once the step is open to this context."""
+        places = [self._pending.slots[id(param)] for param in self._setup.params]
+        self._targets = [
+            Target(param, self._pending.moments[group], index)
+            for param, (group, index) in zip(self._setup.params, places, strict=True)
+        ]
+
     def close(self) -> None:
         """Let go of everything."""
         self.constants.forget()
-        del self.mode, self._proof
+        del self.mode, self._mixing
 
     def receive(self, param: Tensor) -> None:
-        """Complain of a gradient that came without us (called by hooks of the optimizers)."""
+        """Raise: a backward pass outside of this context's control produced a gradient."""
         if self._dropping:
             return
         raise RuntimeError(
-            f"Agreement: {self._owner._name(param)} received a gradient from a backward pass that "
+            f"Agreement: {self._setup.name(param)} received a gradient from a backward pass that "
             "was not seen; expected loss.backward() in the thread of the context"
         )
 
@@ -110,12 +162,12 @@ class BackwardPass:
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
         """Run a backward pass: plain gradients for what is not tracked, moments for the rest."""
         graph = Graph([_node(root) for root in roots], self._tracked)
-        if self._proof.running:
-            self._proof.inner_pass(graph, roots, grads)
-        elif self._session is not None:  # inside another: reentrant checkpointing
+        if self._mixing.running:
+            self._mixing.inner_pass(graph, roots, grads)
+        elif self._accumulator is not None:  # inside another: reentrant checkpointing
             self._inner += 1
             plan = self._plan(graph, self._inner)
-            self._pass(graph, plan, roots, grads, retain_graph, self._session)
+            self._pass(graph, plan, roots, grads, retain_graph, self._accumulator)
         else:
             self._outer_pass(graph, roots, grads, retain_graph)
 
@@ -123,32 +175,28 @@ class BackwardPass:
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
         refuse_compiled(graph)
-        if self.gram and self._passes:
+        if self._gram and self._passes:
             raise RuntimeError(
                 "Agreement: expected one backward pass in a context with gram=True, but got another"
             )
-        for target in self.targets:
+        for target in self._targets:
             if target.param._backward_hooks:
                 raise RuntimeError(
-                    f"Agreement: {self._owner._name(target.param)} has a hook "
+                    f"Agreement: {self._setup.name(target.param)} has a hook "
                     "(Tensor.register_hook), which would have to change the gradient of each "
                     "environment; remove it, or use andmask_ext.backward"
                 )
         groups = self._groups = self._make_groups()
         if groups.environments > 1:
             self._refuse_batch_norms()
-        self.watch.paused = True
+        self.recorder.paused = True
         try:
             self._paused_pass(graph, groups, roots, grads, retain_graph)
         finally:
-            self.watch.paused = False
-        self.watch.passed()
+            self.recorder.paused = False
+        self.recorder.passed()
         self.constants.forget()
-        for moments in {id(t.moments): t.moments for t in self.targets}.values():
-            moments.end_environments(groups.environments)
-        optimizer = self._owner._optimizer
-        if optimizer is not None:
-            optimizer._environments += groups.environments
+        self._pending.add_environments(groups.environments)
         self._passes += 1
 
     def _paused_pass(
@@ -162,20 +210,20 @@ class BackwardPass:
         plan = self._plan(graph)
         self._inner = 0
         weights, products = self._weights(groups), None
-        if self.gram or any(target.moments.tracks_norms for target in self.targets):
-            products = Gramian(self.gram, groups, weights)
-        session = GradientAccumulator(
-            self.targets, groups, weights, plan.deferred, self._records, products
+        if self._gram or any(target.moments._tracks_norms for target in self._targets):
+            products = Gramian(self._gram, groups, weights)
+        accumulator = GradientAccumulator(
+            self._targets, groups, weights, plan.deferred, self._setup.treatments, products
         )
-        self._session = session
+        self._accumulator = accumulator
         self.started = True
         others = [leaf(graph.nodes[index]) for index in plan.leaves]
         before = [other.grad for other in others]
         try:
             for other in others:
                 other.grad = None
-            self._pass(graph, plan, roots, grads, retain_graph, session)
-            session.finish()
+            self._pass(graph, plan, roots, grads, retain_graph, accumulator)
+            accumulator.finish()
             if products is not None:
                 self._take(products)
         except BaseException:
@@ -183,7 +231,7 @@ class BackwardPass:
                 other.grad = grad
             raise
         finally:
-            self._session = None
+            self._accumulator = None
         for other, grad in zip(others, before, strict=True):
             if grad is not None:  # not in place: the context may still fail
                 other.grad = grad if other.grad is None else grad + other.grad
@@ -191,19 +239,19 @@ class BackwardPass:
     def _take(self, products: Gramian) -> None:
         self.products = products
         for number, found in products.found.items():
-            target = self.targets[number]
+            target = self._targets[number]
             norms = found.diagonal() if products.pairs else found
-            target.moments.add_squared_norm(target.index, norms.sum())
+            target.moments._add_squared_norm(target.index, norms.sum())
 
     def _make_groups(self) -> Groups:
-        environments, sizes = self._environments, self.watch.sizes
+        environments, sizes = self._environments, self.recorder.sizes
         if isinstance(environments, Tensor):
             if sizes and environments.shape[0] not in sizes:
                 raise ValueError(
                     "environments: expected one id for each example of the batch, of "
                     f"{', '.join(map(str, sorted(sizes)))}, but got {environments.shape[0]}"
                 )
-            return self._owner._groups(environments, environments.shape[0])
+            return self._setup.groups(environments, environments.shape[0])
         if not sizes:
             raise RuntimeError(
                 "Agreement: expected the model to be called inside the context, before backward: "
@@ -217,10 +265,10 @@ class BackwardPass:
                 "int64 tensor"
             )
         (examples,) = sizes
-        return self._owner._groups(environments, examples)
+        return self._setup.groups(environments, examples)
 
     def _weights(self, groups: Groups) -> list[float]:
-        factor = (groups.examples if self._reduction == "mean" else 1.0) / self.scale
+        factor = (groups.examples if self._setup.reduction == "mean" else 1.0) / self.scale
         if groups.size is not None:
             return [factor / groups.size]
         return [factor / size for size in groups.sizes.tolist()]
@@ -232,12 +280,12 @@ class BackwardPass:
             graph: of a backward pass.
             inner: 0, or its number among the backward passes inside this one.
         """
-        groups, check_mixing = self._groups, self._owner._check_mixing
+        groups, check_mixing = self._groups, self._setup.check_mixing
         assert groups is not None
         signature = graph.structure(groups.examples, check_mixing != "once")
         structure = (signature, inner, groups.environments, groups.examples)
-        sizes = tuple(tensor.shape for tensor in self.watch.inputs)
-        known = {} if check_mixing == "always" else self._plans
+        sizes = tuple(tensor.shape for tensor in self.recorder.inputs)
+        known = {} if check_mixing == "always" else self._setup.plans
         plan = known.get((structure, sizes)) if sizes else None
         if plan is not None and plan.fits(graph, groups.examples):
             if not inner:
@@ -252,34 +300,33 @@ class BackwardPass:
                 nodes = set(graph.nodes)
                 anchors = [
                     one
-                    for one in self.watch.anchors(groups.examples)
+                    for one in self.recorder.anchors(groups.examples)
                     if check_mixing != "never" and one.grad_fn in nodes
                 ]
-                self.constants.data = {storage(one) for one in self.watch.inputs}
+                self.constants.data = {storage(one) for one in self.recorder.inputs}
                 probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
-                self._proof.find(graph, probe, anchors, self.watch.batch_dim, groups)
-            evidence = self._proof.evidence(inner)
+                self._mixing.find(graph, probe, anchors, self.recorder.batch_dim, groups)
+            evidence = self._mixing.evidence(inner)
             plan = make_plan(graph, groups, evidence, self.constants, check_mixing != "never")
         if not inner:
             self._outer = structure, sizes
         if plan.certain:
-            self._plans.setdefault(structure, plan)
+            self._setup.plans.setdefault(structure, plan)
             if sizes:
-                self._plans[structure, sizes] = plan
+                self._setup.plans[structure, sizes] = plan
         elif inner:
-            self._plans.pop(self._outer, None)
-        while len(self._plans) > _MOST_PLANS:
-            self._plans.pop(next(iter(self._plans)))
+            self._setup.plans.pop(self._outer, None)
+        while len(self._setup.plans) > _MOST_PLANS:
+            self._setup.plans.pop(next(iter(self._setup.plans)))
         return plan
 
     def _refuse_batch_norms(self) -> None:
-        modules = self.watch.batch_norms
-        model = self._owner._model
-        if not modules or model is None:
+        modules = self.recorder.batch_norms
+        if not modules:
             return
         names = [
             f"{name or 'the model'} ({type(module).__name__})"
-            for name, module in model.named_modules()
+            for name, module in self._setup.model.named_modules()
             if any(module is one for one in modules)
         ]
         raise RuntimeError(
@@ -295,14 +342,14 @@ class BackwardPass:
         roots: list[Tensor],
         grads: list[Tensor],
         retain_graph: bool,
-        session: GradientAccumulator,
+        accumulator: GradientAccumulator,
     ) -> None:
         handles = []
         for consumer in plan.consumers:
             node = graph.nodes[consumer.index]
             for operand in consumer.operands:
-                session.expect(operand.params)
-            handles.append(node.register_prehook(self._hook(graph, consumer, node, session)))
+                accumulator.expect(operand.params)
+            handles.append(node.register_prehook(self._hook(graph, consumer, node, accumulator)))
         inputs: list[Any] = [GradientEdge(graph.nodes[c.index], 0) for c in plan.consumers]
         inputs += [leaf(graph.nodes[index]) for index in plan.leaves]
         if not inputs:
@@ -316,7 +363,7 @@ class BackwardPass:
                 handle.remove()
 
     def _hook(
-        self, graph: Graph, consumer: Consumer, node: Node, session: GradientAccumulator
+        self, graph: Graph, consumer: Consumer, node: Node, accumulator: GradientAccumulator
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         groups = self._groups
         assert groups is not None
@@ -332,7 +379,7 @@ class BackwardPass:
                 )
             for operand in consumer.operands:
                 use = None if none else make_contribution(at, consumer.name, operand)
-                session.add(use, operand, graph)
+                accumulator.add(use, operand, graph)
 
         return hook
 

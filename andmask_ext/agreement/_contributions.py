@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._dtypes import wide_dtype
 from ._groups import Groups, make_groups
-from ._layout import Layout, wide_dtype
+from ._layout import Layout
 
 
 class Contribution:

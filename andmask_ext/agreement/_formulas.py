@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .._dtypes import wide_dtype
 from ._contributions import (
     Contribution,
     Convolution,
@@ -23,7 +24,7 @@ from ._contributions import (
 )
 from ._graph import Operand
 from ._groups import Groups
-from ._layout import Layout, environment_sum, wide_dtype
+from ._layout import Layout, environment_sum
 from ._nodes import aside, call_node, saved
 
 _NO_PADDING = (2**64 - 1, -1)

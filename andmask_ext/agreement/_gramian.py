@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .._dtypes import wide_dtype
 from .._norms import squared_norms
 from ._contributions import Outer, add_up
 from ._groups import Groups
-from ._layout import wide_dtype
 
 # Of one parameter, the gradients of so many environments are held at once as fit into this. More
 # have to be made again for every other part, and then it is the time that grows.

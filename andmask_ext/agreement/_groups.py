@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .._dtypes import dtype_name
+
 Environments = int | Tensor | None
 
 
@@ -127,7 +129,7 @@ def check_environments(environments: object) -> None:
     if environments.dtype != torch.int64 or environments.dim() != 1:
         raise TypeError(
             "environments: expected an int64 tensor [examples], "
-            f"but got {str(environments.dtype).removeprefix('torch.')} "
+            f"but got {dtype_name(environments.dtype)} "
             f"of shape {tuple(environments.shape)}"
         )
     if len(environments) == 0 or int(environments.min()) < 0:

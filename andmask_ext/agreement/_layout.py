@@ -9,12 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._dtypes import wide_dtype
 from ._groups import Groups
-
-
-def wide_dtype(tensor: Tensor) -> torch.dtype:
-    """Return the dtype that sums of a tensor are taken in."""
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import check_bool, check_tau
 from ..agreement import Agreement
-from ..reference import vote_threshold
+from ..rules._threshold import vote_threshold
 from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]
@@ -59,7 +59,7 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
                 "agreement, but none was reached"
             )
     else:
-        products = [_gram(one) for one in stacked_of(grads)]
+        products = [_gram(param_grads) for param_grads in stacked_of(grads)]
     device = products[0].device
     total = products[0].clone()
     for product in products[1:]:
@@ -165,14 +165,14 @@ def gradient_correlation(
     whole = _means_and_votes(entries)
     correlations, coordinates = {}, {}
     for name, signal in signals.items():
-        others = entries_of(signal, f"signals[{name!r}]")
-        if others.keys != entries.keys:
+        signal_entries = entries_of(signal, f"signals[{name!r}]")
+        if signal_entries.keys != entries.keys:
             raise ValueError(
                 f"signals[{name!r}]: expected gradients for the parameters of grads, in their "
-                f"order ({entries.keys}), but got {others.keys}"
+                f"order ({entries.keys}), but got {signal_entries.keys}"
             )
-        other = _means_and_votes(others)
-        shapes, expected = ([one.shape for one in m.means] for m in (other, whole))
+        signal_means = _means_and_votes(signal_entries)
+        shapes, expected = ([m.shape for m in means.means] for means in (signal_means, whole))
         if shapes != expected:
             raise ValueError(
                 f"signals[{name!r}]: expected gradients for parameters of shapes "
@@ -181,11 +181,11 @@ def gradient_correlation(
         results = [
             _pearson(
                 whole.masked(tau, xor),
-                other.masked(tau, xor) if mask_signals else other.means,
+                signal_means.masked(tau, xor) if mask_signals else signal_means.means,
             )
             for tau in thresholds
         ]
-        correlations[name] = torch.stack([one for one, _ in results])
+        correlations[name] = torch.stack([correlation for correlation, _ in results])
         coordinates[name] = torch.stack([count for _, count in results])
     return GradientCorrelation(
         torch.tensor(thresholds, dtype=torch.float64, device=whole.means[0].device),
@@ -211,17 +211,17 @@ class _Means:
 
 def _means_and_votes(entries: Entries) -> _Means:
     moments = entries.with_kinds("votes")
-    means = [one.double() / entries.environments for one in without_none(moments.sum)]
+    means = [total.double() / entries.environments for total in without_none(moments.sum)]
     return _Means(entries.environments, means, without_none(moments.votes))
 
 
 def _pearson(first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Return the correlation over coordinates where neither is zero, and how many there are."""
     device = first[0].device
-    x, y = (torch.cat([one.flatten().to(device) for one in many]) for many in (first, second))
+    x, y = (torch.cat([part.flatten().to(device) for part in side]) for side in (first, second))
     both = (x != 0) & (y != 0)
     count = both.sum()
-    x, y = (torch.where(both, one - (one * both).sum() / count, 0.0) for one in (x, y))
+    x, y = (torch.where(both, side - (side * both).sum() / count, 0.0) for side in (x, y))
     correlation = (x * y).sum() / (x.square().sum().sqrt() * y.square().sum().sqrt())
     enough = (count >= 2) & (x != 0).any() & (y != 0).any()
     return torch.where(enough, correlation.clamp(-1, 1), torch.nan), count

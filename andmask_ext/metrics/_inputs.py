@@ -40,7 +40,8 @@ class Entries:
         """Return moments of the entries; of stacked gradients they are computed, in one pass."""
         if self.moments is None:
             assert self.stacked is not None
-            moments = Moments([_row(grads) for grads in self.stacked], kinds)
+            # The gradient of one environment stands in for the parameter.
+            moments = Moments([grads[0] for grads in self.stacked], kinds)
             moments.add_stacked(self.stacked)
             return moments
         for kind in kinds:
@@ -54,12 +55,10 @@ class Entries:
     def histograms(self) -> tuple[Tensor, Tensor]:
         """Return counts and squares, ``[entries, environments + 1]``, on the first device."""
         if self.stacked is not None:
-            found = [torch.ops.andmask.vote_histogram.default(grads) for grads in self.stacked]
-            device = found[0][0].device
-            counts, squares = (
-                torch.stack([one[part].to(device) for one in found]) for part in (0, 1)
-            )
-            return counts, squares
+            pairs = [torch.ops.andmask.vote_histogram.default(grads) for grads in self.stacked]
+            device = self.stacked[0].device
+            counts = torch.stack([count.to(device) for count, _ in pairs])
+            return counts, torch.stack([square.to(device) for _, square in pairs])
         moments = self.with_kinds("votes")
         return vote_histograms(
             without_none(moments.sum), without_none(moments.votes), self.environments
@@ -75,18 +74,18 @@ def vote_histograms(sums: list[Tensor], votes: list[Tensor], count: int) -> tupl
     """Call the op on lists that may lie on several devices; the results lie on the first one."""
     groups = by_device(sums)
     if len(groups) == 1:
-        one: tuple[Tensor, Tensor] = torch.ops.andmask._vote_histograms.default(sums, votes, count)
-        return one
-    results: list[list[Tensor]] = [[], []]
+        pair: tuple[Tensor, Tensor] = torch.ops.andmask._vote_histograms.default(sums, votes, count)
+        return pair
+    device = sums[0].device
+    all_counts, all_squares = [], []
     for places in groups:
-        found = torch.ops.andmask._vote_histograms.default(
+        counts, squares = torch.ops.andmask._vote_histograms.default(
             [sums[place] for place in places], [votes[place] for place in places], count
         )
-        for part, result in zip(found, results, strict=True):
-            result.append(part.to(sums[0].device))
-    order = torch.tensor([place for places in groups for place in places]).argsort()
-    counts, squares = (torch.cat(result)[order.to(result[0].device)] for result in results)
-    return counts, squares
+        all_counts.append(counts.to(device))
+        all_squares.append(squares.to(device))
+    order = torch.tensor([place for places in groups for place in places]).argsort().to(device)
+    return torch.cat(all_counts)[order], torch.cat(all_squares)[order]
 
 
 def entries_of(grads: Gradients, name: str = "grads") -> Entries:
@@ -97,12 +96,12 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
         ValueError: there are none, or entries differ in the number of environments.
     """
     if isinstance(grads, Moments):
-        if grads.count == 0 or not grads.touched:
+        if grads.count == 0 or not grads._touched:
             raise ValueError(
                 f"{name}: expected moments of at least 1 environment that has touched a parameter, "
                 f"but got {grads}"
             )
-        places = grads.touched
+        places = grads._touched
         return Entries(grads.count, None, grads, places, _in_places(places, len(grads.sum)))
     if isinstance(grads, Tensor):
         check_grads(grads, name)
@@ -112,7 +111,7 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
         labelled = [(f"{name}[{key!r}]", grads[key]) for key in keys]
     elif isinstance(grads, Sequence) and not isinstance(grads, str):
         keys = []
-        labelled = [(f"{name}[{index}]", one) for index, one in enumerate(grads)]
+        labelled = [(f"{name}[{index}]", entry) for index, entry in enumerate(grads)]
     else:
         hint = "; its moments are in .moments" if hasattr(type(grads), "moments") else ""
         raise TypeError(
@@ -121,16 +120,16 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
         )
     if not labelled:
         raise ValueError(f"{name}: expected gradients of at least 1 parameter, but got none")
-    for label, one in labelled:
-        check_grads(one, label)
+    for label, entry in labelled:
+        check_grads(entry, label)
     first_label, first = labelled[0]
-    for label, one in labelled:
-        if one.shape[0] != first.shape[0]:
+    for label, entry in labelled:
+        if entry.shape[0] != first.shape[0]:
             raise ValueError(
                 f"{label}: expected {first.shape[0]} environments (dim 0), as {first_label} has, "
-                f"but got {one.shape[0]}"
+                f"but got {entry.shape[0]}"
             )
-    stacked = [one.detach() for _, one in labelled]
+    stacked = [entry.detach() for _, entry in labelled]
     if isinstance(grads, Mapping):
         return Entries(
             first.shape[0], stacked, None, keys, lambda values: dict(zip(keys, values, strict=True))
@@ -150,16 +149,11 @@ def stacked_of(grads: object, name: str = "grads") -> list[Tensor]:
     return stacked
 
 
-def _row(grads: Tensor) -> Tensor:
-    """Return a stand-in for the parameter of stacked gradients."""
-    return grads[0]
-
-
 def _in_places(places: list[int], size: int) -> Callable[[Sequence[Any]], list[Any]]:
     def like(values: Sequence[Any]) -> list[Any]:
-        found: list[Any] = [None] * size
+        filled: list[Any] = [None] * size
         for place, value in zip(places, values, strict=True):
-            found[place] = value
-        return found
+            filled[place] = value
+        return filled
 
     return like

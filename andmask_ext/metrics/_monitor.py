@@ -10,27 +10,13 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
-from .._observers import Observer
+from .._pending import Group, Observer
 from ..agreement import Agreement
-from ..moments import Moments
-from ..optim import TemporalAndMaskAdam
-from ..optim._base import EnvironmentOptimizer
-from ..reference import vote_threshold
-from ..rules import AgreementSum, Rule
-from ._inputs import vote_histograms, without_none
-from ._signal import squared_norm
-from ._votes import noise_kept_fraction
+from ..optim import EnvironmentOptimizer, TemporalAndMaskAdam
+from ._record import METRICS, make_record
 
 __all__ = ["Monitor"]
 
-METRICS = (
-    "sign_agreement",
-    "kept_fraction",
-    "noise_kept_fraction",
-    "norm",
-    "masked_norm",
-    "coherence",
-)
 _ALL = "all"  # in the place of a parameter's name
 
 
@@ -55,7 +41,7 @@ class Monitor(Observer):
     In the steps between nothing is done. In those recorded, one pass is made over sums and votes,
     and the squared norm of each environment's gradient is taken (``coherence=False``: not). Results
     stay on the device of the parameters: nothing waits for it. The source keeps its monitor, until
-    :meth:`close`.
+    :meth:`detach`.
 
     To watch plain training, train with ``AndMask(tau=0.0)``, which is the mean, and say what would
     be kept: ``Monitor(optimizer, tau=0.8)``.
@@ -109,7 +95,7 @@ class Monitor(Observer):
         check_bool("coherence", coherence)
         known: dict[int, str] = {}
         if isinstance(source, Agreement):
-            known = source._names
+            known = source._require_setup("Monitor").names
             if source._optimizer is not None:
                 source = source._optimizer
         elif not isinstance(source, EnvironmentOptimizer):
@@ -130,7 +116,7 @@ class Monitor(Observer):
         self.names: list[str] = []
         # Of each record: metric -> one value for each parameter, and one for all.
         self._records: list[dict[str, Tensor]] = []
-        source._observers.append(self)
+        source._pending.add_observer(self)
 
     def __repr__(self) -> str:
         return (
@@ -138,11 +124,11 @@ class Monitor(Observer):
             f"{_number(len(self.names), 'parameter')}, every {_number(self._every, 'step')})"
         )
 
-    def close(self) -> None:
+    def detach(self) -> None:
         """Stop recording. What has been recorded stays."""
         source = self._source()
-        if source is not None and self in source._observers:
-            source._observers.remove(self)
+        if source is not None:
+            source._pending.remove_observer(self)
 
     # ---- what the source calls ----
 
@@ -150,7 +136,7 @@ class Monitor(Observer):
         return self._coherence and self._step % self._every == 0
 
     @torch.no_grad()
-    def end(self, groups: Sequence[tuple[list[Tensor], Moments, Rule]]) -> None:
+    def end(self, groups: Sequence[Group]) -> None:
         step, self._step = self._step, self._step + 1
         if step % self._every:
             return
@@ -158,10 +144,7 @@ class Monitor(Observer):
         if self._records and names != self.names:
             self._rename(names)
         self.names = names
-        measured = [
-            self._measure(moments, rule) if moments.touched else {} for _, moments, rule in groups
-        ]
-        self._records.append(_joined(groups, measured))
+        self._records.append(make_record(groups, self._tau, self._coherence))
         self.steps.append(step)
 
     def _rename(self, names: list[str]) -> None:
@@ -184,45 +167,6 @@ class Monitor(Observer):
             for number, params in enumerate(groups)
             for index, param in enumerate(params)
         ]
-
-    def _measure(self, moments: Moments, rule: Rule) -> dict[str, Tensor]:
-        """Return sums over the coordinates of each touched parameter, as far as they are known."""
-        count = moments.count
-        sums = without_none(moments.sum)
-        tau = _tau_of(rule) if self._tau is None else self._tau
-        found: dict[str, Tensor] = {}
-        if "votes" in moments.kinds:
-            counts, squares = vote_histograms(sums, without_none(moments.votes), count)
-            threshold = vote_threshold(tau, count)
-            steps = torch.arange(count + 1, dtype=torch.float64, device=counts.device)
-            together = squares.sum(1)
-            found["sizes"] = counts.sum(1).double()
-            found["agreement"] = counts.double() @ (steps / count)
-            found["kept"] = counts[:, threshold:].sum(1).double()
-            found["noise"] = found["sizes"] * noise_kept_fraction(count, tau)
-            # The mask multiplies: what is not finite shows under it too.
-            found["masked"] = (squares[:, threshold:].sum(1) + together * 0) / count**2
-        else:
-            device = sums[0].device
-            together = torch.stack([squared_norm(one).to(device) for one in sums])
-        found["mean"] = together / count**2
-        apart = self._apart(moments, together)
-        if apart is not None:
-            found["together"], found["apart"] = together, apart
-        return found
-
-    def _apart(self, moments: Moments, together: Tensor) -> Tensor | None:
-        if not self._coherence:
-            return None
-        norms, device = moments.squared_norms, together.device
-        if norms is not None:
-            return torch.stack([one.to(device) for one in without_none(norms)])
-        if "squares" not in moments.kinds:  # a state from elsewhere was loaded half-way
-            return None
-        deviations = [
-            one.sum(dtype=torch.float64).to(device) for one in without_none(moments.squares)
-        ]
-        return torch.stack(deviations) + together / moments.count
 
     # ---- looking at it ----
 
@@ -326,83 +270,36 @@ class Monitor(Observer):
             ValueError: they are of other parameters.
         """
         source = self._source()
-        groups: list[list[Tensor]] = []
-        if isinstance(source, Agreement):
-            groups = [source._params]
-        elif source is not None:
-            groups = [group["params"] for group in source.param_groups]
-        own = self._names(groups)
-        if state["names"] and source is not None and state["names"] != own:
+        groups = [] if source is None else source._rules()
+        expected = self._names([params for params, _ in groups])
+        if state["names"] and source is not None and state["names"] != expected:
             raise ValueError(
-                f"state: expected records of {_number(len(own))} ({_some(own)}), but got "
-                f"{_number(len(state['names']))} ({_some(state['names'])})"
+                f"state: expected records of {_number(len(expected))} ({_listed(expected)}), "
+                f"but got {_number(len(state['names']))} ({_listed(state['names'])})"
             )
         self._step, self._written = state["step"], state["written"]
         self.steps, self.names = list(state["steps"]), list(state["names"])
         self._records = [dict(record) for record in state["records"]]
 
 
-_SUMS = ("sizes", "agreement", "kept", "noise", "mean", "masked", "together", "apart")
-
-
-def _joined(
-    groups: Sequence[tuple[list[Tensor], Moments, Rule]], measured: Sequence[dict[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Return the metrics of each parameter, and of all that have them."""
-    devices = [found["mean"].device for found in measured if found]
-    device = devices[0] if devices else groups[0][0][0].device
-    nothing = torch.full((1,), torch.nan, dtype=torch.float64, device=device)
-    sums = {}
-    for name in _SUMS:
-        parts = []
-        total = torch.zeros(1, dtype=torch.float64, device=device)
-        for (params, moments, _), found in zip(groups, measured, strict=True):
-            if name not in found:
-                parts += [nothing] * len(params)
-                continue
-            values = found[name].to(device)
-            total += values.sum()
-            if len(moments.touched) == len(params):
-                parts.append(values)
-                continue
-            there_ = dict(zip(moments.touched, values.split(1), strict=True))
-            parts += [there_.get(index, nothing) for index in range(len(params))]
-        lacking = any(found and name not in found for found in measured)
-        if not any(name in found for found in measured) or (lacking and name == "apart"):
-            total = nothing
-        sums[name] = torch.cat([*parts, total])
-    return {
-        "sign_agreement": sums["agreement"] / sums["sizes"],
-        "kept_fraction": sums["kept"] / sums["sizes"],
-        "noise_kept_fraction": sums["noise"] / sums["sizes"],
-        "norm": sums["mean"].sqrt(),
-        "masked_norm": sums["masked"].sqrt(),
-        "coherence": sums["together"] / sums["apart"],
-    }
-
-
 def _by_id(names: object) -> dict[int, str]:
     pairs = names.items() if isinstance(names, Mapping) else names
-    found = {}
+    by_id = {}
     try:
         for name, param in pairs:  # type: ignore[attr-defined]
             if not isinstance(name, str) or not isinstance(param, Tensor):
                 raise TypeError
-            found[id(param)] = name
+            by_id[id(param)] = name
     except (TypeError, ValueError):
         raise TypeError(
             "names: expected pairs of name and parameter, as model.named_parameters(), "
             f"but got {type(names).__name__}"
         ) from None
-    return found
+    return by_id
 
 
-def _some(names: Sequence[str]) -> str:
+def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _tau_of(rule: Rule) -> float:
-    return 1.0 if isinstance(rule, AgreementSum) else float(getattr(rule, "tau", 0.0))
 
 
 def _number(count: int, of: str = "parameter") -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._checks import check_bool
+from .._dtypes import wide_dtype
+from .._norms import squared_norm
+from ..moments import Moments
 from ._inputs import Entries, Gradients, entries_of, without_none
 
 __all__ = ["coherence", "signal_to_noise"]
@@ -75,7 +79,7 @@ def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
 
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
-            :class:`andmask_ext.Moments` with squares, or whose ``track_norms`` was set.
+            :class:`andmask_ext.Moments` with squares, or with ``"norms"`` among its kinds.
         per_parameter: return one value for each parameter instead of one for all.
 
     Returns:
@@ -96,43 +100,50 @@ def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
     """
     check_bool("per_parameter", per_parameter)
     entries = entries_of(grads)
-    together, apart = _squared_norms(entries)
+    norm_of_sum, sum_of_norms = _squared_norms(entries)
     if per_parameter:
-        return entries.like([one / other for one, other in zip(together, apart, strict=True)])
-    device = together[0].device
-    return _total(together, device) / _total(apart, device)
+        return entries.like([a / b for a, b in zip(norm_of_sum, sum_of_norms, strict=True)])
+    device = norm_of_sum[0].device
+    return _total(norm_of_sum, device) / _total(sum_of_norms, device)
 
 
-def squared_norm(tensor: Tensor) -> Tensor:
-    """Return the sum of squares, a 0-dim float64 tensor. Nothing overflows but float64 itself."""
-    parts = (tensor,) if tensor.is_cuda else tensor.flatten().split(_CHUNK)  # widened in cache
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
-    return torch.stack(norms).square().sum()
+def squared_norms_of(tensors: list[Tensor]) -> list[Tensor]:
+    """Return squared norms that only float64 itself limits, one 0-dim tensor for each."""
+    return [squared_norm(tensor, torch.float64) for tensor in tensors]
+
+
+def sums_of_squared_norms(moments: Moments, norm_of_sum: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return ``sum_e |g_e|^2`` of each touched parameter; None: moments do not know it.
+
+    Args:
+        moments: with norms, or with squares.
+        norm_of_sum: ``|sum_e g_e|^2`` of each.
+    """
+    if moments.squared_norms is not None:
+        return without_none(moments.squared_norms)
+    if "squares" not in moments.kinds:
+        return None
+    return [
+        deviations.sum(dtype=torch.float64) + total.to(deviations.device) / moments.count
+        for deviations, total in zip(without_none(moments.squares), norm_of_sum, strict=True)
+    ]
 
 
 def _squared_norms(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
     """Return ``|sum_e g_e|^2`` and ``sum_e |g_e|^2`` of each parameter."""
     if entries.stacked is not None:
-        wide = [
-            grads.sum(0, dtype=torch.float64 if grads.dtype == torch.float64 else torch.float32)
-            for grads in entries.stacked
-        ]
-        return [squared_norm(one) for one in wide], [squared_norm(g) for g in entries.stacked]
+        sums = [grads.sum(0, dtype=wide_dtype(grads)) for grads in entries.stacked]
+        return squared_norms_of(sums), squared_norms_of(entries.stacked)
     moments = entries.moments
     assert moments is not None
-    together = [squared_norm(one) for one in without_none(moments.sum)]
-    norms = moments.squared_norms
-    if norms is not None:
-        return together, without_none(norms)
-    if "squares" not in moments.kinds:
+    norm_of_sum = squared_norms_of(without_none(moments.sum))
+    sum_of_norms = sums_of_squared_norms(moments, norm_of_sum)
+    if sum_of_norms is None:
         raise ValueError(
-            f"grads: expected moments with squares, or with track_norms set, but got {moments}"
+            "grads: expected moments with squares, or with norms (kinds=(..., 'norms'), or a "
+            f"Monitor of every step), but got {moments}"
         )
-    squares = [one.sum(dtype=torch.float64) for one in without_none(moments.squares)]
-    return together, [
-        deviation + one / entries.environments
-        for deviation, one in zip(squares, together, strict=True)
-    ]
+    return norm_of_sum, sum_of_norms
 
 
 def _sums_and_squares(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
@@ -141,7 +152,7 @@ def _sums_and_squares(entries: Entries) -> tuple[list[Tensor], list[Tensor]]:
         return without_none(moments.sum), without_none(moments.squares)
     sums, squares = [], []
     for grads in entries.stacked:
-        wide = grads if grads.dtype == torch.float64 else grads.float()
+        wide = grads.to(wide_dtype(grads))
         sums.append(wide.sum(0))
         columns = wide.reshape(len(grads), -1).split(max(1, _CHUNK // len(grads)), 1)
         variances = torch.cat([part.double().var(0, correction=0) for part in columns])
@@ -155,4 +166,4 @@ def _ratio(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def _total(values: list[Tensor], device: torch.device) -> Tensor:
-    return torch.stack([one.to(device) for one in values]).sum()
+    return torch.stack([value.to(device) for value in values]).sum()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -12,8 +11,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
-from ..moments import Moments
-from ..reference import vote_threshold
+from ..rules._threshold import vote_threshold
 from ._inputs import Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = [
@@ -21,6 +19,7 @@ __all__ = [
     "VoteHistogram",
     "kept_fraction",
     "noise_kept_fraction",
+    "noise_kept_probability",
     "noise_votes",
     "sign_agreement",
     "tau_curve",
@@ -71,8 +70,7 @@ def sign_agreement(grads: Gradients) -> Any:
 def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) -> Any:
     r"""Return the share of coordinates that the AND-mask keeps.
 
-    Compare it with :func:`noise_kept_fraction`: what is kept of gradients that are nothing but
-    noise.
+    Compare it with :func:`noise_kept_fraction`: what is kept if the signs are noise.
 
     Args:
         grads: as for :func:`sign_agreement`.
@@ -105,25 +103,52 @@ def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) 
     return _kept(counts.sum(0), tau)
 
 
-def noise_kept_fraction(environments: int | Stacked, tau: float) -> Any:
-    r"""Return the share of coordinates that the AND-mask keeps of pure noise.
+def noise_kept_probability(environments: int, tau: float) -> float:
+    r"""Return the probability that the AND-mask keeps a coordinate of pure noise.
 
     Signs that are independent and fair make votes binomial: the chance that
-    :math:`|\mathrm{votes}| \ge \tau d`. Exact up to rounding. This is the level that a measured
-    :func:`kept_fraction` has to stand out from; it decays exponentially with the environments.
-
-    Environments whose gradient is exactly zero cast no vote but count in d. Where there are many,
-    as in a layer before or after a ReLU with one example in each environment, noise passes far
-    less often than the binomial level of d votes says. Pass the gradients, and the level is that
-    of *their* zeros: the share that would be kept on average if every other sign were drawn anew.
+    :math:`|\mathrm{votes}| \ge \tau d`. Exact up to rounding. A measured :func:`kept_fraction` has
+    to stand out from this level; it decays exponentially with the environments.
 
     Args:
-        environments: their number d; or stacked gradients, a tensor ``[d, *shape]`` or a dict or
-            list of them.
+        environments: their number d, each with a gradient that is not zero. Where some are zero,
+            see :func:`noise_kept_fraction`.
+        tau: agreement threshold in [0, 1].
+
+    Raises:
+        TypeError: ``environments`` is not an int, or ``tau`` not a number.
+        ValueError: ``environments`` is not positive, or ``tau`` lies outside [0, 1].
+
+    Example:
+        >>> import andmask_ext as am
+        >>> [round(am.metrics.noise_kept_probability(d, 0.4), 5) for d in (4, 16, 80)]
+        [0.625, 0.07681, 0.00045]
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021,
+        proposition 2 (appendix A.3), of which this is the probability.
+    """
+    check_tau(tau)
+    _check_environments(environments)
+    return _noise_level(environments, vote_threshold(tau, environments))
+
+
+def noise_kept_fraction(grads: Stacked, tau: float) -> Tensor:
+    """Return the share of coordinates that the AND-mask would keep if all signs were noise.
+
+    It is the average if the sign of each gradient that is not zero were drawn anew.
+
+    Environments whose gradient is exactly zero cast no vote but count in d. Where there are many,
+    as in a layer before or after a ReLU with one example in each environment, noise is kept far
+    less often than :func:`noise_kept_probability` of d environments says.
+
+    Args:
+        grads: stacked gradients of d environments: a tensor ``[d, *shape]``, or a dict or list of
+            them.
         tau: agreement threshold in [0, 1].
 
     Returns:
-        A float; of gradients a 0-dim float64 tensor, NaN where there are no coordinates.
+        A 0-dim float64 tensor, NaN where there are no coordinates.
 
     Raises:
         TypeError: an argument has another type; moments do not know which gradients are zero.
@@ -131,27 +156,23 @@ def noise_kept_fraction(environments: int | Stacked, tau: float) -> Any:
 
     Example:
         >>> import torch, andmask_ext as am
-        >>> [round(am.metrics.noise_kept_fraction(d, 0.4), 5) for d in (4, 16, 80)]
-        [0.625, 0.07681, 0.00045]
         >>> grads = torch.randn(16, 1000)
         >>> grads[:12] = 0
         >>> am.metrics.noise_kept_fraction(grads, 0.4)  # four votes are too few
         tensor(0., dtype=torch.float64)
-
-    Reference:
-        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021,
-        proposition 2 (appendix A.3), of which this is the probability.
     """
     check_tau(tau)
-    if not isinstance(environments, (Tensor, Mapping, Sequence, Moments)):
-        _check_environments(environments)
-        return _noise_level(environments, vote_threshold(tau, environments))
-    stacked = stacked_of(environments, "environments")
+    if isinstance(grads, int):
+        raise TypeError(
+            "grads: expected stacked gradients, but got an int; for a number of environments use "
+            "noise_kept_probability"
+        )
+    stacked = stacked_of(grads)
     count, device = len(stacked[0]), stacked[0].device
     voters = torch.zeros(count + 1, dtype=torch.int64, device=device)
-    for grads in stacked:
+    for param_grads in stacked:
         # Those that are not zero agree on the sign of their magnitude.
-        voters += torch.ops.andmask.vote_histogram.default(grads.abs())[0].to(device)
+        voters += torch.ops.andmask.vote_histogram.default(param_grads.abs())[0].to(device)
     levels = torch.tensor(
         _noise_levels(count, vote_threshold(tau, count)), dtype=torch.float64, device=device
     )

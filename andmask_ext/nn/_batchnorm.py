@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .._dtypes import wide_dtype
 from ..agreement._current import PerEnvironment, current_groups
 from ..agreement._groups import Groups
 from ._normalize import normalize
@@ -198,4 +199,4 @@ def _check_sizes(input: Tensor, groups: Groups) -> None:
 
 
 def _wide(input: Tensor) -> Tensor:
-    return input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
+    return input.to(wide_dtype(input)) if input.is_floating_point() else input

@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import weakref
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from ._base import EnvironmentOptimizer
+from .._checks import check_dense_grad
+from .._pending import PendingStep
 
 # Gradients are added to the moments together, once they are as large as this: small enough to be
 # in cache still, large enough to make the cost of a call small.
 _FLUSH_BYTES = 2**19
 
 
-class Hook:
-    """Hands a complete gradient to the environment that is open, if one is.
-
-    It holds no strong reference to the optimizer, and copies and pickles as nothing that matters.
-    """
-
-    def __init__(self, optimizer: EnvironmentOptimizer | None) -> None:
-        self._optimizer = None if optimizer is None else weakref.ref(optimizer)
-
-    def __call__(self, param: Tensor) -> None:
-        optimizer = None if self._optimizer is None else self._optimizer()
-        if optimizer is not None and optimizer._current is not None:
-            optimizer._current.receive(param)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
-        return Hook, (None,)
-
-
 class Environment:
-    """The context of one environment."""
+    """The context of one environment.
+
+    Args:
+        pending: the step that the environment belongs to.
+        optimizer: whose step it is; weight decay before the mask is read from its groups.
+        weight: a factor for the gradient.
+        micro_batches: how many backward passes there are; None: any number.
+        grad_scaler: the scaler that the loss goes through.
+    """
 
     def __init__(
         self,
-        optimizer: EnvironmentOptimizer,
+        pending: PendingStep,
+        optimizer: Optimizer,
         weight: float,
         micro_batches: int | None,
         grad_scaler: torch.amp.GradScaler | None,
     ) -> None:
         self.grad_scaler = grad_scaler
+        self._pending = pending
         self._optimizer = optimizer
         self._weight = weight
         self._micro_batches = micro_batches
@@ -54,9 +45,9 @@ class Environment:
         self._bytes = 0
 
     def __enter__(self) -> None:
-        if self._received or self._optimizer._current is self:
+        if self._received or self._pending.context is self:
             raise RuntimeError("environment: expected a new context for each environment")
-        self._optimizer._enter(self)
+        self._pending.open(self)
         if self.grad_scaler is not None:
             self._weight /= self.grad_scaler.get_scale()
 
@@ -66,12 +57,20 @@ class Environment:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        optimizer = self._optimizer
-        optimizer._current = None
-        optimizer._broken = True  # until all below has gone well
-        if kind is not None:
-            return
-        for group in optimizer.param_groups:
+        complete = False
+        try:
+            if kind is None:
+                self._take_all()
+                complete = True
+        finally:
+            if not complete:
+                self._pending.abandon(changed=True)
+        if complete:
+            self._pending.add_environments(1)
+            self._pending.close()
+
+    def _take_all(self) -> None:
+        for group in self._optimizer.param_groups:
             for param in group["params"]:
                 if param.grad is not None:  # fewer passes than micro_batches, or set by hand
                     self._take(param)
@@ -81,8 +80,6 @@ class Environment:
                 "environment: expected a backward pass inside that reaches a parameter of this "
                 "optimizer, but none did"
             )
-        optimizer._leave()
-        optimizer._broken = False
 
     def receive(self, param: Tensor) -> None:
         """Take note of one backward pass; take the gradient if it was the last."""
@@ -103,15 +100,10 @@ class Environment:
     def _take(self, param: Tensor) -> None:
         grad = param.grad
         assert grad is not None
-        if grad.layout != torch.strided:
-            raise TypeError(
-                f"environment: expected a dense gradient for a parameter of shape "
-                f"{tuple(param.shape)}, but got layout {str(grad.layout).removeprefix('torch.')} "
-                "(an embedding with sparse=True?)"
-            )
+        check_dense_grad("environment", grad)
         param.grad = None
         self._received.setdefault(id(param), 0)
-        group, index = self._optimizer._slots[id(param)]
+        group, index = self._pending.slots[id(param)]
         indices, params, grads = self._waiting.setdefault(group, ([], [], []))
         indices.append(index)
         params.append(param)
@@ -130,6 +122,6 @@ class Environment:
                     torch._foreach_add_(
                         grads, [p.detach() for p in params], alpha=sign * decay / self._weight
                     )
-            self._optimizer._moments[number].add_some(indices, grads, self._weight)
+            self._pending.moments[number]._add_some(indices, grads, self._weight)
         self._waiting.clear()
         self._bytes = 0

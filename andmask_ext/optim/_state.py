@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._dtypes import wide_dtype
+
 
 def load_wide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
     """Load again what torch has changed, or left elsewhere.
@@ -36,5 +38,4 @@ def no_steps(param: Tensor) -> Tensor:
 
 def zeros_like_wide(param: Tensor) -> Tensor:
     """Return state for a parameter: float32, or float64 for float64, in its layout."""
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    return torch.zeros_like(param.detach(), dtype=wide)
+    return torch.zeros_like(param.detach(), dtype=wide_dtype(param))

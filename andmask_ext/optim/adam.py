@@ -35,17 +35,21 @@ class AndMaskAdam(EnvironmentOptimizer):
         weight_decay: factor of the L2 penalty, or of the decay.
         amsgrad: use the largest average of squares so far (Reddi et al. 2018).
         maximize: ascend.
-        tau: agreement threshold of the AND-mask in [0, 1].
+        tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. There
+            is no default: with the signs of noise a threshold near 1 freezes the model.
         rescale: divide each parameter's update by its share of kept coordinates.
-        rule: a rule on moments in the place of ``AndMask(tau, rescale)``. For a group of biases or
-            norms that is to be left out of the vote: ``rule=andmask_ext.rules.Mean()``.
+        rule: a rule on moments, instead of ``tau``. A param group may have its own ``"tau"`` or
+            ``"rule"``: ``rule=andmask_ext.rules.Mean()`` leaves a group of biases or norms out of
+            the vote.
         weight_decay_mode: ``"after_mask"``, ``"before_mask"`` or ``"decoupled"``: see
             :class:`AndMaskSGD`.
-        environments: if given, ``step`` raises where another number came since the last step.
+        expected_environments: if set, ``step()`` raises unless exactly this many environments were
+            accumulated.
 
     Raises:
         TypeError: an option has another type, or the rule needs whole columns.
-        ValueError: an option lies outside its range.
+        ValueError: an option lies outside its range; ``tau`` and ``rule`` are both given, or
+            neither.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -63,8 +67,6 @@ class AndMaskAdam(EnvironmentOptimizer):
         Kingma and Ba, *Adam*, ICLR 2015.
     """
 
-    _default_mode = "after_mask"
-
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -75,11 +77,11 @@ class AndMaskAdam(EnvironmentOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        tau: float = 1.0,
+        tau: float | None = None,
         rescale: bool = False,
         rule: Rule | None = None,
-        weight_decay_mode: str | None = None,
-        environments: int | None = None,
+        weight_decay_mode: str = "after_mask",
+        expected_environments: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -91,9 +93,9 @@ class AndMaskAdam(EnvironmentOptimizer):
             "tau": tau,
             "rescale": rescale,
             "rule": rule,
-            "weight_decay_mode": weight_decay_mode or self._default_mode,
+            "weight_decay_mode": weight_decay_mode,
         }
-        super().__init__(params, defaults, environments)
+        super().__init__(params, defaults, expected_environments)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -142,23 +144,8 @@ class AndMaskAdamW(AndMaskAdam):
     The update of :class:`torch.optim.AdamW` with the aggregated gradient in the place of the mean
     one. All parameters, masked or not, shrink by ``lr * weight_decay``.
 
-    Args:
-        params: parameters or dicts of groups.
-        lr: learning rate; a number or a tensor.
-        betas: decay rates of the averages of the gradient and of its square.
-        eps: added to the denominator.
-        weight_decay: factor of the decay.
-        amsgrad: use the largest average of squares so far.
-        maximize: ascend.
-        tau: agreement threshold of the AND-mask in [0, 1].
-        rescale: divide each parameter's update by its share of kept coordinates.
-        rule: a rule on moments in the place of ``AndMask(tau, rescale)``.
-        weight_decay_mode: as for :class:`AndMaskAdam`; default ``"decoupled"``.
-        environments: if given, ``step`` raises where another number came since the last step.
-
-    Raises:
-        TypeError: an option has another type, or the rule needs whole columns.
-        ValueError: an option lies outside its range.
+    Arguments and errors are those of :class:`AndMaskAdam`; only the defaults ``weight_decay=1e-2``
+    and ``weight_decay_mode="decoupled"`` differ.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -176,8 +163,6 @@ class AndMaskAdamW(AndMaskAdam):
         Loshchilov and Hutter, *Decoupled weight decay regularization*, ICLR 2019.
     """
 
-    _default_mode = "decoupled"
-
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -186,6 +171,16 @@ class AndMaskAdamW(AndMaskAdam):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
-        **options: Any,
+        *,
+        maximize: bool = False,
+        tau: float | None = None,
+        rescale: bool = False,
+        rule: Rule | None = None,
+        weight_decay_mode: str = "decoupled",
+        expected_environments: int | None = None,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, **options)
+        super().__init__(
+            params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, tau=tau,
+            rescale=rescale, rule=rule, weight_decay_mode=weight_decay_mode,
+            expected_environments=expected_environments,
+        )  # fmt: skip

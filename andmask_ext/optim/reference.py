@@ -2,8 +2,8 @@
 
 Each follows one parameter. ``step`` takes the stacked gradients of its environments
 ``[d, *shape]`` (those of :class:`TemporalAndMaskAdam`: one gradient ``[*shape]``) and returns the
-parameter after it. Tests compare the native optimizers with these, step by step; nothing else uses
-them.
+parameter after it. Tests compare the native optimizers with these, step by step; no other module
+of the package imports them.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3 and
@@ -180,14 +180,14 @@ class TemporalAndMaskAdam:
         weight_decay: float = 0.0,
         *,
         tau: float = 0.5,
-        decoupled_weight_decay: bool = False,
+        weight_decay_mode: str = "after_mask",
         bias_correction: bool = False,
         maximize: bool = False,
     ) -> None:
         self.param = param.detach().double().clone()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
         self.tau, self.maximize = tau, maximize
-        self.decoupled_weight_decay = decoupled_weight_decay
+        self.weight_decay_mode = weight_decay_mode
         self.bias_correction = bias_correction
         self.steps = 0
         self.exp_avg = torch.zeros_like(self.param)
@@ -203,7 +203,7 @@ class TemporalAndMaskAdam:
         self.sign_avg = beta3 * self.sign_avg + (1 - beta3) * vote
         if self.maximize:
             grad = -grad
-        if self.decoupled_weight_decay:
+        if self.weight_decay_mode == "decoupled":
             self.param -= self.lr * self.weight_decay * self.param
         else:
             grad = grad + self.weight_decay * self.param

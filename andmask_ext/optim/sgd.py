@@ -31,19 +31,23 @@ class AndMaskSGD(EnvironmentOptimizer):
         weight_decay: factor of the L2 penalty, or of the decay.
         nesterov: Nesterov momentum; needs a momentum and no dampening.
         maximize: ascend.
-        tau: agreement threshold of the AND-mask in [0, 1].
+        tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. There
+            is no default: with the signs of noise a threshold near 1 freezes the model.
         rescale: divide each parameter's update by its share of kept coordinates.
-        rule: a rule on moments in the place of ``AndMask(tau, rescale)``. For a group of biases or
-            norms that is to be left out of the vote: ``rule=andmask_ext.rules.Mean()``.
+        rule: a rule on moments, instead of ``tau``. A param group may have its own ``"tau"`` or
+            ``"rule"``: ``rule=andmask_ext.rules.Mean()`` leaves a group of biases or norms out of
+            the vote.
         weight_decay_mode: ``"after_mask"`` adds ``weight_decay * param`` to the aggregated
             gradient, so coordinates without agreement shrink too (as the paper's authors advise);
             ``"before_mask"`` adds it to the gradient of each environment, where it takes part in
             the vote; ``"decoupled"`` shrinks the parameter itself by ``lr * weight_decay``.
-        environments: if given, ``step`` raises where another number came since the last step.
+        expected_environments: if set, ``step()`` raises unless exactly this many environments were
+            accumulated.
 
     Raises:
         TypeError: an option has another type, or the rule needs whole columns.
-        ValueError: an option lies outside its range.
+        ValueError: an option lies outside its range; ``tau`` and ``rule`` are both given, or
+            neither.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -70,11 +74,11 @@ class AndMaskSGD(EnvironmentOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        tau: float = 1.0,
+        tau: float | None = None,
         rescale: bool = False,
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
-        environments: int | None = None,
+        expected_environments: int | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -88,7 +92,7 @@ class AndMaskSGD(EnvironmentOptimizer):
             "rule": rule,
             "weight_decay_mode": weight_decay_mode,
         }
-        super().__init__(params, defaults, environments)
+        super().__init__(params, defaults, expected_environments)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)

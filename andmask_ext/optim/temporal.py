@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._checks import check_bool, check_dtype, check_tau
+from .._checks import check_bool, check_dense_grad, check_dtype, check_tau
 from .._devices import by_device
 from ._checks import check_betas, check_lr, check_range
 from ._state import load_wide_state, no_steps, zeros_like_wide
@@ -36,10 +36,10 @@ class TemporalAndMaskAdam(Optimizer):
         lr: learning rate; a number or a tensor.
         betas: (beta1, beta2, beta3).
         eps: added to the denominator.
-        weight_decay: factor of the L2 penalty, or of the decay. The penalty enters the averages of
-            the gradient, not the vote.
-        tau: agreement threshold in [0, 1].
-        decoupled_weight_decay: shrink all parameters by ``lr * weight_decay`` instead, as AdamW.
+        weight_decay: factor of the L2 penalty, or of the decay.
+        tau: agreement threshold in [0, 1]. It has no default: 1 freezes the model.
+        weight_decay_mode: ``"after_mask"`` adds the L2 penalty to the averages of the gradient, not
+            to the vote; ``"decoupled"`` shrinks all parameters by ``lr * weight_decay``, as AdamW.
         bias_correction: divide m, v and a by ``1 - beta^step`` each. With ``tau=0`` this is Adam.
         maximize: ascend.
 
@@ -71,8 +71,8 @@ class TemporalAndMaskAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        tau: float = 0.5,
-        decoupled_weight_decay: bool = False,
+        tau: float,
+        weight_decay_mode: str = "after_mask",
         bias_correction: bool = False,
         maximize: bool = False,
     ) -> None:
@@ -82,7 +82,7 @@ class TemporalAndMaskAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "tau": tau,
-            "decoupled_weight_decay": decoupled_weight_decay,
+            "weight_decay_mode": weight_decay_mode,
             "bias_correction": bias_correction,
             "maximize": maximize,
         }
@@ -109,8 +109,13 @@ class TemporalAndMaskAdam(Optimizer):
         check_range("eps", group["eps"], 0.0)
         check_range("weight_decay", group["weight_decay"], 0.0)
         check_tau(group["tau"])
-        for name in ("decoupled_weight_decay", "bias_correction", "maximize"):
+        for name in ("bias_correction", "maximize"):
             check_bool(name, group[name])
+        if group["weight_decay_mode"] not in ("after_mask", "decoupled"):
+            raise ValueError(
+                "weight_decay_mode: expected after_mask or decoupled, "
+                f"but got {group['weight_decay_mode']!r}"
+            )
         for index, param in enumerate(group["params"]):
             check_dtype(f"params[{index}]", param)
 
@@ -130,11 +135,8 @@ class TemporalAndMaskAdam(Optimizer):
             if not params:
                 continue
             for index, param in enumerate(group["params"]):
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise TypeError(
-                        f"params[{index}].grad: expected a dense tensor, but got layout "
-                        f"{str(param.grad.layout).removeprefix('torch.')}"
-                    )
+                if param.grad is not None:
+                    check_dense_grad(f"params[{index}].grad", param.grad)
             for places in by_device(params):
                 self._step_some(group, [params[place] for place in places])
         return loss
@@ -153,7 +155,7 @@ class TemporalAndMaskAdam(Optimizer):
             beta3=float(group["betas"][2]),
             eps=float(group["eps"]),
             weight_decay=float(group["weight_decay"]),
-            decoupled_weight_decay=group["decoupled_weight_decay"],
+            decoupled_weight_decay=group["weight_decay_mode"] == "decoupled",
             maximize=group["maximize"],
             bias_correction=group["bias_correction"],
         )

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
+from .._checks import check_dtype
+from .._pending import Group, State
 from ..rules import AndMask, Rule
-from ._base import EnvironmentOptimizer
-from ._environment import Environment
+from ._base import EnvironmentOptimizer, check_rule, require_one
 
 __all__ = ["EnvironmentWrapper"]
 
@@ -22,11 +24,15 @@ class EnvironmentWrapper(EnvironmentOptimizer):
     Args:
         optimizer: an optimizer over dense floating-point parameters.
         rule: a rule on moments; a param group may have its own, under the key ``"rule"``.
-        environments: if given, ``step`` raises where another number came since the last step.
+        tau: instead of a rule, the agreement threshold of ``AndMask(tau, rescale)``.
+        rescale: see ``tau``.
+        expected_environments: if set, ``step()`` raises unless exactly this many environments were
+            accumulated.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, ``rule`` is no rule, or one that needs whole
             columns.
+        ValueError: ``tau`` lies outside [0, 1]; ``tau`` and ``rule`` are both given, or neither.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -49,15 +55,21 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         optimizer: Optimizer,
         rule: Rule | None = None,
         *,
-        environments: int | None = None,
+        tau: float | None = None,
+        rescale: bool = False,
+        expected_environments: int | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer, but got {type(optimizer).__name__}"
             )
+        require_one(tau, rescale, rule)
+        if tau is not None:
+            rule = AndMask(tau, rescale)
         self.optimizer = optimizer
-        rule = AndMask() if rule is None else rule
-        super().__init__(optimizer.param_groups, {**optimizer.defaults, "rule": rule}, environments)
+        super().__init__(
+            optimizer.param_groups, {**optimizer.defaults, "rule": rule}, expected_environments
+        )
         self._share()
 
     def _share(self) -> None:
@@ -66,57 +78,56 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         for group in self.param_groups:
             group.setdefault("rule", self.defaults["rule"])
 
-    def _enter(self, environment: Environment) -> None:
-        self._share()  # a state may have been loaded into the wrapped optimizer itself
-        super()._enter(environment)
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        rule: Rule = group["rule"]
-        return rule
+    def _rules(self) -> list[tuple[list[Tensor], Rule]]:
+        if "param_groups" in self.__dict__:  # a state may have been loaded into the wrapped one
+            self._share()
+        return [(group["params"], group["rule"]) for group in self.param_groups]
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        if group["rule"] is None:
-            raise TypeError("rule: expected a rule such as andmask_ext.AndMask(), but got NoneType")
-        super()._check_group(group)
+        for index, param in enumerate(group["params"]):
+            check_dtype(f"params[{index}]", param)
+        check_rule(group["rule"])
+
+    @staticmethod
+    def _override_rule(group: dict[str, Any]) -> None:
+        """Leave the group alone: ``"tau"`` may be an option of the wrapped optimizer."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer.
 
         Raises:
-            TypeError: the rule of the group is none on moments.
+            TypeError: a parameter has another dtype, or the rule is none on moments.
         """
         building = not hasattr(self, "param_groups") or (
             self.param_groups is not self.optimizer.param_groups
         )
         if not building:
-            param_group.setdefault("rule", self.defaults["rule"])
-            self._check_group(param_group)
             self._require_no_environments()
+            param_group.setdefault("rule", self.defaults["rule"])
             self.optimizer.add_param_group(param_group)
+            try:
+                self._check_group(self.param_groups[-1])
+            except TypeError:
+                self.param_groups.pop()
+                raise
             return
         super().add_param_group(param_group)
 
-    def _update(self) -> None:
-        if not self._resolved:
-            self._write_grads(1.0)
+    def _update(self, groups: list[Group]) -> None:
+        if self._pending.state is not State.WRITTEN:
+            self._write_grads(groups, 1.0)
+            self._pending.wrote_grads()
         self.optimizer.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`."""
-        self._forget()
+        self._pending.drop()
         rules = [group["rule"] for group in self.param_groups]
-        pending = state_dict.get("environments")
         self.optimizer.load_state_dict(state_dict)
         self._share()
         for group, rule in zip(self.param_groups, rules, strict=True):
             group.setdefault("rule", rule)
-        self._moments = []
-        if pending is not None:
-            self._load_pending(pending)
+        self._load_pending(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._share()

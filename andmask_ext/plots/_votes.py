@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from .._checks import check_bool, check_tau
-from ..reference import vote_threshold
+from ..rules._threshold import vote_threshold
 from . import palette
 from ._axes import Array, as_array, axes_or_new, check_has, panels_or_new, percent
 from ._data import Curve, Votes

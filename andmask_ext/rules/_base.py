@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from .._autograd import refuse_derivative
 from .._checks import check_grads
-
-if TYPE_CHECKING:
-    from ..moments import Moments
+from .._devices import by_device
+from ..moments import Moments
 
 
 class Rule:
@@ -75,18 +75,62 @@ class Rule:
         )
         return update
 
-    def resolve(self, moments: Moments) -> list[Tensor | None]:
+    def update(self, moments: Moments) -> list[Tensor | None]:
         """Return the update of each parameter, None for those that no environment touched.
+
+        The moments stay as they are: several rules, or values of ``tau``, may be tried on them.
+
+        Args:
+            moments: they keep every kind that ``self.moments`` names.
+
+        Returns:
+            One tensor per parameter, in its shape, dtype, device and layout.
 
         Raises:
             TypeError: the rule needs the gradients of all environments at once.
             ValueError: no environment has been added, or the rule needs a moment that is not kept.
         """
+        return self._apply(moments, torch.ops.andmask._resolve.default)
+
+    def _update_in_place(self, moments: Moments) -> list[Tensor | None]:
+        """Return what :meth:`update` returns, in the memory of the sums; the moments start anew."""
+
+        def resolve(*arguments: Any) -> list[Tensor]:
+            torch.ops.andmask._resolve_.default(*arguments)
+            sums: list[Tensor] = arguments[0]
+            return sums
+
+        updates = self._apply(moments, resolve)
+        moments._release_sums()
+        return updates
+
+    def _apply(self, moments: Moments, op: Callable[..., list[Tensor]]) -> list[Tensor | None]:
+        touched, params = moments._touched, moments._params
+        self._native_arguments(moments, touched)  # raises, even if there is nothing to do
+        updates: list[Tensor | None] = [None] * len(params)
+        for places in by_device([params[index] for index in touched]):
+            indices = [touched[place] for place in places]
+            with torch.no_grad():
+                resolved = op(*self._native_arguments(moments, indices))
+            for index, update in zip(indices, resolved, strict=True):
+                updates[index] = update.to(params[index].dtype)
+        return updates
+
+    def _native_arguments(self, moments: Moments, indices: Sequence[int]) -> tuple[Any, ...]:
+        """Return what the native consumers take: moments of some parameters, count and rule."""
         if self.moments is None:
             raise TypeError(
                 f"{self} needs the gradients of all environments at once: use rule(grads)"
             )
-        return moments.resolve(self)
+        if moments.count == 0:
+            raise ValueError("moments: expected at least one environment, but got 0")
+        if not set(self.moments) <= set(moments.kinds):
+            raise ValueError(
+                f"moments: expected {' + '.join(('sum', *self.moments))} for {self}, "
+                f"but got {' + '.join(moments._memory.kinds)}; "
+                f"make them with Moments(params, rule.moments)"
+            )
+        return (*moments._lists(indices), moments.count, self.name, self.arguments, self.rescale)
 
     def _check_environments(self, environments: int) -> None:
         """Raise ValueError if there are too few of them."""
@@ -94,8 +138,3 @@ class Rule:
     def _noise(self, grads: Tensor) -> Tensor | None:
         """Draw what the rule needs of random numbers, from torch's global generator."""
         return None
-
-
-def wide_dtype(grads: Tensor) -> torch.dtype:
-    """Return the dtype that the rules compute in."""
-    return torch.float64 if grads.dtype == torch.float64 else torch.float32

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._base import Rule, wide_dtype
+from .._dtypes import wide_dtype
+from ._base import Rule
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class AndMask(_Tau):
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
 
-    tau: float = 1.0
+    tau: float
     rescale: bool = False
 
     name = "and_mask"
@@ -93,7 +93,7 @@ class GeometricMean(_Tau):
 
     Example:
         >>> import torch, andmask_ext
-        >>> andmask_ext.rules.GeometricMean()(torch.tensor([[1.0, -2.0], [4.0, -8.0]]))
+        >>> andmask_ext.rules.GeometricMean(1.0)(torch.tensor([[1.0, -2.0], [4.0, -8.0]]))
         tensor([ 2., -4.])
 
     Reference:
@@ -101,7 +101,7 @@ class GeometricMean(_Tau):
         hard to vary*, ICLR 2021.
     """
 
-    tau: float = 1.0
+    tau: float
     rescale: bool = False
 
     name = "geometric_mean"
@@ -144,7 +144,7 @@ class SandMask(_Tau):
         invariances in domain generalization*, 2021, arXiv 2106.02266.
     """
 
-    tau: float = 0.5
+    tau: float
     k: float = 10.0
     rescale: bool = True
 
@@ -193,7 +193,7 @@ class MaskedAverage(_Tau):
         Tenison et al., *Gradient masked averaging for federated learning*, 2022, arXiv 2201.11986.
     """
 
-    tau: float = 0.5
+    tau: float
 
     name = "masked_average"
     moments = ("votes",)
@@ -230,6 +230,6 @@ class FedILC(_Tau):
         federated learning on non-IID data*, 2022, arXiv 2205.09305.
     """
 
-    tau: float = 0.5
+    tau: float
 
     name = "fed_ilc"

@@ -1,5 +1,5 @@
 // What the ops ask of CUDA: tasks whose pointers are the device's, put on a stream. Arguments have
-// been checked. Kernel bodies stand in kernels/, torch in ops.cpp.
+// been checked. Kernel bodies are in kernels/.
 #pragma once
 
 #include <vector>

@@ -4,7 +4,7 @@
 // To add one: a struct with the members of `Median` (a mean of ranked values) or of `SignDropout`
 // (a formula of sums over the environments), its name in `ColumnRules`, a twin in
 // andmask_ext/reference.py, a class in andmask_ext/rules, a line in the table of
-// tests/rule_table.py.
+// tests/rules/rule_table.py.
 #pragma once
 
 #include "rules.h"

@@ -1,8 +1,8 @@
 // Rules that need only sums over the environments: one formula each.
 //
 // To add one: a struct with the members of `Mean`, its name in `MomentRules`, a twin in
-// andmask_ext/reference.py, a class in andmask_ext/rules.py, a line in the table of
-// tests/rule_table.py.
+// andmask_ext/reference.py, a class in andmask_ext/rules/, a line in the table of
+// tests/rules/rule_table.py.
 #pragma once
 
 #include "agreement.h"

@@ -85,7 +85,7 @@ def build_optimizer(settings: CoinRunSettings, model: PolicyNetwork) -> torch.op
         betas=(settings.beta1, settings.beta2, settings.beta3),
         weight_decay=settings.weight_decay,
         tau=settings.tau,
-        decoupled_weight_decay=settings.decoupled,
+        weight_decay_mode="decoupled" if settings.decoupled else "after_mask",
         bias_correction=settings.bias_correction,
     )
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved, mlp
 from .exact_loop import members_of
 from .layers import rand
 
@@ -20,12 +21,8 @@ STEPS = 5
 Make = Callable[[nn.Module], am.optim.AndMaskSGD]
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), nn.LayerNorm(3)).double()
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).sin().mean()
+def network() -> nn.Sequential:
+    return nn.Sequential(*mlp(), nn.LayerNorm(3)).double()
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:
@@ -48,7 +45,9 @@ OPTIMIZERS: dict[str, Make] = {
     "wrapped": lambda m: am.optim.EnvironmentWrapper(
         torch.optim.RMSprop(m.parameters(), lr=0.01), am.AndMask(0.6)
     ),
-    "counted": lambda m: am.optim.AndMaskSGD(m.parameters(), lr=0.3, environments=3),
+    "counted": lambda m: am.optim.AndMaskSGD(
+        m.parameters(), lr=0.3, expected_environments=3, tau=1.0
+    ),
 }
 
 
@@ -72,7 +71,7 @@ def assert_close(one: nn.Module, other: nn.Module) -> None:
 def test_five_steps(make: str, environments: int | Tensor | None) -> None:
     if make == "counted" and environments is None:
         environments = 3
-    model = mlp()
+    model = network()
     other = copy.deepcopy(model)
     optimizer, twin = (OPTIMIZERS[make](m) for m in (model, other))
     agreement = am.Agreement(model, optimizer)
@@ -90,7 +89,7 @@ def test_five_steps(make: str, environments: int | Tensor | None) -> None:
 
 def test_environments_add_up_until_the_step() -> None:
     """Over contexts, over backward passes, and with environments of the optimizer's own."""
-    model = mlp()
+    model = network()
     other = copy.deepcopy(model)
     optimizer, twin = (OPTIMIZERS["groups"](m) for m in (model, other))
     agreement = am.Agreement(model, optimizer)
@@ -110,7 +109,7 @@ def test_environments_add_up_until_the_step() -> None:
 
 
 def test_resolve_and_clip() -> None:
-    model = mlp()
+    model = network()
     other = copy.deepcopy(model)
     optimizer, twin = (OPTIMIZERS["adamw"](m) for m in (model, other))
     agreement = am.Agreement(model, optimizer)
@@ -120,7 +119,7 @@ def test_resolve_and_clip() -> None:
             curved(model, x).backward()
         loop_step(other, twin, x, None)
         for m, o in ((model, optimizer), (other, twin)):
-            o.resolve()
+            o.write_grads()
             torch.nn.utils.clip_grad_norm_(m.parameters(), 0.01)
             o.step()
             o.zero_grad()
@@ -128,7 +127,7 @@ def test_resolve_and_clip() -> None:
 
 
 def test_a_gradient_scaler_skips_a_step() -> None:
-    model = mlp().float()
+    model = network().float()
     other = copy.deepcopy(model)
     optimizer, twin = (OPTIMIZERS["adamw"](m) for m in (model, other))
     agreement = am.Agreement(model, optimizer)
@@ -155,8 +154,8 @@ def test_a_gradient_scaler_skips_a_step() -> None:
 
 
 def test_the_number_of_environments_is_checked() -> None:
-    model, x = mlp(), rand(6, 4)
-    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, environments=3)
+    model, x = network(), rand(6, 4)
+    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, expected_environments=3, tau=1.0)
     with am.Agreement(model, optimizer)(2):
         curved(model, x).backward()
     with pytest.raises(RuntimeError, match=r"expected 3 environments .* but got 2"):
@@ -164,9 +163,9 @@ def test_the_number_of_environments_is_checked() -> None:
 
 
 def test_decay_before_the_mask_is_refused() -> None:
-    model = mlp()
+    model = network()
     optimizer = am.optim.AndMaskSGD(
-        model.parameters(), lr=0.1, weight_decay=0.1, weight_decay_mode="before_mask"
+        model.parameters(), lr=0.1, weight_decay=0.1, weight_decay_mode="before_mask", tau=1.0
     )
     with pytest.raises(ValueError, match=r"before_mask.*optimizer\.environment\(\)"):
         am.Agreement(model, optimizer)
@@ -174,9 +173,9 @@ def test_decay_before_the_mask_is_refused() -> None:
 
 def test_parameters_of_the_optimizer_only() -> None:
     """Others get plain gradients."""
-    model, x = mlp(), rand(6, 4)
+    model, x = network(), rand(6, 4)
     expected = torch.autograd.grad(curved(model, x), [model[0].weight, model[3].bias])
-    optimizer = am.optim.AndMaskSGD(model[2].parameters(), lr=0.1)
+    optimizer = am.optim.AndMaskSGD(model[2].parameters(), lr=0.1, tau=1.0)
     with pytest.raises(ValueError, match="params: expected None or the parameters of the"):
         am.Agreement(model, optimizer, params=model.parameters())
     with am.Agreement(model, optimizer, params=list(model[2].parameters()))():
@@ -187,7 +186,7 @@ def test_parameters_of_the_optimizer_only() -> None:
 
 
 def test_frozen_and_unused_parameters_of_the_optimizer() -> None:
-    model = mlp()
+    model = network()
     model[0].bias.requires_grad_(False)
     idle = nn.Parameter(torch.ones(2, dtype=torch.float64))
     optimizer = am.optim.AndMaskSGD([*model.parameters(), idle], lr=0.1, tau=0.0)
@@ -202,7 +201,7 @@ def test_frozen_and_unused_parameters_of_the_optimizer() -> None:
 
 def test_a_scheduler_a_state_and_another_agreement() -> None:
     """An Agreement holds nothing that a checkpoint needs."""
-    model = mlp()
+    model = network()
     optimizer = OPTIMIZERS["adamw"](model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
     agreement, batches = am.Agreement(model, optimizer), [rand(6, 4) for _ in range(6)]
@@ -228,7 +227,7 @@ def test_a_scheduler_a_state_and_another_agreement() -> None:
 
 
 def test_an_exception_after_other_environments_breaks_the_step() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = network(), rand(6, 4)
     optimizer = OPTIMIZERS["sgd"](model)
     agreement = am.Agreement(model, optimizer)
     with agreement():
@@ -250,7 +249,7 @@ def test_an_exception_after_other_environments_breaks_the_step() -> None:
 
 
 def test_a_context_within_an_environment_is_refused() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = network(), rand(6, 4)
     optimizer = OPTIMIZERS["sgd"](model)
     agreement = am.Agreement(model, optimizer)
     with agreement():
@@ -261,7 +260,7 @@ def test_a_context_within_an_environment_is_refused() -> None:
 
 
 def test_the_moments_of_each_group() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = network(), rand(6, 4)
     optimizer = OPTIMIZERS["groups"](model)
     agreement = am.Agreement(model, optimizer)
     with agreement():

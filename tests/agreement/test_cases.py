@@ -13,13 +13,9 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved
 from .exact_loop import RULE, check
 from .layers import Function, rand
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return (out.sin() + 0.3 * out).mean()
 
 
 def test_one_environment_with_batch_norm_is_plain_training() -> None:
@@ -139,12 +135,12 @@ def test_plans_do_not_grow_without_bound() -> None:
     for width in range(1, 160):
         with agreement():
             F.pad(model(rand(3, 3, 4)), (0, width)).sin().mean().backward()
-    assert len(agreement._plans) <= 128
+    assert len(agreement._setup.plans) <= 128
 
 
 def test_nothing_is_held_after_detach() -> None:
     model = nn.Linear(4, 3).double()
-    agreement = am.Agreement(model, am.optim.AndMaskSGD(model.parameters(), lr=0.1))
+    agreement = am.Agreement(model, am.optim.AndMaskSGD(model.parameters(), lr=0.1, tau=1.0))
     with agreement():
         curved(model, rand(6, 4)).backward()
     agreement.detach()

@@ -14,18 +14,11 @@ from torch.nn.modules import module
 
 import andmask_ext as am
 
+from ..models import curved, mlp
 from .exact_loop import RULE, check, compare, loop
 from .layers import Function, rand
 
 IDS = torch.tensor([1, 0, 2, 1, 1, 0])
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).sin().mean()
 
 
 def assert_grads(model: nn.Module, grads: dict[str, Tensor], rule: am.rules.Rule = RULE) -> None:
@@ -41,7 +34,7 @@ def joined(*parts: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def test_several_backward_passes_in_one_context_are_further_environments() -> None:
-    model, batches = mlp(), [rand(n, 4) for n in (6, 4, 6, 1)]
+    model, batches = mlp().double(), [rand(n, 4) for n in (6, 4, 6, 1)]
     with am.Agreement(model, RULE)():
         for x in batches:
             curved(model, x).backward()
@@ -49,12 +42,12 @@ def test_several_backward_passes_in_one_context_are_further_environments() -> No
 
 
 def test_contexts_without_resolve() -> None:
-    model, batches = mlp(), [rand(n, 4) for n in (6, 4, 2)]
+    model, batches = mlp().double(), [rand(n, 4) for n in (6, 4, 2)]
     model[0].weight.grad = torch.ones_like(model[0].weight)
     agreement = am.Agreement(model, RULE)
     for _ in range(2):
         for x in batches[:-1]:
-            with agreement(2, resolve=False):
+            with agreement(2, write_grads=False):
                 curved(model, x).backward()
             assert model[0].bias.grad is None
             assert (model[0].weight.grad == 1).all()
@@ -86,7 +79,7 @@ def test_a_parameter_that_comes_late_had_zeros_before(rule: am.rules.Rule) -> No
 
 
 def test_gradients_that_were_there_are_added_to() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     grads = loop(model, curved, [x])
     agreement = am.Agreement(model, RULE)
     for _ in range(3):
@@ -98,7 +91,7 @@ def test_gradients_that_were_there_are_added_to() -> None:
 
 @pytest.mark.parametrize("to_none", [True, False])
 def test_zero_grad_within_the_context(to_none: bool) -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     grads, agreement = loop(model, curved, [x]), am.Agreement(model, RULE)
     for _ in range(3):
@@ -110,7 +103,7 @@ def test_zero_grad_within_the_context(to_none: bool) -> None:
 
 
 def test_the_same_graph_twice() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     grads = loop(model, curved, [x])
     agreement = am.Agreement(model, RULE)
     with agreement():
@@ -126,7 +119,7 @@ def test_the_same_graph_twice() -> None:
 
 
 def test_more_environments_than_a_byte_counts() -> None:
-    model = mlp()
+    model = mlp().double()
     check(model, curved, rand(130, 4))
     check(model, curved, rand(300, 4), environments=torch.arange(300) % 150)
 
@@ -135,7 +128,7 @@ def test_more_environments_than_a_byte_counts() -> None:
 
 
 def test_a_plain_backward_pass_outside_is_plain() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     agreement = am.Agreement(model, RULE)
     with agreement():
         curved(model, x).backward()
@@ -148,7 +141,7 @@ def test_a_plain_backward_pass_outside_is_plain() -> None:
 
 
 def test_gradients_asked_for_within_the_context_are_plain() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     grads = loop(model, curved, [x])
     with am.Agreement(model, RULE)():
         (plain,) = torch.autograd.grad(curved(model, x), [model[0].weight])
@@ -158,7 +151,7 @@ def test_gradients_asked_for_within_the_context_are_plain() -> None:
 
 
 def test_the_model_stays_as_it_was() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     attributes = {name: set(vars(one)) for name, one in model.named_modules()}
     state = copy.deepcopy(model.state_dict())
     agreement = am.Agreement(model, RULE)
@@ -179,7 +172,7 @@ def test_the_model_stays_as_it_was() -> None:
 
 
 def test_hooks_of_all_modules_are_gone() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     agreement = am.Agreement(model, RULE)
     before = len(module._global_forward_hooks), len(module._global_forward_pre_hooks)
     with agreement():
@@ -238,7 +231,7 @@ def test_an_exception_changes_nothing(where: str, optimizer: bool) -> None:
     with agreement():
         curved(model, x).backward()
     if optimizer:
-        rule.resolve()
+        rule.write_grads()
     assert_grads(model, grads)
 
 
@@ -264,8 +257,8 @@ def test_an_exception_that_is_caught_within() -> None:
 
 
 def test_one_context_at_a_time() -> None:
-    model, x = mlp(), rand(6, 4)
-    agreement, other = am.Agreement(model, RULE), am.Agreement(mlp(), RULE)
+    model, x = mlp().double(), rand(6, 4)
+    agreement, other = am.Agreement(model, RULE), am.Agreement(mlp().double(), RULE)
     grads = loop(model, curved, [x])
     with agreement():
         with pytest.raises(RuntimeError, match="inside another"), agreement():
@@ -285,7 +278,7 @@ def test_one_context_at_a_time() -> None:
 
 
 def test_moments_are_kept_if_asked_for() -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     agreement = am.Agreement(model, RULE)
     with agreement():
         curved(model, x).backward()

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import andmask_ext as am
-from andmask_ext.agreement import _gramian, _session
+from andmask_ext.agreement import _accumulator, _gramian
 
+from ..models import curved
 from .exact_loop import loop
 from .layers import LAYERS, batches
-from .test_layers import Scaled, curved, environments
+from .test_layers import Scaled, environments
 
 EXAMPLES = max(6, settings().max_examples // 8)
 
@@ -99,7 +100,7 @@ def test_from_factors_and_from_gradients(
 
 @pytest.mark.parametrize("scratch", [1, 20_000])
 def test_a_few_environments_at_a_time(scratch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_gramian, _session):
+    for module in (_gramian, _accumulator):
         monkeypatch.setattr(module, "SCRATCH_BYTES", scratch)
     model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.Tanh(), nn.Flatten(), nn.Linear(30, 4)).double()
     check(model, torch.randn(8, 2, 8, dtype=torch.float64), None)
@@ -115,7 +116,7 @@ def test_norms_of_several_batches_add_up() -> None:
     exact = 0.0
     for number, x in enumerate(batches):
         exact += sum(float(g.square().sum()) for g in loop(model, curved, (x,)).values())
-        with agreement(resolve=number == 2):
+        with agreement(write_grads=number == 2):
             curved(model, x).backward()
     norms = agreement.moments[0].squared_norms
     assert sum(float(norm) for norm in norms) == pytest.approx(exact, rel=1e-10)
@@ -138,7 +139,7 @@ def test_the_loss_is_that_of_each_environment(reduction: str) -> None:
     model = nn.Linear(5, 2).double()
     x = torch.randn(8, 5, dtype=torch.float64)
     grads = loop(model, curved, (x,), IDS)
-    agreement = am.Agreement(model, am.AndMask(), loss_reduction=reduction)
+    agreement = am.Agreement(model, am.AndMask(1.0), loss_reduction=reduction)
     with agreement(IDS, gram=True):
         (curved(model, x) * (8 if reduction == "sum" else 1)).backward()
     for name, one in grads.items():
@@ -181,7 +182,7 @@ def test_bfloat16() -> None:
 def test_what_is_refused() -> None:
     model = nn.Linear(3, 2)
     x = torch.randn(4, 3)
-    agreement = am.Agreement(model, am.AndMask())
+    agreement = am.Agreement(model, am.AndMask(1.0))
     with pytest.raises(TypeError, match="gram: expected a bool, but got int"):
         with agreement(gram=1):
             pass
@@ -239,7 +240,7 @@ def test_autocast_does_not_reach_the_products(rows: tuple[int, ...]) -> None:
 
 def test_a_context_that_cannot_begin_leaves_no_old_products() -> None:
     model = nn.Linear(3, 2)
-    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1)
+    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, tau=1.0)
     agreement = am.Agreement(model, optimizer)
     x = torch.randn(4, 3)
     with agreement(gram=True):
@@ -262,7 +263,7 @@ def test_tied_parameters_have_the_name_that_the_model_gives() -> None:
 
 def test_cosines_without_any_parameter() -> None:
     model = nn.Linear(3, 2)
-    agreement = am.Agreement(model, am.AndMask())
+    agreement = am.Agreement(model, am.AndMask(1.0))
     other = torch.ones((), requires_grad=True)
     with agreement(gram=True):
         model(torch.randn(4, 3))

@@ -12,18 +12,11 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved, mlp
 from .exact_loop import RULE, check
 from .layers import Function, rand
 
 IDS = torch.tensor([1, 0, 2, 1, 1, 0])
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    return model(x).sin().mean()
 
 
 # ---- what models take and return ----
@@ -56,7 +49,7 @@ def test_models_take_all_kinds_of_things() -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.m = mlp()
+            self.m = mlp().double()
 
         def forward(self, *, scale: float, batch: dict[str, list[Tensor]]) -> Tensor:
             return self.m(batch["x"][0]) * scale + batch["x"][1]
@@ -86,7 +79,7 @@ def test_parts_of_the_model_called_one_after_the_other() -> None:
 
 
 def test_the_model_called_twice_in_one_loss() -> None:
-    model = mlp()
+    model = mlp().double()
 
     def step(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(model(x), model(y)) + model(x).sin().mean()
@@ -102,7 +95,7 @@ def test_several_views_of_each_example(side_by_side: bool) -> None:
         return out.unflatten(0, views.shape[:2]).prod(0 if side_by_side else 1)
 
     for environments in (None, IDS):
-        check(Function(forward, m=mlp()), curved, rand(6, 4), environments=environments)
+        check(Function(forward, m=mlp().double()), curved, rand(6, 4), environments=environments)
 
 
 def test_scalar_outputs_of_each_example() -> None:
@@ -119,10 +112,10 @@ def test_scalar_outputs_of_each_example() -> None:
     ("arguments", "error", "message"),
     [
         ({"model": lambda x: x}, TypeError, "model: expected a torch.nn.Module, but got function"),
-        ({"rule": am.AndMask}, TypeError, "rule: .* but got AndMask"),
-        ({"rule": 0.5}, TypeError, "rule: .* but got float"),
-        ({"rule": am.rules.Median()}, TypeError, r"rule: .* on moments, but Median\(\)"),
-        ({"rule": lambda g: g.mean(0)}, TypeError, "rule: .* but got function"),
+        ({"optimizer_or_rule": am.AndMask}, TypeError, "optimizer_or_rule: .* got AndMask"),
+        ({"optimizer_or_rule": 0.5}, TypeError, "optimizer_or_rule: .* but got float"),
+        ({"optimizer_or_rule": am.rules.Median()}, TypeError, r"rule: .* but Median\(\)"),
+        ({"optimizer_or_rule": lambda g: g.mean(0)}, TypeError, "but got function"),
         ({"loss_reduction": "none"}, ValueError, "loss_reduction: .* 'none'"),
         ({"batch_dim": -1}, ValueError, "batch_dim: .* -1"),
         ({"batch_dim": 1.0}, ValueError, "batch_dim: .* 1.0"),
@@ -141,7 +134,7 @@ def test_wrong_arguments(
     arguments: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        am.Agreement(**{"model": nn.Linear(2, 2), "rule": RULE, **arguments})
+        am.Agreement(**{"model": nn.Linear(2, 2), "optimizer_or_rule": RULE, **arguments})
 
 
 @pytest.mark.parametrize(
@@ -162,7 +155,7 @@ def test_wrong_arguments(
     ],
 )
 def test_wrong_environments(environments: object, error: type[Exception], message: str) -> None:
-    model, x = mlp(), rand(6, 4)
+    model, x = mlp().double(), rand(6, 4)
     agreement = am.Agreement(model, RULE)
     with pytest.raises(error, match=message), agreement(environments):
         curved(model, x).backward()

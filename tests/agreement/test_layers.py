@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..models import curved
 from .exact_loop import check
 from .layers import LAYERS, batches, rand
 
@@ -60,11 +61,6 @@ class Scaled(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x * self.scale if hasattr(self, "scale") else x)
-
-
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return (out.sin() + 0.3 * out).mean()
 
 
 @pytest.mark.parametrize("layer", LAYERS)

@@ -1,13 +1,12 @@
 """What is learnt of one batch is used for the next, and only where it holds there, too.
 
-Each test runs several steps with one Agreement; each step is compared with the loop. Where "or is
-refused" is in a test's name, it may raise, but not give another gradient.
+Each test runs several steps with one Agreement; each step is compared with the loop.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -16,24 +15,26 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
-from .exact_loop import RULE, check, compare, loop, or_refused
+from ..models import curved
+from .exact_loop import RULE, check, compare, loop
 from .layers import Function, rand
+from .outcomes import EXACT, MIXING, NOT_FROM_OUTPUTS, outcome
 
 
-def curved(model: nn.Module, x: Tensor) -> Tensor:
-    out = model(x)
-    return (out.sin() + 0.3 * out).mean()
-
-
-def steps(model: nn.Module, batches: Sequence[Tensor], maybe_refused: bool = False) -> None:
-    """Check batch after batch with one Agreement."""
-    agreement = None
+def steps(model: nn.Module, batches: Sequence[Tensor]) -> list[str]:
+    """Check batch after batch with one Agreement; return the outcome of each."""
+    agreement = am.Agreement(model.double(), RULE, keep_moments=True)
+    outcomes = []
     for number, x in enumerate(batches):
         try:
-            with or_refused() if maybe_refused else nullcontext():
-                agreement = check(model.double(), curved, x, agreement=agreement)
+            outcomes.append(outcome(partial(check, model, curved, x, agreement=agreement)))
         except AssertionError as error:
             raise AssertionError(f"step {number}: {error}") from error
+    return outcomes
+
+
+def assert_exact(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    assert steps(model, batches) == [EXACT] * len(batches)
 
 
 LENGTHS = [4, 6, 3, 1, 2, 9, 8, 4]
@@ -62,7 +63,7 @@ POSITIONS = {
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_sequences_of_other_lengths(positions: str, batch: int, width: int) -> None:
     model = Function(POSITIONS[positions], p=rand(1, 12, width), layer=nn.Linear(width, width))
-    steps(model, [rand(batch, length, width) for length in LENGTHS])
+    assert_exact(model, [rand(batch, length, width) for length in LENGTHS])
 
 
 @pytest.mark.parametrize("width", [3, 4])
@@ -71,7 +72,7 @@ def test_batches_of_other_sizes(width: int) -> None:
         lambda s, x: s.second(s.first(x + s.p).tanh()),
         first=nn.Linear(width, width), second=nn.Linear(width, 3), p=rand(3, width),
     )  # fmt: skip
-    steps(model, [rand(batch, 3, width) for batch in (4, 4, 2, 8, 1, 3, 4)])
+    assert_exact(model, [rand(batch, 3, width) for batch in (4, 4, 2, 8, 1, 3, 4)])
 
 
 class Moving(nn.Module):
@@ -168,7 +169,7 @@ class Shuffled(nn.Module):
 @pytest.mark.parametrize("order", [[0, 2, 1, 3], [1, 0, 3, 2], [3, 2, 1, 0], [3, 1, 2, 0]])
 def test_shuffled_rows_are_refused_even_if_they_were_in_order_at_first(order: list[int]) -> None:
     model = Shuffled([0, 1, 2, 3])
-    steps(model, [rand(4, 4)])
+    assert_exact(model, [rand(4, 4)])
     agreement = am.Agreement(model, RULE)
     with agreement():
         curved(model, rand(4, 4)).backward()
@@ -204,14 +205,17 @@ HALVES = [[1, 1], [1, 1], [-1, -1], [-1, -1]]
 
 @pytest.mark.parametrize("below", [True, False])
 @pytest.mark.parametrize("order", [(EVEN, PAIRS, HALVES), (HALVES, EVEN), (PAIRS, EVEN, PAIRS)])
-def test_experts_are_exact_or_refused(below: bool, order: Sequence[list[list[int]]]) -> None:
+def test_experts_are_refused_unless_each_has_a_row_of_each_example(
+    below: bool, order: Sequence[list[list[int]]]
+) -> None:
     """As many rows for each expert in each step, but of other examples."""
     batches = []
     for signs in order:
         x = rand(4, 2, 4)
         x[..., 0] = torch.tensor(signs)
         batches.append(x)
-    steps(Experts(below), batches, maybe_refused=True)
+    outcomes = steps(Experts(below), batches)
+    assert outcomes == [EXACT if signs is EVEN else MIXING for signs in order]
 
 
 TABLES = {
@@ -224,11 +228,11 @@ TABLES = {
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_as_many_lines_as_examples_are_exact_or_refused(table: str) -> None:
+def test_as_many_lines_as_examples(table: str) -> None:
     """With ids 0, 1, 2, 3 each example has a line of the table of its own."""
     model = Function(TABLES[table], w=rand(4, 4), h=nn.Linear(4, 3))
     ids = [[0, 1, 2, 3], [2, 2, 1, 0], [3, 3, 3, 3], [1, 0, 1, 2]]
-    steps(model, [torch.tensor(one) for one in ids], maybe_refused=True)
+    assert_exact(model, [torch.tensor(one) for one in ids])
 
 
 def test_gradients_that_were_zero_come_later() -> None:
@@ -237,19 +241,19 @@ def test_gradients_that_were_zero_come_later() -> None:
         return self.layer(x) + hidden * self.gate
 
     model = Function(forward, w=rand(4, 4), layer=nn.Linear(4, 4), gate=torch.zeros(()))
-    steps(model, [rand(4, 4, 4)])
+    assert_exact(model, [rand(4, 4, 4)])
     agreement = None
     for gate in (0.0, 1.0, 0.0, 2.0):
         model.gate.data.fill_(gate)
         agreement = check(model.double(), curved, rand(4, 4, 4), agreement=agreement)
 
 
-def test_zero_towards_the_output_but_not_towards_the_loss_is_exact_or_refused() -> None:
+def test_zero_towards_the_output_but_not_towards_the_loss_is_refused() -> None:
     def forward(self: Function, x: Tensor) -> Tensor:
         hidden = (self.w @ x.t()).t()
         self.kept = hidden.square().mean()
         return self.layer(x) + hidden @ self.b
 
     model = Function(forward, w=rand(4, 4), layer=nn.Linear(4, 4), b=torch.zeros(4, 4)).double()
-    with or_refused():
-        check(model, lambda m, x: curved(m, x) + m.kept, rand(4, 4))
+    step = partial(check, model, lambda m, x: curved(m, x) + m.kept, rand(4, 4))
+    assert outcome(step) == NOT_FROM_OUTPUTS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .exact_loop import check, or_refused
+import andmask_ext as am
+
+from .exact_loop import RULE, check
 from .layers import Function, rand
+from .outcomes import EXACT, MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, Tally, outcome
 from .test_layers import EXAMPLES, environments
 
 
@@ -79,50 +83,82 @@ def _written(self: Function, x: Tensor) -> Tensor:
     return out
 
 
-@settings(max_examples=4 * EXAMPLES)
-@given(data=st.data())
-def test_random_programs(data: st.DataObject) -> None:
-    """Each of up to five steps with parameters of its own, or of one that was before."""
-    torch.manual_seed(data.draw(st.integers(0, 1000)))
-    batch = data.draw(st.sampled_from([2, 3, 4, 6]))
-    n = data.draw(st.sampled_from([2, 3, 4, batch]))
-    names = data.draw(st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5))
+def random_program(data: st.DataObject, batch: int, width: int, names: list[str]) -> Function:
+    """Up to five steps, each with parameters of its own, or of one that was before."""
+    chosen = data.draw(st.lists(st.sampled_from(names), min_size=1, max_size=5))
     own = nn.ModuleList([
-        Function(STEPS[name], w=rand(n, n), v=rand(n), t=rand(1, n, n), c=rand(n, n, 3))
-        for name in names
+        Function(
+            STEPS[name], w=rand(width, width), v=rand(width), t=rand(1, width, width),
+            c=rand(width, width, 3),
+        )
+        for name in chosen
     ])  # fmt: skip
-    order = [data.draw(st.integers(0, i)) for i in range(len(names))]
+    order = [data.draw(st.integers(0, i)) for i in range(len(chosen))]
 
     def forward(self: Function, x: Tensor) -> Tensor:
-        for name, chosen in zip(names, order, strict=True):
-            x = STEPS[name](self.own[chosen], x.tanh() * self.scale)
+        for name, index in zip(chosen, order, strict=True):
+            x = STEPS[name](self.own[index], x.tanh() * self.scale)
         return x
 
-    model = Function(forward, own=own, scale=rand() + 2)
-    chosen = data.draw(environments(batch))
-    agreement = None
+    return Function(forward, own=own, scale=rand() + 2)
+
+
+def two_steps(model: Function, *shape: int, environments: int | Tensor | None) -> None:
+    agreement = am.Agreement(model, RULE, keep_moments=True)
     for _ in range(2):
-        agreement = check(
-            model, curved, rand(batch, n, n), environments=chosen, agreement=agreement
-        )
+        check(model, curved, rand(*shape), environments=environments, agreement=agreement)
 
 
-def _padded(self: Function, x: Tensor) -> Tensor:
+def test_random_programs() -> None:
+    tally = Tally(NO_BATCH, exact=0.97)
+
+    @settings(max_examples=4 * EXAMPLES)
+    @given(data=st.data())
+    def draw(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(st.integers(0, 1000)))
+        batch = data.draw(st.sampled_from([2, 3, 4, 6]))
+        width = data.draw(st.sampled_from([2, 3, 4, batch]))
+        model = random_program(data, batch, width, sorted(STEPS))
+        groups = data.draw(environments(batch))
+        tally.add(partial(two_steps, model, batch, width, width, environments=groups))
+
+    draw()
+    tally.close()
+
+
+def test_random_programs_of_one_column_or_with_frozen_parameters() -> None:
+    """Attention over one key has gradients that are noise: no proof that nothing mixes."""
+    tally = Tally(MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, exact=0.9)
+    # An empty slice of a weight is not known yet, nor are reentrant regions with frozen parameters.
+    names = sorted(STEPS.keys() - {"half of the weight", "checkpointed, reentrant"})
+
+    @settings(max_examples=4 * EXAMPLES)
+    @given(data=st.data())
+    def draw(data: st.DataObject) -> None:
+        torch.manual_seed(data.draw(st.integers(0, 1000)))
+        batch = data.draw(st.sampled_from([2, 3, 4, 6]))
+        width = data.draw(st.sampled_from([1, 3, batch]))
+        model = random_program(data, batch, width, names)
+        for param in [p for p in model.parameters() if p is not model.scale]:
+            param.requires_grad_(data.draw(st.booleans()))
+        tally.add(partial(two_steps, model, batch, width, width, environments=None))
+
+    draw()
+    tally.close()
+
+
+def _padded(self: Function, x: Tensor, flip: bool = False) -> Tensor:
     buffer = torch.zeros(len(x), 5, 4, dtype=x.dtype)
     buffer[:, : x.shape[1]] = x
     hidden = self.layer(buffer).tanh().sum(1)
-    if self.flip and len(hidden) > 1:
-        hidden = hidden.flip(0)
-    return self.layer(x.mean(1)) + hidden
+    return self.layer(x.mean(1)) + (hidden.flip(0) if flip else hidden)
 
 
-def _static(self: Function, x: Tensor) -> Tensor:
+def _static(self: Function, x: Tensor, flip: bool = False) -> Tensor:
     with torch.no_grad():
         self.memory[: len(x)] = x.mean(1)
     hidden = self.layer(self.memory[: len(x)].clone()).tanh()
-    if self.flip and len(hidden) > 1:
-        hidden = hidden.flip(0)
-    return self.layer(x.mean(1)) + hidden
+    return self.layer(x.mean(1)) + (hidden.flip(0) if flip else hidden)
 
 
 def _penalty(model: nn.Module, x: Tensor) -> Tensor:
@@ -130,6 +166,13 @@ def _penalty(model: nn.Module, x: Tensor) -> Tensor:
     out = model(x)
     (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
     return out.sin().mean() + grad.square().flatten(1).sum(1).mean()
+
+
+def _first_row_written(x: Tensor, w: Tensor) -> Tensor:
+    out = x.clone()
+    out[:, 0] = w[1]
+    out[:, 1:] += w[0]
+    return out
 
 
 def _kept(self: Function, x: Tensor) -> Tensor:
@@ -141,7 +184,9 @@ def _kept(self: Function, x: Tensor) -> Tensor:
 
 UNUSUAL: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "padded": _padded,
+    "padded, rows turned": lambda s, x: _padded(s, x, flip=True),
     "a buffer as input": _static,
+    "a buffer as input, rows turned": lambda s, x: _static(s, x, flip=True),
     "kept gradients": _kept,
     "vmap": lambda s, x: torch.vmap(torch.vmap(s.layer))(x),
     "functional call": lambda s, x: torch.func.functional_call(
@@ -157,23 +202,42 @@ UNUSUAL: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "row by row": lambda s, x: torch.stack([s.layer(row) for row in x]),
     "one row at a time": lambda s, x: torch.cat([s.layer(row) for row in x.split(1)]),
     "constant": lambda s, x: s.layer(torch.ones_like(x)) * x,
+    "written after a reentrant region": lambda s, x: _first_row_written(
+        checkpoint(s.layer, x @ s.w, use_reentrant=True), s.w
+    ),
+    "queries over one key": lambda s, x: F.scaled_dot_product_attention(
+        s.w[:3].expand(len(x), -1, -1), x[:, :1], x[:, :1]
+    ),
+    "biases only": lambda s, x: F.linear(
+        F.linear(x, s.w.detach(), s.layer.bias).relu(), s.w.detach(), s.w[0]
+    ),
     "parameters chosen by data": lambda s, x: torch.where(x > 0, s.w[0], s.w[1]) @ s.w,
 }
 
 
-@pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("batch", [6, 4])
+# All others are exact. Where rows are turned environments mix; the rest are shortcomings.
+REFUSED: dict[str, dict[int, str]] = {
+    "padded, rows turned": dict.fromkeys((3, 4, 6), MIXING),
+    "a buffer as input, rows turned": dict.fromkeys((3, 4, 6), MIXING),
+    "written after a reentrant region": dict.fromkeys((3, 4, 6), NO_BATCH),
+    "queries over one key": dict.fromkeys((3, 4, 6), MIXING),
+    "biases only": dict.fromkeys((3, 4, 6), PARAMETERS_ONLY),
+    "row by row": {3: MIXING, 4: MIXING, 6: PARAMETERS_ONLY},
+    "one row at a time": {3: MIXING, 4: MIXING, 6: PARAMETERS_ONLY},
+}
+
+
+@pytest.mark.parametrize("batch", [6, 4, 3])
 @pytest.mark.parametrize("name", UNUSUAL)
-def test_unusual_programs_are_exact_or_refused(name: str, batch: int, flip: bool) -> None:
+def test_unusual_programs(name: str, batch: int) -> None:
     model = Function(UNUSUAL[name], w=rand(4, 4), layer=nn.Linear(4, 4)).double()
     model.register_buffer("memory", torch.zeros(6, 4, dtype=torch.float64))
-    model.flip, agreement = flip, None
+    agreement = am.Agreement(model, RULE, keep_moments=True)
     for _ in range(2):
-        with or_refused():
-            agreement = check(model, curved, rand(batch, 3, 4), agreement=agreement)
+        step = partial(check, model, curved, rand(batch, 3, 4), agreement=agreement)
+        assert outcome(step) == REFUSED.get(name, {}).get(batch, EXACT)
 
 
-def test_a_gradient_penalty_is_exact_or_refused() -> None:
+def test_a_gradient_penalty_is_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    with or_refused():
-        check(model, _penalty, rand(6, 4))
+    assert outcome(lambda: check(model, _penalty, rand(6, 4))) == NO_BATCH

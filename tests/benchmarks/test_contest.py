@@ -27,8 +27,6 @@ from benchmarks.contest.peers import (
 from benchmarks.contest.results import Results, summarise
 from tests.studies.common import assert_picture, read_records, read_summary
 
-pytestmark = pytest.mark.cpu_only
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -164,7 +164,7 @@ def test_errors_of_correlation() -> None:
 
 def test_reach_of_the_agreement() -> None:
     model = torch.nn.Linear(3, 2)
-    agreement = am.Agreement(model, am.AndMask())
+    agreement = am.Agreement(model, am.AndMask(1.0))
     with pytest.raises(RuntimeError, match="gram: expected a context with gram=True before"):
         metrics.gradient_cosines(agreement)
 

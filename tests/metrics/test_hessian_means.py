@@ -164,7 +164,7 @@ def test_dtype(dtype: torch.dtype) -> None:
         (
             [torch.ones(2, dtype=torch.int64)],
             TypeError,
-            "floating-point Tensors, but got torch.int",
+            "floating-point Tensors, but got int",
         ),
         (torch.ones(3), ValueError, r"shape \[d, n, n\] or \[d, n\].*but got \[3\]"),
         (torch.ones(2, 3, 4), ValueError, r"but got \[2, 3, 4\]"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -80,10 +82,8 @@ def test_coherence_neither_overflows_nor_hides() -> None:
 @pytest.mark.parametrize("weights", [None, [2.0], [1.0, 3.0, 0.5, 2.0, 1.0, 1.0]])
 def test_moments_track_norms(weights: list[float] | None) -> None:
     many = parameters()
-    stacked = am.Moments([grads[0] for grads in many])
-    stacked.track_norms = True
-    single = am.Moments([grads[0] for grads in many])
-    single.track_norms = True
+    stacked = am.Moments([grads[0] for grads in many], kinds=("votes", "norms"))
+    single = am.Moments([grads[0] for grads in many], kinds=("votes", "norms"))
     rows = weights if weights and len(weights) > 1 else [1.0 if weights is None else 2.0] * 6
     stacked.add_stacked(many, None if weights is None else rows)
     for row, weight in enumerate(rows):
@@ -104,8 +104,7 @@ def test_norms_are_forgotten_merged_and_absent() -> None:
     many = parameters()
     halves = []
     for part in ([grads[:2] for grads in many], [grads[2:] for grads in many]):
-        moments = am.Moments([grads[0] for grads in many])
-        moments.track_norms = True
+        moments = am.Moments([grads[0] for grads in many], kinds=("votes", "norms"))
         moments.add_stacked(part)
         halves.append(moments)
     total = [
@@ -123,19 +122,15 @@ def test_norms_are_forgotten_merged_and_absent() -> None:
     assert halves[1].squared_norms is None
     plain.merge(halves[0])  # nor did this one
     assert plain.squared_norms is None
-    empty = am.Moments([grads[0] for grads in many])
+    empty = am.Moments([grads[0] for grads in many])  # it takes over what the other knows
     empty.merge(halves[0])
     assert [n.item() for n in empty.squared_norms] == pytest.approx([n.item() for n in total])
     halves[0].reset()
     assert halves[0].squared_norms is None
-    halves[0].track_norms = False
-    halves[0].add_stacked(many)
-    assert halves[0].squared_norms is None
 
 
 def test_a_parameter_that_comes_late() -> None:
-    moments = am.Moments([torch.zeros(2), torch.zeros(2)])
-    moments.track_norms = True
+    moments = am.Moments([torch.zeros(2), torch.zeros(2)], kinds=("votes", "norms"))
     moments.add([torch.tensor([3.0, 4.0]), None])
     moments.add([torch.tensor([3.0, 4.0]), torch.tensor([1.0, 0.0])])
     assert [n.item() for n in moments.squared_norms] == pytest.approx([50.0, 1.0])
@@ -172,8 +167,7 @@ def test_signal_to_noise_neither_over_nor_underflows(size: float) -> None:
 
 
 def test_norms_when_the_first_environment_is_zero() -> None:
-    moments = am.Moments([torch.zeros(2), torch.zeros(2)])
-    moments.track_norms = True
+    moments = am.Moments([torch.zeros(2), torch.zeros(2)], kinds=("votes", "norms"))
     moments.add([None, None])
     moments.add([torch.tensor([3.0, 4.0]), None])
     assert [None if n is None else n.item() for n in moments.squared_norms] == [25.0, None]
@@ -196,3 +190,13 @@ def test_squared_norms_of_all_lengths_and_layouts() -> None:
     for tensor in tensors:
         exact = tensor.double().square().sum().item()
         assert squared_norm(tensor).item() == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("size", [3, (1 << 18) + 5])
+def test_squared_norms_beyond_float32(size: int) -> None:
+    from andmask_ext._norms import squared_norm
+
+    tensor = torch.full((size,), 1e25)
+    assert squared_norm(tensor).item() == math.inf
+    exact = size * tensor[0].item() ** 2
+    assert squared_norm(tensor, torch.float64).item() == pytest.approx(exact, rel=1e-12)

@@ -89,7 +89,7 @@ def test_the_tau_curve_is_what_each_tau_keeps(values: np.ndarray, data: st.DataO
         )
         assert curve.norm[k].item() == pytest.approx(masked.norm().item(), rel=1e-9)
         assert curve.noise_kept_fraction[k].item() == pytest.approx(
-            metrics.noise_kept_fraction(len(grads), tau), rel=1e-12
+            metrics.noise_kept_probability(len(grads), tau), rel=1e-12
         )
 
 
@@ -134,7 +134,7 @@ def test_noise_votes_against_exact_fractions(environments: int) -> None:
         [float(one) for one in exact], rel=1e-12, abs=0
     )
     for k in range(environments + 1):
-        assert metrics.noise_kept_fraction(environments, k / environments) == pytest.approx(
+        assert metrics.noise_kept_probability(environments, k / environments) == pytest.approx(
             float(sum(exact[k:])), rel=1e-12
         )
 
@@ -144,8 +144,10 @@ def test_noise_votes_against_exact_fractions(environments: int) -> None:
     [(80, 0.05, 0.738), (80, 0.1, 0.434), (80, 0.2, 0.093), (80, 0.4, 4.5e-4),
      (16, 0.2, 0.454), (16, 0.4, 0.077), (16, 0.8, 5.2e-4), (16, 1.0, 3.1e-5)],
 )  # fmt: skip
-def test_noise_kept_fraction_at_known_places(environments: int, tau: float, share: float) -> None:
-    assert metrics.noise_kept_fraction(environments, tau) == pytest.approx(share, rel=0.02)
+def test_noise_kept_probability_at_known_places(
+    environments: int, tau: float, share: float
+) -> None:
+    assert metrics.noise_kept_probability(environments, tau) == pytest.approx(share, rel=0.02)
 
 
 def test_the_null_of_very_many_environments_is_normal() -> None:
@@ -153,7 +155,7 @@ def test_the_null_of_very_many_environments_is_normal() -> None:
         for deviations in (0.5, 2.0, 5.0):
             votes = math.floor(deviations * math.sqrt(environments))
             votes -= (votes + environments) % 2
-            share = metrics.noise_kept_fraction(environments, votes / environments)
+            share = metrics.noise_kept_probability(environments, votes / environments)
             normal = math.erfc((votes - 1) / math.sqrt(2 * environments))  # between two values
             assert share == pytest.approx(normal, rel=1e-2)
 
@@ -162,14 +164,14 @@ def test_noise_looks_like_the_null() -> None:
     grads = torch.randn(12, 200_000)
     histogram = metrics.vote_histogram(grads)
     assert (histogram.share - histogram.noise).abs().max() < 5e-3
-    expected = metrics.noise_kept_fraction(12, 0.5)
+    expected = metrics.noise_kept_probability(12, 0.5)
     assert metrics.kept_fraction(grads, 0.5).item() == pytest.approx(expected, rel=0.05)
 
 
 def test_the_null_that_is_returned_may_be_changed() -> None:
     metrics.noise_votes(5).zero_()
     metrics.vote_histogram(torch.randn(5, 3)).noise.zero_()
-    assert metrics.noise_kept_fraction(5, 0.0) == pytest.approx(1.0)
+    assert metrics.noise_kept_probability(5, 0.0) == pytest.approx(1.0)
 
 
 # ---- errors ----
@@ -213,11 +215,11 @@ def test_other_errors() -> None:
     with pytest.raises(TypeError, match="per_parameter: expected a bool, but got int"):
         metrics.kept_fraction(grads, 0.5, per_parameter=1)
     with pytest.raises(ValueError, match="environments: expected a positive number, but got 0"):
-        metrics.noise_kept_fraction(0, 0.5)
+        metrics.noise_kept_probability(0, 0.5)
     with pytest.raises(TypeError, match="environments: expected an int, but got float"):
         metrics.noise_votes(2.0)
     with pytest.raises(ValueError, match="tau: expected"):
-        metrics.noise_kept_fraction(4, -0.5)
+        metrics.noise_kept_probability(4, -0.5)
     with pytest.raises(ValueError, match="tau: expected"):
         metrics.vote_histogram(grads).kept_fraction(1.5)
 
@@ -245,7 +247,7 @@ def test_noise_of_gradients_is_the_mean_over_their_voters(
 def test_noise_of_gradients_without_zeros_is_binomial() -> None:
     many = {"a": torch.rand(16, 3) + 1, "b": -torch.rand(16, 2, 2) - 1}
     for tau in (0.0, 0.4, 1.0):
-        expected = metrics.noise_kept_fraction(16, tau)
+        expected = metrics.noise_kept_probability(16, tau)
         assert metrics.noise_kept_fraction(many, tau).item() == pytest.approx(expected)
 
 
@@ -256,14 +258,16 @@ def test_noise_of_gradients_of_examples_through_a_relu() -> None:
     kept = metrics.kept_fraction(grads, 0.2).item()
     level = metrics.noise_kept_fraction(grads, 0.2).item()
     assert level == pytest.approx(kept, rel=0.25)
-    assert level < metrics.noise_kept_fraction(64, 0.2) / 4
+    assert level < metrics.noise_kept_probability(64, 0.2) / 4
 
 
 def test_what_has_no_noise_level() -> None:
-    with pytest.raises(TypeError, match="environments: expected the stacked gradients of all"):
+    with pytest.raises(TypeError, match="grads: expected the stacked gradients of all"):
         metrics.noise_kept_fraction(am.Moments([torch.ones(2)]), 0.5)
+    with pytest.raises(TypeError, match=r"grads: .* got an int.* use noise_kept_probability"):
+        metrics.noise_kept_fraction(16, 0.5)
     with pytest.raises(TypeError, match="environments: expected an int, but got float"):
-        metrics.noise_kept_fraction(0.4, 0.5)
+        metrics.noise_kept_probability(0.4, 0.5)
     assert torch.isnan(metrics.noise_kept_fraction(torch.zeros(3, 0), 0.5))
 
 
@@ -273,13 +277,13 @@ def test_a_histogram_is_printed_in_one_line() -> None:
 
 
 def test_an_agreement_is_no_gradients() -> None:
-    agreement = am.Agreement(torch.nn.Linear(2, 1), am.AndMask())
+    agreement = am.Agreement(torch.nn.Linear(2, 1), am.AndMask(1.0))
     with pytest.raises(TypeError, match=r"but got Agreement; its moments are in \.moments"):
         metrics.kept_fraction(agreement, 0.5)
 
 
 def test_the_null_does_not_depend_on_where_it_was_first_asked_for() -> None:
     with torch.device("meta"):
-        assert metrics.noise_kept_fraction(37, 0.5) > 0
-    assert metrics.noise_kept_fraction(37, 0.5) > 0
+        assert metrics.noise_kept_probability(37, 0.5) > 0
+    assert metrics.noise_kept_probability(37, 0.5) > 0
     assert metrics.tau_curve(torch.randn(37, 5)).noise_kept_fraction.device.type == "cpu"

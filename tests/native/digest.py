@@ -1,4 +1,4 @@
-"""Prints the instruction set in use and a digest of the ops' outputs on many inputs.
+"""Prints the instruction set in use and, for each thread count that is given, a digest of the ops.
 
 Run as a script, in a process of its own: the instruction set is chosen once per process.
 """
@@ -56,14 +56,14 @@ def moments_and_steps(
         for votes in (False, True, False, False)
     ]
     weights = [0.5 + e / count for e in range(count)]
-    ops.accumulate_(*kinds, grads, 0, weights, True)
+    ops._accumulate_(*kinds, grads, 0, weights, True)
     for kind in kinds:
         yield bits(kind)
     for one, votes in zip(*kinds[:2], strict=True):
-        yield bits(list(ops.vote_histograms([one], [votes], count)))
+        yield bits(list(ops._vote_histograms([one], [votes], count)))
     for rule, arguments in RULES.items():
         for rescale in (False, True):
-            yield bits(ops.resolve(*kinds, count, rule, arguments, rescale))
+            yield bits(ops._resolve(*kinds, count, rule, arguments, rescale))
     finite = [[t.nan_to_num(0, 1, -1) if t.is_floating_point() else t for t in k] for k in kinds]
     rule = (*finite, count, "and_mask", [0.6], True)
     state = [[torch.zeros_like(t) for t in kinds[0]] for _ in range(3)]
@@ -71,18 +71,18 @@ def moments_and_steps(
     decay = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
     for first in (True, False):
         options = {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "first_step": first}
-        ops.sgd_step_(params, state[0], *rule, **options, **decay)
+        ops._sgd_step_(params, state[0], *rule, **options, **decay)
     yield bits(params) + bits(state[0])
     betas = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
     for _ in range(2):
-        ops.adam_step_(params, *state, steps, *rule, **betas, **decay)
+        ops._adam_step_(params, *state, steps, *rule, **betas, **decay)
     yield bits(params) + bits([t for kind in state for t in kind])
     options = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
     for kind in state:
         for tensor in kind:
             tensor.zero_()
     for _ in range(2):
-        ops.temporal_adam_step_(params, *state, steps, finite[0], **options, **betas, **decay)
+        ops._temporal_adam_step_(params, *state, steps, finite[0], **options, **betas, **decay)
     yield bits(params) + bits([t for kind in state for t in kind])
 
 
@@ -95,17 +95,18 @@ def weight_gradients(rng: np.random.Generator, dtype: torch.dtype) -> Iterator[b
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         kinds = [torch.empty(70, 200, dtype=wide), torch.empty(70, 200, dtype=torch.int8)]
-        ops.accumulate_outer_(*kinds, None, None, a, d, None, None, 0, [0.5])
+        ops._accumulate_outer_(*kinds, None, None, a, d, None, None, 0, [0.5])
         yield bits(kinds)
         images = a.view(30, rows, 20, 10)
         kinds = [t.view(70, -1)[:, : rows * 3].reshape(70, rows, 3, 1) for t in kinds]
         grads = torch.from_numpy(rng.integers(-2, 3, (30, 70, 18, 10))).to(dtype)
         window = ([1, 1], [0, 0], [1, 1], 1)
-        ops.accumulate_convolution_(*kinds, None, None, images, grads, None, None, 0, *window, [])
+        ops._accumulate_convolution_(*kinds, None, None, images, grads, None, None, 0, *window, [])
         yield bits(kinds)
 
 
-def main(threads: int) -> None:
+def digest_of_ops(threads: int) -> str:
+    """What the ops make of many inputs."""
     torch.set_num_threads(threads)
     rng = np.random.default_rng(0)  # torch's own random numbers depend on the instruction set
     digest = hashlib.sha256()
@@ -138,7 +139,7 @@ def main(threads: int) -> None:
             for rule, arguments in {**RULES, **COLUMN_RULES}.items():
                 random = noise if rule in ("sign_dropout", "agreement_random") else None
                 rescale = rule in RULES and rule != "mean"
-                digest.update(bits([ops.aggregate(grads, rule, arguments, rescale, random)]))
+                digest.update(bits([ops._aggregate(grads, rule, arguments, rescale, random)]))
     for count, vote_type in [
         (1, torch.int8),
         (3, torch.int8),
@@ -164,8 +165,8 @@ def main(threads: int) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         for part in weight_gradients(rng, dtype):
             digest.update(part)
-    print(am.build_info()["isa"], digest.hexdigest())
+    return digest.hexdigest()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    print(am.build_info()["isa"], *(digest_of_ops(int(threads)) for threads in sys.argv[1:]))

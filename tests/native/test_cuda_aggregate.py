@@ -17,18 +17,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.native import harness
-from tests.native.cuda_arrays import DTYPES, aligned, placed, same_bits, stored, wide_type
+from tests.native.arrays import DTYPES, MOMENT_RULES, aligned, placed, same_bits, stored, wide_type
 from tests.strategies import stacked
 
 native = harness.load()
-MOMENT_RULES = {
-    "mean": [],
-    "and_mask": [0.5],
-    "geometric_mean": [0.4],
-    "sand_mask": [0.3, 2.0],
-    "masked_average": [0.6],
-    "agreement_sum": [],
-}
 RANKED_RULES = ["median", "trimmed_mean", "winsorized_mean"]
 TERM_RULES = {"sign_dropout": [], "fed_ilc": [0.4], "agreement_random": []}
 WHOLE_FACTORS = ("mean", "and_mask", "geometric_mean", "agreement_sum")  # 0 or 1: added up exactly

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.native import harness
-from tests.native.cuda_arrays import DTYPES, aligned, stored, wide_type
+from tests.native.arrays import DTYPES, aligned, stored, wide_type
 from tests.strategies import stacked
 
 native = harness.load()

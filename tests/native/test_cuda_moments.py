@@ -13,18 +13,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.native import harness
-from tests.native.cuda_arrays import DTYPES, placed, same_bits, stored, wide_type
+from tests.native.arrays import DTYPES, MOMENT_RULES, placed, same_bits, stored, wide_type
 from tests.strategies import stacked
 
 native = harness.load()
-RULES = {
-    "mean": [],
-    "and_mask": [0.5],
-    "geometric_mean": [0.4],
-    "sand_mask": [0.3, 2.0],
-    "masked_average": [0.6],
-    "agreement_sum": [],
-}
 KINDS = ("sum", "votes", "squares", "logs")
 Lists = dict[str, list[NDArray]]
 
@@ -153,18 +145,18 @@ def moment_lists(draw: st.DrawFn) -> tuple[int, Lists]:
     return count, as_lists(memory)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", MOMENT_RULES)
 @given(drawn=moment_lists(), rescale=st.booleans(), in_place=st.booleans())
 def test_resolve_has_the_bits_of_the_cpu(
     rule: str, drawn: tuple[int, Lists], rescale: bool, in_place: bool
 ) -> None:
     count, lists = drawn
     expected = [
-        by_cpu(rule, RULES[rule], count, {kind: lists[kind][i] for kind in KINDS}, rescale)
+        by_cpu(rule, MOMENT_RULES[rule], count, {kind: lists[kind][i] for kind in KINDS}, rescale)
         for i in range(len(lists["sum"]))
     ]
     out = lists["sum"] if in_place else [np.empty_like(total) for total in lists["sum"]]
-    native.cuda_resolve(rule, RULES[rule], count, lists, rescale, out)
+    native.cuda_resolve(rule, MOMENT_RULES[rule], count, lists, rescale, out)
     for update, right in zip(out, expected, strict=True):
         if rescale and rule in ("sand_mask", "masked_average"):
             # Factors that are not whole numbers are added up in another order.
@@ -185,7 +177,7 @@ def test_scales_do_not_depend_on_alignment(rule: str, dtype: type) -> None:
             lists = as_lists([rubbish(grads, np.int8, KINDS, skip)])
             native.cuda_accumulate([grads], 0, lists)
             updates.append(np.empty(5000, dtype))
-            native.cuda_resolve(rule, RULES[rule], 5, lists, True, [updates[-1]])
+            native.cuda_resolve(rule, MOMENT_RULES[rule], 5, lists, True, [updates[-1]])
         np.testing.assert_array_equal(*updates)
 
 

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from .. import strategies
+from .arrays import empty_moments, same_bits
 from .test_masked_mean_kernels import (
     FORMATS,
     count_votes,
@@ -33,30 +34,12 @@ RULES = {
 rules = pytest.mark.parametrize("rule", RULES)
 
 
-def memory(columns: int, dtype: type = np.float32, votes: type = np.int8) -> SimpleNamespace:
-    """Moments that hold rubbish: the first environment must overwrite it."""
-    wide = np.float64 if dtype == np.float64 else np.float32
-    return SimpleNamespace(
-        sum=np.full(columns, np.nan, wide),
-        votes=np.full(columns, 101, votes),
-        squares=np.full(columns, np.nan, wide),
-        logs=np.full(columns, np.nan, wide),
-    )
-
-
 def accumulate(
     isa: str, grads: np.ndarray, votes: type = np.int8, **options: object
 ) -> SimpleNamespace:
-    moments = memory(grads.shape[1], grads.dtype.type, votes)
+    moments = empty_moments(grads.shape[1], grads.dtype.type, votes)
     kernels.accumulate(isa, grads, 0, **vars(moments), **options)
     return moments
-
-
-def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """Which of two NaN a sum keeps is not said: all NaN are one here."""
-    if one.dtype.kind == "f":
-        one, other = (np.where(np.isnan(a), a.dtype.type(np.nan), a) for a in (one, other))
-    return one.tobytes() == other.tobytes()
 
 
 def assert_moments(moments: SimpleNamespace, grads: np.ndarray) -> None:
@@ -114,7 +97,7 @@ def test_instruction_sets_chunks_and_splits_give_the_same_bits(
     for array in (grads, grads.astype(np.float64), to_bfloat16(grads)):
         expected = accumulate("baseline", array, weights=weights)
         for isa in kernels.isas():
-            found = memory(columns, array.dtype.type)
+            found = empty_moments(columns, array.dtype.type, np.int8)
             for part in (slice(0, cut), slice(cut, rows)):  # two calls
                 if part.start != part.stop:
                     kernels.accumulate(
@@ -135,7 +118,7 @@ def test_votes_reach_the_end_of_their_type(isa: str, vote_type: type) -> None:
     columns = 150
     sign = np.where(np.arange(columns) % 3 == 0, -1, 1)
     largest = np.iinfo(vote_type).max
-    moments = memory(columns, votes=vote_type)
+    moments = empty_moments(columns, votes=vote_type)
     moments.votes[:] = sign * (largest - 1)
     moments.sum[:] = 0
     grads = sign[None].astype(np.float32)
@@ -198,10 +181,7 @@ def numpy_rule(rule: str, grads: np.ndarray, tau: float) -> tuple[np.ndarray, np
         logs = np.log(np.abs(grads) + 1e-10)
         return agrees.astype(float), np.sign(mean) * np.exp(logs.mean(0))
     if rule == "sand_mask":
-        if rows == 1:
-            variance = np.full_like(mean, 1e-17)
-        else:
-            variance = grads.var(0, ddof=1)
+        variance = grads.var(0, ddof=1) if rows > 1 else np.full_like(mean, 1e-17)
         return np.maximum(np.tanh(1e2 * (votes / rows - tau) / variance), 0), mean
     if rule == "masked_average":
         return np.where(agrees, 1, votes / rows), mean

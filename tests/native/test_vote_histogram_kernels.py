@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.native import harness
-from tests.native.cuda_arrays import DTYPES, placed, stored
+from tests.native.arrays import DTYPES, placed, stored
 from tests.strategies import stacked
 
 native = harness.load()

@@ -1,4 +1,4 @@
-"""torch.ops.andmask._aggregate: transforms, errors, memory. Values: tests/test_rules.py."""
+"""torch.ops.andmask._aggregate: transforms, errors, memory. Values: tests/rules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.func import grad, jvp, vmap
 
 import andmask_ext as am
 
-from ..rule_table import TABLE, examples
+from ..rules.rule_table import TABLE, examples
 from .test_masked_mean import LAYOUTS, dtypes
 
 op = torch.ops.andmask._aggregate

@@ -15,13 +15,18 @@ optim = am.optim
 
 # Every optimizer that takes environments, on parameters (or groups of them).
 MAKERS: dict[str, Callable[..., Any]] = {
-    "sgd": lambda params, **kw: optim.AndMaskSGD(params, lr=0.1, momentum=0.9, **kw),
-    "adam": lambda params, **kw: optim.AndMaskAdam(params, lr=0.1, amsgrad=True, **kw),
-    "adamw": lambda params, **kw: optim.AndMaskAdamW(params, lr=0.1, **kw),
-    "wrapper": lambda params, tau=1.0, rule=None, **kw: optim.EnvironmentWrapper(
-        torch.optim.RMSprop(params, lr=0.1), rule or am.AndMask(tau), **kw
+    "sgd": lambda params, **kw: optim.AndMaskSGD(params, lr=0.1, momentum=0.9, **unanimous(kw)),
+    "adam": lambda params, **kw: optim.AndMaskAdam(params, lr=0.1, amsgrad=True, **unanimous(kw)),
+    "adamw": lambda params, **kw: optim.AndMaskAdamW(params, lr=0.1, **unanimous(kw)),
+    "wrapper": lambda params, **kw: optim.EnvironmentWrapper(
+        torch.optim.RMSprop(params, lr=0.1), **unanimous(kw)
     ),
 }
+
+
+def unanimous(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options with ``tau=1``, unless they say something else of the rule."""
+    return options if {"tau", "rule"} & options.keys() else {"tau": 1.0, **options}
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -60,12 +65,8 @@ def assert_equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> None:
         assert torch.equal(a.detach(), b.detach())
 
 
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
-
-
 def batches(environments: int = 4) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.randn(8, 5), torch.randn(8, 2)) for _ in range(environments)]
+    return [(torch.randn(8, 4), torch.randn(8, 3)) for _ in range(environments)]
 
 
 def losses(model: nn.Module, data: list[tuple[Tensor, Tensor]]) -> list[Tensor]:

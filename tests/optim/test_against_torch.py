@@ -138,10 +138,15 @@ def test_temporal_adam(
     own = {name: value for name, value in options.items() if name != "amsgrad"}
     own["betas"] = (*options["betas"], beta3)
     theirs = torch.optim.AdamW if decoupled else torch.optim.Adam
+    mode = "decoupled" if decoupled else "after_mask"
     compare(
         lambda params: theirs(params, **options),
         lambda params: optim.TemporalAndMaskAdam(
-            params, **own, tau=0.0, bias_correction=True, decoupled_weight_decay=decoupled
+            params,
+            **own,
+            tau=0.0,
+            bias_correction=True,
+            weight_decay_mode=mode,
         ),
         dtype,
         1,
@@ -152,6 +157,6 @@ def test_temporal_adam(
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
 def test_defaults_are_those_of_torch(name: str) -> None:
     theirs = getattr(torch.optim, name)([nn.Parameter(torch.zeros(1))], lr=1e-3).defaults
-    ours = getattr(optim, f"AndMask{name}")([nn.Parameter(torch.zeros(1))]).defaults
+    ours = getattr(optim, f"AndMask{name}")([nn.Parameter(torch.zeros(1))], tau=1.0).defaults
     for option in {"lr", "betas", "eps", "momentum", "weight_decay", "amsgrad", "nesterov"}:
         assert ours.get(option) == theirs.get(option), option

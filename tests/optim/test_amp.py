@@ -68,8 +68,8 @@ def test_equals_the_unscaled_run(
         scaled_environments(scaled, grad_scaler, params, grads)
         environments(plain, others, grads)
         if how != "step":
-            scaled.resolve()
-            plain.resolve()
+            scaled.write_grads()
+            plain.write_grads()
         if how == "unscale":
             grad_scaler.unscale_(scaled)
             assert_equal([p.grad for p in params], [p.grad for p in others])
@@ -98,7 +98,7 @@ def test_overflow_in_one_environment_skips_the_step(
     grads[0][0 if where == "first" else -1, 0, 0] = value  # 1e38 * 2^16 is infinite
     scaled_environments(scaled, grad_scaler, params, grads)
     if how != "step":
-        scaled.resolve()
+        scaled.write_grads()
     if how == "unscale":
         grad_scaler.unscale_(scaled)
     grad_scaler.step(scaled)
@@ -119,7 +119,7 @@ def test_overflow_in_one_environment_skips_the_step(
 def test_float16_sums_beyond_the_range_of_float16_are_no_overflow() -> None:
     """64 environments of gradients 2000: the sum is 128,000, the mean is fine."""
     param = nn.Parameter(torch.zeros(3, dtype=torch.float16))
-    optimizer = optim.AndMaskSGD([param], lr=1e-3)
+    optimizer = optim.AndMaskSGD([param], lr=1e-3, tau=1.0)
     grad_scaler = GradScaler(torch.get_default_device().type, init_scale=2.0)
     grads = torch.full((64, 3), 2000.0, dtype=torch.float16)
     scaled_environments(optimizer, grad_scaler, [param], [grads])
@@ -135,13 +135,13 @@ def test_clipping_under_a_grad_scaler(make: Any) -> None:
     for _ in range(2):
         grads = random_grads(params)
         scaled_environments(scaled, grad_scaler, params, grads)
-        scaled.resolve()
+        scaled.write_grads()
         grad_scaler.unscale_(scaled)
         norm = clip_grad_norm_(params, 0.1)
         grad_scaler.step(scaled)
         grad_scaler.update()
         environments(plain, others, grads)
-        plain.resolve()
+        plain.write_grads()
         assert clip_grad_norm_(others, 0.1) == norm
         plain.step()
         assert_equal(params, others)
@@ -175,7 +175,7 @@ def test_a_disabled_grad_scaler_changes_nothing(make: Any) -> None:
         scaled_environments(scaled, grad_scaler, params, grads)
         environments(plain, others, grads)
         if resolve:
-            scaled.resolve()
+            scaled.write_grads()
             grad_scaler.unscale_(scaled)
             clip_grad_norm_(params, 1e9)
         grad_scaler.step(scaled)
@@ -214,7 +214,7 @@ def test_a_scaler_that_environments_were_not_told_of(make: Any) -> None:
     grad_scaler.scale(torch.ones(()))
     with pytest.raises(RuntimeError, match=r"with optimizer.environment\(grad_scaler=scaler\)"):
         grad_scaler.step(optimizer)
-    optimizer.resolve()
+    optimizer.write_grads()
     with pytest.raises(RuntimeError, match=r"with optimizer.environment\(grad_scaler=scaler\)"):
         grad_scaler.step(optimizer)
     assert_equal(params, before)
@@ -234,11 +234,11 @@ def test_unscaling_or_clipping_before_resolve(make: Any, then: str, what: str) -
         clip_grad_norm_(params, 0.1)
     calls = {
         "step": lambda: grad_scaler.step(optimizer),
-        "resolve": optimizer.resolve,
+        "resolve": optimizer.write_grads,
         "environment": optimizer.environment(grad_scaler=grad_scaler).__enter__,
     }
     if (what, then) != ("clip", "step"):
-        with pytest.raises(RuntimeError, match=r"resolve\(\) before grad_scaler.unscale_"):
+        with pytest.raises(RuntimeError, match=r"write_grads\(\) before grad_scaler.unscale_"):
             calls[then]()
     assert_equal(params, before)
     optimizer.zero_grad()
@@ -260,7 +260,7 @@ def test_step_behind_the_back_of_the_scaler(make: Any, resolved: bool) -> None:
     before = values(params)
     scaled_environments(optimizer, grad_scaler, params, random_grads(params))
     if resolved:
-        optimizer.resolve()
+        optimizer.write_grads()
     with pytest.raises(RuntimeError, match=r"call grad_scaler.step\(optimizer\)"):
         optimizer.step()
     assert_equal(params, before)

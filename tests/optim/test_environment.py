@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import andmask_ext as am
 
+from ..models import mlp
 from .common import (
     MAKERS,
     assert_equal,
@@ -21,11 +22,11 @@ from .common import (
     batches,
     environments,
     losses,
-    mlp,
     optim,
     parameters,
     random_grads,
     train_step,
+    unanimous,
     values,
 )
 
@@ -39,7 +40,7 @@ RULES = [
 
 
 def sgd(params: Any, **options: Any) -> Any:
-    return optim.AndMaskSGD(params, lr=0.1, **options)
+    return optim.AndMaskSGD(params, lr=0.1, **unanimous(options))
 
 
 # ---- what a step is made of ----
@@ -89,7 +90,7 @@ def test_groups_have_their_own_options(make: Any) -> None:
     assert optimizer.param_groups[1]["rule"] is mean
     grads = torch.tensor([[1.0, -1.0], [1.0, 2.0]])
     environments(optimizer, params, [grads] * 3)
-    optimizer.resolve()
+    optimizer.write_grads()
     assert [p.grad.tolist() for p in params] == [[1.0, 0.0], [1.0, 0.5], [1.0, 0.0]]
     optimizer.step()
     assert params[0][0] != 0
@@ -142,7 +143,7 @@ def test_frozen_unfrozen_and_unused_parameters(make: Any) -> None:
                 (used + frozen).sum().backward()
                 assert used.grad is None  # taken already: of those unfrozen later too
                 assert frozen.grad is None
-        optimizer.resolve()
+        optimizer.write_grads()
         assert unused.grad is None
         optimizer.step()
 
@@ -167,7 +168,7 @@ def test_a_parameter_that_not_every_environment_reaches(make: Any) -> None:
         for with_both in (first, not first):
             with optimizer.environment():
                 (always * 2 + (sometimes * 4 if with_both else 0)).sum().backward()
-        optimizer.resolve()
+        optimizer.write_grads()
         assert sometimes.grad.item() == 2.0
         optimizer.zero_grad()
 
@@ -216,7 +217,7 @@ def test_tied_weights_are_summed_before_the_vote(make: Any) -> None:
     for a, b in [(3.0, -1.0), (-1.0, 2.0)]:  # sums 2 and 1 agree, the parts do not
         with optimizer.environment():
             (weight * a + weight * b).sum().backward()
-    optimizer.resolve()
+    optimizer.write_grads()
     assert weight.grad.item() == 1.5
 
 
@@ -258,7 +259,7 @@ def test_reentrant_checkpointing_twice_over_needs_micro_batches_none() -> None:
     model = mlp()
 
     def loss() -> Tensor:
-        x = torch.randn(8, 5, requires_grad=True)
+        x = torch.randn(8, 4, requires_grad=True)
         return sum(checkpoint(model, x, use_reentrant=True).sum() for _ in range(2))
 
     optimizer = sgd(model.parameters())
@@ -339,12 +340,12 @@ def test_clipping_stands_between_resolve_and_step(make: Any, clip: float) -> Non
         for x, y in data:
             with optimizer.environment():
                 nn.functional.mse_loss(model(x), y).backward()
-        optimizer.resolve()
-        optimizer.resolve()  # again changes nothing
+        optimizer.write_grads()
+        optimizer.write_grads()  # again changes nothing
         norm = clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         manual.zero_grad()
-        am.backward(losses(other, data), am.AndMask(), other.parameters())
+        am.backward(losses(other, data), am.AndMask(1.0), other.parameters())
         assert norm == pytest.approx(float(clip_grad_norm_(other.parameters(), clip)), rel=1e-5)
         manual.step()
     for a, b in zip(model.parameters(), other.parameters(), strict=True):
@@ -418,7 +419,7 @@ def test_schedulers(make: Any, tensor_lr: bool) -> None:
 def test_the_learning_rate_of_a_scheduler_is_the_one_used() -> None:
     for lr in (0.1, torch.tensor(0.1)):
         param = nn.Parameter(torch.zeros(1))
-        optimizer = optim.AndMaskSGD([param], lr=lr)
+        optimizer = optim.AndMaskSGD([param], lr=lr, tau=1.0)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
         for expected in (-0.1, -0.15, -0.175):
             environments(optimizer, [param], [torch.ones(2, 1)])

@@ -18,6 +18,7 @@ from .common import (
     optim,
     parameters,
     random_grads,
+    unanimous,
     values,
 )
 
@@ -28,9 +29,9 @@ def works(optimizer: Any, params: list[nn.Parameter]) -> None:
     """An ordinary step goes through, and is what it would be on a fresh optimizer."""
     before, grads = values(params), random_grads(params)
     environments(optimizer, params, grads)
-    optimizer.resolve()
+    optimizer.write_grads()
     for param, grad in zip(params, grads, strict=True):
-        assert torch.equal(param.grad, am.AndMask()(grad))
+        assert torch.equal(param.grad, am.AndMask(1.0)(grad))
     optimizer.step()
     assert not all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
@@ -41,8 +42,8 @@ def test_step_without_an_environment(make: Any) -> None:
     optimizer = make(params)
     with pytest.raises(RuntimeError, match=r"step: expected at least one environment .* got 0"):
         optimizer.step()
-    with pytest.raises(RuntimeError, match="resolve: expected at least one environment"):
-        optimizer.resolve()
+    with pytest.raises(RuntimeError, match="write_grads: expected at least one environment"):
+        optimizer.write_grads()
     backward(params, [g[0] for g in random_grads(params)])  # as in a loop for another optimizer
     with pytest.raises(RuntimeError, match="put each backward pass inside"):
         optimizer.step()
@@ -59,7 +60,7 @@ def test_nothing_but_backward_passes_inside_an_environment(make: Any) -> None:
     calls = {
         "inside another": lambda: optimizer.environment().__enter__(),
         "step: expected to be called outside": optimizer.step,
-        "resolve: expected to be called outside": optimizer.resolve,
+        "write_grads: expected to be called outside": optimizer.write_grads,
         "zero_grad: expected to be called outside": optimizer.zero_grad,
     }
     for message, call in calls.items():
@@ -87,8 +88,8 @@ def test_an_exception_inside_leaves_nothing_half_done(make: Any, after_backward:
 
     with pytest.raises(KeyError):
         environment()
-    for call in (optimizer.step, optimizer.resolve, optimizer.environment().__enter__):
-        with pytest.raises(RuntimeError, match=r"an environment raised .* call zero_grad\(\)"):
+    for call in (optimizer.step, optimizer.write_grads, optimizer.environment().__enter__):
+        with pytest.raises(RuntimeError, match=r"an earlier environment raised .* zero_grad\(\)"):
             call()
     assert_equal(params, before)
     optimizer.zero_grad()
@@ -111,7 +112,7 @@ def test_resolve_without_step(make: Any) -> None:
     params = parameters()
     optimizer = make(params)
     environments(optimizer, params, random_grads(params))
-    optimizer.resolve()
+    optimizer.write_grads()
     with pytest.raises(RuntimeError, match="3 environments are left over from a step"):
         environments(optimizer, params, random_grads(params))
     optimizer.zero_grad()
@@ -153,7 +154,7 @@ def test_more_backward_passes_than_announced(make: Any) -> None:
 @makers
 def test_another_number_of_environments(make: Any) -> None:
     params = parameters()
-    optimizer = make(params, environments=3)
+    optimizer = make(params, expected_environments=3)
     for count in (1, 2, 4):
         environments(optimizer, params, random_grads(params, count))
         with pytest.raises(RuntimeError, match=f"expected 3 environments .* got {count} "):
@@ -231,7 +232,11 @@ def test_arguments_of_environment() -> None:
         ("AndMaskAdamW", {"rule": am.AndMask}, TypeError, "rule: .* but got AndMask"),
         ("AndMaskAdamW", {"rule": 0.5}, TypeError, "rule: .* but got float"),
         ("AndMaskSGD", {"weight_decay_mode": "l2"}, ValueError, "weight_decay_mode: .* 'l2'"),
-        ("AndMaskSGD", {"environments": 0}, ValueError, "environments: .* but got 0"),
+        ("AndMaskSGD", {"expected_environments": 0}, ValueError, "expected_env.* but got 0"),
+        ("AndMaskSGD", {"rule": am.AndMask(0.5), "tau": 0.5}, ValueError, "tau: .* tau=0.5 beside"),
+        ("AndMaskAdam", {"rule": am.rules.Mean(), "rescale": True}, ValueError, "rescale: .* rule"),
+        ("AndMaskAdamW", {"rule": None, "tau": None}, ValueError, "tau: .* but got neither"),
+        ("TemporalAndMaskAdam", {"weight_decay_mode": "before_mask"}, ValueError, "after_mask or"),
     ],
 )
 def test_options(
@@ -240,10 +245,10 @@ def test_options(
     names = ["AndMaskSGD", "AndMaskAdam", "AndMaskAdamW", "TemporalAndMaskAdam"]
     for cls in [name] if name else names:
         with pytest.raises(error, match=message):
-            getattr(optim, cls)(parameters(), **options)
-        if "environments" in options:
+            getattr(optim, cls)(parameters(), **unanimous(options))
+        if "expected_environments" in options or "neither" in message:
             continue
-        optimizer = getattr(optim, cls)(parameters())
+        optimizer = getattr(optim, cls)(parameters(), tau=0.5)
         with pytest.raises(error, match=message):  # a group that is refused is not there afterwards
             optimizer.add_param_group({"params": parameters(), **options})
         assert len(optimizer.param_groups) == 1
@@ -252,12 +257,14 @@ def test_options(
 def test_parameters_must_be_dense_floats() -> None:
     for name in ("AndMaskSGD", "AndMaskAdamW", "TemporalAndMaskAdam"):
         with pytest.raises(TypeError, match=r"params\[0\]: expected dtype .* but got complex64"):
-            getattr(optim, name)([torch.zeros(2, dtype=torch.complex64, requires_grad=True)])
+            getattr(optim, name)(
+                [torch.zeros(2, dtype=torch.complex64, requires_grad=True)], tau=1.0
+            )
 
 
 def test_an_expanded_parameter_is_refused_before_anything_moves() -> None:
     param = torch.ones(1).expand(4).requires_grad_()
-    optimizer = optim.AndMaskAdam([param])
+    optimizer = optim.AndMaskAdam([param], tau=1.0)
     environments(optimizer, [param], [torch.ones(2, 4)])
     with pytest.raises(RuntimeError, match=r"params\[0\] whose elements lie apart"):
         optimizer.step()

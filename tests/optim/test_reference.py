@@ -50,7 +50,7 @@ def draw_rule(data: st.DataObject, environments: int) -> dict[str, Any]:
             ]
         )
     )
-    return {"tau": 0.123, "rule": rule}
+    return {"rule": rule}
 
 
 def compare(found: Any, twin: Any, param: nn.Parameter, grads: Tensor, lr: float) -> None:
@@ -136,7 +136,7 @@ def test_temporal_adam(dtype: torch.dtype, data: st.DataObject) -> None:
         ),
         "eps": data.draw(st.sampled_from([1e-6 if dtype == torch.float64 else 0.05, 0.1])),
         "weight_decay": data.draw(st.sampled_from([0.0, 0.1])),
-        "decoupled_weight_decay": data.draw(st.booleans()),
+        "weight_decay_mode": data.draw(st.sampled_from(["after_mask", "decoupled"])),
         "bias_correction": data.draw(st.booleans()),
         "maximize": data.draw(st.booleans()),
         "tau": data.draw(st.sampled_from([0.0, 0.25, 0.36, 0.5, 0.75, 1.0])),

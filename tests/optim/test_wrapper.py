@@ -15,12 +15,12 @@ from torch.optim import Optimizer
 
 import andmask_ext as am
 
+from ..models import mlp
 from .common import (
     assert_equal,
     batches,
     environments,
     losses,
-    mlp,
     optim,
     parameters,
     random_grads,
@@ -66,7 +66,7 @@ def test_equals_backward_and_step(inner: Any, rule: am.rules.Rule) -> None:
 def test_schedulers_on_either(inner: Any, on_outer: bool) -> None:
     params = parameters()
     base = inner(params)
-    wrapped = optim.EnvironmentWrapper(base)
+    wrapped = optim.EnvironmentWrapper(base, tau=1.0)
     chosen = wrapped if on_outer else base
     scheduler = torch.optim.lr_scheduler.ExponentialLR(chosen, 0.5)
     for lr in (0.1, 0.05, 0.025):
@@ -157,7 +157,7 @@ def test_groups_share_and_may_have_their_own_rule() -> None:
     assert rules == [am.AndMask(0.5), am.rules.Mean(), am.AndMask(0.5)]
     grads = random_grads(params, 4)
     environments(wrapped, params, grads)
-    wrapped.resolve()
+    wrapped.write_grads()
     for param, rule, stack in zip(params, rules, grads, strict=True):
         torch.testing.assert_close(param.grad, rule(stack))
 
@@ -165,7 +165,7 @@ def test_groups_share_and_may_have_their_own_rule() -> None:
 def test_step_hooks_of_both_run() -> None:
     params, seen = parameters(), []
     base = torch.optim.SGD(params, lr=0.1)
-    wrapped = optim.EnvironmentWrapper(base)
+    wrapped = optim.EnvironmentWrapper(base, tau=1.0)
     base.register_step_post_hook(lambda *_: seen.append("inner"))
     wrapped.register_step_post_hook(lambda *_: seen.append("outer"))
     environments(wrapped, params, random_grads(params))

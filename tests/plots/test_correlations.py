@@ -11,8 +11,6 @@ from andmask_ext import plots
 
 from .pictures import Correlations, colour_at, draw
 
-pytestmark = pytest.mark.cpu_only
-
 
 def cosines(environments):
     gradients = torch.nn.functional.normalize(torch.randn(environments, 20), dim=1)

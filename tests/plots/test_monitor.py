@@ -11,8 +11,6 @@ from andmask_ext import plots
 
 from .pictures import Monitor, colour_at, draw
 
-pytestmark = pytest.mark.cpu_only
-
 
 def mesh_of(axes):
     (mesh,) = axes.collections

@@ -17,8 +17,6 @@ from andmask_ext import plots
 
 from .pictures import Correlations, Curve, Histogram, Monitor, draw
 
-pytestmark = pytest.mark.cpu_only
-
 FIGURES = {
     "vote_histogram": lambda **o: plots.vote_histogram(Histogram.of_noise(16), 0.8, **o),
     "vote_histogram of one": lambda **o: plots.vote_histogram(Histogram.of_noise(1), 1.0, **o),

@@ -11,11 +11,9 @@ from hypothesis import strategies as st
 from matplotlib.patches import StepPatch
 
 from andmask_ext import plots
-from andmask_ext.reference import vote_threshold
+from andmask_ext.rules._threshold import vote_threshold
 
 from .pictures import Curve, Histogram, draw, noise_votes, texts
-
-pytestmark = pytest.mark.cpu_only
 
 
 def heights(axes):

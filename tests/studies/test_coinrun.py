@@ -27,8 +27,6 @@ from studies.coinrun.training import (
 )
 from studies.records import RunFiles
 
-pytestmark = pytest.mark.cpu_only
-
 # ---- the expert, in a corridor ----
 
 LEFT, WAIT, UP, RIGHT = (ACTIONS.index(one) for one in ("left", "wait", "up", "right"))

@@ -21,8 +21,6 @@ from studies.coinrun.training import CoinRunSettings
 from studies.records import RunFiles, without_nan
 from studies.study import Finished, Run
 
-pytestmark = pytest.mark.cpu_only
-
 SETTINGS = CoinRunSettings("final", "adam", "x", epochs=30, batch=32)
 LOSSES = [0.9, 0.8, 0.7, 0.6, 0.5, 0.45]
 

@@ -25,8 +25,6 @@ from studies.coinrun.settings import QUICK
 
 from .common import assert_picture, need, read_records, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 
 def game():
     try:

@@ -14,8 +14,6 @@ pytest.importorskip("sklearn")
 
 from studies.coinrun.player import always, greedy, play, sampled
 
-pytestmark = pytest.mark.cpu_only
-
 # Level k ends after k + 1 actions, with a reward if all of them were k. Frames show k, and how
 # many actions came.
 SERVER = """

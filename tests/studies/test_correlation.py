@@ -20,8 +20,6 @@ from studies.correlation.study import claims
 
 from .common import assert_picture, read_records, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 SMALL = CorrelationSettings(environments=4, examples=32, width=8)
 TINY = ("--environments", 4, "--examples", 32, "--width", 8)
 

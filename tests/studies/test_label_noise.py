@@ -24,8 +24,6 @@ from studies.label_noise.training import (
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 SMALL = {"width": 2, "size": 16, "examples": 16, "batch": 16, "epochs": 1}
 
 

@@ -21,8 +21,6 @@ from studies.label_noise.data import cifar10, digits, load
 
 from .common import need, read_records, run
 
-pytestmark = pytest.mark.cpu_only
-
 
 def load_digits(labels="true", noise=0.25, size=16, examples=None, seed=0):
     return load("digits", labels, noise, size, examples, "", seed)

@@ -15,8 +15,6 @@ from studies.landscape.surfaces import LOSSES, POINTS
 
 from .common import read_records, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -9,8 +9,6 @@ import andmask_ext as am
 from studies.landscape.parts import RULES
 from studies.landscape.surfaces import LOSSES, POINTS, descend, quadratic
 
-pytestmark = pytest.mark.cpu_only
-
 CONSISTENT, PATCHWORK = (torch.tensor(point, dtype=torch.float64) for point in POINTS.values())
 
 

@@ -13,8 +13,6 @@ from studies.study import Finished, Run
 
 from .common import assert_claims_hold, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):

@@ -17,8 +17,6 @@ from studies.linear.regression import (
     run_regression,
 )
 
-pytestmark = pytest.mark.cpu_only
-
 
 def test_the_points_are_the_notebooks():
     assert points().tolist() == [

@@ -16,8 +16,6 @@ from studies.linear.training import (
 )
 from studies.linear.unit_tests import EXAMPLES, draw_problem
 
-pytestmark = pytest.mark.cpu_only
-
 INVARIANT = slice(5)
 SPURIOUS = slice(5, 10)
 

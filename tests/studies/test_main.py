@@ -10,8 +10,6 @@ pytest.importorskip("tqdm")
 
 from studies.__main__ import COMMANDS, main
 
-pytestmark = pytest.mark.cpu_only
-
 STUDIES = [command for command in COMMANDS if command != "report"]
 WRONG = [
     ("coinrun", "--levels 0", "levels: expected at least 1, got 0"),

@@ -9,8 +9,6 @@ pytest.importorskip("tqdm")
 from studies import progress
 from studies.progress import Progress
 
-pytestmark = pytest.mark.cpu_only
-
 
 @pytest.fixture
 def clock(monkeypatch):

@@ -10,8 +10,6 @@ from benchmarks import measuring
 from studies import records, search, summary
 from studies.records import RunFiles, write_atomically
 
-pytestmark = pytest.mark.cpu_only
-
 IDENTITY = {"study": "x", "settings": {"tau": 0.8, "decay": (0.5, 0.75)}, "seed": 0}
 
 

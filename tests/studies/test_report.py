@@ -20,8 +20,6 @@ from studies.summary import Claim, Picture, Summary, Table
 from . import toy
 from .common import run
 
-pytestmark = pytest.mark.cpu_only
-
 SCRIPT = "</style><script>document.title = 'taken over'</script><img src=x onerror=alert(1)>"
 EMPTY = {"study": "toy", "claims": [], "tables": [], "pictures": [], "notes": []}
 

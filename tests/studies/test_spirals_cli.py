@@ -12,8 +12,6 @@ from studies.spirals.settings import METHODS
 
 from .common import assert_claims_hold, assert_picture, read_records, read_summary, run
 
-pytestmark = pytest.mark.cpu_only
-
 SMALL = (
     "--examples 64 --test-examples 100 --shortcut-dims 4 --batch 32 --width 16 --layers 2 "
     "--epochs 3"

@@ -5,8 +5,6 @@ import pytest
 
 from studies.spirals.data import SpiralsConfig, draw_mechanism, draw_spirals
 
-pytestmark = pytest.mark.cpu_only
-
 PAPER = SpiralsConfig(environments=6, examples=2000, test_examples=5000, revolutions=2)
 RELEASED = SpiralsConfig(
     environments=6,

@@ -14,8 +14,6 @@ from studies.spirals.methods import RULES, STEPS, Learner
 from studies.spirals.settings import METHODS
 from studies.spirals.training import build_optimizer
 
-pytestmark = pytest.mark.cpu_only
-
 TINY = replace(PAPER, environments=3, examples=20, shortcut_dims=4, width=8, layers=2, batch=6)
 # Plain descent with rate 1 and no decay: the step is the gradient.
 STEP = replace(TINY, optimizer="sgd", lr=1.0, l2=0.0)

@@ -11,8 +11,6 @@ from studies.records import RunFiles
 from studies.spirals import PAPER, RELEASED, Settings, build_model, train
 from studies.spirals.training import batches
 
-pytestmark = pytest.mark.cpu_only
-
 TINY = replace(
     PAPER,
     environments=3,

@@ -18,8 +18,6 @@ from .common import read_records as records
 from .common import read_summary
 from .toy import main
 
-pytestmark = pytest.mark.cpu_only
-
 
 def summary(folder):
     return read_summary(folder, "toy")

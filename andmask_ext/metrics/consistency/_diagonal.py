@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._arguments import check_count, check_generator
+from ..._checks import check_count, check_generator
 from ._problem import CHUNK, Params, Problem, draw_signs
 from ._result import Inconsistency, best_pair, result
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from ..._checks import check_number
-from ._arguments import check_count, check_eps
+from ..._checks import check_count, check_number
 from ._problem import Loss, Params
 from ._result import Inconsistency
-from ._score import inconsistency_score
+from ._score import check_eps, inconsistency_score
 from ._search import Progress
-from ._student import student_quantile
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,6 +109,7 @@ def invariant_learning_consistency(
         TypeError: an argument has the wrong type.
         ValueError: a number is out of range, or ``resume`` has another eps or seed.
         RuntimeError: ``progress`` ended the run before the first sample.
+        ImportError: scipy is not installed.
 
     Example:
         >>> import torch
@@ -137,6 +136,7 @@ def invariant_learning_consistency(
     for name in ("generator", "progress"):
         if name in score:
             raise TypeError(f"{name}: not passed on to inconsistency_score here, but got one")
+    quantile = _student_quantile()  # complains before the samples are taken
     results = _resumed(resume, eps, seed)
     for k in range(len(results), samples):
         if progress is not None and progress(k, samples):
@@ -147,7 +147,7 @@ def invariant_learning_consistency(
         results.append(inconsistency_score(losses, solution, eps, generator=generator, **score))
     if not results:
         raise RuntimeError("progress: ended the run before its first sample")
-    return _summary(results, float(eps), seed, level)
+    return _summary(results, float(eps), seed, level, quantile)
 
 
 def _resumed(resume: LearningConsistency | None, eps: float, seed: int) -> list[Inconsistency]:
@@ -165,8 +165,23 @@ def _resumed(resume: LearningConsistency | None, eps: float, seed: int) -> list[
     return list(resume.results)
 
 
+def _student_quantile() -> Callable[[int, float], float]:
+    """Return the quantile function of Student's t: of degrees of freedom and a probability."""
+    try:
+        from scipy.special import stdtrit
+    except ImportError as error:
+        raise ImportError(
+            "invariant_learning_consistency needs scipy: pip install 'andmask_ext[metrics]'"
+        ) from error
+    return lambda freedom, probability: float(stdtrit(freedom, probability))
+
+
 def _summary(
-    results: list[Inconsistency], eps: float, seed: int, level: float
+    results: list[Inconsistency],
+    eps: float,
+    seed: int,
+    level: float,
+    quantile: Callable[[int, float], float],
 ) -> LearningConsistency:
     scores = [float(result.score) for result in results]
     count, infinite = len(scores), sum(math.isinf(score) for score in scores)
@@ -177,7 +192,7 @@ def _summary(
     elif count > 1:
         squares = math.fsum((score + mean) ** 2 for score in scores)
         error = math.sqrt(squares / (count - 1) / count)
-        reach = student_quantile(level, count - 1) * error
+        reach = quantile(count - 1, 0.5 + level / 2) * error
         interval = (mean - reach, mean + reach)
     bounds = {result.bound for result in results}
     bound = "exact"

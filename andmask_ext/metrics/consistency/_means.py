@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..._checks import check_number
-from ._arguments import check_count
+from ..._checks import check_count, check_number
+from ..._dtypes import dtype_name
 from ._problem import FlatLayout, Params
 
 
@@ -93,8 +93,7 @@ def hessian_means(
         return _of_diagonals(hessians)
     if not hessians.is_floating_point():
         raise TypeError(
-            "hessians: expected a floating-point Tensor, "
-            f"but got {str(hessians.dtype).removeprefix('torch.')}"
+            f"hessians: expected a floating-point Tensor, but got {dtype_name(hessians.dtype)}"
         )
     square = hessians.dim() == 3 and hessians.shape[1] == hessians.shape[2]
     if not (square or hessians.dim() == 2) or 0 in hessians.shape:
@@ -128,7 +127,7 @@ def _of_diagonals(hessians: object) -> HessianMeans:
         )
     if len(hessians) == 0:
         raise ValueError("hessians: expected at least 1 diagonal, but got none")
-    if all(_is_symmetric_matrix(one) for one in hessians):
+    if all(_is_symmetric_matrix(hessian) for hessian in hessians):
         raise ValueError(
             "hessians: expected matrices in one Tensor [d, n, n] (torch.stack them) or a sequence "
             "of diagonals, but got a sequence of symmetric matrices"
@@ -142,7 +141,9 @@ def _of_diagonals(hessians: object) -> HessianMeans:
     layout = layouts[0]
     rows = torch.stack([layout.flatten(diagonal) for diagonal in hessians])
     if not rows.is_floating_point():
-        raise TypeError(f"hessians: expected floating-point Tensors, but got {rows.dtype}")
+        raise TypeError(
+            f"hessians: expected floating-point Tensors, but got {dtype_name(rows.dtype)}"
+        )
     arithmetic, geometric, ratio = _diagonal_means(rows.double())
     return HessianMeans(
         layout.unflatten(arithmetic.to(rows.dtype)),

@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ..._dtypes import dtype_name
+
 Params: TypeAlias = "Tensor | dict[str, Tensor]"
 Loss: TypeAlias = Callable[[Params], Tensor]
 
@@ -42,7 +44,7 @@ class FlatLayout:
         if len(kinds) > 1:
             raise ValueError(
                 f"{name}: expected one dtype and one device, "
-                f"but got {', '.join(sorted(f'{t} on {d}' for t, d in kinds))}"
+                f"but got {', '.join(sorted(f'{dtype_name(t)} on {d}' for t, d in kinds))}"
             )
 
     def flatten(self, params: Params) -> Tensor:
@@ -70,8 +72,7 @@ class Problem:
         self.point = self.layout.flatten(params)  # type: ignore[arg-type]
         if self.point.dtype not in (torch.float32, torch.float64):
             raise TypeError(
-                "params: expected dtype float32 or float64, "
-                f"but got {str(self.point.dtype).removeprefix('torch.')}"
+                f"params: expected dtype float32 or float64, but got {dtype_name(self.point.dtype)}"
             )
         self.losses = _check_losses(losses)
         self.looped: dict[int, str] = {}
@@ -90,7 +91,7 @@ class Problem:
     def pairs(self) -> list[tuple[int, int]]:
         """Return the ordered pairs of different environments."""
         count = range(self.environments)
-        return [(one, other) for one in count for other in count if one != other]
+        return [(kept, moved) for kept in count for moved in count if kept != moved]
 
     def loss(self, environment: int, vector: Tensor) -> Tensor:
         """Return one environment's loss at one flat point."""
@@ -102,7 +103,7 @@ class Problem:
         if value.dim() != 0 or not value.is_floating_point():
             raise ValueError(
                 f"losses[{environment}]: expected a 0-dim floating-point Tensor, "
-                f"but got shape {list(value.shape)} and {value.dtype}"
+                f"but got shape {list(value.shape)} and {dtype_name(value.dtype)}"
             )
         return value
 
@@ -137,25 +138,15 @@ class Problem:
             return product
 
         def plain(environment: int, vector: Tensor) -> Tensor:
-            return self.product(environment)(vector)
-
-        return self._map(environment, fused, plain, vectors).detach()
-
-    def product(self, environment: int) -> Callable[[Tensor], Tensor]:
-        """Return the Hessian at the point as a function of one vector, by plain autograd."""
-        with torch.enable_grad():
-            point = self.point.detach().requires_grad_()
-            gradient = _gradient(self.loss(environment, point), point, create_graph=True)
-
-        def apply(vector: Tensor) -> Tensor:
+            with torch.enable_grad():
+                point = self.point.detach().requires_grad_()
+                gradient = _gradient(self.loss(environment, point), point, create_graph=True)
             if not gradient.requires_grad:  # a linear loss
                 return torch.zeros_like(point)
-            (product,) = torch.autograd.grad(
-                gradient, point, vector, retain_graph=True, materialize_grads=True
-            )
+            (product,) = torch.autograd.grad(gradient, point, vector, materialize_grads=True)
             return product
 
-        return apply
+        return self._map(environment, fused, plain, vectors).detach()
 
     def hessian(self, environment: int) -> Tensor:
         """Return the Hessian at the point, in float64 on the CPU, symmetric."""
@@ -203,19 +194,21 @@ class Problem:
         two = self.point.expand(2, -1)
         mapped = torch.stack([self.values(e, two)[1].double() for e in environments])
         digits = torch.finfo(self.point.dtype).eps
-        for e, (one, *others) in enumerate(torch.stack([first, again, mapped]).cpu().mT.tolist()):
-            if not math.isfinite(one):
-                raise ValueError(f"losses[{e}]: expected a finite loss at params, but got {one}")
-            if eps < 16 * digits * abs(one):
+        by_environment = torch.stack([first, again, mapped], 1).tolist()
+        for e, (value, *repeats) in enumerate(by_environment):
+            if not math.isfinite(value):
+                raise ValueError(f"losses[{e}]: expected a finite loss at params, but got {value}")
+            if eps < 16 * digits * abs(value):
                 raise ValueError(
-                    f"eps: expected at least {16 * digits * abs(one):.2g}, as losses[{e}] is "
-                    f"{one:.4g} and {self.point.dtype} tells no less apart, but got {eps:g}"
+                    f"eps: expected at least {16 * digits * abs(value):.2g}, as losses[{e}] is "
+                    f"{value:.4g} and {dtype_name(self.point.dtype)} tells no less apart, "
+                    f"but got {eps:g}"
                 )
-            for other, how in zip(others, ("a second call", "torch.func.vmap"), strict=True):
-                if not abs(one - other) <= max(math.sqrt(digits) * abs(one), 1e-3 * eps):
+            for repeat, how in zip(repeats, ("a second call", "torch.func.vmap"), strict=True):
+                if not abs(value - repeat) <= max(math.sqrt(digits) * abs(value), 1e-3 * eps):
                     raise ValueError(
-                        f"losses[{e}]: expected a function of the parameters alone, but got {one} "
-                        f"at params and {other} from {how} (dropout, or sampled data?)"
+                        f"losses[{e}]: expected a function of the parameters alone, but got "
+                        f"{value} at params and {repeat} from {how} (dropout, or sampled data?)"
                     )
         return [float(value) for value in first]
 

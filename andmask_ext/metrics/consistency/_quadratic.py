@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ._extremes import largest_on_shell
 from ._problem import Problem
 from ._result import Inconsistency, best_pair, result
 
@@ -59,7 +58,7 @@ def not_a_minimum(environment: int, why: str) -> ValueError:
     )
 
 
-def model(problem: Problem, environment: int, rtol: float) -> Model:
+def make_model(problem: Problem, environment: int, rtol: float) -> Model:
     """Return one environment's model; raise where it is no minimum."""
     hessian, gradient = problem.hessian(environment), problem.gradient(environment)
     if not bool(hessian.isfinite().all()):
@@ -121,20 +120,20 @@ def extreme(
 
 def quadratic(problem: Problem, eps: float, rtol: float) -> Inconsistency:
     """Score the quadratic models of all pairs, then compare models and losses at the extremes."""
-    models = [model(problem, e, rtol) for e in range(problem.environments)]
+    models = [make_model(problem, e, rtol) for e in range(problem.environments)]
     steepest = max(m.top for m in models)
     slope_tolerance = math.sqrt(torch.finfo(problem.point.dtype).eps * 2 * eps * steepest)
     values = torch.full((len(models), len(models)), math.nan, dtype=torch.float64, device="cpu")
     extremes: dict[tuple[int, int], Extreme] = {}
     for kept, moved in problem.pairs():
-        found = extreme(models[kept], models[moved], eps, rtol, slope_tolerance)
-        if found is None:
+        largest = extreme(models[kept], models[moved], eps, rtol, slope_tolerance)
+        if largest is None:
             slope = float((models[kept].flat.mT @ models[kept].gradient).norm())
             raise not_a_minimum(
                 kept, f"the gradient is {slope:.4g} along directions without curvature"
             )
-        values[kept, moved] = found.value
-        extremes[kept, moved] = found
+        values[kept, moved] = largest.value
+        extremes[kept, moved] = largest
     pair = best_pair(values)
     best = extremes[pair]
     notes = []
@@ -143,11 +142,10 @@ def quadratic(problem: Problem, eps: float, rtol: float) -> Inconsistency:
         counts = ", ".join(f"{count} for losses[{e}]" for e, count in flat.items())
         notes.append(f"curvature below {rtol:.2g} of the largest taken as none: {counts}")
     error = 0.0
-    for kept, one in enumerate(models):
-        steps = [random_steps(one, eps)]
+    for kept, model in enumerate(models):
+        steps = [random_steps(model, eps)]
         steps += [probe_steps(extremes[p], models[p[1]], eps) for p in extremes if p[0] == kept]
-        changes = [other.change for other in models]
-        error = max(error, model_error(problem, changes, torch.cat(steps), eps))
+        error = max(error, model_error(problem, models, torch.cat(steps), eps))
     bound = "exact" if error <= agreement(problem) else "estimate"
     if bound != "exact":
         notes.append(f"the losses leave their quadratic models by {error:.2g}")
@@ -196,18 +194,90 @@ def probe_steps(best: Extreme, moved: Model, eps: float) -> Tensor:
     return best.direction * unit * FAR_OUT
 
 
-def model_error(
-    problem: Problem, changes: Sequence[Callable[[Tensor], float]], steps: Tensor, eps: float
-) -> float:
+def model_error(problem: Problem, models: Sequence[Model], steps: Tensor, eps: float) -> float:
     """Return how far the losses and their models differ after ``steps``, relative to the change."""
     points = problem.point + steps.to(problem.point)
     worst = 0.0
-    for environment, change in enumerate(changes):
+    for environment, model in enumerate(models):
         losses = problem.values(environment, points).to("cpu", torch.float64).tolist()
         for loss, step in zip(losses, steps, strict=True):
-            expected = change(step)
+            expected = model.change(step)
             difference = abs(loss - problem.start[environment] - expected)
             if not math.isfinite(difference):
                 return math.inf
             worst = max(worst, difference / max(eps, abs(expected)))
     return worst
+
+
+# ---- extremes of a quadratic function, sum_i (curvature_i x_i^2 / 2 + slope_i x_i), on a shell
+#
+# On a sphere this is the problem of the trust region: More and Sorensen, *Computing a trust region
+# step*, 1983.
+
+
+def evaluate(curvature: Tensor, slope: Tensor, x: Tensor) -> float:
+    """Return the function's value at ``x``."""
+    return float((curvature * x.square() / 2 + slope * x).sum())
+
+
+def largest_on_sphere(curvature: Tensor, slope: Tensor, radius: float) -> Tensor:
+    """Return the point of the sphere at which the function is largest.
+
+    There x_i = slope_i / (mu + top - curvature_i) for a mu >= 0 that gives x its length; where the
+    slope has no part along the top curvature, mu is 0 and that part of x fills up the length.
+    """
+    if radius == 0.0:
+        return torch.zeros_like(slope)
+    top = int(curvature.argmax())
+    below = curvature[top] - curvature
+    size = float(slope.norm())
+    lowest = float(slope[below == 0].norm()) / radius
+
+    def at(mu: float) -> Tensor:
+        return torch.where(slope == 0, 0.0, slope / (mu + below))
+
+    if lowest == 0.0:
+        x = at(0.0)
+        missing = radius**2 - float(x.square().sum())
+        if missing >= 0:
+            x[top] = missing**0.5
+            return x
+    # x shrinks as mu grows: bisection of log(mu) between ends at which x is too long and too short
+    low, high = max(lowest, size / radius * 1e-200), size / radius
+    for _ in range(200):
+        middle = (low * high) ** 0.5 if low * high > 0 else (low + high) / 2
+        if middle in (low, high):
+            break
+        if float(at(middle).norm()) > radius:
+            low = middle
+        else:
+            high = middle
+    x = at(high)
+    return x * (radius / float(x.norm()))
+
+
+def largest_on_shell(
+    curvature: Tensor, slope: Tensor, inner: float, outer: float, side: Tensor
+) -> tuple[float, Tensor]:
+    """Return the function's largest value for inner <= ``|x|`` <= outer, and a point that has it.
+
+    In one dimension a shell with a hole is two intervals; only that on the side of the point
+    ``side`` counts.
+    """
+    if len(slope) == 0:
+        return 0.0, slope.clone()
+    candidates = []
+    if len(slope) == 1 and inner > 0:
+        sign = 1.0 if float(side) >= 0 else -1.0
+        candidates += [torch.full_like(slope, sign * inner), torch.full_like(slope, sign * outer)]
+    else:
+        candidates.append(largest_on_sphere(curvature, slope, outer))
+        if inner > 0:
+            candidates.append(largest_on_sphere(curvature, slope, inner))
+    if bool((curvature < 0).all()):
+        peak = -slope / curvature
+        same_side = len(slope) > 1 or inner == 0 or bool((peak * side >= 0).all())
+        if inner <= float(peak.norm()) <= outer and same_side:
+            candidates.append(peak)
+    best = max(candidates, key=lambda x: evaluate(curvature, slope, x))
+    return evaluate(curvature, slope, best), best

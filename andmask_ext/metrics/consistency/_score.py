@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
-from ..._checks import check_number
-from ._arguments import check_count, check_eps, check_generator
+from ..._checks import check_count, check_generator, check_number
 from ._diagonal import diagonal
 from ._problem import Loss, Params, Problem
 from ._quadratic import DENSE_LIMIT, default_rtol, quadratic
@@ -47,8 +47,7 @@ def inconsistency_score(
       direction; directions flat for both are left out. Negative curvature is an error. The losses
       are then evaluated at each pair's extreme and at random points on the edges of the level sets:
       where they leave the models, ``bound`` is ``estimate``.
-      Beyond 1000 parameters scipy's Lanczos iteration works on Hessian-vector products; there
-      the Hessians must be positive definite and the gradients close to zero.
+      The Hessians are held whole: up to 1000 parameters.
     - ``diagonal`` is for networks: the same for the Hessians' diagonals, estimated from random
       probes. Coordinates whose curvature is negative or within three standard errors of zero are
       left out, and ``notes`` counts them. The largest of many noisy ratios tends to be too large.
@@ -56,7 +55,7 @@ def inconsistency_score(
       level set of e, at each of ``checks`` points: a lower bound, attained at the witness. A wall
       between two such points goes unseen; more ``checks`` see thinner walls. An infinite score
       shows as a large number that grows with ``steps``.
-    - ``auto`` is ``quadratic`` where that is exact, with up to 1000 parameters; else ``search``.
+    - ``auto`` is ``quadratic`` where that is exact, else ``search``.
 
     Args:
         losses: one callable per environment, from the parameters to a 0-dim loss; see
@@ -83,10 +82,8 @@ def inconsistency_score(
         TypeError: an argument has the wrong type, or ``params`` the wrong dtype.
         ValueError: a number is out of range; ``eps`` is below the losses' rounding; a loss is not
             finite, or not a function of the parameters alone; ``quadratic``: ``params`` is no
-            minimum of a loss's quadratic model; ``diagonal``: no curvature stands clear of the
-            noise.
-        ImportError: scipy is needed and missing.
-        RuntimeError: an eigenvalue iteration did not converge.
+            minimum of a loss's quadratic model, or are more than 1000; ``diagonal``: no curvature
+            stands clear of the noise.
 
     Shape:
         - losses: d callables
@@ -124,8 +121,12 @@ def inconsistency_score(
     if method == "diagonal":
         return diagonal(problem, eps, rtol, probes, generator)
     if method == "quadratic":
-        few = problem.size <= DENSE_LIMIT
-        return quadratic(problem, eps, rtol) if few else _matrix_free(problem, eps)
+        if problem.size > DENSE_LIMIT:
+            raise ValueError(
+                f"method: expected 'search', 'diagonal' or 'auto' for more than {DENSE_LIMIT} "
+                f"parameters, but got 'quadratic' for {problem.size}"
+            )
+        return quadratic(problem, eps, rtol)
     return _auto(problem, eps, rtol, settings)
 
 
@@ -133,21 +134,15 @@ def _auto(problem: Problem, eps: float, rtol: float, settings: Settings) -> Inco
     if problem.size > DENSE_LIMIT:
         return search(problem, eps, settings)
     try:
-        found = quadratic(problem, eps, rtol)
+        score = quadratic(problem, eps, rtol)
     except ValueError as error:
         why = str(error).removeprefix("params: ").removesuffix("; method='search' needs no minimum")
         return search(problem, eps, settings, (f"not quadratic: {why}",))
-    if found.bound == "exact":
-        return found
-    return search(problem, eps, settings, (f"not quadratic: {found.notes[-1]}",))
+    if score.bound == "exact":
+        return score
+    return search(problem, eps, settings, (f"not quadratic: {score.notes[-1]}",))
 
 
-def _matrix_free(problem: Problem, eps: float) -> Inconsistency:
-    try:
-        from ._matrix_free import matrix_free
-    except ImportError as error:
-        raise ImportError(
-            "inconsistency_score: method='quadratic' with this many parameters needs scipy; "
-            "pip install 'andmask_ext[metrics]', or take method='diagonal' or 'search'"
-        ) from error
-    return matrix_free(problem, eps)
+def check_eps(eps: object) -> None:
+    """Raise unless ``eps`` is a positive finite number."""
+    check_number("eps", eps, "a positive finite number", lambda value: 0 < value < math.inf)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).parents[1] / "tools" / "cuda_check.py"
+TOOL = Path(__file__).parents[2] / "tools" / "cuda_check.py"
 sys.path.append(str(TOOL.parent))
 import cuda_check as check  # noqa: E402
 import cuda_sass  # noqa: E402

@@ -18,7 +18,7 @@ from torch import Tensor
 import andmask_ext as am
 from andmask_ext import reference
 
-from . import strategies
+from .. import strategies
 
 Bound = Callable[[am.rules.Rule, Tensor, float], Tensor]
 inf = float("inf")

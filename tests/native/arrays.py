@@ -1,10 +1,21 @@
-"""Arrays for the tests of CUDA bodies: at addresses that suit packs of 16 bytes, or not."""
+"""Arrays for the tests of kernels, at addresses that suit packs of 16 bytes or not; and moments."""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
 
 import numpy as np
 from numpy.typing import NDArray
 
+# Rules that are functions of moments, with arguments.
+MOMENT_RULES = {
+    "mean": [],
+    "and_mask": [0.5],
+    "geometric_mean": [0.4],
+    "sand_mask": [0.3, 2.0],
+    "masked_average": [0.6],
+    "agreement_sum": [],
+}
 DTYPES = [np.float16, np.uint16, np.float32, np.float64]  # uint16: the bits of bfloat16
 
 
@@ -36,8 +47,21 @@ def placed(values: NDArray, skip: int) -> NDArray:
     return copy
 
 
-def same_bits(one: NDArray, other: NDArray) -> bool:
+def empty_moments(
+    shape: int | tuple[int, ...], dtype: type = np.float32, votes: type = np.int16
+) -> SimpleNamespace:
+    """Return moments that hold rubbish: the first environment must overwrite it."""
+    wide = wide_type(dtype)
+    return SimpleNamespace(
+        sum=np.full(shape, np.nan, wide),
+        votes=np.full(shape, 101, votes),
+        squares=np.full(shape, np.nan, wide),
+        logs=np.full(shape, np.nan, wide),
+    )
+
+
+def same_bits(left: NDArray, right: NDArray) -> bool:
     """Which of two NaN an operation keeps is not said: all NaN are one here."""
-    if one.dtype.kind == "f":
-        one, other = (np.where(np.isnan(a), a.dtype.type(np.nan), a) for a in (one, other))
-    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
+    if left.dtype.kind == "f":
+        left, right = (np.where(np.isnan(a), a.dtype.type(np.nan), a) for a in (left, right))
+    return left.dtype == right.dtype and left.tobytes() == right.tobytes()

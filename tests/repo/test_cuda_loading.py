@@ -11,8 +11,6 @@ import torch
 
 from andmask_ext import _library
 
-pytestmark = pytest.mark.cpu_only
-
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

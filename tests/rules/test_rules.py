@@ -19,8 +19,8 @@ from torch import Tensor
 
 import andmask_ext as am
 
-from . import strategies
-from .conftest import cuda_kernels
+from .. import strategies
+from ..conftest import cuda_kernels
 from .rule_table import TABLE, assert_matches_reference, examples
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -244,9 +244,9 @@ def test_moments_give_what_the_stack_gives(kind: type[am.rules.Rule], data: st.D
         moments.add([environment])
     if rule.moments is None:
         with pytest.raises(TypeError, match=r"needs the gradients of all environments at once"):
-            rule.resolve(moments)
+            rule.update(moments)
         return
-    (update,) = rule.resolve(moments)
+    (update,) = rule.update(moments)
     clean = grads.abs() < 1e150
     keep = clean.all(0) & (grads.sum(0).abs() > 1e-9 * grads.abs().sum(0))
     if kind is am.rules.SandMask:
@@ -270,7 +270,7 @@ def test_is_an_immutable_value(rule: am.rules.Rule) -> None:
 
 def test_reprs() -> None:
     assert repr(am.AndMask(tau=0.8, rescale=True)) == "AndMask(tau=0.8, rescale=True)"
-    assert repr(am.rules.SandMask()) == "SandMask(tau=0.5, k=10.0, rescale=True)"
+    assert repr(am.rules.SandMask(0.5)) == "SandMask(tau=0.5, k=10.0, rescale=True)"
     assert repr(am.rules.Median()) == "Median()"
     assert repr(am.rules.WinsorizedMean(5)) == "WinsorizedMean(c=5.0)"
 
@@ -386,4 +386,4 @@ def test_a_rule_of_ones_own() -> None:
     am.backward(losses, Largest())
     assert weight.grad.tolist() == [3.0, -2.0]
     with pytest.raises(TypeError, match="needs the gradients of all environments at once"):
-        Largest().resolve(am.Moments([weight], ()))
+        Largest().update(am.Moments([weight], ()))

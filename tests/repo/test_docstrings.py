@@ -12,8 +12,6 @@ import pytest
 
 import andmask_ext
 
-pytestmark = pytest.mark.cpu_only
-
 
 def modules() -> list[ModuleType]:
     """Return all modules of the package but the command line."""

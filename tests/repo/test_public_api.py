@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.cpu_only
-
 ROOT = Path(__file__).parents[1]
 FILES = [
     path for folder in ("studies", "benchmarks", "tools") for path in (ROOT / folder).rglob("*.py")

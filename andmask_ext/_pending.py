@@ -1,0 +1,364 @@
+"""The environments since the last step: who adds to them, and what they become."""
+
+from __future__ import annotations
+
+import enum
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ._memory import KINDS
+from .moments import Moments
+from .rules import Rule
+
+
+class State(enum.Enum):
+    """What has happened since the last step."""
+
+    IDLE = "no environment has come"
+    OPEN = "a context is taking gradients"
+    PENDING = "environments are complete; more may come"
+    WRITTEN = "the aggregated gradients are in .grad, and the step will use them"
+    BROKEN = "a context raised when it had begun to add; the moments are of no use"
+
+
+class Group(NamedTuple):
+    """Parameters that one rule aggregates, and their moments."""
+
+    params: list[Tensor]
+    moments: Moments
+    rule: Rule
+
+
+class Context(Protocol):
+    """What takes gradients while it is open."""
+
+    grad_scaler: torch.amp.GradScaler | None
+
+    def receive(self, param: Tensor) -> None:
+        """Take the gradient that a backward pass has just completed in ``param.grad``."""
+
+
+class Owner(Protocol):
+    """Whose step it is: an optimizer, or an Agreement with a rule."""
+
+    def _rules(self) -> list[tuple[list[Tensor], Rule]]:
+        """Return the parameters and the rule of each group, as they are now."""
+
+
+class Observer:
+    """Looks at the moments of all environments of a step, just before they become an update."""
+
+    def begin(self) -> bool:
+        """Return whether squared norms are to be tracked in the step that begins."""
+        return False
+
+    def end(self, groups: Sequence[Group]) -> None:
+        """Look at the moments of each group."""
+
+
+class Exchange(Protocol):
+    """Turns moments of this process into those of all processes."""
+
+    def __call__(self, groups: Sequence[Group]) -> int:
+        """Change the moments in place; return the number of environments in all processes."""
+
+
+class Hook:
+    """Hands a complete gradient to the context that is open, if one is.
+
+    It holds no strong reference to the step. A copied or pickled hook does nothing.
+    """
+
+    def __init__(self, pending: PendingStep | None) -> None:
+        self._pending = None if pending is None else weakref.ref(pending)
+
+    def __call__(self, param: Tensor) -> None:
+        pending = None if self._pending is None else self._pending()
+        if pending is not None and pending.context is not None:
+            pending.context.receive(param)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return Hook, (None,)
+
+
+class PendingStep:
+    """The one owner of the moments of a step, and of the state that the step is in.
+
+    A context calls :meth:`open`, adds to the moments, and calls :meth:`add_environments` and
+    :meth:`close`; or :meth:`abandon` if something raised. The owner
+    then calls :meth:`complete`, makes updates of the groups, and calls :meth:`finish`. Nobody else
+    writes the fields.
+
+    Args:
+        owner: says which parameters and rules there are; held weakly.
+        clears_grads: whether gradients arrive in ``.grad``, one environment after the other: hooks
+            watch the parameters, and ``.grad`` must be empty. (An optimizer's step.)
+
+    Attributes:
+        state: see :class:`State`.
+        environments: how many have been added since the last step.
+        context: the context that is open.
+        moments: one object for each group.
+        slots: where a parameter is, by its id: the number of its group, and its index there.
+        exchange: called once for each step, before the observers see the moments; None: the
+            environments of this process are all there are.
+    """
+
+    def __init__(self, owner: Owner, *, clears_grads: bool) -> None:
+        self._owner = weakref.ref(owner)
+        self._clears_grads = clears_grads
+        self.state = State.IDLE
+        self.environments = 0
+        self.context: Context | None = None
+        self.moments: list[Moments] = []
+        self.exchange: Exchange | None = None
+        self._exchanged = False
+        self._observers: list[Observer] = []
+        self.slots: dict[int, tuple[int, int]] = {}
+        self._hooks: dict[int, Any] = {}
+        self._scaler: torch.amp.GradScaler | None = None
+        self._holds_grads = False  # .grad of the parameters was put there by us
+        self._shown: list[tuple[Tensor, int]] = []  # to the scaler, in .grad; and their versions
+
+    # ---- observers ----
+
+    def add_observer(self, observer: Observer) -> None:
+        """Let an observer look at every step from the next one on."""
+        self._observers.append(observer)
+
+    def remove_observer(self, observer: Observer) -> None:
+        """Let go of an observer, if it is there."""
+        if observer in self._observers:
+            self._observers.remove(observer)
+
+    # ---- for contexts ----
+
+    def open(self, context: Context) -> None:
+        """Let a context add environments.
+
+        Raises:
+            RuntimeError: another context is open, the step is broken or its gradients are written,
+                the scaler is another one, or a parameter has a ``.grad`` that is not ours.
+        """
+        self._require_open_to_more()
+        if self.environments:
+            if self._clears_grads and self._scaler is not context.grad_scaler:
+                raise RuntimeError("environment: expected the same grad_scaler in all environments")
+            self.require_untouched("environment")
+        if self._clears_grads:
+            self._clear_grads()
+        self._prepare()
+        self._scaler = context.grad_scaler if self._clears_grads else None
+        self.context, self.state = context, State.OPEN
+
+    def add_environments(self, count: int) -> None:
+        """End environments whose gradients have been added to the moments."""
+        for moments in self.moments:
+            moments._end_environments(count)
+        self.environments += count
+
+    def close(self) -> None:
+        """End the context: all of its environments are complete."""
+        self.context, self.state = None, State.PENDING
+        if self._scaler is None:
+            return
+        # GradScaler looks for overflow in .grad; it sees the sums, where every one shows. A sum
+        # may be beyond float16 where the mean is not: of it, only whether it is finite.
+        self._shown = []
+        for params, moments, _ in self.groups():
+            for param, total in zip(params, moments.sum, strict=True):
+                if total is not None:
+                    same = total.dtype == param.dtype
+                    param.grad = total if same else (total * 0).to(param.dtype)
+                    self._shown.append((param.grad, param.grad._version))
+        self._holds_grads = True
+
+    def abandon(self, changed: bool) -> None:
+        """End the context: it has raised.
+
+        Args:
+            changed: whether it may have added anything to the moments.
+        """
+        self.context = None
+        if changed:
+            self.state = State.BROKEN
+        else:
+            self.state = State.PENDING if self.environments else State.IDLE
+
+    # ---- for the owner ----
+
+    def require_complete(self, caller: str, expected: int | None = None) -> None:
+        """Raise unless there are environments, all of them complete.
+
+        Args:
+            caller: what the message begins with.
+            expected: how many there must be; None: any number.
+        """
+        if self.state is State.OPEN:
+            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+        self._require_whole(caller)
+        if self.environments == 0:
+            raise RuntimeError(
+                f"{caller}: expected at least one environment since the last step, but got 0; "
+                "put each backward pass inside `with optimizer.environment():`"
+            )
+        if expected is not None and self.environments != expected:
+            raise RuntimeError(
+                f"{caller}: expected {expected} environments since the last step, but got "
+                f"{self.environments} (left over from a skipped step? call zero_grad() to drop "
+                "them)"
+            )
+
+    def require_untouched(self, caller: str) -> None:
+        """Raise unless the sums that GradScaler sees in .grad are what the environments made."""
+        states = getattr(self._scaler, "_per_optimizer_states", {})
+        stage = states.get(id(self._owner()), {}).get("stage")
+        unscaled = getattr(stage, "name", None) == "UNSCALED"
+        if unscaled or any(grad._version != version for grad, version in self._shown):
+            raise RuntimeError(
+                f"{caller}: .grad has been changed since the last environment; expected "
+                "optimizer.write_grads() before grad_scaler.unscale_(optimizer) and clipping; "
+                "call zero_grad() and grad_scaler.update() to start the step again"
+            )
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The scaler that the losses of this step went through."""
+        return self._scaler
+
+    def groups(self) -> list[Group]:
+        """Return parameters, moments and rule of each group."""
+        owner = self._owner()
+        assert owner is not None
+        return [
+            Group(params, moments, rule)
+            for (params, rule), moments in zip(owner._rules(), self.moments, strict=True)
+        ]
+
+    def complete(self) -> list[Group]:
+        """Return the groups, once the moments are those of all processes."""
+        groups = self.groups()
+        if self.exchange is not None and not self._exchanged:
+            state, self.state = self.state, State.BROKEN  # should it raise
+            self.environments = self.exchange(groups)
+            for moments in self.moments:
+                moments.count = self.environments
+            self._exchanged, self.state = True, state
+        return groups
+
+    def observe(self, groups: Sequence[Group]) -> None:
+        """Show the moments to all observers."""
+        for observer in self._observers:
+            observer.end(groups)
+
+    def wrote_grads(self) -> None:
+        """Take note that the owner has written the aggregated gradients to ``.grad``."""
+        self.state, self._holds_grads = State.WRITTEN, True
+
+    def finish(self, *, keep_moments: bool = False) -> None:
+        """Forget the environments; keep memory and hooks.
+
+        Args:
+            keep_moments: leave the moments as they are until the next context opens.
+        """
+        if not keep_moments:
+            for moments in self.moments:
+                moments.reset()
+        self.state, self.environments, self._exchanged = State.IDLE, 0, False
+        self._scaler, self._shown = None, []
+
+    def drop(self) -> bool:
+        """Forget the environments; return whether ``.grad`` of the parameters was put by us."""
+        self.finish()
+        held, self._holds_grads = self._holds_grads, False
+        return held
+
+    def replace_moments(self) -> None:
+        """Forget everything, and make moments anew when they are needed next."""
+        self.drop()
+        self.moments = []
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the environments since the last step."""
+        if self.state is not State.PENDING or self._scaler is not None:
+            raise RuntimeError(
+                "state_dict: expected to be called before the first environment or after step(), "
+                "but got a step that is written, broken or scaled half-way"
+            )
+        return {
+            "count": self.environments,
+            "moments": [moments.state_dict() for moments in self.moments],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over environments that were saved between two of them."""
+        self._prepare()
+        for moments, saved in zip(self.moments, state["moments"], strict=True):
+            moments.load_state_dict(saved)
+        self.environments, self.state = state["count"], State.PENDING
+
+    # ---- parts ----
+
+    def _require_whole(self, caller: str) -> None:
+        if self.state is State.BROKEN:
+            raise RuntimeError(
+                f"{caller}: an earlier environment raised before it was complete; call zero_grad() "
+                "and start the step again"
+            )
+
+    def _require_open_to_more(self) -> None:
+        if self.state is State.OPEN:
+            raise RuntimeError("environment: expected no environment inside another")
+        self._require_whole("environment")
+        if self.state is State.WRITTEN:
+            raise RuntimeError(
+                f"environment: {self.environments} environments are left over from a step that was "
+                "skipped after write_grads(); call zero_grad() to drop them, or step()"
+            )
+
+    def _clear_grads(self) -> None:
+        owner = self._owner()
+        assert owner is not None
+        for params, _ in owner._rules():
+            for index, param in enumerate(params):
+                if param.grad is not None:
+                    if not self._holds_grads:
+                        raise RuntimeError(
+                            f"environment: parameter {index} of shape {tuple(param.shape)} has a "
+                            ".grad from outside of an environment; call zero_grad() first"
+                        )
+                    param.grad = None
+        self._holds_grads = False
+
+    def _prepare(self) -> None:
+        """Make moments and hooks for the groups as they are now."""
+        if self.environments == 0:
+            owner = self._owner()
+            assert owner is not None
+            groups = owner._rules()
+            kinds = [tuple(k for k in KINDS if k in (rule.moments or ())) for _, rule in groups]
+            if [moments.kinds for moments in self.moments] != kinds:
+                self.moments = [
+                    Moments(params, kept) for (params, _), kept in zip(groups, kinds, strict=True)
+                ]
+                self.slots = {
+                    id(param): (number, index)
+                    for number, (params, _) in enumerate(groups)
+                    for index, param in enumerate(params)
+                }
+            observed = any([observer.begin() for observer in self._observers])
+            for moments in self.moments:
+                moments.reset()
+                moments._observed = observed
+        if self._clears_grads and len(self._hooks) < len(self.slots):
+            hook = Hook(self)
+            for moments in self.moments:
+                for param in moments._params:
+                    if param.requires_grad and id(param) not in self._hooks:
+                        self._hooks[id(param)] = param.register_post_accumulate_grad_hook(hook)

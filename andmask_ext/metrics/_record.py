@@ -1,0 +1,127 @@
+"""One record of a :class:`Monitor`: the metrics of each parameter, and of all together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._pending import Group
+from ..moments import Moments
+from ..rules import AgreementSum, Rule
+from ..rules._threshold import vote_threshold
+from ._inputs import vote_histograms, without_none
+from ._signal import squared_norms_of, sums_of_squared_norms
+from ._votes import noise_kept_probability
+
+METRICS = (
+    "sign_agreement",
+    "kept_fraction",
+    "noise_kept_fraction",
+    "norm",
+    "masked_norm",
+    "coherence",
+)
+
+# Sums over coordinates, of which the metrics are ratios: those of all parameters are sums, too.
+_SUMS = (
+    "coordinates",
+    "agreement",
+    "kept",
+    "noise",  # coordinates that noise would keep
+    "squared_mean",
+    "squared_masked_mean",
+    "norm_of_sum",  # squared, as the next
+    "sum_of_norms",
+)
+
+
+def make_record(groups: Sequence[Group], tau: float | None, coherence: bool) -> dict[str, Tensor]:
+    """Return each metric as float64 ``[parameters + 1]``; the last is that of all parameters.
+
+    Args:
+        groups: parameters, moments and rule of each param group.
+        tau: threshold; None: that of each group's rule.
+        coherence: whether to take the coherence, which needs norms or squares.
+    """
+    measured = [
+        _measure(moments, _tau_of(rule) if tau is None else tau, coherence)
+        if moments._touched
+        else {}
+        for _, moments, rule in groups
+    ]
+    sums = _with_totals(groups, measured)
+    return {
+        "sign_agreement": sums["agreement"] / sums["coordinates"],
+        "kept_fraction": sums["kept"] / sums["coordinates"],
+        "noise_kept_fraction": sums["noise"] / sums["coordinates"],
+        "norm": sums["squared_mean"].sqrt(),
+        "masked_norm": sums["squared_masked_mean"].sqrt(),
+        "coherence": sums["norm_of_sum"] / sums["sum_of_norms"],
+    }
+
+
+def _measure(moments: Moments, tau: float, coherence: bool) -> dict[str, Tensor]:
+    """Return sums over the coordinates of each touched parameter, as far as they are known."""
+    count = moments.count
+    totals = without_none(moments.sum)
+    sums: dict[str, Tensor] = {}
+    if "votes" in moments.kinds:
+        counts, squares = vote_histograms(totals, without_none(moments.votes), count)
+        threshold = vote_threshold(tau, count)
+        steps = torch.arange(count + 1, dtype=torch.float64, device=counts.device)
+        norm_of_sum = squares.sum(1)
+        sums["coordinates"] = counts.sum(1).double()
+        sums["agreement"] = counts.double() @ (steps / count)
+        sums["kept"] = counts[:, threshold:].sum(1).double()
+        sums["noise"] = sums["coordinates"] * noise_kept_probability(count, tau)
+        # The mask multiplies: what is not finite shows under it too.
+        masked = squares[:, threshold:].sum(1) + norm_of_sum * 0
+        sums["squared_masked_mean"] = masked / count**2
+    else:
+        norm_of_sum = _stack(squared_norms_of(totals), totals[0].device)
+    sums["squared_mean"] = norm_of_sum / count**2
+    if coherence:
+        sum_of_norms = sums_of_squared_norms(moments, norm_of_sum.unbind())
+        if sum_of_norms is not None:  # None: a state from elsewhere was loaded half-way
+            sums["norm_of_sum"] = norm_of_sum
+            sums["sum_of_norms"] = _stack(sum_of_norms, norm_of_sum.device)
+    return sums
+
+
+def _with_totals(
+    groups: Sequence[Group], measured: Sequence[dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return the sums of each parameter, NaN where there are none, and those of all that have."""
+    devices = [sums["squared_mean"].device for sums in measured if sums]
+    device = devices[0] if devices else groups[0][0][0].device
+    nothing = torch.full((1,), torch.nan, dtype=torch.float64, device=device)
+    joined = {}
+    for name in _SUMS:
+        parts = []
+        total = torch.zeros(1, dtype=torch.float64, device=device)
+        for (params, moments, _), sums in zip(groups, measured, strict=True):
+            if name not in sums:
+                parts += [nothing] * len(params)
+                continue
+            values = sums[name].to(device)
+            total += values.sum()
+            if len(moments._touched) == len(params):
+                parts.append(values)
+                continue
+            by_index = dict(zip(moments._touched, values.split(1), strict=True))
+            parts += [by_index.get(index, nothing) for index in range(len(params))]
+        missing = any(sums and name not in sums for sums in measured)
+        if not any(name in sums for sums in measured) or (missing and name == "sum_of_norms"):
+            total = nothing
+        joined[name] = torch.cat([*parts, total])
+    return joined
+
+
+def _stack(values: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([value.to(device) for value in values])
+
+
+def _tau_of(rule: Rule) -> float:
+    return 1.0 if isinstance(rule, AgreementSum) else float(getattr(rule, "tau", 0.0))
