@@ -198,8 +198,7 @@ class PendingStep:
             caller: what the message begins with.
             expected: how many there must be; None: any number.
         """
-        if self.state is State.OPEN:
-            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+        self.require_closed(caller)
         self._require_whole(caller)
         if self.environments == 0:
             raise RuntimeError(
@@ -212,6 +211,11 @@ class PendingStep:
                 f"{self.environments} (left over from a skipped step? call zero_grad() to drop "
                 "them)"
             )
+
+    def require_closed(self, caller: str) -> None:
+        """Raise if a context is open."""
+        if self.state is State.OPEN:
+            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
 
     def require_untouched(self, caller: str) -> None:
         """Raise unless the sums that GradScaler sees in .grad are what the environments made."""

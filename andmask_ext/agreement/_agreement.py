@@ -200,6 +200,7 @@ class Agreement:
             with BackwardMode(run), activate(environments), run.recorder:
                 yield
             run.require_complete(before)
+            self._pending.close()
             complete = True
         finally:
             self._run = None
@@ -208,7 +209,6 @@ class Agreement:
                     leaf.grad = grad
                 self._abandon(run)
             run.close()
-        self._pending.close()
         if run.products is not None and gram:
             self._gram = {
                 setup.name(setup.params[number]): products
