@@ -149,9 +149,9 @@ class PendingStep:
             if self._clears_grads and self._scaler is not context.grad_scaler:
                 raise RuntimeError("environment: expected the same grad_scaler in all environments")
             self.require_untouched("environment")
+        self._prepare()
         if self._clears_grads:
             self._clear_grads()
-        self._prepare()
         self._scaler = context.grad_scaler if self._clears_grads else None
         self.context, self.state = context, State.OPEN
 
@@ -327,10 +327,8 @@ class PendingStep:
             )
 
     def _clear_grads(self) -> None:
-        owner = self._owner()
-        assert owner is not None
-        for params, _ in owner._rules():
-            for index, param in enumerate(params):
+        for moments in self.moments:
+            for index, param in enumerate(moments._params):
                 if param.grad is not None:
                     if not self._holds_grads:
                         raise RuntimeError(
