@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -40,3 +42,24 @@ def squared_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype in (None, tensor.dtype) or tensor.is_cuda:
         return squared_norms(row, dtype)[0]
     return torch.stack([squared_norms(part, dtype) for part in row.split(_CACHED, 1)]).sum()
+
+
+def squared_norms_over_environments(
+    grads: Sequence[Tensor], weights: list[float], stacked: bool
+) -> list[Tensor]:
+    """Return the sum over environments of the squared norm of each gradient, 0-dim float64.
+
+    Args:
+        grads: gradients of one environment; with ``stacked`` ``[environments, *shape]``.
+        weights: a factor for each environment, or one for all, or none.
+        stacked: see ``grads``.
+    """
+    if stacked and len(weights) > 1:
+        return [
+            torch.stack(
+                [squared_norm(row) * weight**2 for row, weight in zip(grad, weights, strict=True)]
+            ).sum()
+            for grad in grads
+        ]
+    factor = weights[0] ** 2 if weights else 1.0
+    return [squared_norm(grad) * factor for grad in grads]

@@ -12,7 +12,7 @@ from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
 from ._dtypes import dtype_name
 from ._memory import KINDS, Memory
-from ._norms import squared_norm
+from ._norms import squared_norms_over_environments
 
 __all__ = ["Moments"]
 
@@ -250,7 +250,7 @@ class Moments:
             for index in indices:
                 self._touch(index)
             if self._norms is not None:
-                squared = _squared_norms(grads, weights, stacked > 0)
+                squared = squared_norms_over_environments(grads, weights, stacked > 0)
                 for index, norm in zip(indices, squared, strict=True):
                     self._add_squared_norm(index, norm)
             for places in by_device([self._params[index] for index in indices]):
@@ -387,16 +387,3 @@ class Moments:
                 f"grads[{index}]: expected dtype {dtype_name(param.dtype)}, "
                 f"but got {dtype_name(grad.dtype)}"
             )
-
-
-def _squared_norms(grads: Sequence[Tensor], weights: list[float], stacked: bool) -> list[Tensor]:
-    """Return the sum over environments of the squared norm of each gradient, 0-dim float64."""
-    if stacked and len(weights) > 1:
-        return [
-            torch.stack(
-                [squared_norm(row) * weight**2 for row, weight in zip(grad, weights, strict=True)]
-            ).sum()
-            for grad in grads
-        ]
-    factor = weights[0] ** 2 if weights else 1.0
-    return [squared_norm(grad) * factor for grad in grads]

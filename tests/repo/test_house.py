@@ -19,9 +19,6 @@ GENERATED = "docs/results/"  # most of it, by tools/results.py
 TOO_LONG = {
     "benchmarks/README.md",
     "docs/theory.md",
-    "tests/optim/test_environment.py",
-    "tests/test_backward.py",
-    "tests/test_moments.py",
 }
 
 
