@@ -111,6 +111,11 @@ test-all: test test-rest  ## every test but test-large
 test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hour)
 	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST) $(TESTS)
 
+.PHONY: test-processors
+test-processors: $(READY)  ## what computes, with the instructions of other processors (needs cc)
+	PYTHON=$(BIN)/python tools/check_processors.sh -n $(JOBS) --dist worksteal $(LIBRARY) \
+	  $(patsubst %,--ignore=tests/%,benchmarks plots repo) $(TESTS)
+
 .PHONY: test-large
 test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)
 	$(BIN)/python -m pytest -m large

@@ -80,8 +80,8 @@ def test_a_step_is_that_of_gradients_of_single_examples(batch, tau, norm):
     _, share = trainer.step(images.double(), labels, measure=True)
     step = weights(model) - before
     expected = -settings.lr * update / (update.abs() + 1e-8)
-    # Where the mean is rounding error its sign is arbitrary: leave those out.
-    sure = (stacked.abs().max(0).values > 1e-9) | (stacked == 0).all(0)
+    # Where the mean is rounding error its sign is arbitrary, and it may be zero by chance.
+    sure = stacked.abs().max(0).values > 1e-9
     assert sure.double().mean() > 0.8
     torch.testing.assert_close(step[sure], expected[sure], rtol=1e-3, atol=1e-9)
     assert 0 < share < 1
