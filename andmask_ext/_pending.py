@@ -149,9 +149,9 @@ class PendingStep:
             if self._clears_grads and self._scaler is not context.grad_scaler:
                 raise RuntimeError("environment: expected the same grad_scaler in all environments")
             self.require_untouched("environment")
+        self._prepare()
         if self._clears_grads:
             self._clear_grads()
-        self._prepare()
         self._scaler = context.grad_scaler if self._clears_grads else None
         self.context, self.state = context, State.OPEN
 
@@ -198,8 +198,7 @@ class PendingStep:
             caller: what the message begins with.
             expected: how many there must be; None: any number.
         """
-        if self.state is State.OPEN:
-            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+        self.require_closed(caller)
         self._require_whole(caller)
         if self.environments == 0:
             raise RuntimeError(
@@ -212,6 +211,11 @@ class PendingStep:
                 f"{self.environments} (left over from a skipped step? call zero_grad() to drop "
                 "them)"
             )
+
+    def require_closed(self, caller: str) -> None:
+        """Raise if a context is open."""
+        if self.state is State.OPEN:
+            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
 
     def require_untouched(self, caller: str) -> None:
         """Raise unless the sums that GradScaler sees in .grad are what the environments made."""
@@ -323,10 +327,8 @@ class PendingStep:
             )
 
     def _clear_grads(self) -> None:
-        owner = self._owner()
-        assert owner is not None
-        for params, _ in owner._rules():
-            for index, param in enumerate(params):
+        for moments in self.moments:
+            for index, param in enumerate(moments._params):
                 if param.grad is not None:
                     if not self._holds_grads:
                         raise RuntimeError(

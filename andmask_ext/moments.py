@@ -230,12 +230,14 @@ class Moments:
 
     def _end_environments(self, environments: int) -> None:
         """End environments that were added together: what has not come is zero in all of them."""
-        for _ in range(environments):
-            if self._counts_zeros:
-                missing = [index for index in self._touched if index not in self._open]
-                zeros = [torch.zeros_like(self._params[index].detach()) for index in missing]
+        if self._counts_zeros:
+            missing = [index for index in self._touched if index not in self._open]
+            zeros = [torch.zeros_like(self._params[index].detach()) for index in missing]
+            for _ in range(environments):
                 self._accumulate(missing, zeros, [], 0)
-            self.count += 1
+                self.count += 1
+        else:
+            self.count += environments
         self._open.clear()
 
     def _accumulate(

@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_dtype
+from .._checks import check_bool
 from .._pending import PendingStep, State
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
-from ..optim._base import check_rule
 from ..rules import AndMask, Rule
-from ._backward_pass import BackwardPass, Setup
+from ._arguments import check_optimizer_or_rule, check_params, refuse_early_decay
+from ._backward_pass import BackwardPass
 from ._current import activate
 from ._groups import Environments, check_environments
 from ._mode import BackwardMode
 from ._report import Report, make_report
+from ._setup import Setup
 from ._verify import Verification, compare, sample, take, undisturbed
 
 __all__ = ["Agreement"]
@@ -107,18 +108,18 @@ class Agreement:
         self._optimizer: EnvironmentOptimizer | None = None
         self._rule: Rule | None = None
         if isinstance(rule, EnvironmentOptimizer):
-            _refuse_early_decay(rule)
+            refuse_early_decay(rule)
             self._optimizer, self._pending = rule, rule._pending
             own = [param for group in rule.param_groups for param in group["params"]]
             if params is not None and {id(p) for p in params} != {id(p) for p in own}:
                 raise ValueError(
                     "params: expected None or the parameters of the optimizer, but got others"
                 )
-            chosen = _check_params(own, given=params is not None)
+            chosen = check_params(own, given=params is not None)
         else:
-            _check_rule(rule)
+            check_optimizer_or_rule(rule)
             self._rule, self._pending = rule, PendingStep(self, clears_grads=False)
-            chosen = _check_params(
+            chosen = check_params(
                 model.parameters() if params is None else params, given=params is not None
             )
         self._setup: Setup | None = Setup(
@@ -199,6 +200,7 @@ class Agreement:
             with BackwardMode(run), activate(environments), run.recorder:
                 yield
             run.require_complete(before)
+            self._pending.close()
             complete = True
         finally:
             self._run = None
@@ -207,7 +209,6 @@ class Agreement:
                     leaf.grad = grad
                 self._abandon(run)
             run.close()
-        self._pending.close()
         if run.products is not None and gram:
             self._gram = {
                 setup.name(setup.params[number]): products
@@ -354,48 +355,6 @@ class Agreement:
             self._pending.replace_moments()
         self._setup, self._optimizer, self._gram = None, None, None
         self._leaves = []
-
-
-def _check_rule(rule: object) -> None:
-    if not isinstance(rule, Rule):
-        got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
-        raise TypeError(
-            "optimizer_or_rule: expected an optimizer of andmask_ext.optim that takes "
-            f"environments, or a rule such as andmask_ext.AndMask(tau=0.8), but got {got}"
-        )
-    check_rule(rule)
-
-
-def _refuse_early_decay(optimizer: EnvironmentOptimizer) -> None:
-    for group in optimizer.param_groups:
-        if group.get("weight_decay") and group.get("weight_decay_mode") == "before_mask":
-            raise ValueError(
-                "optimizer_or_rule: expected an optimizer whose weight decay comes after the mask "
-                "or is decoupled, but got weight_decay_mode='before_mask', which changes the "
-                "gradient of each environment; use optimizer.environment()"
-            )
-
-
-def _check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
-    """Return the parameters to aggregate, each once.
-
-    Args:
-        params: candidates.
-        given: whether the caller has named them; otherwise those that cannot be are passed over.
-    """
-    chosen: dict[int, Tensor] = {}
-    for index, param in enumerate(params):
-        if not isinstance(param, Tensor):
-            raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
-        if not given and not (param.requires_grad or param.is_floating_point()):
-            continue  # quantized, and frozen for good
-        check_dtype(f"params[{index}]", param)
-        if given and not (param.is_leaf and param.requires_grad):
-            raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
-        chosen[id(param)] = param
-    if not chosen:
-        raise ValueError("params: expected at least one parameter, but got none")
-    return list(chosen.values())
 
 
 def _scaled_loss(

@@ -39,21 +39,21 @@ class Constants:
         self._known: set[int] | None = None
         self._kept: list[Tensor] = []  # alive, so that nothing else comes to lie there
 
-    def watch(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
+    def note(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
         """Take note of a call of the function ``name``."""
         if name == "__setitem__":
             result = args[0]
         tensors = [result] if isinstance(result, Tensor) else result
-        made = [one for one in tensors if isinstance(one, Tensor) and not one.requires_grad]
+        made = [t for t in tensors if isinstance(t, Tensor) and not t.requires_grad]
         if not made:
             return
         taken = list(tensors_in((args, kwargs)))
-        known = all(one in self for one in taken) if taken else name in _FACTORIES
+        known = all(tensor in self for tensor in taken) if taken else name in _FACTORIES
         if known and not name.startswith(_RANDOM) and storage(made[0]) != -1:
             self._kept += made
-            self._memory.update(storage(one) for one in made)
+            self._memory.update(storage(tensor) for tensor in made)
         elif taken:  # in place, perhaps: what was constant is no more
-            self._memory.difference_update(storage(one) for one in made)
+            self._memory.difference_update(storage(tensor) for tensor in made)
 
     def forget(self) -> None:
         """Let go of all but parameters and buffers."""

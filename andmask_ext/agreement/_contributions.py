@@ -1,7 +1,7 @@
-"""What one use of a parameter adds to the gradient of each environment.
+"""What one use of a parameter contributes to the gradient of each environment.
 
-A use is made when the gradient of a node's output arrives. It holds the factors of the parameter's
-gradient, and makes gradients of environments only when asked for them.
+A contribution is made when the gradient of a node's output arrives. It holds the factors of the
+parameter's gradient, and makes gradients of environments only when asked for them.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ class Outer(Contribution):
 
     @property
     def path(self) -> str:  # type: ignore[override]
-        one = self.groups.size == 1 and self.activations.shape[1] == 1
-        return f"outer products, {'one row' if one else 'several rows'} per environment"
+        single = self.groups.size == 1 and self.activations.shape[1] == 1
+        return f"outer products, {'one row' if single else 'several rows'} per environment"
 
     def transposed(self) -> Outer:
-        """Return the same use of the transposed operand."""
+        """Return the contribution to the transposed operand."""
         return Outer(self.grads, self.activations, self.groups, self.shape[::-1])
 
     def stacked(self, begin: int, end: int) -> Tensor:
@@ -168,16 +168,17 @@ class Lookup(Contribution):
 
     def stacked(self, begin: int, end: int) -> Tensor:
         wide = wide_dtype(self.rows)
-        mine = (self.environments >= begin) & (self.environments < end)
+        chosen = (self.environments >= begin) & (self.environments < end)
         table = self.rows.new_zeros((end - begin) * self.shape[0], self.shape[1], dtype=wide)
-        at = (self.environments[mine] - begin) * self.shape[0] + self.lines[mine]
-        return table.index_add_(0, at, self.rows[mine].to(wide)).view(end - begin, *self.shape)
+        line = (self.environments[chosen] - begin) * self.shape[0] + self.lines[chosen]
+        return table.index_add_(0, line, self.rows[chosen].to(wide)).view(end - begin, *self.shape)
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return the gradients of all lines used in an environment, the lines, the environments."""
-        keys, at = torch.unique(self.environments * self.shape[0] + self.lines, return_inverse=True)
+        every = self.environments * self.shape[0] + self.lines
+        keys, segment = torch.unique(every, return_inverse=True)
         sums = self.rows.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.rows))
-        sums.index_add_(0, at, self.rows.to(sums.dtype))
+        sums.index_add_(0, segment, self.rows.to(sums.dtype))
         return sums, keys % self.shape[0], keys // self.shape[0]
 
 
@@ -207,9 +208,9 @@ def ids_of_axis(groups: Groups, layout: Layout) -> Tensor:
     return layout.spread(groups.ids)
 
 
-def add_up(uses: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:
-    """Return the sum of what several uses give to some environments."""
-    total = uses[0](begin, end)
-    for use in uses[1:]:
-        total = total + use(begin, end)
+def add_up(parts: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:
+    """Return the sum of what several parts are for environments [begin, end)."""
+    total = parts[0](begin, end)
+    for part in parts[1:]:
+        total = total + part(begin, end)
     return total

@@ -37,7 +37,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             stack += value[::-1]
         elif hasattr(value, "__dict__"):
             kinds = (Tensor, list, tuple, dict)
-            stack += [one for one in vars(value).values() if isinstance(one, kinds)][::-1]
+            stack += [item for item in vars(value).values() if isinstance(item, kinds)][::-1]
 
 
 def uses_batch(module: _BatchNorm) -> bool:
@@ -97,7 +97,7 @@ class ForwardRecorder:
         Until then there may be another backward pass, if the outputs are still held elsewhere.
         """
         self._stale = True
-        self._held = [weakref.ref(one) for one in self.outputs()]
+        self._held = [weakref.ref(tensor) for tensor in self.outputs()]
         self._outputs = []
 
     def clear(self) -> None:
@@ -129,18 +129,18 @@ class ForwardRecorder:
                 self.sizes.add(tensor.shape[self.batch_dim])
                 break
         self.inputs += inputs
-        self._outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
+        self._outputs += [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
 
     def outputs(self) -> list[Tensor]:
         """Return the tensors that the calls since :meth:`clear` have returned."""
-        return self._outputs + [one for ref in self._held if (one := ref()) is not None]
+        return self._outputs + [tensor for ref in self._held if (tensor := ref()) is not None]
 
     def anchors(self, examples: int) -> list[Tensor]:
         """Return the outputs that hold the batch."""
         return [
-            one
-            for one in self.outputs()
-            if one.dim() > self.batch_dim
-            and one.shape[self.batch_dim] == examples
-            and one.is_floating_point()
+            tensor
+            for tensor in self.outputs()
+            if tensor.dim() > self.batch_dim
+            and tensor.shape[self.batch_dim] == examples
+            and tensor.is_floating_point()
         ]

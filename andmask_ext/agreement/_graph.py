@@ -218,8 +218,8 @@ _PLAIN: set[type] = set()
 def _token(node: Node, examples: int, contents: bool) -> Any:
     kind, name = type(node), node.name()
     if kind not in _TOKENS:
-        present = [one for one in _STATIC if hasattr(kind, f"_saved_{one}")]
-        present += [one for one in _CONTENTS if name in _PICKING and hasattr(kind, f"_saved_{one}")]
+        arguments = (*_STATIC, *_CONTENTS) if name in _PICKING else _STATIC
+        present = [argument for argument in arguments if hasattr(kind, f"_saved_{argument}")]
         if not present and name not in _RESHAPES:
             _PLAIN.add(kind)
             return None
@@ -234,9 +234,9 @@ def _token(node: Node, examples: int, contents: bool) -> Any:
         sizes = shape if shape is not None else node._saved_self.shape  # type: ignore[attr-defined]
         dim = dim if dim < 2**63 else dim - 2**64
         contents = contents and len(sizes) > 0 and sizes[dim] % examples == 0
-    for one in _TOKENS[kind]:
-        value = saved(node, one)
-        if name in _PICKING and one in _CONTENTS:
+    for argument in _TOKENS[kind]:
+        value = saved(node, argument)
+        if name in _PICKING and argument in _CONTENTS:
             tensors = value if isinstance(value, (tuple, list)) else [value]
             values += [_content(tensor) if contents else None for tensor in tensors]
         elif isinstance(value, (int, tuple)):

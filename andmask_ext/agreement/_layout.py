@@ -46,15 +46,15 @@ class Layout:
 
 def candidates(shape: Sequence[int], examples: int, axes: Sequence[int] | None) -> list[Layout]:
     """Return all places where a batch may lie, the most usual ones first."""
-    found = []
+    layouts = []
     for axis in range(len(shape)) if axes is None else axes:
         if axis >= len(shape) or shape[axis] == 0 or shape[axis] % examples:
             continue
         factor = shape[axis] // examples
         befores = [b for b in range(1, factor + 1) if factor % b == 0]
         befores = [1, *befores[:0:-1]] if len(befores) > 1 else befores
-        found += [Layout(axis, before, factor // before) for before in befores]
-    return found
+        layouts += [Layout(axis, before, factor // before) for before in befores]
+    return layouts
 
 
 class Evidence:
@@ -101,14 +101,14 @@ class Evidence:
             ]
 
 
-def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+def _equal(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Compare up to rounding.
 
     Powers of two are exact, but libraries choose their order of sums by where a tensor lies.
     """
     relative, absolute = _TOLERANCE[dtype.to_real()]
-    peak = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=relative, atol=absolute * peak, equal_nan=True)
+    peak = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(values, expected, rtol=relative, atol=absolute * peak, equal_nan=True)
 
 
 _TOLERANCE = {  # relative; and of the largest
@@ -145,12 +145,12 @@ def environment_sum(
     sizes: list[int] = []
     kept = [1]
     environment = 0
-    for axis, (full, own) in enumerate(zip(tensor.shape, aligned, strict=True)):
+    for axis, (full, operand_size) in enumerate(zip(tensor.shape, aligned, strict=True)):
         if axis == layout.axis:
             environment = len(sizes) + 1
             sizes += [layout.before, count, size * layout.after]
             continue
-        if own != 1:
+        if operand_size != 1:
             kept.append(len(sizes))
         sizes.append(full)
     kept[0] = environment
@@ -194,8 +194,8 @@ def pick(
     # Where the gradients of a graph leave several, these have no gradients that they would treat
     # differently; another graph of the same structure might.
     different = {
-        (math.prod(shape[: one.axis]) * one.before, math.prod(shape[one.axis + 1 :]) * one.after)
-        for one in left
+        (math.prod(shape[: at.axis]) * at.before, math.prod(shape[at.axis + 1 :]) * at.after)
+        for at in left
     }
     alone = len(different) == 1
     return (left[0] if trivial or alone or evidence is not None else None), trivial or alone

@@ -40,22 +40,22 @@ def saved(node: Node, name: str) -> Any:
 def keep_checkpoints(node: Node, name: str) -> None:
     """Let a saved tensor be unpacked more than once where it is checkpointed."""
     raw = getattr(node, f"_raw_saved_{name}", None)
-    for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-        if one is not None and isinstance(one.data, checkpoint._Holder):
-            one.data.handles = _KeepHandles(one.data.handles)
+    for tensor in raw if isinstance(raw, (tuple, list)) else (raw,):
+        if tensor is not None and isinstance(tensor.data, checkpoint._Holder):
+            tensor.data.handles = _KeepHandles(tensor.data.handles)
 
 
 def saved_tensors(node: Node) -> list[Tensor]:
     """Return all tensors that a node of a native function has saved."""
-    found = []
+    tensors = []
     for name in dir(node):
         if name.startswith("_saved_"):
             keep_checkpoints(node, name.removeprefix("_saved_"))
             value = getattr(node, name)
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(one, Tensor):
-                    found.append(one)
-    return found
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(item, Tensor):
+                    tensors.append(item)
+    return tensors
 
 
 def call_node(node: Node, edge: int, deltas: Sequence[Tensor | None]) -> Tensor | None:
@@ -97,7 +97,7 @@ class _Aside(torch.autograd.Function):
 
 
 def aside(body: Callable[[], None]) -> None:
-    """BackwardPass ``body`` where nodes that are called compute the gradients of all their inputs.
+    """Run ``body`` where nodes that are called compute the gradients of all their inputs.
 
     Inside a backward pass with ``inputs`` they compute only those that it needs.
     """

@@ -58,7 +58,7 @@ class Consumer:
                         else Layout(layout.axis, factor, 1)
                     )
             now.append(layout)
-        operands = tuple(graph.operand(self.index, one.edge) for one in self.operands)
+        operands = tuple(graph.operand(self.index, operand.edge) for operand in self.operands)
         return replace(self, operands=operands, layouts=tuple(now))
 
 
@@ -93,9 +93,9 @@ class Plan:
 
     def at(self, graph: Graph, examples: int) -> Plan | None:
         """Return this plan for a graph of other sizes; None: it has to be made anew."""
-        consumers = [one.at(graph, examples) for one in self.consumers]
-        found = tuple(one for one in consumers if one is not None)
-        return replace(self, consumers=found) if len(found) == len(consumers) else None
+        consumers = [consumer.at(graph, examples) for consumer in self.consumers]
+        resized = tuple(consumer for consumer in consumers if consumer is not None)
+        return replace(self, consumers=resized) if len(resized) == len(consumers) else None
 
 
 def _takes_statistics(node: Node) -> bool:
@@ -106,7 +106,7 @@ def suspects(graph: Graph) -> list[int]:
     """Return the nodes of which it has to be known where the batch lies in their outputs."""
     possible = [False] * len(graph.nodes)  # made of parameters only, if no data enters
     certain = [False] * len(graph.nodes)  # made of parameters only
-    found = []
+    indices = []
     for index in graph.children_first():
         if graph.param(index) is not None:
             possible[index] = certain[index] = True
@@ -119,8 +119,8 @@ def suspects(graph: Graph) -> list[int]:
             and not graph.may_carry_batch(index)
         )
         if not certain[index] and any(possible[child] for child in below):
-            found.append(index)
-    return found
+            indices.append(index)
+    return indices
 
 
 def make_plan(
@@ -183,7 +183,7 @@ def make_plan(
             for edge, entry in enumerate(graph.edges[index])
             if entry and weight[entry[0]]
         )
-        unseen = evidence is not None and not any(one.seen for one in evidence)
+        unseen = evidence is not None and not any(output.seen for output in evidence)
         consumers.append(Consumer(index, name, operands, layouts, unseen and not trivial))
     for root in graph.roots:
         if weight[root]:
@@ -232,9 +232,9 @@ def _is_weight(
     constant = _is_constant(graph, index, shapes[0], constants)
     if name in HIDDEN_DATA and graph.is_table(index):
         return True
-    if evidence is None or not any(one.seen for one in evidence):
+    if evidence is None or not any(output.seen for output in evidence):
         return constant and name not in LOOKUPS
-    if not any(one.left for one in evidence if one.seen):
+    if not any(output.left for output in evidence if output.seen):
         return constant
     # Its gradients look like rows of the batch. What looks up constant lines may be rows (token
     # types, say); arithmetic with a constant cannot.
@@ -260,7 +260,8 @@ def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], constants: Co
     if not (whole or (name in _FILLING and None not in graph.edges[index])):
         return False
     return all(
-        one.requires_grad or one.dim() == 0 or one in constants for one in saved_tensors(node)
+        tensor.requires_grad or tensor.dim() == 0 or tensor in constants
+        for tensor in saved_tensors(node)
     )
 
 

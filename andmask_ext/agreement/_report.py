@@ -25,7 +25,7 @@ class Report(tuple[ParameterReport, ...]):
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "uses", "path")]
-        rows += [(one.name, str(one.shape), str(one.uses), one.path) for one in self]
+        rows += [(line.name, str(line.shape), str(line.uses), line.path) for line in self]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         return "\n".join(
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])

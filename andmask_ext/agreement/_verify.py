@@ -50,15 +50,16 @@ class Verification(tuple[Deviation, ...]):
     @property
     def passed(self) -> bool:
         """Whether all parameters agree with the loop."""
-        return all(one.passed for one in self)
+        return all(deviation.passed for deviation in self)
 
     def __str__(self) -> str:
-        width = max(len(one.name) for one in self)
+        names = [deviation.name for deviation in self]
+        width = max(map(len, names))
         lines = [f"{'parameter'.ljust(width)}  deviation of sums  votes that differ"]
         lines += [
-            f"{one.name.ljust(width)}  {one.sums:17.1e}  {one.votes} of {one.coordinates}"
-            f"{'' if one.passed else '  <- differs'}"
-            for one in self
+            f"{name.ljust(width)}  {deviation.sums:17.1e}  {deviation.votes} of "
+            f"{deviation.coordinates}{'' if deviation.passed else '  <- differs'}"
+            for name, deviation in zip(names, self, strict=True)
         ]
         worst = "all agree with the loop" if self.passed else "NOT ALL AGREE WITH THE LOOP"
         return "\n".join([*lines, f"{len(self)} parameters: {worst}"])
@@ -72,7 +73,7 @@ def sample(batch: Any, batch_dim: int, environments: Environments, most: int) ->
     groups = make_groups(environments, sizes[0])
     most = min(most, groups.environments)
     members = [groups.members(environment) for environment in range(most)]
-    ids = torch.arange(most).repeat_interleave(torch.tensor([len(one) for one in members]))
+    ids = torch.arange(most).repeat_interleave(torch.tensor([len(indices) for indices in members]))
     chosen = take(batch, torch.cat(members), batch_dim, sizes[0])
     return chosen, make_groups(ids, len(ids))
 
@@ -86,9 +87,9 @@ def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
             return batch[examples.to(batch.device)]
         return batch
     if isinstance(batch, dict):
-        return {key: take(one, examples, batch_dim, size) for key, one in batch.items()}
+        return {key: take(item, examples, batch_dim, size) for key, item in batch.items()}
     if isinstance(batch, (list, tuple)):
-        taken = [take(one, examples, batch_dim, size) for one in batch]
+        taken = [take(item, examples, batch_dim, size) for item in batch]
         return type(batch)(*taken) if hasattr(batch, "_fields") else type(batch)(taken)
     return batch
 
@@ -143,7 +144,7 @@ def compare(
                 doubtful[index] += grad.abs() <= (tolerance or _TOLERANCE[grad.dtype]) * peak
         exact.add([None if grad is None else grad.detach() for grad in grads])
     total = max(largest)
-    found = []
+    deviations = []
     for index, (name, param) in enumerate(zip(names, params, strict=True)):
         pairs = []
         for kind in ("sum", "votes"):
@@ -156,9 +157,9 @@ def compare(
         sums = float((sum_a.double() - sum_b.double()).abs().max()) / scale if param.numel() else 0
         noise = largest[index] <= 0.1 * allowed * total
         apart = (votes_a.long() - votes_b.long()).abs() > 2 * doubtful[index]
-        found.append(
+        deviations.append(
             Deviation(
                 name, sums, 0 if noise else int(apart.sum()), param.numel(), allowed
             )
         )  # fmt: skip
-    return Verification(sorted(found, key=lambda one: (one.passed, -one.votes, -one.sums)))
+    return Verification(sorted(deviations, key=lambda d: (d.passed, -d.votes, -d.sums)))

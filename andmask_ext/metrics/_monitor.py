@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_tau
+from .._checks import check_bool, check_count, check_tau
 from .._pending import Group, Observer
 from ..agreement import Agreement
 from ..optim import EnvironmentOptimizer, TemporalAndMaskAdam
@@ -88,10 +88,7 @@ class Monitor(Observer):
     ) -> None:
         if tau is not None:
             check_tau(tau)
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise TypeError(f"every: expected an int, but got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every: expected a positive number, but got {every}")
+        check_count("every", every, 1)
         check_bool("coherence", coherence)
         known: dict[int, str] = {}
         if isinstance(source, Agreement):

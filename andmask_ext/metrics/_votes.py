@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_tau
+from .._checks import check_bool, check_count, check_tau
 from ..rules._threshold import vote_threshold
 from ._inputs import Gradients, Stacked, entries_of, stacked_of, without_none
 
@@ -129,7 +129,7 @@ def noise_kept_probability(environments: int, tau: float) -> float:
         proposition 2 (appendix A.3), of which this is the probability.
     """
     check_tau(tau)
-    _check_environments(environments)
+    check_count("environments", environments, 1)
     return _noise_level(environments, vote_threshold(tau, environments))
 
 
@@ -194,7 +194,7 @@ def noise_votes(environments: int) -> Tensor:
         >>> am.metrics.noise_votes(4)
         tensor([0.3750, 0.0000, 0.5000, 0.0000, 0.1250], dtype=torch.float64)
     """
-    _check_environments(environments)
+    check_count("environments", environments, 1)
     return torch.tensor(_noise(environments), dtype=torch.float64)
 
 
@@ -329,13 +329,6 @@ def _kept(counts: Tensor, tau: float) -> Tensor:
     """Return the shares of kept coordinates, from counts ``[..., d + 1]``."""
     threshold = vote_threshold(tau, counts.shape[-1] - 1)
     return counts[..., threshold:].sum(-1) / counts.sum(-1).double()
-
-
-def _check_environments(environments: object) -> None:
-    if not isinstance(environments, int) or isinstance(environments, bool):
-        raise TypeError(f"environments: expected an int, but got {type(environments).__name__}")
-    if environments < 1:
-        raise ValueError(f"environments: expected a positive number, but got {environments}")
 
 
 def _noise_level(environments: int, threshold: int) -> float:

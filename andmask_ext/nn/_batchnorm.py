@@ -90,9 +90,9 @@ class _PerEnvironment(PerEnvironment, _BatchNorm):
         else:
             return
         shares = shares.to(mean.device)
-        for running, found in ((self.running_mean, mean), (self.running_var, variance)):
+        for running, values in ((self.running_mean, mean), (self.running_var, variance)):
             if running is not None:
-                running.copy_(rest * running.double() + shares @ found.double())
+                running.copy_(rest * running.double() + shares @ values.double())
 
 
 class EnvironmentBatchNorm1d(_PerEnvironment, nn.BatchNorm1d):
@@ -165,13 +165,13 @@ def convert_batchnorm(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, _PerEnvironment):
             if type(layer) not in _COUNTERPARTS:
                 raise TypeError(_refusal(name, layer))
-            found.append(layer)
-    for layer in found:
+            layers.append(layer)
+    for layer in layers:
         layer.__class__ = _COUNTERPARTS[type(layer)]
     return model
 

@@ -55,12 +55,12 @@ def pieces(groups: Groups, x: Tensor) -> Iterator[Piece]:
     assert groups.offsets is not None
     for size in groups.sizes.unique().tolist():
         alike = (groups.sizes == size).nonzero().squeeze(1)
-        for some in alike.split(max(1, _BLOCK // (size * example))):
-            starts = groups.offsets[some]
+        for environments in alike.split(max(1, _BLOCK // (size * example))):
+            starts = groups.offsets[environments]
             chosen = (starts.unsqueeze(1) + torch.arange(size)).flatten()
             if groups.order is not None:
                 chosen = groups.order[chosen]
-            yield Piece(chosen.to(x.device), some.to(x.device), len(some))
+            yield Piece(chosen.to(x.device), environments.to(x.device), len(environments))
 
 
 def normalize(x: Tensor, groups: Groups, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,10 +80,10 @@ class _Normalize(torch.autograd.Function):
         normal = torch.empty_like(x)
         for part in parts:
             taken = part.take(x)
-            one = part.count == 1 and taken.numel() > _BLOCK
-            found = (_normalize_one if one else _normalize_some)(taken, part.count, eps)
-            part.put(normal, found[0])
-            for kept, new in zip((scale, mean, variance), found[1:], strict=True):
+            large = part.count == 1 and taken.numel() > _BLOCK
+            results = (_normalize_one if large else _normalize_some)(taken, part.count, eps)
+            part.put(normal, results[0])
+            for kept, new in zip((scale, mean, variance), results[1:], strict=True):
                 kept[part.environments] = new
         return normal, scale, mean, variance
 
@@ -101,13 +101,13 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         normal, scale = ctx.saved_tensors
         if grad is None or scale_grad is not None or torch.is_grad_enabled():
-            found = _differentiable_input_grad(grad, scale_grad, normal, scale, ctx.groups)
-            return found, None, None, None
+            input_grad = _differentiable_input_grad(grad, scale_grad, normal, scale, ctx.groups)
+            return input_grad, None, None, None
         result = torch.empty_like(normal)
         for part in ctx.parts:
             taken = part.take(normal)
-            one = part.count == 1 and taken.numel() > _BLOCK
-            function = _input_grad_of_one if one else _input_grad_of_some
+            large = part.count == 1 and taken.numel() > _BLOCK
+            function = _input_grad_of_one if large else _input_grad_of_some
             part.put(result, function(part.take(grad), taken, scale[part.environments]))
         return result, None, None, None
 

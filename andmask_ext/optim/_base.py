@@ -270,8 +270,7 @@ class EnvironmentOptimizer(Optimizer):
         Args:
             set_to_none: accepted for compatibility; ``.grad`` is None between environments anyhow.
         """
-        if self._pending.state is State.OPEN:
-            raise RuntimeError("zero_grad: expected to be called outside of an environment")
+        self._pending.require_closed("zero_grad")
         self._pending.drop()
         super().zero_grad(set_to_none=True)
 
@@ -299,6 +298,7 @@ class EnvironmentOptimizer(Optimizer):
             {key: value for key, value in group.items() if key != "params"}
             for group in self.param_groups
         ]
+        self._pending.require_closed("load_state_dict")
         self._pending.drop()
         super().load_state_dict(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):

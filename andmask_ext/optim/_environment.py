@@ -61,13 +61,12 @@ class Environment:
         try:
             if kind is None:
                 self._take_all()
+                self._pending.add_environments(1)
+                self._pending.close()
                 complete = True
         finally:
             if not complete:
                 self._pending.abandon(changed=True)
-        if complete:
-            self._pending.add_environments(1)
-            self._pending.close()
 
     def _take_all(self) -> None:
         for group in self._optimizer.param_groups:

@@ -121,6 +121,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`."""
+        self._pending.require_closed("load_state_dict")
         self._pending.drop()
         rules = [group["rule"] for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)

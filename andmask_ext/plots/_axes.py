@@ -43,12 +43,12 @@ def panels_or_new(
         for spare in grid.flat[count:]:
             figure.delaxes(spare)
         return list(grid.flat[:count])
-    given = list(ax.flat if isinstance(ax, np.ndarray) else ax) if np.iterable(ax) else [ax]
-    if not all(isinstance(one, Axes) for one in given):
+    panels = list(ax.flat if isinstance(ax, np.ndarray) else ax) if np.iterable(ax) else [ax]
+    if not all(isinstance(panel, Axes) for panel in panels):
         raise TypeError("ax: expected a sequence of matplotlib Axes")
-    if len(given) != count:
-        raise ValueError(f"ax: expected {count} axes, one for each panel, but got {len(given)}")
-    return given
+    if len(panels) != count:
+        raise ValueError(f"ax: expected {count} axes, one for each panel, but got {len(panels)}")
+    return panels
 
 
 def environment_names(count: int, labels: Sequence[str] | None) -> list[str]:

@@ -1,4 +1,8 @@
-"""Rules: how the gradients of the environments become one update."""
+"""Rules: how the gradients of the environments become one update.
+
+Importing this module allows the rules in ``torch.load(weights_only=True)``
+(:func:`torch.serialization.add_safe_globals`), so that checkpoints of optimizers load.
+"""
 
 from __future__ import annotations
 

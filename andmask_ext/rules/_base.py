@@ -24,12 +24,22 @@ class Rule:
     this package that takes a rule takes it, and hands it the gradients of all environments. (A
     plain function from ``[d, *shape]`` to ``[*shape]`` will do for :func:`andmask_ext.backward`.)
 
+    Arguments are checked when a rule is made, gradients when it is called.
+
     Attributes:
         name: of the rule in the native library.
         moments: what the rule needs beside the sum of the gradients: a subset of ``"votes"``,
             ``"squares"``, ``"logs"`` (see :class:`andmask_ext.Moments`). None: it needs the
             gradients of all environments at once, and cannot be streamed.
         rescale: whether the update of a parameter is divided by the mean of its mask.
+
+    Raises:
+        TypeError: an argument of the rule has another type than its description says.
+        ValueError: it lies outside of the range that is stated there.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext as am

@@ -19,10 +19,6 @@ class AgreementSum(Rule):
 
     This is :class:`AndMask` with ``tau=1`` times the number of environments.
 
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
-
     Example:
         >>> import torch, andmask_ext
         >>> andmask_ext.rules.AgreementSum()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
@@ -42,10 +38,6 @@ class AgreementRandom(Rule):
 
     The noise of a parameter is scaled by the mean of :math:`|\sum_e g_e|` over its coordinates
     that agree, and is 0 if none do. It comes from torch's global generator.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext
@@ -72,10 +64,6 @@ class SignDropout(Rule):
         P = \tfrac12 \left(1 + \frac{\sum_e g_e}{\sum_e |g_e|}\right)
 
     U is uniform in [0, 1), from torch's global generator, for each coordinate anew.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext

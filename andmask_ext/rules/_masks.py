@@ -38,14 +38,6 @@ class AndMask(_Tau):
             least ``tau`` times the number of environments. 0 is plain averaging, 1 unanimity.
         rescale: divide each parameter's update by its share of kept coordinates.
 
-    Raises:
-        TypeError: ``tau`` is not a number, or ``rescale`` not a bool.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
-
     Example:
         >>> import torch, andmask_ext
         >>> rule = andmask_ext.AndMask(tau=1.0)
@@ -83,14 +75,6 @@ class GeometricMean(_Tau):
         tau: agreement threshold in [0, 1], as for :class:`AndMask`.
         rescale: divide each parameter's update by its share of kept coordinates.
 
-    Raises:
-        TypeError: ``tau`` is not a number, or ``rescale`` not a bool.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
-
     Example:
         >>> import torch, andmask_ext
         >>> andmask_ext.rules.GeometricMean(1.0)(torch.tensor([[1.0, -2.0], [4.0, -8.0]]))
@@ -124,14 +108,6 @@ class SandMask(_Tau):
             everywhere, and a warning says so.
         k: sharpness, positive.
         rescale: divide each parameter's update by the mean of its mask.
-
-    Raises:
-        TypeError: ``tau`` or ``k`` is not a number, or ``rescale`` not a bool.
-        ValueError: ``tau`` lies outside [0, 1], or ``k`` is not positive and finite.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext
@@ -175,14 +151,6 @@ class MaskedAverage(_Tau):
     Args:
         tau: agreement threshold in [0, 1]. 0 is plain averaging.
 
-    Raises:
-        TypeError: ``tau`` is not a number.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
-
     Example:
         >>> import torch, andmask_ext
         >>> grads = torch.tensor([[1.0, -1.0], [1.0, 1.0], [1.0, 3.0]])
@@ -210,14 +178,6 @@ class FedILC(_Tau):
 
     Args:
         tau: agreement threshold in [0, 1], as for :class:`AndMask`.
-
-    Raises:
-        TypeError: ``tau`` is not a number.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext

@@ -7,17 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_grads, check_number
+from .._checks import check_count, check_grads, check_number
 from ._base import Rule
 
 
 @dataclass(frozen=True)
 class Mean(Rule):
     r"""The plain mean over environments :math:`\bar g`: what training on the pooled data does.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext
@@ -32,10 +28,6 @@ class Mean(Rule):
 @dataclass(frozen=True)
 class Median(Rule):
     """The median of each coordinate; of an even number of environments, the middle two's mean.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext
@@ -58,10 +50,6 @@ class MedianOfThree(Rule):
 
     Raises:
         ValueError: on call, if there are fewer than three environments.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext
@@ -95,12 +83,7 @@ class TrimmedMean(Rule):
         b: how many to drop at each end; fewer than half the environments. 0 is the plain mean.
 
     Raises:
-        TypeError: ``b`` is not an int.
-        ValueError: ``b`` is negative; on call, if there are no more than ``2 * b`` environments.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+        ValueError: on call, if there are no more than ``2 * b`` environments.
 
     Example:
         >>> import torch, andmask_ext
@@ -118,10 +101,7 @@ class TrimmedMean(Rule):
     name = "trimmed_mean"
 
     def __post_init__(self) -> None:
-        if isinstance(self.b, bool) or not isinstance(self.b, int):
-            raise TypeError(f"b: expected an int, but got {type(self.b).__name__}")
-        if self.b < 0:
-            raise ValueError(f"b: expected an int of at least 0, but got {self.b}")
+        check_count("b", self.b, 0)
 
     @property
     def arguments(self) -> list[float]:
@@ -143,14 +123,6 @@ class WinsorizedMean(Rule):
 
     Args:
         c: per cent, in [0, 50]. 0 is the plain mean, 50 the median.
-
-    Raises:
-        TypeError: ``c`` is not a number.
-        ValueError: ``c`` lies outside [0, 50].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext

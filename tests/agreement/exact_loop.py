@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 import andmask_ext as am
 
@@ -33,7 +35,6 @@ def loop(
     environments: int | Tensor | None = None,
     dims: Sequence[int] | None = None,
     params: Sequence[str] | None = None,
-    nudge: int | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradients ``[environments, *shape]`` of each parameter; ``model`` stays as it is.
 
@@ -44,15 +45,9 @@ def loop(
         environments: as in the context.
         dims: where the batch lies in each tensor of it; None: first.
         params: names; None: all that require gradients.
-        nudge: moves the parameters by a few roundings, drawn from this seed; zeros stay zeros.
     """
     model = copy.deepcopy(model)
     model.zero_grad()
-    if nudge is not None:
-        for param in model.parameters():
-            draw = torch.Generator(param.device).manual_seed(nudge)
-            noise = torch.randn(param.shape, generator=draw, device=param.device)
-            param.data *= 1 + 64 * torch.finfo(param.dtype).eps * noise.to(param.dtype)
     dims = [0] * len(batch) if dims is None else dims
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     chosen = {n: p for n, p in named.items() if params is None or n in params}
@@ -64,6 +59,26 @@ def loop(
         for name, param in chosen.items():
             columns[name].append(torch.zeros_like(param) if param.grad is None else param.grad)
     return {name: torch.stack(grads) for name, grads in columns.items()}
+
+
+class OtherProcessor(TorchDispatchMode):
+    """Moves each result by a few roundings, as another processor might; what is zero stays zero."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.generator = torch.Generator("cpu").manual_seed(seed)
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        results = function(*args, **(kwargs or {}))
+        if any(returned.alias_info for returned in function._schema.returns):
+            return results  # a view, or in place
+        return tree_map_only(Tensor, self.moved, results)
+
+    def moved(self, result: Tensor) -> Tensor:
+        if not result.is_floating_point():
+            return result
+        noise = torch.randn(result.shape, generator=self.generator, device="cpu").to(result)
+        return result * (1 + 4 * torch.finfo(result.dtype).eps * noise)
 
 
 def is_noise(grads: Tensor, floor: float) -> Tensor:
@@ -118,7 +133,7 @@ def compare(
     tolerance: float,
     largest: float = 0.0,
     moments: tuple[Tensor | None, Tensor | None] = (None, None),
-    nearby: Callable[[], Iterable[Tensor]] = tuple,
+    elsewhere: Callable[[], Iterable[Tensor]] = tuple,
 ) -> None:
     """Compare what the engine made of a parameter with what the rule makes of the loop's.
 
@@ -126,7 +141,7 @@ def compare(
     an environment may vote as it likes, if the sums agree within the floor. A gradient of exactly
     zero is compared, as that of a dead ReLU or of an unused row has to be zero in the engine, too.
     But a gradient that is zero only mathematically (of the keys' bias in an attention) can be
-    exactly zero by chance: it is one that is noise at points nearby.
+    exactly zero by chance: it is one that is noise on other processors.
 
     Args:
         name: of the parameter.
@@ -136,14 +151,14 @@ def compare(
         tolerance: relative to the largest gradient.
         largest: gradient of any parameter.
         moments: the sum and the votes, where they are known.
-        nearby: returns the loop's gradients at points nearby; asked only if something differs.
+        elsewhere: returns the loop's gradients on other processors, if something differs.
     """
     size = max(largest, float(grads.abs().max()), 0.1)
     floor = tolerance / 10 * size
     unsure = is_noise(grads, floor)
     fault = difference(grads, got, rule, tolerance, size, moments, unsure)
     if fault:
-        for other in nearby():
+        for other in elsewhere():
             unsure |= (grads == 0) & is_noise(other, floor)
         fault = difference(grads, got, rule, tolerance, size, moments, unsure)
     assert not fault, f"{name}: {fault} (gradients up to {size:.3g})"
@@ -197,13 +212,17 @@ def check(
     largest = max(float(stack.abs().max()) for stack in grads.values())
 
     @cache
-    def nearby() -> list[dict[str, Tensor]]:
-        return [loop(model, step, batch, environments, dims, nudge=seed) for seed in range(8)]
+    def elsewhere() -> list[dict[str, Tensor]]:
+        results = []
+        for seed in range(8):
+            with OtherProcessor(seed):
+                results.append(loop(model, step, batch, environments, dims))
+        return results
 
     for name, stack in grads.items():
         both, got = (sums.get(name), votes.get(name)), params[name].grad
         compare(
             name, stack, got, rule, tolerance, largest, both,
-            nearby=lambda name=name: [point[name] for point in nearby()],
+            lambda name=name: [result[name] for result in elsewhere()],
         )  # fmt: skip
     return agreement

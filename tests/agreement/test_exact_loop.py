@@ -19,7 +19,7 @@ from .outcomes import EXACT, MIXING, NO_BATCH, Tally, outcome
 TINY = 1e-17  # what rounding leaves of gradients of about 1
 DEAD, ZERO = 2, 3  # a ReLU that is dead in one environment; zero only mathematically
 GRADS = torch.tensor([[0.5, -0.25, 0.0, 0.0], [0.125, -0.5, 0.25, 0.0]], dtype=torch.float64)
-NEARBY = torch.tensor([[0.5, -0.25, 0.0, -TINY], [0.125, -0.5, 0.25, TINY]], dtype=torch.float64)
+ELSEWHERE = torch.tensor([[0.5, -0.25, 0.0, -TINY], [0.125, -0.5, 0.25, TINY]], dtype=torch.float64)
 
 
 def engine(
@@ -33,7 +33,7 @@ def engine(
         for index, value in (changes or {}).items():
             moment[index] = value
     got = RULE(GRADS) if got is None else got
-    compare("w", GRADS, got, RULE, 1e-10, moments=moments, nearby=lambda: [NEARBY])
+    compare("w", GRADS, got, RULE, 1e-10, moments=moments, elsewhere=lambda: [ELSEWHERE])
 
 
 def test_an_engine_that_is_right_passes() -> None:

@@ -57,11 +57,13 @@ def test_step_without_an_environment(make: Any) -> None:
 def test_nothing_but_backward_passes_inside_an_environment(make: Any) -> None:
     params = parameters()
     optimizer = make(params)
+    state = optimizer.state_dict()
     calls = {
         "inside another": lambda: optimizer.environment().__enter__(),
         "step: expected to be called outside": optimizer.step,
         "write_grads: expected to be called outside": optimizer.write_grads,
         "zero_grad: expected to be called outside": optimizer.zero_grad,
+        "load_state_dict: expected to be called outside": lambda: optimizer.load_state_dict(state),
     }
     for message, call in calls.items():
         with optimizer.environment():

@@ -28,8 +28,8 @@ class HessianDiagonals:
         >>> import torch
         >>> from andmask_ext.metrics import hessian_diagonals
         >>> losses = [lambda x: x.square().sum(), lambda x: x.pow(4).sum()]
-        >>> found = hessian_diagonals(losses, torch.ones(3), probes=4)
-        >>> found.diagonals[1]
+        >>> estimated = hessian_diagonals(losses, torch.ones(3), probes=4)
+        >>> estimated.diagonals[1]
         tensor([12., 12., 12.])
     """
 
@@ -66,11 +66,11 @@ def hessian_diagonals(
 
     Example:
         >>> import torch
-        >>> found = hessian_diagonals(
+        >>> estimated = hessian_diagonals(
         ...     [lambda x: x[0] * x[1] + x[1].square()] * 2, torch.zeros(2), probes=1000
         ... )
-        >>> error = (found.diagonals[0] - torch.tensor([0.0, 2.0])).abs()
-        >>> bool((error < 5 * found.standard_errors[0]).all())
+        >>> error = (estimated.diagonals[0] - torch.tensor([0.0, 2.0])).abs()
+        >>> bool((error < 5 * estimated.standard_errors[0]).all())
         True
 
     Reference:

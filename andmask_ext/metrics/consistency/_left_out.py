@@ -77,14 +77,14 @@ def leave_one_environment_out(
 
     Example:
         >>> from andmask_ext.metrics import leave_one_environment_out
-        >>> found = leave_one_environment_out(
+        >>> result = leave_one_environment_out(
         ...     train=lambda numbers: sum(numbers) / len(numbers),
         ...     environments=[1.0, 2.0, 6.0],
         ...     evaluate=lambda mean, number: abs(mean - number),
         ... )
-        >>> found.held_out
+        >>> result.held_out
         tensor([3.0000, 1.5000, 4.5000], dtype=torch.float64)
-        >>> found
+        >>> result
         LeftOut 3 on environments left out, 1.66667 in training (gap 1.33333, 3 environments)
 
     Reference:

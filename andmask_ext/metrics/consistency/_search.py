@@ -158,12 +158,12 @@ class Climb:
         reached &= height.isfinite() & height_slope.isfinite().all(1)
         reached &= level_slope.isfinite().all(1)
         reached &= torch.where(roams, wanted, self.push * height >= self.push * self.height)
-        one = reached[:, None]
-        self.points = torch.where(one, ends, self.points)
+        moved = reached[:, None]
+        self.points = torch.where(moved, ends, self.points)
         self.level = torch.where(reached, level, self.level)
-        self.level_slope = torch.where(one, level_slope, self.level_slope)
+        self.level_slope = torch.where(moved, level_slope, self.level_slope)
         self.height = torch.where(reached, height, self.height)
-        self.height_slope = torch.where(one, height_slope, self.height_slope)
+        self.height_slope = torch.where(moved, height_slope, self.height_slope)
         better = self.height.abs() > self.best
         self.best = torch.where(better, self.height.abs(), self.best)
         self.best_points = torch.where(better[:, None], self.points, self.best_points)
