@@ -156,10 +156,10 @@ def compare(
         scale = max(largest[index], min(1.0, 100 * allowed) * total) or 1.0
         sums = float((sum_a.double() - sum_b.double()).abs().max()) / scale if param.numel() else 0
         noise = largest[index] <= 0.1 * allowed * total
-        apart = (votes_a.long() - votes_b.long()).abs() > 2 * doubtful[index]
+        differing = (votes_a.long() - votes_b.long()).abs() > 2 * doubtful[index]
         deviations.append(
             Deviation(
-                name, sums, 0 if noise else int(apart.sum()), param.numel(), allowed
+                name, sums, 0 if noise else int(differing.sum()), param.numel(), allowed
             )
         )  # fmt: skip
     return Verification(sorted(deviations, key=lambda d: (d.passed, -d.votes, -d.sums)))

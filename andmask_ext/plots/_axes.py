@@ -84,5 +84,5 @@ def percent(share: float) -> str:
     if share == 0 or share >= 0.9995:
         return f"{100 * share:.0f} %"
     if share < 1e-5:
-        return "< .001 %"
+        return "< 0.001 %"
     return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.1f} %"
