@@ -1,4 +1,4 @@
-"""The mixing check: do environments mix, and where is the batch in each tensor?"""
+"""The mixing check: whether environments mix, and where the batch is in each tensor."""
 
 from __future__ import annotations
 
