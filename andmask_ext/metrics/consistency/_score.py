@@ -44,12 +44,12 @@ def inconsistency_score(
 
     - ``quadratic`` uses second-order models of the losses. At a shared minimum the score is
       :math:`\epsilon \max_{e, e'} \lambda_{\max}(H_e^{-1} H_{e'})`. The models
-      include losses that differ at ``params`` and gradients that are not zero there. If a direction is flat
-      for e but not for e', the score is infinite, and ``direction`` is this direction. Directions
-      that are flat for both are left out. Negative curvature is an error. The losses are then
-      evaluated at the extreme of each pair and at random points on the edges of the level sets. If
-      they differ from the models, ``bound`` is ``estimate``. The Hessians are dense, so there may
-      be up to 1000 parameters.
+      include losses that differ at ``params`` and gradients that are not zero there. If a direction
+      is flat for e but not for e', the score is infinite, and ``direction`` is this direction.
+      Directions that are flat for both are left out. Negative curvature is an error. The losses are
+      then evaluated at the extreme of each pair and at random points on the edges of the level
+      sets. If they differ from the models, ``bound`` is ``estimate``. The Hessians are dense, so
+      there may be up to 1000 parameters.
     - ``diagonal`` is for networks. It uses the diagonals of the Hessians, estimated by random
       probes. Coordinates whose curvature is negative or within three standard errors of zero are
       left out, and ``notes`` counts them. The score tends to be too large, as it is the largest of
