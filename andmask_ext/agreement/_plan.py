@@ -206,8 +206,8 @@ def refuse_compiled(graph: Graph) -> None:
     """Raise RuntimeError if a part of the graph was compiled."""
     if _COMPILED in graph.names:
         raise RuntimeError(
-            "Agreement: the model, or a part of it, was compiled with torch.compile: what its "
-            "backward pass does to parameters cannot be seen; call the module that was compiled "
+            "Agreement: the model, or a part of it, was compiled with torch.compile, which "
+            "hides the uses of parameters in its backward pass; call the original module "
             "(model._orig_mod) inside the context, or use andmask_ext.backward"
         )
 
@@ -297,8 +297,8 @@ def _layouts(
                 f"Agreement: environments mix in the model: the gradient at {name} (output of "
                 f"shape {shape}) depends on examples of other environments, or its rows are not "
                 f"those of the batch of {groups.examples}; use andmask_ext.backward, with one "
-                "forward pass per environment (if it is a constant that a parameter is joined with "
-                "here, register it as a buffer)"
+                "forward pass per environment (if a parameter is combined with a constant here, "
+                "register the constant as a buffer)"
             )
         if layout is None and math.prod(shape) == 1:
             raise RuntimeError(
@@ -310,8 +310,8 @@ def _layouts(
             raise RuntimeError(
                 f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
                 f"output of {name}, of shape {shape}; expected a model that is called inside the "
-                "context and returns what the loss is made of, with the batch in dimension "
-                "batch_dim; or say check_mixing='never' if environments do not mix and shapes "
-                "leave one possibility; or use andmask_ext.backward"
+                "context and returns the tensors that the loss is computed from, with the batch in "
+                "dimension batch_dim; or pass check_mixing='never' if environments do not mix and "
+                "shapes leave one possibility; or use andmask_ext.backward"
             )
     return tuple(layouts), certain

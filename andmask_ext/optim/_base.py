@@ -34,8 +34,8 @@ def require_one(tau: object, rescale: object, rule: object) -> None:
     if rule is not None and (tau is not None or rescale is True):
         name, value = ("rescale", rescale) if tau is None else ("tau", tau)
         raise ValueError(
-            f"{name}: expected tau (with rescale) or rule, but got {name}={value} beside "
-            f"rule={rule}; say it in the rule: rule=AndMask(tau, rescale)"
+            f"{name}: expected tau (with rescale) or rule, but got {name}={value} and "
+            f"rule={rule}; put it into the rule: rule=AndMask(tau, rescale)"
         )
 
 

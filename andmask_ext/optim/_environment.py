@@ -89,8 +89,8 @@ class Environment:
         if passes > self._micro_batches:
             raise RuntimeError(
                 f"environment: expected {self._micro_batches} backward pass(es) to reach a "
-                f"parameter of shape {tuple(param.shape)}, but got one more; say how many there "
-                "are with environment(micro_batches=...), or None for any number (as with "
+                f"parameter of shape {tuple(param.shape)}, but got one more; pass their number, "
+                "environment(micro_batches=...), or None for any number (as with "
                 "reentrant checkpointing)"
             )
         if passes == self._micro_batches:
