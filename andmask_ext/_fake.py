@@ -1,4 +1,4 @@
-"""Fake kernels: what the ops return in shape, dtype and device, for torch.compile and export."""
+"""Fake kernels: shape, dtype and device of the ops' results, for torch.compile and export."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ torch.library.register_fake("andmask::vote_histogram", _vote_histogram)
 torch.library.register_fake("andmask::_vote_histograms", _vote_histograms)
 
 
-# ---- moments: lists in, lists changed; checks are the kernels' ----
+# ---- moments: in-place ops on lists; the kernels check the arguments ----
 
 
 def _accumulate_(

@@ -1,4 +1,4 @@
-"""Squared norms whose rounding does not grow with the size of a tensor."""
+"""Squared norms whose rounding error does not grow with the size of a tensor."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ._dtypes import wide_dtype
 
-# Elements whose squares are added up in the dtype of sums; their sums are added in float64.
+# Squares of this many elements are added up in the dtype of sums. These sums are added in float64.
 # (torch.linalg.vector_norm of 16 million float32 numbers on a CPU is 0.06 % too small.)
 _PART = 1 << 14
-_CACHED = 1 << 18  # elements that are widened together
+_CACHED = 1 << 18  # number of elements that are widened together
 
 
 def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -20,9 +20,9 @@ def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         rows: ``[n, columns]``.
-        dtype: of the sums of parts. None: :func:`wide_dtype`, the fast one; squares beyond the
-            range of float32 are lost, as in ``torch.nn.utils.clip_grad_norm_``. With float64 they
-            are not.
+        dtype: the dtype of the partial sums. None: :func:`wide_dtype`. It is fast, but squares
+            beyond the range of float32 overflow or vanish, as in
+            ``torch.nn.utils.clip_grad_norm_``. With float64 they do not.
     """
     dtype = dtype or wide_dtype(rows)
     whole = rows.shape[1] // _PART * _PART
@@ -34,7 +34,7 @@ def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def squared_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the squared norm of a tensor, 0-dim float64; ``dtype`` as in :func:`squared_norms`."""
-    if not tensor.is_contiguous():  # the order does not matter: that of memory needs no copy
+    if not tensor.is_contiguous():  # the order does not matter; memory order needs no copy
         strides = tensor.stride()
         dims = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
         tensor = tensor.permute(dims)

@@ -1,4 +1,4 @@
-"""One backward pass: contributions to parameters come in, moments go out."""
+"""Accumulation of one backward pass: contributions to parameters become moments."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ._graph import Graph, Operand
 from ._groups import Groups
 from ._views import View
 
-# Gradients of several environments are held only in buffers of at most this size.
+# A buffer that holds the gradients of several environments is at most this large.
 SCRATCH_BYTES = 32 << 20
-# Small gradients wait for each other: a call into the native library costs microseconds.
+# Small gradients are collected up to this size: each native call costs microseconds.
 _FLUSH_BYTES = 256 << 10
 
 
@@ -37,22 +37,22 @@ class Target:
 
 @dataclass
 class Treatment:
-    """How a parameter has been treated."""
+    """How the gradients of a parameter were computed, for the report."""
 
     uses: int = 0
     paths: list[str] = field(default_factory=list)
 
 
 class GradientAccumulator:
-    """Collects contributions to each parameter, and adds their sum to its moments when all came.
+    """Collects the contributions to each parameter. After the last, adds them to the moments.
 
     Args:
-        targets: by the parameter's number.
+        targets: where the moments of each parameter are, by the parameter's number.
         groups: the environments.
         weights: a factor for each environment, or one for all.
-        deferred: treat no parameter before :meth:`finish`: uses may come that are not announced.
-        treatments: by the parameter's number; filled for the report.
-        gramian: takes scalar products of the gradients, if there is one.
+        deferred: complete all parameters in :meth:`finish`, as some uses are not announced.
+        treatments: output for the report, by the parameter's number.
+        gramian: computes scalar products of the gradients; None: they are not wanted.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class GradientAccumulator:
         self._bytes = 0
 
     def expect(self, params: Sequence[int]) -> None:
-        """Announce one use of some parameters."""
+        """Announce one use of each of these parameters."""
         for param in params:
             self._expected[param] = self._expected.get(param, 0) + 1
 
     def add(self, contribution: Contribution | None, operand: Operand, graph: Graph) -> None:
-        """Take what one use of an operand contributes; None: its gradient is zero."""
+        """Add the contribution of one use of an operand; None: its gradient is zero."""
         for param in operand.params:
             if param in self._done:
                 raise RuntimeError(
@@ -91,7 +91,7 @@ class GradientAccumulator:
                     "in torch.utils.checkpoint"
                 )
             if isinstance(contribution, OneByOne) and (self._expected[param] > 1 or self._deferred):
-                # Its node is released before the last use comes.
+                # The node is released before the last use of the parameter arrives.
                 stacked = contribution.stacked(0, self._groups.environments)
                 contribution = Stacked(stacked, contribution.shape, contribution.path)
             if contribution is not None:
@@ -101,8 +101,8 @@ class GradientAccumulator:
                 self._complete(param)
 
     def finish(self) -> None:
-        """Treat all parameters that are left."""
-        with torch.no_grad():  # as it is while the engine runs
+        """Complete all parameters that are left."""
+        with torch.no_grad():  # the engine does the same while it runs
             for param in list(self._entries):
                 self._complete(param)
             self._flush()
@@ -126,9 +126,9 @@ class GradientAccumulator:
             treatment.paths.append(f"gradients of a few environments at a time ({reason})")
 
     def _take_products(self, param: int, entries: list[Entry]) -> bool:
-        """Take scalar products; or return False, if they will be had from squares almost for free.
+        """Compute scalar products. Return False if the squares will give them almost for free.
 
-        Squares are those that the native ops add up with the moments, in memory of their own.
+        The native ops can add up the squares together with the moments, in separate memory.
         """
         gramian, target = self._gramian, self._targets[param]
         assert gramian is not None
@@ -144,7 +144,7 @@ class GradientAccumulator:
             first = target.moments.count == 0 and "squares" not in target.moments.kinds
             if not gramian.pairs and tiled and first and self._is_whole(target, entry):
                 return False
-            # In whatever order of elements: it is the same in all environments.
+            # The order of elements does not matter, as it is the same in all environments.
             parts: list[Part] = [contribution.stacked]
         else:
             parts = _parts(target, entries)
@@ -153,18 +153,21 @@ class GradientAccumulator:
         return True
 
     def _is_whole(self, target: Target, entry: Entry) -> bool:
-        """Return whether a native op adds this entry to all of a parameter."""
+        """Return whether a native op can add this entry, and the entry covers the parameter."""
         contiguous = target.param.is_contiguous()
         return entry.view.full and contiguous and entry.is_direct(target.moments._counts_zeros)
 
     def _add_directly(self, target: Target, entries: list[Entry], squares: Tensor | None) -> str:
-        """Add entries that nothing has to be added to before they vote; or say why that cannot be.
+        """Let native ops add entries whose gradients need not be summed before they vote.
 
         Args:
-            target: where to.
-            entries: contributions to it.
-            squares: memory for them, only to know the norms of the gradients; None: they are not
-                wanted.
+            target: the parameter and its moments.
+            entries: all contributions to the parameter.
+            squares: scratch memory for squares, if the norms of the gradients are wanted; else
+                None.
+
+        Returns:
+            An empty string, or the reason why the entries cannot be added directly.
         """
         entries = join_outer_products(entries)
         if not target.param.is_contiguous():
@@ -296,5 +299,5 @@ def _parts(target: Target, entries: Sequence[Entry]) -> list[Part]:
 
 
 def _at_once(param: Tensor) -> int:
-    """Return of how many environments parts of gradients, their stack and sum are held at once."""
+    """Return how many environments fit into the scratch memory: part, stack and sum of each."""
     return max(1, SCRATCH_BYTES // max(1, 3 * param.numel() * max(4, param.element_size())))

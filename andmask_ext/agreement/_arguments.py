@@ -1,4 +1,4 @@
-"""Checks of what Agreement is made of."""
+"""Checks of the arguments of Agreement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..rules import Rule
 
 
 def check_optimizer_or_rule(rule: object) -> None:
-    """Raise TypeError unless ``rule`` is one on moments."""
+    """Raise TypeError unless ``rule`` is a rule on moments."""
     if not isinstance(rule, Rule):
         got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
         raise TypeError(
@@ -39,14 +39,15 @@ def check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
 
     Args:
         params: candidates.
-        given: whether the caller has named them; otherwise those that cannot be are passed over.
+        given: whether the caller named them. If not, parameters that cannot be aggregated are
+            skipped.
     """
     chosen: dict[int, Tensor] = {}
     for index, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
         if not given and not (param.requires_grad or param.is_floating_point()):
-            continue  # quantized, and frozen for good
+            continue  # quantized: it never has a gradient
         check_dtype(f"params[{index}]", param)
         if given and not (param.is_leaf and param.requires_grad):
             raise ValueError(f"params[{index}]: expected a leaf that requires gradients")

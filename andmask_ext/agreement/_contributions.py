@@ -1,7 +1,7 @@
-"""What one use of a parameter contributes to the gradient of each environment.
+"""Contributions of one use of a parameter to the gradients of the environments.
 
-A contribution is made when the gradient of a node's output arrives. It holds the factors of the
-parameter's gradient, and makes gradients of environments only when asked for them.
+A contribution is created when the gradient of a node's output arrives. It holds the factors of the
+parameter's gradient, and computes gradients of environments only on request.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ._layout import Layout
 
 
 class Contribution:
-    """Base. ``shape`` is that of the operand that the gradient belongs to."""
+    """Base class. ``shape`` is the shape of the operand that the gradient belongs to."""
 
     path: str
     shape: tuple[int, ...]
 
     def stacked(self, begin: int, end: int) -> Tensor:
-        """Return the gradients of some environments, ``[end - begin, *shape]``."""
+        """Return the gradients of environments [begin, end), ``[end - begin, *shape]``."""
         raise NotImplementedError
 
 
@@ -35,7 +35,7 @@ class Outer(Contribution):
     Attributes:
         activations: ``[examples, rows of each, I]``.
         grads: ``[examples, rows of each, O]``.
-        shape: of the operand, O x I elements in that order.
+        shape: the shape of the operand, which has O x I elements in that order.
     """
 
     activations: Tensor
@@ -99,12 +99,12 @@ class OuterBatch(Contribution):
 
 @dataclass
 class Convolution(Contribution):
-    """Gradients of the weight of a convolution with zero padding.
+    """Gradients of the weight of a convolution with zero padding, unfolded by the native op.
 
     Attributes:
         images: ``[images, C, *spatial]``.
         grads: ``[images, O, *positions]``.
-        groups: the environments, of images.
+        groups: the environments as groups of images.
         shape: ``[O, C / channel_groups, *kernel]``.
     """
 
@@ -138,7 +138,7 @@ class Convolution(Contribution):
 
 @dataclass
 class Stacked(Contribution):
-    """Gradients of all environments at once, ``[environments, *shape]``: they are small."""
+    """Gradients of all environments, ``[environments, *shape]``, for small operands."""
 
     grads: Tensor
     shape: tuple[int, ...]
@@ -150,13 +150,13 @@ class Stacked(Contribution):
 
 @dataclass
 class Lookup(Contribution):
-    """Gradients of a table of which each row has used one line.
+    """Gradients of a table in which each row looks up one line.
 
     Attributes:
         rows: ``[rows, columns]``, the gradients of the rows.
-        lines: ``[rows]``, int64, the line of the table.
-        environments: ``[rows]``, int64.
-        shape: of the table.
+        lines: ``[rows]``, int64, the line of the table that each row looks up.
+        environments: ``[rows]``, int64, the environment of each row.
+        shape: the shape of the table.
     """
 
     rows: Tensor
@@ -174,7 +174,7 @@ class Lookup(Contribution):
         return table.index_add_(0, line, self.rows[chosen].to(wide)).view(end - begin, *self.shape)
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of all lines used in an environment, the lines, the environments."""
+        """Return one gradient per line and environment that uses it, the lines, environments."""
         every = self.environments * self.shape[0] + self.lines
         keys, segment = torch.unique(every, return_inverse=True)
         sums = self.rows.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.rows))
@@ -184,7 +184,7 @@ class Lookup(Contribution):
 
 @dataclass
 class OneByOne(Contribution):
-    """Any function: its backward formula, called once for each environment."""
+    """Gradients of any function: its backward formula is called once per environment."""
 
     gradients: Callable[[int, int], list[Tensor]]
     shape: tuple[int, ...]
@@ -195,7 +195,7 @@ class OneByOne(Contribution):
 
 
 def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
-    """Return the partition of all entries along an axis; several may belong to one example."""
+    """Return the partition of the entries along an axis. An example may have several."""
     if layout.before == layout.after == 1:
         return groups
     if groups.size is not None and layout.before == 1:
@@ -209,7 +209,7 @@ def ids_of_axis(groups: Groups, layout: Layout) -> Tensor:
 
 
 def add_up(parts: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:
-    """Return the sum of what several parts are for environments [begin, end)."""
+    """Return the sum of several parts for environments [begin, end)."""
     total = parts[0](begin, end)
     for part in parts[1:]:
         total = total + part(begin, end)

@@ -1,4 +1,4 @@
-"""Contributions that wait until all uses of their parameter have come."""
+"""Contributions that wait until all uses of their parameter have arrived."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ._views import View
 
 @dataclass
 class Entry:
-    """What one use contributes to a parameter, and how the operand was made of the parameter."""
+    """The contribution of one use, and the operand's graph down to the parameter."""
 
     contribution: Contribution
     operand: Operand
@@ -26,15 +26,15 @@ class Entry:
 
     @property
     def view(self) -> View:
-        """The view of the parameter that the operand is; only where it is one."""
+        """The view of the parameter that the operand is. The operand must be a view."""
         assert self.operand.view is not None
         return self.operand.view
 
     def is_direct(self, zeros_count: bool) -> bool:
-        """Return whether a kernel adds this to the view of moments.
+        """Return whether a kernel can add this entry to its view of the moments.
 
         Args:
-            zeros_count: whether a gradient of zero changes the moments, too.
+            zeros_count: whether a gradient of zero changes the moments too.
         """
         contribution, view = self.contribution, self.view
         if isinstance(contribution, Outer):
@@ -46,7 +46,7 @@ class Entry:
         return isinstance(contribution, Stacked)
 
     def gradients(self, param: Tensor, begin: int, end: int) -> Tensor:
-        """Return the gradients of the parameter of some environments, ``[end - begin, *shape]``."""
+        """Return the parameter's gradients in environments [begin, end), one per row."""
         stacked, view = self.contribution.stacked(begin, end), self.operand.view
         if view is not None:
             if view.order == "same":
@@ -75,7 +75,7 @@ def _is_matrix(view: View, contribution: Outer) -> bool:
 
 
 def join_outer_products(entries: list[Entry]) -> list[Entry]:
-    """Join outer products that belong to one view of a parameter: they are one, of more rows."""
+    """Join outer products of the same view of a parameter into one with more rows."""
     first = entries[0]
     if len(entries) == 1 or not all(
         isinstance(entry.contribution, Outer) and entry.operand.view == first.operand.view
@@ -95,7 +95,7 @@ def join_outer_products(entries: list[Entry]) -> list[Entry]:
 
 
 def covered(entries: Sequence[Entry], param: Tensor) -> int | None:
-    """Return how many elements of a parameter are used, if no two uses share one."""
+    """Return how many elements of a parameter are used; None if two uses may share one."""
     views = [entry.operand.view for entry in entries]
     if len(views) == 1 and views[0] is not None:
         return param.numel() if views[0].full else math.prod(views[0].size)

@@ -1,4 +1,4 @@
-"""What a node contributes to the gradients of its operands: one formula per type of node."""
+"""Formulas of contributions: one per type of autograd node."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Formula = Callable[[NodeGradient, int, Shape], Contribution | None]
 
 
 def _product(node_grad: NodeGradient, inputs: Tensor, factor: float) -> Outer | None:
-    """Of ``inputs @ operand``, examples in the rows."""
+    """Return the contribution to ``operand`` of ``inputs @ operand``, examples in the rows."""
     if node_grad.layout.axis != 0:
         return None
     delta = _scaled(node_grad.delta, factor)
@@ -89,7 +89,7 @@ def _trilinear(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution
 
 
 def _channel_sums(node_grad: NodeGradient, products: Tensor, shape: Shape) -> Contribution | None:
-    """Sum ``[examples, channels, ...]`` over positions, and over examples of an environment."""
+    """Sum ``[examples, channels, ...]`` over positions and the examples of each environment."""
     if node_grad.layout.axis != 0:
         return None
     wide = wide_dtype(products)
@@ -134,7 +134,7 @@ def _embedding_bag(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribu
     if saved("scale_grad_by_freq") or mode == 2 or edge != 0 or layout.axis != 0:
         return None
     bags, offsets, indices = saved("result1"), saved("offsets"), saved("indices")
-    if bags.numel() < indices.numel():  # the kernel had no need of it
+    if bags.numel() < indices.numel():  # the kernel did not save the bags
         places = torch.arange(len(indices), device=indices.device)
         bags = torch.searchsorted(offsets, places, right=True) - 1
     if mode == 1:
@@ -192,7 +192,7 @@ def _group_norm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contributio
     mean, rstd = (
         saved(name).view(count, groups, 1).to(delta.dtype) for name in ("result1", "result2")
     )
-    # sum of delta * (x - mean) * rstd over positions, by two sums that read each tensor once
+    # The sum of delta * (x - mean) * rstd over positions, as two sums that read each tensor once.
     delta, inputs = delta.reshape(count, channels, -1), inputs.reshape(count, channels, -1)
     products = torch.bmm(
         delta.reshape(count * channels, 1, -1), inputs.reshape(count * channels, -1, 1)
@@ -202,7 +202,7 @@ def _group_norm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contributio
 
 
 def _batch_norm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | None:
-    """In evaluation mode an affine map; in training mode for one environment only."""
+    """In evaluation mode it is an affine map. Training mode works for one environment only."""
     delta, saved = node_grad.delta, node_grad.saved
     if node_grad.layout.axis != 0 or edge == 0:
         return None
@@ -258,7 +258,7 @@ def _repeat(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | 
     axis, before, after = node_grad.layout.axis, node_grad.layout.before, node_grad.layout.after
     if after % aligned[axis]:
         return None
-    # Repeats and sizes in dimensions of their own: then it is a broadcast.
+    # With repeats and sizes in separate dimensions, repeat is a broadcast.
     split = [size for pair in zip(repeats, aligned, strict=True) for size in pair]
     layout = Layout(2 * axis, before, after // aligned[axis])
     delta = node_grad.delta.reshape(split)
@@ -267,7 +267,7 @@ def _repeat(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | 
     return None if sums is None else Stacked(sums.grads.reshape(-1, *shape), shape)
 
 
-# Formulas, and the axes in which the batch may lie (None: any).
+# Each type has a formula and the axes that may be the batch axis (None: any).
 FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
     "AddBackward0": (_add, None),
     "AddmmBackward0": (_addmm, (0, 1)),
@@ -291,7 +291,7 @@ FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
 }
 
 
-# Of matrix products: by the operand that is made of parameters.
+# Matrix products: the axes depend on which operand is computed from parameters.
 _PRODUCT_AXES = {
     ("AddmmBackward0", 1): (1,),
     ("AddmmBackward0", 2): (0,),
@@ -303,11 +303,11 @@ _PRODUCT_AXES = {
 
 
 def axes_of(name: str, edge: int | None = None) -> tuple[int, ...] | None:
-    """Return where the batch may lie in the output of a node of this type; None: anywhere.
+    """Return the possible batch axes in the output of a node of this type; None: any axis.
 
     Args:
         name: the type.
-        edge: the input that is made of parameters; None: any of them.
+        edge: the input that is computed from parameters; None: any of them.
     """
     if (name, edge) in _PRODUCT_AXES:
         return _PRODUCT_AXES[name, edge]  # type: ignore[index]
@@ -315,7 +315,7 @@ def axes_of(name: str, edge: int | None = None) -> tuple[int, ...] | None:
 
 
 def make_contribution(node_grad: NodeGradient, name: str, operand: Operand) -> Contribution:
-    """Return what a node contributes to an operand, by its type's formula or by calling it."""
+    """Return the contribution of a node to an operand, by the formula or by calling the node."""
     delta = node_grad.deltas[0]
     known = name in FORMULAS and node_grad.layouts[0] is not None
     if known and delta is not None and not delta.is_complex():

@@ -1,4 +1,4 @@
-"""Scalar products of the gradients of environments, without the gradients where that is cheaper."""
+"""Scalar products of gradients of environments, computed without the gradients if cheaper."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .._norms import squared_norms
 from ._contributions import Outer, add_up
 from ._groups import Groups
 
-# Scratch memory for one parameter. If the gradients of all environments do not fit, they are made
-# again block by block: slower, not larger.
+# Scratch memory for one parameter. If the gradients of all environments do not fit, they are
+# recomputed block by block. That takes more time but no more memory.
 SCRATCH_BYTES = 256 << 20
 
 _COLUMNS = 1 << 16
@@ -25,7 +25,8 @@ class Gramian:
     """Scalar products of the gradients of one backward pass.
 
     Args:
-        pairs: of all pairs of environments, ``[d, d]``; else of each with itself, ``[d]``.
+        pairs: True: products of all pairs of environments, ``[d, d]``. False: squared norms,
+            ``[d]``.
         groups: the environments.
         weights: a factor for the gradient of each environment, or one for all.
     """
@@ -39,10 +40,13 @@ class Gramian:
         self._factors: dict[torch.device, Tensor] = {}
 
     def of_factors(self, param: int, outer: Outer) -> bool:
-        """Take the products from the factors of outer products, if that is cheaper.
+        """Compute the products from the factors of outer products, if that is cheaper.
 
-        With ``G_e`` the sum of ``d a^T`` over the rows of e, the scalar product of two of them is
-        the sum of ``(a . a')(d . d')`` over pairs of rows.
+        ``G_e`` is the sum of ``d a^T`` over the rows of e. The scalar product of ``G_e`` and
+        ``G_f`` is the sum of ``(a . a')(d . d')`` over pairs of rows.
+
+        Returns:
+            Whether the products were computed.
         """
         environments = self._groups.environments
         examples, each = outer.activations.shape[:2]
@@ -71,7 +75,7 @@ class Gramian:
         return True
 
     def of_gradients(self, param: int, parts: Sequence[Part], like: Tensor) -> None:
-        """Take the products from gradients of as many environments as may be held."""
+        """Compute the products from gradients, in blocks of environments that fit the memory."""
         count = self._groups.environments
         step = max(1, SCRATCH_BYTES // max(1, 2 * like.numel() * max(4, like.element_size())))
         blocks = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
@@ -124,9 +128,9 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _scalar_products(first: Tensor, second: Tensor) -> Tensor:
-    """Return those of all pairs of rows, float64 ``[n, m]``.
+    """Return the scalar products of all pairs of rows, float64 ``[n, m]``.
 
-    They are sums of parts, each added up in the precision of the rows.
+    Blocks of columns are multiplied in the precision of the rows and added up in float64.
     """
     total = first.new_zeros(len(first), len(second), dtype=torch.float64)
     for a, b in zip(first.split(_COLUMNS, 1), second.split(_COLUMNS, 1), strict=True):

@@ -1,4 +1,4 @@
-"""Leading backward passes inside the context to us."""
+"""Redirection of the backward passes inside the context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._constants import Constants
 
 
 class Backward(Protocol):
-    """What takes the place of ``torch.autograd.backward``."""
+    """The replacement of ``torch.autograd.backward``."""
 
     constants: Constants
     mode: BackwardMode
@@ -42,7 +42,7 @@ def _without_fused_kernels() -> Iterator[None]:
 
 
 class BackwardMode(TorchFunctionMode):
-    """Leads backward passes to what takes the place of ``torch.autograd.backward``."""
+    """Redirects ``torch.autograd.backward`` to its replacement."""
 
     def __init__(self, backward_pass: Backward) -> None:
         super().__init__()

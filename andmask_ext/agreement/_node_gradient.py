@@ -1,4 +1,4 @@
-"""The gradient that has arrived at a node, and where the batch lies in it."""
+"""The gradient that has arrived at a node, and its batch axis."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ._nodes import saved
 
 @dataclass
 class NodeGradient:
-    """The gradients of a node's outputs have arrived.
+    """The gradients of a node's outputs.
 
     Attributes:
         node: the node.
         deltas: the gradient of each of its outputs.
-        layouts: where the batch lies in each.
+        layouts: the batch axis of each; None: it has none.
         groups: the environments.
     """
 
@@ -39,7 +39,7 @@ class NodeGradient:
 
     @property
     def layout(self) -> Layout:
-        """Where the batch lies in it."""
+        """The batch axis of the only output."""
         layout = self.layouts[0]
         assert layout is not None
         return layout
@@ -53,7 +53,7 @@ class NodeGradient:
         return self.layout.rows(matrix, self.groups.examples)
 
     def summed(self, products: Tensor, shape: tuple[int, ...]) -> Stacked | None:
-        """Sum products of the output's shape over all but environments and an operand's dims."""
+        """Sum products of the output's shape per environment, to an operand of this shape."""
         grads = environment_sum(products, self.layout, self.groups, shape)
         return None if grads is None else Stacked(grads, shape)
 

@@ -1,4 +1,4 @@
-"""What an Agreement knows of its model."""
+"""The state of an Agreement that outlives a context."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ._plan import Plan
 
 @dataclass(frozen=True)
 class Setup:
-    """What an Agreement knows of its model, and has learnt of it in earlier contexts.
+    """The model, the options of Agreement, and the plans of earlier contexts.
 
     Attributes:
         model: the model.
-        members: the ids of its modules.
+        members: the ids of the model's modules.
         params: the parameters whose gradients are aggregated.
-        names: names of parameters, by id.
-        batch_dim: which dimension of the model's inputs and outputs is the batch.
-        reduction: ``"mean"`` or ``"sum"``: of the loss.
-        check_mixing: as Agreement takes it.
-        plans: what to do with graphs that have been seen.
-        treatments: how each parameter was treated in the last context, by its number.
-        partitions: the last partition of a batch into equal groups, by what described it.
+        names: the names of the parameters, by id.
+        batch_dim: the batch dimension of the model's inputs and outputs.
+        reduction: ``"mean"`` or ``"sum"``, the reduction of the loss.
+        check_mixing: the argument of Agreement.
+        plans: the plans of earlier graphs, by their structure.
+        treatments: the treatment of each parameter in the last context, by its number.
+        partitions: the last partition of a batch into equal groups, by its description.
     """
 
     model: nn.Module
@@ -41,11 +41,11 @@ class Setup:
     partitions: dict[Any, Groups] = field(default_factory=dict)
 
     def name(self, param: Tensor) -> str:
-        """Return the name of a parameter, or what else tells it from others."""
+        """Return the name of a parameter, or its shape if it has no name."""
         return self.names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
 
     def groups(self, environments: Environments, examples: int) -> Groups:
-        """Return the partition of a batch; that into equal groups is kept for the next one."""
+        """Return the partition of a batch. A partition into equal groups is kept for reuse."""
         if isinstance(environments, Tensor):
             return make_groups(environments, examples)
         key = (environments, examples)

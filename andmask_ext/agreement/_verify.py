@@ -1,4 +1,4 @@
-"""Comparing with the exact loop over environments."""
+"""Comparison with the exact loop over environments."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..moments import Moments
 from ._forward import tensors_in
 from ._groups import Environments, Groups, make_groups
 
-# How much of the largest gradient of a parameter rounding may change.
+# The difference that rounding may cause, as a share of a parameter's largest gradient.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one parameter is from the exact loop.
+    """The deviation of one parameter from the exact loop.
 
     Attributes:
-        name: of the parameter.
+        name: the name of the parameter.
         sums: the largest difference of a sum, as a share of the parameter's largest gradient.
-        votes: the number of coordinates whose votes differ, other than those where a gradient is so
-            small that its sign is a matter of rounding.
-        coordinates: of the parameter.
-        tolerance: what ``sums`` may be, for the parameter's dtype.
+        votes: the number of coordinates whose votes differ. Coordinates with a gradient so small
+            that rounding decides its sign do not count.
+        coordinates: the number of elements of the parameter.
+        tolerance: the largest value of ``sums`` that passes.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Deviation:
 
 
 class Verification(tuple[Deviation, ...]):
-    """One :class:`Deviation` per parameter, the largest first; printed as a table."""
+    """One :class:`Deviation` per parameter, the largest first. ``print`` shows a table."""
 
     @property
     def passed(self) -> bool:
@@ -66,7 +66,7 @@ class Verification(tuple[Deviation, ...]):
 
 
 def sample(batch: Any, batch_dim: int, environments: Environments, most: int) -> tuple[Any, Groups]:
-    """Return the examples of at most so many environments, and their partition."""
+    """Return the examples of the first ``most`` environments, and their partition."""
     sizes = [t.shape[batch_dim] for t in tensors_in(batch) if t.dim() > batch_dim]
     if not sizes:
         raise ValueError("batch: expected tensors that hold the batch, but found none")
@@ -79,7 +79,7 @@ def sample(batch: Any, batch_dim: int, environments: Environments, most: int) ->
 
 
 def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
-    """Return some examples of a batch: of every tensor whose batch dimension has its size."""
+    """Return these examples of every tensor whose batch dimension has the size ``size``."""
     if isinstance(batch, Tensor):
         if batch.dim() > batch_dim and batch.shape[batch_dim] == size:
             return batch.detach().index_select(batch_dim, examples.to(batch.device))
@@ -96,14 +96,14 @@ def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
 
 @contextmanager
 def undisturbed(model: nn.Module, params: list[Tensor]) -> Iterator[None]:
-    """Without dropout, and with gradients, buffers and modes as they were afterwards."""
+    """Disable dropout. Afterwards restore gradients, buffers and modes."""
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     grads = [(param, param.grad) for param in (*model.parameters(), *params)]
     try:
         for module, training in modes:
-            # The statistics of a batch are part of the model; recurrent layers without dropout
-            # need their training mode for a backward pass on some devices.
+            # Batch statistics are part of the model. On some devices, recurrent layers need
+            # training mode for a backward pass; without dropout it changes nothing.
             keep = isinstance(module, _NormBase) or (
                 isinstance(module, nn.RNNBase) and not module.dropout
             )
@@ -128,7 +128,7 @@ def compare(
     environments: Iterator[Callable[[], Tensor]],
     tolerance: float | None,
 ) -> Verification:
-    """Run the loop, one loss after the other, and compare its moments with ours."""
+    """Run the loop, one loss after the other, and compare its moments with ``ours``."""
     exact = Moments(params, ("votes",))
     doubtful = [torch.zeros_like(param, dtype=torch.int32) for param in params]
     largest = [0.0] * len(params)
@@ -151,7 +151,7 @@ def compare(
             values = [getattr(moments, kind)[index] for moments in (ours, exact)]
             pairs.append([torch.zeros_like(param) if v is None else v for v in values])
         (sum_a, sum_b), (votes_a, votes_b) = pairs
-        # A gradient that is zero but for rounding is measured by those of other parameters.
+        # A gradient that is zero up to rounding is compared with those of other parameters.
         allowed = tolerance or _TOLERANCE[param.dtype]
         scale = max(largest[index], min(1.0, 100 * allowed) * total) or 1.0
         sums = float((sum_a.double() - sum_b.double()).abs().max()) / scale if param.numel() else 0

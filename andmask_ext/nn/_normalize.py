@@ -1,4 +1,4 @@
-"""Normalise the examples of each environment by that environment's own mean and variance."""
+"""Normalisation of the examples of each environment by its mean and variance."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..agreement._groups import Groups
 
-# So many elements are normalised together, or one environment if it has more: few enough for
-# intermediate results to be in cache.
+# The number of elements that are normalised together, or one environment if it has more. It is
+# small enough for intermediate results to stay in cache.
 _BLOCK = 2**18
 
 
@@ -21,9 +21,9 @@ class Piece:
     """Environments of equal size that are normalised together.
 
     Attributes:
-        rows: their examples, one environment after the other.
-        environments: which they are.
-        count: how many they are.
+        rows: the indices of their examples, one environment after the other.
+        environments: the indices of the environments.
+        count: the number of environments.
     """
 
     rows: slice | Tensor
@@ -64,14 +64,14 @@ def pieces(groups: Groups, x: Tensor) -> Iterator[Piece]:
 
 
 def normalize(x: Tensor, groups: Groups, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``x`` normalised, and mean and unbiased variance, ``[environments, channels]``."""
+    """Return normalised ``x``, and mean and unbiased variance ``[environments, channels]``."""
     parts = list(pieces(groups, x))
     normal, _, mean, variance = _Normalize.apply(x, groups, parts, eps)  # type: ignore[no-untyped-call]
     return normal, mean, variance
 
 
 class _Normalize(torch.autograd.Function):
-    """Keeps its output for the backward pass, not its input: what follows keeps that, too."""
+    """Normalisation that saves its output, not its input: the next op saves the output anyway."""
 
     @staticmethod
     def forward(x: Tensor, groups: Groups, parts: list[Piece], eps: float) -> tuple[Tensor, ...]:
@@ -136,7 +136,7 @@ def _normalize_some(x: Tensor, count: int, eps: float) -> tuple[Tensor, ...]:
 def _input_grad_of_one(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
     """Return ``scale * (grad - mean(grad) - normal * mean(grad * normal))``.
 
-    That is the gradient of batch norm if its input has mean 0 and variance 1, and its weight is
+    This is the gradient of a batch norm whose input has mean 0 and variance 1, and whose weight is
     ``scale``.
     """
     weight = scale.flatten()
@@ -170,7 +170,7 @@ def _by_channel(x: Tensor, count: int) -> Tensor:
 def _differentiable_input_grad(
     grad: Tensor | None, scale_grad: Tensor | None, normal: Tensor, scale: Tensor, groups: Groups
 ) -> Tensor | None:
-    """Return the gradient of the input in operations that have derivatives themselves."""
+    """Return the gradient of the input, computed by differentiable operations."""
     ids = groups.ids.to(normal.device)
     values = (groups.sizes * normal[0, 0].numel()).to(normal).unsqueeze(1)
 

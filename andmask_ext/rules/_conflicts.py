@@ -1,4 +1,4 @@
-"""Rules for gradients in conflict that sum rather than average, two of them at random."""
+"""Rules for conflicting gradients that sum instead of average. Two of them are random."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class AgreementSum(Rule):
 
 @dataclass(frozen=True)
 class AgreementRandom(Rule):
-    r"""The sum where all environments agree in sign; elsewhere normal noise of the sums' size.
+    r"""The sum of the gradients where all environments agree in sign, else normal noise.
 
-    The noise of a parameter is scaled by the mean of :math:`|\sum_e g_e|` over its coordinates
-    that agree, and is 0 if none do. It comes from torch's global generator.
+    The standard deviation of a parameter's noise is the mean of :math:`|\sum_e g_e|` over the
+    coordinates that agree, and 0 if none agree. The noise comes from torch's global generator.
 
     Example:
         >>> import torch, andmask_ext
@@ -57,13 +57,13 @@ class AgreementRandom(Rule):
 
 @dataclass(frozen=True)
 class SignDropout(Rule):
-    r"""GradDrop: keep the gradients of one sign, drawn with the probability of its share.
+    r"""GradDrop: keep the gradients of one random sign. Its probability is its share.
 
     .. math:: \sum_e g_e \left(\mathbb{1}[P > U] \mathbb{1}[g_e > 0] +
         \mathbb{1}[P < U] \mathbb{1}[g_e < 0]\right), \quad
         P = \tfrac12 \left(1 + \frac{\sum_e g_e}{\sum_e |g_e|}\right)
 
-    U is uniform in [0, 1), from torch's global generator, for each coordinate anew.
+    U is uniform in [0, 1) and is drawn for each coordinate from torch's global generator.
 
     Example:
         >>> import torch, andmask_ext
