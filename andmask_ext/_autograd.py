@@ -35,7 +35,7 @@ torch.library.register_autograd("andmask::masked_mean", _backward, setup_context
 
 # The mask has no gradient, and histograms are for looking at: their outputs never require one.
 _library = torch.library.Library("andmask", "IMPL")
-for _name in ("agreement_mask", "vote_histogram", "vote_histograms"):
+for _name in ("agreement_mask", "vote_histogram", "_vote_histograms"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 

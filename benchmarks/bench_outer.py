@@ -69,7 +69,7 @@ def linear(name: str, activations: Tensor, grads: Tensor, environment_rows: int)
     return compare(
         f"{name}linear {len(a)} x {environment_rows} rows, {inputs} -> {len(weight)}",
         lambda: torch.mm(grads.t(), activations, out=weight),
-        lambda moments: ops.accumulate_outer_(*moments, a, d, None, None, 0),
+        lambda moments: ops._accumulate_outer_(*moments, a, d, None, None, 0),
         tuple(weight.shape),
         len(a),
     )
@@ -88,7 +88,7 @@ def convolution(
         f"{name}convolution {taps}x{taps}/{layer.stride[0]}, {images.shape[1]} -> {len(weight)}, "
         f"{layer.groups} groups, {size}x{size}{layout}, {environments} environments",
         lambda: torch.ops.aten.convolution_backward(grads, images, weight, None, *rest),
-        lambda moments: ops.accumulate_convolution_(
+        lambda moments: ops._accumulate_convolution_(
             *moments, images, grads, None, offsets, 0, *window, layer.groups
         ),
         tuple(weight.shape),

@@ -129,10 +129,10 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
         return {EAGER: lambda: formula(*arguments), COMPILED: lambda: compiled(*arguments)}
 
     if work.op.startswith("accumulate_"):
-        call = lambda: ops.accumulate_(sums, votes, [], [], grads, 1)  # noqa: E731
+        call = lambda: ops._accumulate_(sums, votes, [], [], grads, 1)  # noqa: E731
         return {OURS: call, **pair(accumulate, sums, votes, grads)}
     if work.op.startswith("resolve"):
-        return {OURS: lambda: ops.resolve(*own), **pair(resolve, sums, votes)}
+        return {OURS: lambda: ops._resolve(*own), **pair(resolve, sums, votes)}
     if work.op == "sgd_step_":
         buffers = lists(0.0)
         options = {"lr": 1e-3, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0}
@@ -140,7 +140,7 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
         options |= dict.fromkeys(flags, False)
         step = lambda p, b, s, v: sgd(p, b, resolve(s, v))  # noqa: E731
         return {
-            OURS: lambda: ops.sgd_step_(params, buffers, *own, False, **options),
+            OURS: lambda: ops._sgd_step_(params, buffers, *own, False, **options),
             **pair(step, params, buffers, sums, votes),
         }
     averages, squares, signs = lists(0.0), lists(0.0), lists(0.0)
@@ -148,14 +148,14 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Function]:
     if work.op == "adam_step_":
         step = lambda p, a, q, n, s, v: adam(p, resolve(s, v), a, q, n)  # noqa: E731
         return {
-            OURS: lambda: ops.adam_step_(
+            OURS: lambda: ops._adam_step_(
                 params, averages, squares, [], steps, *own, False, **options
             ),
             **pair(step, params, averages, squares, steps, sums, votes),
         }
     options |= {"tau": TAU, "beta3": 0.9, "bias_correction": True}
     return {
-        OURS: lambda: ops.temporal_adam_step_(
+        OURS: lambda: ops._temporal_adam_step_(
             params, averages, squares, signs, steps, grads, **options
         ),
         **pair(temporal_adam, params, grads, averages, squares, steps, signs),
@@ -178,7 +178,7 @@ def on_rows(work: Work, device: torch.device) -> dict[str, Function]:
     compiled = torch.compile(outer, dynamic=False)
     plain = torch.empty(outputs, inputs, dtype=dtype, device=device)
     return {
-        OURS: lambda: ops.accumulate_outer_(total, votes, None, None, a3, d3, None, None, 0),
+        OURS: lambda: ops._accumulate_outer_(total, votes, None, None, a3, d3, None, None, 0),
         EAGER: lambda: outer(total, votes, a3, d3),
         COMPILED: lambda: compiled(total, votes, a3, d3),
         "plain": lambda: torch.mm(d.t(), a, out=plain),
@@ -206,7 +206,7 @@ def on_images(work: Work, device: torch.device) -> dict[str, Function]:
             votes.add_(one.sign().to(votes.dtype))
 
     return {
-        OURS: lambda: ops.accumulate_convolution_(
+        OURS: lambda: ops._accumulate_convolution_(
             total, votes, None, None, images, grads, None, None, 0, *window, 1
         ),
         EAGER: eager,

@@ -60,10 +60,10 @@ def test_moments_and_steps_have_the_bits_of_the_cpu(rule: str) -> None:
             ARGUMENTS.get(rule, [0.5]),
             False,
         )
-        updates = ops.resolve(*arguments)
+        updates = ops._resolve(*arguments)
         state = [[torch.zeros_like(param) for param in params] for _ in range(2)]
         steps = [torch.zeros((), device=device) for _ in params]
-        ops.adam_step_(
+        ops._adam_step_(
             params, *state, [], steps, *arguments, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8,
             weight_decay=0.1, decoupled_weight_decay=True, maximize=False,
         )  # fmt: skip
@@ -97,28 +97,28 @@ def calls() -> dict[str, Callable[[], object]]:
     return {
         "masked_mean": lambda: ops.masked_mean(grads, 0.5, True),
         "agreement_mask": lambda: ops.agreement_mask(grads, 0.5, True),
-        "geometric_mean": lambda: ops.aggregate(grads, "geometric_mean", [0.5], True),
-        "median": lambda: ops.aggregate(grads, "median", []),
-        "median of few": lambda: ops.aggregate(grads[:9], "median", []),
-        "sign_dropout": lambda: ops.aggregate(grads, "sign_dropout", [], False, noise),
-        "agreement_random": lambda: ops.aggregate(grads, "agreement_random", [], False, noise),
-        "accumulate_": lambda: ops.accumulate_(*moments._lists([0, 1]), some, 0, [0.5]),
-        "resolve": lambda: ops.resolve(*arguments),
-        "sgd_step_": lambda: ops.sgd_step_(
+        "geometric_mean": lambda: ops._aggregate(grads, "geometric_mean", [0.5], True),
+        "median": lambda: ops._aggregate(grads, "median", []),
+        "median of few": lambda: ops._aggregate(grads[:9], "median", []),
+        "sign_dropout": lambda: ops._aggregate(grads, "sign_dropout", [], False, noise),
+        "agreement_random": lambda: ops._aggregate(grads, "agreement_random", [], False, noise),
+        "accumulate_": lambda: ops._accumulate_(*moments._lists([0, 1]), some, 0, [0.5]),
+        "resolve": lambda: ops._resolve(*arguments),
+        "sgd_step_": lambda: ops._sgd_step_(
             params, state[0], *arguments, lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0,
             decoupled_weight_decay=False, nesterov=False, maximize=False, first_step=False,
         ),
-        "adam_step_": lambda: ops.adam_step_(params, *state[:2], [], steps, *arguments, **adam),
-        "temporal_adam_step_": lambda: ops.temporal_adam_step_(
+        "adam_step_": lambda: ops._adam_step_(params, *state[:2], [], steps, *arguments, **adam),
+        "temporal_adam_step_": lambda: ops._temporal_adam_step_(
             params, *state, steps, some, tau=0.3, beta3=0.9, bias_correction=True, **adam
         ),
-        "accumulate_outer_": lambda: ops.accumulate_outer_(
+        "accumulate_outer_": lambda: ops._accumulate_outer_(
             total, votes, None, None, inputs, outputs, None, None, 0
         ),
-        "accumulate_outer_, one row": lambda: ops.accumulate_outer_(
+        "accumulate_outer_, one row": lambda: ops._accumulate_outer_(
             total, votes, None, None, inputs[:, :1], outputs[:, :1], None, None, 0
         ),
-        "accumulate_convolution_": lambda: ops.accumulate_convolution_(
+        "accumulate_convolution_": lambda: ops._accumulate_convolution_(
             kernel, kernel_votes, None, None, images, errors, None, None, 0, *[[1, 1]] * 3, 1
         ),
     }  # fmt: skip
@@ -155,8 +155,8 @@ def test_a_step_can_be_captured_and_replayed() -> None:
              moments: am.Moments, grads: list[list[Tensor]]) -> None:  # fmt: skip
         indices = range(len(params))
         for count, some in enumerate(grads):
-            ops.accumulate_(*moments._lists(indices), some, count)
-        ops.adam_step_(
+            ops._accumulate_(*moments._lists(indices), some, count)
+        ops._adam_step_(
             params, *state, [], steps, *moments._lists(indices), len(grads), "and_mask", [0.5],
             True, lr=0.1, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1,
             decoupled_weight_decay=True, maximize=False,
@@ -201,19 +201,19 @@ def test_every_op_can_be_captured() -> None:
 def test_what_is_read_from_the_host_cannot_be_captured() -> None:
     inputs, outputs, total = torch.randn(6, 2, 3), torch.randn(6, 2, 4), torch.zeros(4, 3)
     offsets = torch.tensor([0, 1, 6], device="cpu")
-    ops.accumulate_outer_(total, None, None, None, inputs, outputs, None, offsets, 0)
+    ops._accumulate_outer_(total, None, None, None, inputs, outputs, None, offsets, 0)
     with (
         pytest.raises(RuntimeError, match="a CUDA graph cannot capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        ops.accumulate_outer_(total, None, None, None, inputs, outputs, None, offsets, 0)
+        ops._accumulate_outer_(total, None, None, None, inputs, outputs, None, offsets, 0)
 
 
 def test_tensors_on_another_device_are_named() -> None:
     with pytest.raises(RuntimeError, match=r"expected sum\[0\] on cuda:0, .* got it on the CPU"):
-        ops.accumulate_([torch.zeros(3, device="cpu")], [], [], [], [torch.ones(3)], 0)
+        ops._accumulate_([torch.zeros(3, device="cpu")], [], [], [], [torch.ones(3)], 0)
     with pytest.raises(RuntimeError, match="expected offsets on the CPU"):
-        ops.accumulate_outer_(
+        ops._accumulate_outer_(
             torch.zeros(4, 3), None, None, None, torch.randn(2, 2, 3), torch.randn(2, 2, 4), None,
             torch.tensor([0, 2]), 0,
         )  # fmt: skip

@@ -42,13 +42,13 @@ def main() -> None:
         grads = torch.empty(4, 5, 6, device="cuda", dtype=torch.bfloat16)
         for found in (
             ops.masked_mean(grads, 0.5, True),
-            ops.aggregate(grads, "median", []),
-            ops.resolve([grads.float()], [], [], [], 2, "mean", [])[0],
+            ops._aggregate(grads, "median", []),
+            ops._resolve([grads.float()], [], [], [], 2, "mean", [])[0],
         ):
             assert found.device == grads.device, found.device
         assert ops.agreement_mask(grads).dtype == torch.float32
         total = torch.empty(5, 6, device="cuda")
-        ops.accumulate_([total], [total.to(torch.int8)], [], [], [total], 0)
+        ops._accumulate_([total], [total.to(torch.int8)], [], [], [total], 0)
         graph = make_fx(lambda grads: ops.masked_mean(grads, 0.5) * 2)(grads)
         assert any("andmask" in str(node.target) for node in graph.graph.nodes)
     print("fake tensors on cuda: right devices, shapes and dtypes; traced")
@@ -56,7 +56,7 @@ def main() -> None:
     grads = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
     torch.library.opcheck(ops.masked_mean.default, (grads, 0.5, True))
     torch.library.opcheck(ops.agreement_mask.default, (grads.detach(), 0.5))
-    torch.library.opcheck(ops.aggregate.default, (grads.detach(), "median", []))
+    torch.library.opcheck(ops._aggregate.default, (grads.detach(), "median", []))
     print("opcheck: passed" + (", on the CPU" if not torch.cuda.is_available() else ""))
     if torch.cuda.is_available():
         torch.library.opcheck(ops.masked_mean.default, (grads.detach().cuda(), 0.5, True))

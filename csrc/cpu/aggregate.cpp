@@ -97,7 +97,7 @@ void run_columns(const AggregateTask& call) {
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
     if (!aggregate(task, begin, end, &kept[unit])) enough_memory = false;
   });
-  check(enough_memory, "andmask::aggregate", "out of memory for columns of ", call.environments,
+  check(enough_memory, "andmask::_aggregate", "out of memory for columns of ", call.environments,
         " environments");
   if (!facts.fills) return;
   Kept all{};

@@ -87,7 +87,7 @@ class Parts {
 void Cpu::vote_histograms(const VoteHistogramList& list) const {
   const VoteHistogramKernels& kernels = vote_histogram_kernels(active_isa());
   Parts(list.sizes, list.out)
-      .run("andmask::vote_histograms", 1,
+      .run("andmask::_vote_histograms", 1,
            [&](int64_t tensor, int64_t begin, int64_t end, int64_t lanes, VoteBin* bins) {
              const VoteHistogramTask& task = list.tasks[tensor];
              return kernels.add[task.dtype == Dtype::float64](task.moments, list.out.environments,

@@ -11,7 +11,7 @@ namespace andmask {
 template <typename Device>
 Tensor aggregate(const Tensor& grads, std::string name, std::vector<double> arguments, bool rescale,
                  std::optional<Tensor> noise) {
-  const char* const op = "andmask::aggregate";
+  const char* const op = "andmask::_aggregate";
   check_grads(op, grads);
   const Dtype dtype = check_dtype(op, "grads", grads);
   const NamedRule& rule = named_rule(op, name);

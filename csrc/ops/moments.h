@@ -22,7 +22,7 @@ inline void check_like_grad(const char* op, const char* name, size_t index, cons
 template <typename Device>
 void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tensors grads,
                 int64_t count, std::vector<double> weights, bool stacked) {
-  const char* const op = "andmask::accumulate_";
+  const char* const op = "andmask::_accumulate_";
   const size_t size = grads.size();
   const auto check_size = [&](const char* name, const Tensors& list, bool optional) {
     check(list.size() == size || (optional && list.empty()), op, "expected ", name, " of ", size,
@@ -83,7 +83,7 @@ void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tenso
 template <typename Device>
 Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
                 std::string rule, std::vector<double> arguments, bool rescale) {
-  const char* const op = "andmask::resolve";
+  const char* const op = "andmask::_resolve";
   MomentLists lists{sum, votes, squares, logs};
   UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
   Tensors out;
@@ -103,7 +103,7 @@ Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64
 template <typename Device>
 void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
                       std::string rule, std::vector<double> arguments, bool rescale) {
-  const char* const op = "andmask::resolve_";
+  const char* const op = "andmask::_resolve_";
   MomentLists lists{sum, votes, squares, logs};
   UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
   if (sum.empty()) return;

@@ -175,7 +175,7 @@ template <typename Device>
 void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional logs,
                       Tensor activations, Tensor grad_outputs, Optional order, Optional offsets,
                       int64_t count, Weights weights) {
-  const char* const op = "andmask::accumulate_outer_";
+  const char* const op = "andmask::_accumulate_outer_";
   if (activations.dim() != 3) {
     fail(op, "expected activations of shape (examples, rows, inputs), but got ",
          shape_text(activations));
@@ -253,7 +253,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
                             Tensor activations, Tensor grad_outputs, Optional order,
                             Optional offsets, int64_t count, Ints stride, Ints padding,
                             Ints dilation, int64_t groups, Weights weights) {
-  const char* const op = "andmask::accumulate_convolution_";
+  const char* const op = "andmask::_accumulate_convolution_";
   const int64_t dims = activations.dim();
   if (dims < 3 || dims > 2 + kWindowAxes) {
     fail(op, "expected activations of shape (examples, channels, 1 to 3 spatial dims), but got ",

@@ -143,7 +143,7 @@ void sgd_step(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors vot
               Tensors logs, int64_t count, std::string rule, std::vector<double> arguments,
               bool rescale, double lr, double momentum, double dampening, double weight_decay,
               bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) {
-  const char* const op = "andmask::sgd_step_";
+  const char* const op = "andmask::_sgd_step_";
   Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
   step.state("momentum_buffers", momentum_buffers, /*optional=*/momentum == 0);
   step.align();
@@ -163,7 +163,7 @@ void adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors ma
                int64_t count, std::string rule, std::vector<double> arguments, bool rescale,
                double lr, double beta1, double beta2, double eps, double weight_decay,
                bool decoupled_weight_decay, bool maximize) {
-  const char* const op = "andmask::adam_step_";
+  const char* const op = "andmask::_adam_step_";
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);
   Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
@@ -201,7 +201,7 @@ void temporal_adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, T
                         Tensors steps, Tensors grads, double tau, double lr, double beta1,
                         double beta2, double beta3, double eps, double weight_decay,
                         bool decoupled_weight_decay, bool maximize, bool bias_correction) {
-  const char* const op = "andmask::temporal_adam_step_";
+  const char* const op = "andmask::_temporal_adam_step_";
   check_tau(op, tau);
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);

@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor> vote_histogram(const Tensor& grads) {
 
 template <typename Device>
 std::tuple<Tensor, Tensor> vote_histograms(Tensors sum, Tensors votes, int64_t count) {
-  const char* const op = "andmask::vote_histograms";
+  const char* const op = "andmask::_vote_histograms";
   check(!sum.empty(), op, "expected sum of at least 1 tensor, but got 0");
   check(votes.size() == sum.size(), op, "expected votes of ", sum.size(),
         " tensors, as sum has, but got ", votes.size());

@@ -56,14 +56,14 @@ def moments_and_steps(
         for votes in (False, True, False, False)
     ]
     weights = [0.5 + e / count for e in range(count)]
-    ops.accumulate_(*kinds, grads, 0, weights, True)
+    ops._accumulate_(*kinds, grads, 0, weights, True)
     for kind in kinds:
         yield bits(kind)
     for one, votes in zip(*kinds[:2], strict=True):
-        yield bits(list(ops.vote_histograms([one], [votes], count)))
+        yield bits(list(ops._vote_histograms([one], [votes], count)))
     for rule, arguments in RULES.items():
         for rescale in (False, True):
-            yield bits(ops.resolve(*kinds, count, rule, arguments, rescale))
+            yield bits(ops._resolve(*kinds, count, rule, arguments, rescale))
     finite = [[t.nan_to_num(0, 1, -1) if t.is_floating_point() else t for t in k] for k in kinds]
     rule = (*finite, count, "and_mask", [0.6], True)
     state = [[torch.zeros_like(t) for t in kinds[0]] for _ in range(3)]
@@ -71,18 +71,18 @@ def moments_and_steps(
     decay = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
     for first in (True, False):
         options = {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "first_step": first}
-        ops.sgd_step_(params, state[0], *rule, **options, **decay)
+        ops._sgd_step_(params, state[0], *rule, **options, **decay)
     yield bits(params) + bits(state[0])
     betas = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
     for _ in range(2):
-        ops.adam_step_(params, *state, steps, *rule, **betas, **decay)
+        ops._adam_step_(params, *state, steps, *rule, **betas, **decay)
     yield bits(params) + bits([t for kind in state for t in kind])
     options = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
     for kind in state:
         for tensor in kind:
             tensor.zero_()
     for _ in range(2):
-        ops.temporal_adam_step_(params, *state, steps, finite[0], **options, **betas, **decay)
+        ops._temporal_adam_step_(params, *state, steps, finite[0], **options, **betas, **decay)
     yield bits(params) + bits([t for kind in state for t in kind])
 
 
@@ -95,13 +95,13 @@ def weight_gradients(rng: np.random.Generator, dtype: torch.dtype) -> Iterator[b
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         kinds = [torch.empty(70, 200, dtype=wide), torch.empty(70, 200, dtype=torch.int8)]
-        ops.accumulate_outer_(*kinds, None, None, a, d, None, None, 0, [0.5])
+        ops._accumulate_outer_(*kinds, None, None, a, d, None, None, 0, [0.5])
         yield bits(kinds)
         images = a.view(30, rows, 20, 10)
         kinds = [t.view(70, -1)[:, : rows * 3].reshape(70, rows, 3, 1) for t in kinds]
         grads = torch.from_numpy(rng.integers(-2, 3, (30, 70, 18, 10))).to(dtype)
         window = ([1, 1], [0, 0], [1, 1], 1)
-        ops.accumulate_convolution_(*kinds, None, None, images, grads, None, None, 0, *window, [])
+        ops._accumulate_convolution_(*kinds, None, None, images, grads, None, None, 0, *window, [])
         yield bits(kinds)
 
 
@@ -138,7 +138,7 @@ def main(threads: int) -> None:
             for rule, arguments in {**RULES, **COLUMN_RULES}.items():
                 random = noise if rule in ("sign_dropout", "agreement_random") else None
                 rescale = rule in RULES and rule != "mean"
-                digest.update(bits([ops.aggregate(grads, rule, arguments, rescale, random)]))
+                digest.update(bits([ops._aggregate(grads, rule, arguments, rescale, random)]))
     for count, vote_type in [
         (1, torch.int8),
         (3, torch.int8),

@@ -51,16 +51,16 @@ class Case(SimpleNamespace):
         return (*self.moments(), self.grads, self.added, self.weights, self.stacked)
 
     def accumulate(self) -> None:
-        return ops.accumulate_(*self.accumulate_args())
+        return ops._accumulate_(*self.accumulate_args())
 
     def rule_args(self) -> tuple[Any, ...]:
         return (*self.moments(), self.count, self.rule, self.arguments, self.rescale)
 
     def resolve(self) -> list[Tensor]:
-        return ops.resolve(*self.rule_args())
+        return ops._resolve(*self.rule_args())
 
     def resolve_(self) -> None:
-        return ops.resolve_(*self.rule_args())
+        return ops._resolve_(*self.rule_args())
 
     def sgd_args(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {name: getattr(self, name) for name in (*DECAY, *SGD)}
@@ -68,7 +68,7 @@ class Case(SimpleNamespace):
 
     def sgd(self) -> None:
         args, kwargs = self.sgd_args()
-        ops.sgd_step_(*args, **kwargs)
+        ops._sgd_step_(*args, **kwargs)
 
     def adam_args(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {name: getattr(self, name) for name in (*DECAY, *ADAM)}
@@ -77,7 +77,7 @@ class Case(SimpleNamespace):
 
     def adam(self) -> None:
         args, kwargs = self.adam_args()
-        ops.adam_step_(*args, **kwargs)
+        ops._adam_step_(*args, **kwargs)
 
     def temporal_args(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {name: getattr(self, name) for name in (*DECAY, *ADAM, *TEMPORAL)}
@@ -86,7 +86,7 @@ class Case(SimpleNamespace):
 
     def temporal(self) -> None:
         args, kwargs = self.temporal_args()
-        ops.temporal_adam_step_(*args, **kwargs)
+        ops._temporal_adam_step_(*args, **kwargs)
 
 
 DECAY = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
@@ -110,7 +110,7 @@ def case(
 
     moments = [new() for _ in KINDS]
     moments[1] = [t.to(torch.int8) for t in moments[1]]
-    ops.accumulate_(*moments, grads, 0, [], True)
+    ops._accumulate_(*moments, grads, 0, [], True)
     values = {
         **dict(zip(KINDS, moments, strict=True)),
         "grads": grads,

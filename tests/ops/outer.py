@@ -38,7 +38,7 @@ class Outer:
 
     @property
     def op(self) -> Any:
-        return ops.accumulate_outer_ if self.kernel is None else ops.accumulate_convolution_
+        return ops._accumulate_outer_ if self.kernel is None else ops._accumulate_convolution_
 
     @property
     def environments(self) -> int:

@@ -35,13 +35,13 @@ def test_opcheck(dtype: torch.dtype, requires_grad: bool) -> None:
     for param in c.params:
         param.requires_grad_(requires_grad)
     with torch.no_grad():
-        torch.library.opcheck(ops.accumulate_.default, c.accumulate_args())
-        torch.library.opcheck(ops.resolve.default, c.rule_args())
-        torch.library.opcheck(ops.resolve_.default, c.rule_args())
+        torch.library.opcheck(ops._accumulate_.default, c.accumulate_args())
+        torch.library.opcheck(ops._resolve.default, c.rule_args())
+        torch.library.opcheck(ops._resolve_.default, c.rule_args())
         for op, (args, kwargs) in {
-            ops.sgd_step_: c.sgd_args(),
-            ops.adam_step_: c.adam_args(),
-            ops.temporal_adam_step_: c.temporal_args(),
+            ops._sgd_step_: c.sgd_args(),
+            ops._adam_step_: c.adam_args(),
+            ops._temporal_adam_step_: c.temporal_args(),
         }.items():
             torch.library.opcheck(op.default, args, kwargs)
 
@@ -50,11 +50,11 @@ def test_opcheck_of_what_may_be_left_out() -> None:
     c = case(votes=[], squares=[], logs=[], rule="mean", arguments=[], largest=[])
     plain = case(votes=[], squares=[], logs=[], rule="mean", arguments=[], first=[], momentum=0.0)
     one = case(stacked=False, grads=[torch.randn(shape) for shape in SHAPES], weights=[2.0])
-    torch.library.opcheck(ops.accumulate_.default, c.accumulate_args())
-    torch.library.opcheck(ops.accumulate_.default, one.accumulate_args())
-    torch.library.opcheck(ops.resolve.default, c.rule_args())
-    torch.library.opcheck(ops.adam_step_.default, *c.adam_args())
-    torch.library.opcheck(ops.sgd_step_.default, *plain.sgd_args())
+    torch.library.opcheck(ops._accumulate_.default, c.accumulate_args())
+    torch.library.opcheck(ops._accumulate_.default, one.accumulate_args())
+    torch.library.opcheck(ops._resolve.default, c.rule_args())
+    torch.library.opcheck(ops._adam_step_.default, *c.adam_args())
+    torch.library.opcheck(ops._sgd_step_.default, *plain.sgd_args())
 
 
 LAYOUTS = {
@@ -74,7 +74,7 @@ def test_resolve_keeps_the_layout_of_the_sum(layout: str) -> None:
         changed = Case(**vars(c))
         for kind in kinds:
             setattr(changed, kind, [LAYOUTS[layout](getattr(c, kind)[0])])
-        torch.library.opcheck(ops.resolve.default, changed.rule_args())
+        torch.library.opcheck(ops._resolve.default, changed.rule_args())
         (result,) = changed.resolve()
         assert torch.equal(result, expected)
         assert result.stride() == torch.empty_like(changed.sum[0]).stride()
@@ -93,8 +93,8 @@ def test_compiles_without_graph_breaks(op: str, dynamic: bool) -> None:
         "adam": Case.adam_args,
         "temporal": Case.temporal_args,
     }[op](c)
-    name = {"accumulate": "accumulate_", "resolve": "resolve", "resolve_": "resolve_"}.get(
-        op, f"{op}_{'adam_' if op == 'temporal' else ''}step_"
+    name = {"accumulate": "_accumulate_", "resolve": "_resolve", "resolve_": "_resolve_"}.get(
+        op, f"_{op}_{'adam_' if op == 'temporal' else ''}step_"
     )
     expected = c.after(op)
 

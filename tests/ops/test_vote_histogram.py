@@ -43,7 +43,7 @@ def test_against_the_reference(dtype: torch.dtype) -> None:
         assert_same(am.ops.vote_histogram(grads), grads)
         moments = am.Moments([grads[0]])
         moments.add_stacked([grads])
-        counts, squares = ops.vote_histograms(moments.sum, moments.votes, len(grads))
+        counts, squares = ops._vote_histograms(moments.sum, moments.votes, len(grads))
         assert counts.shape == squares.shape == (1, len(grads) + 1)
         assert torch.equal(counts[0], reference.vote_histogram(grads)[0])
         total = moments.sum[0].double().square().sum()
@@ -64,7 +64,7 @@ def test_moments_in_other_layouts(memory: torch.memory_format) -> None:
     sums = [torch.randn(2, 3, 4, 5).to(memory_format=memory), torch.randn(7, 5).t()]
     votes = [torch.randint(-4, 5, (2, 3, 4, 5), dtype=torch.int8),
              torch.randint(-4, 5, (5, 7), dtype=torch.int16)]  # fmt: skip
-    counts, squares = ops.vote_histograms(sums, votes, 4)
+    counts, squares = ops._vote_histograms(sums, votes, 4)
     for row, (one, vote) in enumerate(zip(sums, votes, strict=True)):
         for k in range(5):
             there = vote.abs() == k
@@ -80,7 +80,7 @@ def test_empty_tensors() -> None:
     assert squares.tolist() == [0, 0, 0, 0]
     counts, _ = am.ops.vote_histogram(torch.tensor([1.0, -2.0, 3.0]))  # one coordinate
     assert counts.tolist() == [0, 1, 0, 0]
-    counts, _ = ops.vote_histograms(
+    counts, _ = ops._vote_histograms(
         [torch.zeros(0), torch.ones(())],
         [torch.zeros(0, dtype=torch.int8), torch.ones((), dtype=torch.int8)], 2,
     )  # fmt: skip
@@ -103,7 +103,7 @@ def test_the_number_of_threads_does_not_matter() -> None:
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append((*ops.vote_histogram(grads), *ops.vote_histograms(sums, votes, 5)))
+        results.append((*ops.vote_histogram(grads), *ops._vote_histograms(sums, votes, 5)))
     for other in results[1:]:
         for one, two in zip(results[0], other, strict=True):
             assert torch.equal(one, two)
@@ -115,7 +115,7 @@ def test_results_never_require_grad_and_compile() -> None:
     assert not any(one.requires_grad for one in am.ops.vote_histogram(grads))
     torch.library.opcheck(ops.vote_histogram.default, (grads,))
     torch.library.opcheck(
-        ops.vote_histograms.default,
+        ops._vote_histograms.default,
         ([torch.randn(3), torch.randn(2, 2)],
          [torch.ones(3, dtype=torch.int8), torch.ones(2, 2, dtype=torch.int16)], 4),
     )  # fmt: skip
@@ -138,7 +138,7 @@ def one_of_each() -> tuple[list[Tensor], list[Tensor]]:
 )
 def test_what_is_refused(change, message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
-        ops.vote_histograms(*change(*one_of_each()))
+        ops._vote_histograms(*change(*one_of_each()))
 
 
 @pytest.mark.cpu_only
@@ -147,7 +147,7 @@ def test_votes_that_cannot_be() -> None:
     sums, votes = one_of_each()
     votes[0][1] = 3
     with pytest.raises(RuntimeError, match=r"expected \|votes\| of at most count = 2, but got"):
-        ops.vote_histograms(sums, votes, 2)
+        ops._vote_histograms(sums, votes, 2)
 
 
 def test_errors_of_the_wrapper() -> None:
