@@ -264,8 +264,8 @@ def test_only_the_stable_abi_of_torch_passes() -> None:
 
 
 def test_every_body_has_a_bound_and_every_bound_a_body() -> None:
-    kernels = TOOL.parents[1] / "csrc" / "cuda" / "kernels"
-    bodies = re.findall(r"struct (\w+)Body\b", "".join(p.read_text() for p in kernels.glob("*.h")))
+    folder = TOOL.parents[1] / "csrc" / "cuda"
+    bodies = re.findall(r"struct (\w+)Body\b", "".join(p.read_text() for p in folder.rglob("*.h")))
     assert bodies
     assert set(check.read_bounds(check.BOUNDS)) == set(bodies)
 

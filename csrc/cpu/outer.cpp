@@ -3,8 +3,8 @@
 #include <algorithm>
 
 #include "device.h"
-#include "outer_signs.h"
-#include "outer_tiles.h"
+#include "outer/sign_outer.h"
+#include "outer/tiles.h"
 #include "units.h"
 
 namespace andmask {
@@ -24,7 +24,7 @@ namespace {
 // for the products alone, and much more where environments are small.
 auto choose_path(const OuterTask& task) {
   const bool signs = has_single_rows(task) && !task.moments.squares && !task.moments.logs;
-  return signs ? accumulate_outer_signs : accumulate_outer_tiles;
+  return signs ? accumulate_sign_outer : accumulate_outer_tiles;
 }
 
 }  // namespace

@@ -1,9 +1,9 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/outer_tile.h"
 #include "launch.h"
 #include "launchers.h"
+#include "outer/tile.h"
 #include "types.h"
 
 namespace andmask {

@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../cpu/outer_tiles.h"
+#include "../cpu/outer/tiles.h"
 #include "../cuda/launchers.h"
 #include "bindings.h"
 #include "host_stream.h"

@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "outer_tiles.h"
+#include "tiles.h"
 
 namespace andmask {
 

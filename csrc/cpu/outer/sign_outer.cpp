@@ -1,11 +1,11 @@
-#include "outer_signs.h"
+#include "sign_outer.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "../math/scalar.h"
+#include "../../math/scalar.h"
 #include "kernels/sign_outer.h"
-#include "outer_plan.h"
+#include "plan.h"
 
 namespace andmask {
 namespace {
@@ -106,7 +106,7 @@ struct Product {
 
 struct SignVotes {
   const OuterTask& task;
-  const SignKernels& kernels;
+  const SignOuterKernels& kernels;
   int64_t threads;
   const ParallelFor& parallel_for;
 
@@ -124,15 +124,15 @@ struct SignVotes {
       pack(task.activations, from, to, activations);
       pack(task.grad_outputs, from, to, grad_outputs);
     });
-    const SignTask votes{activations,
-                         grad_outputs,
-                         rows,
-                         inputs,
-                         outputs,
-                         first,
-                         task.moments.votes,
-                         task.moments.vote_bytes,
-                         task.layout.output_stride};
+    const SignOuterTask votes{activations,
+                              grad_outputs,
+                              rows,
+                              inputs,
+                              outputs,
+                              first,
+                              task.moments.votes,
+                              task.moments.vote_bytes,
+                              task.layout.output_stride};
     const int64_t blocks = (input_panels + kSignPanels - 1) / kSignPanels;
     in_shares(blocks * panels_of(outputs), threads, parallel_for, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
@@ -145,10 +145,10 @@ struct SignVotes {
 
 }  // namespace
 
-void accumulate_outer_signs(const OuterTask& task, Isa isa, int64_t threads,
+void accumulate_sign_outer(const OuterTask& task, Isa isa, int64_t threads,
                             const ParallelFor& parallel_for) {
   const Product sums{task, isa, threads, parallel_for};
-  const SignVotes votes{task, sign_kernels(isa), threads, parallel_for};
+  const SignVotes votes{task, sign_outer_kernels(isa), threads, parallel_for};
   const int64_t inputs = task.activations.channels, outputs = task.grad_outputs.channels;
   // Moments do not depend on the order of the environments, only on whose weight is whose.
   std::vector<double> weights;

@@ -1,4 +1,4 @@
-#include "outer_plan.h"
+#include "plan.h"
 
 #include <algorithm>
 #include <cstring>

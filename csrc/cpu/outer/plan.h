@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <memory>
 
-#include "outer_blocks.h"
+#include "blocks.h"
 
 namespace andmask {
 

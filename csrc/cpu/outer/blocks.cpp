@@ -1,4 +1,4 @@
-#include "outer_blocks.h"
+#include "blocks.h"
 
 #include <algorithm>
 

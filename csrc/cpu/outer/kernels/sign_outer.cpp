@@ -1,6 +1,6 @@
 #include "sign_outer.h"
 
-#include "../../math/agreement.h"
+#include "../../../math/agreement.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -71,8 +71,8 @@ void add_votes(const int8_t* __restrict block, int64_t columns, bool first, V* _
 }
 
 // Adds one row of votes from column `column` on.
-ANDMASK_INLINE void add_votes(const SignTask& task, int64_t row, int64_t column, int64_t columns,
-                              bool first, const int8_t* block) {
+ANDMASK_INLINE void add_votes(const SignOuterTask& task, int64_t row, int64_t column,
+                              int64_t columns, bool first, const int8_t* block) {
   const int64_t offset = row * task.stride + column;
   switch (task.vote_bytes) {
     case 1: return add_votes(block, columns, first, static_cast<int8_t*>(task.votes) + offset);
@@ -197,7 +197,7 @@ void vote_tile(const uint8_t* const* activations, const uint8_t* grad_outputs, i
 }
 
 // Whether a block of environments has no zeros in a vector of columns.
-bool is_free_of_zeros(const SignTask& task, const Block& block, const uint8_t* packed) {
+bool is_free_of_zeros(const SignOuterTask& task, const Block& block, const uint8_t* packed) {
   uint8_t zeros[kBytes] = {};
   for (int64_t group = 0; group < block.groups; ++group, packed += kSignPanel) {
     const int64_t rows = task.environments - (block.group + group) * kSignGroup;
@@ -212,7 +212,7 @@ bool is_free_of_zeros(const SignTask& task, const Block& block, const uint8_t* p
 }
 
 template <int kRows, int kVectors>
-void vote_columns(const SignTask& task, const Block& block, const uint8_t* const* activations,
+void vote_columns(const SignOuterTask& task, const Block& block, const uint8_t* const* activations,
                   bool no_zeros, int64_t row, int64_t column) {
   const int64_t panel_bytes = groups_of(task.environments) * kSignPanel;
   const uint8_t* const grad_outputs = task.grad_outputs + row / kSignPanel * panel_bytes +
@@ -228,7 +228,7 @@ void vote_columns(const SignTask& task, const Block& block, const uint8_t* const
 }
 
 template <int kVectors>
-void vote_rows(const SignTask& task, const Block& block, int64_t begin, int64_t end,
+void vote_rows(const SignOuterTask& task, const Block& block, int64_t begin, int64_t end,
                int64_t column) {
   const int64_t panel_bytes = groups_of(task.environments) * kSignPanel;
   const uint8_t* activations[kVectors];
@@ -248,7 +248,7 @@ void vote_rows(const SignTask& task, const Block& block, int64_t begin, int64_t 
   }
 }
 
-void vote_block(const SignTask& task, const Block& block, int64_t row_begin, int64_t row_end,
+void vote_block(const SignOuterTask& task, const Block& block, int64_t row_begin, int64_t row_end,
                 int64_t begin, int64_t end) {
   int64_t column = begin;
   for (; column + (kTileVectors - 1) * kBytes < end; column += kTileVectors * kBytes) {
@@ -265,7 +265,7 @@ ANDMASK_INLINE int8_t unpack(uint8_t byte, int64_t bit) {
 
 // Without a byte shuffle: signs are unpacked to bytes once for all rows, and are added, subtracted
 // or left out by masks.
-void vote_block(const SignTask& task, const Block& block, int64_t row_begin, int64_t row_end,
+void vote_block(const SignOuterTask& task, const Block& block, int64_t row_begin, int64_t row_end,
                 int64_t begin, int64_t end) {
   const int64_t panel_bytes = groups_of(task.environments) * kSignPanel;
   for (int64_t column = begin; column < end; column += kSignPanel) {
@@ -307,7 +307,7 @@ void vote_block(const SignTask& task, const Block& block, int64_t row_begin, int
 
 #endif
 
-void vote(const SignTask& task, int64_t row_panel, int64_t begin, int64_t end) {
+void vote(const SignOuterTask& task, int64_t row_panel, int64_t begin, int64_t end) {
   const int64_t groups = groups_of(task.environments);
   const int64_t row = row_panel * kSignPanel;
   const int64_t row_end = smaller(row + kSignPanel, task.outputs);
@@ -321,8 +321,8 @@ void vote(const SignTask& task, int64_t row_panel, int64_t begin, int64_t end) {
 }  // namespace
 
 namespace ANDMASK_ISA {
-extern const SignKernels sign_kernels = {{pack<Half>, pack<BFloat16>, pack<float>, pack<double>},
-                                         vote};
+extern const SignOuterKernels sign_outer_kernels = {
+    {pack<Half>, pack<BFloat16>, pack<float>, pack<double>}, vote};
 }  // namespace ANDMASK_ISA
 
 }  // namespace andmask

@@ -2,9 +2,9 @@
 // runs fastest in memory is read with vector loads, and turned in registers where it has to be.
 #pragma once
 
-#include "load.h"
+#include "../../kernels/load.h"
 #include "outer.h"
-#include "outer_vectors.h"
+#include "vectors.h"
 
 namespace andmask {
 namespace {

@@ -2,13 +2,13 @@
 // environments is one matrix product, and the votes follow from the signs of d and a.
 #pragma once
 
-#include "outer_tiles.h"
+#include "tiles.h"
 
 namespace andmask {
 
 // As accumulate_outer_tiles, for sums and votes of one row per environment, in one group and with
 // one tap. A product that underflows to zero votes all the same.
-void accumulate_outer_signs(const OuterTask& task, Isa isa, int64_t threads,
+void accumulate_sign_outer(const OuterTask& task, Isa isa, int64_t threads,
                             const ParallelFor& parallel_for);
 
 }  // namespace andmask

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "../../tasks/outer.h"
-#include "thread.h"
+#include "../kernels/thread.h"
 
 namespace andmask {
 

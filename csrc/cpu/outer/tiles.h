@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <functional>
 
-#include "../tasks/outer.h"
+#include "../../tasks/outer.h"
 #include "kernels/outer.h"
 
 namespace andmask {

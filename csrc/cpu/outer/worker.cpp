@@ -1,4 +1,4 @@
-#include "outer_worker.h"
+#include "worker.h"
 
 #include <algorithm>
 #include <cstring>

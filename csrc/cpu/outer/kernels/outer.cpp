@@ -3,9 +3,9 @@
 // begins. Elements add their rows, and environments, in the order given: no blocking shows in them.
 #include "outer.h"
 
-#include "../../math/agreement.h"
-#include "outer_pack.h"
-#include "outer_vectors.h"
+#include "../../../math/agreement.h"
+#include "pack.h"
+#include "vectors.h"
 
 namespace andmask {
 namespace {

@@ -5,8 +5,8 @@
 // five operations.
 #pragma once
 
-#include "moments.h"
-#include "outer_multiply.h"
+#include "../kernels/moments.h"
+#include "multipliers.h"
 
 namespace andmask {
 

@@ -5,8 +5,8 @@
 #include <math.h>
 
 #include "../../math/agreement.h"
-#include "outer.h"
-#include "together.h"
+#include "../kernels/together.h"
+#include "operands.h"
 
 namespace andmask {
 

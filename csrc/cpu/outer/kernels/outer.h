@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "moments.h"
+#include "../../kernels/moments.h"
 
 namespace andmask {
 

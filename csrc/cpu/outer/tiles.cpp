@@ -1,9 +1,9 @@
-#include "outer_tiles.h"
+#include "tiles.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "outer_worker.h"
+#include "worker.h"
 
 namespace andmask {
 namespace {

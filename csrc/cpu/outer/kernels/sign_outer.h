@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "dispatch.h"
+#include "../../kernels/dispatch.h"
 
 namespace andmask {
 
@@ -25,7 +25,7 @@ struct SignMatrix {
   int64_t column_stride;
 };
 
-struct SignTask {
+struct SignOuterTask {
   const uint8_t* activations;   // packed
   const uint8_t* grad_outputs;  // packed
   int64_t environments, inputs, outputs;
@@ -35,16 +35,16 @@ struct SignTask {
   int64_t stride;  // elements from one row of votes to the next
 };
 
-struct SignKernels {
+struct SignOuterKernels {
   // Packs groups [begin, end) of environments.
   void (*pack[kDtypes])(const SignMatrix& matrix, int64_t begin, int64_t end, uint8_t* packed);
   // Votes of one panel of grad_outputs with panels [begin, end) of activations.
-  void (*vote)(const SignTask& task, int64_t row_panel, int64_t begin, int64_t end);
+  void (*vote)(const SignOuterTask& task, int64_t row_panel, int64_t begin, int64_t end);
 };
 
 // Panels of activations that one call should get.
 constexpr int64_t kSignPanels = 4;
 
-ANDMASK_DECLARE_KERNELS(SignKernels, sign_kernels)
+ANDMASK_DECLARE_KERNELS(SignOuterKernels, sign_outer_kernels)
 
 }  // namespace andmask

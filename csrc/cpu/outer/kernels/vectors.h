@@ -1,7 +1,7 @@
 // Registers of the instruction set, for the kernels of outer products.
 #pragma once
 
-#include "../../math/scalar.h"
+#include "../../../math/scalar.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
