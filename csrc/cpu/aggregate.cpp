@@ -2,7 +2,7 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "../ops/lists.h"
+#include "../errors.h"
 #include "device.h"
 #include "kernels/columns.h"
 #include "kernels/masked_mean.h"
@@ -24,7 +24,7 @@ struct ColumnFacts {
 
 template <typename... Rules>
 ColumnFacts column_facts(int rule, RuleList<Rules...>) {
-  constexpr ColumnFacts facts[] = {{Rules::kFills, make_ranking<Rules>}...};
+  constexpr ColumnFacts facts[] = {{Rules::kFillsMissing, make_ranking<Rules>}...};
   return facts[rule];
 }
 
@@ -44,7 +44,7 @@ void run_moments(const AggregateTask& call) {
   const auto resolve = kernels.resolve[kTypes][call.moment_rule];
   const auto total_factor = kernels.total_factor[kTypes][call.moment_rule];
   const auto store = step_kernels(active_isa()).store[static_cast<int>(call.dtype)];
-  const unsigned moments = rule_info(call.moment_rule).moments;
+  const unsigned moments = moments_of(call.moment_rule, MomentRules());
   const Units units({call.columns});
   std::vector<double> totals(units.count());
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
@@ -78,7 +78,7 @@ void run_moments(const AggregateTask& call) {
   scale(call, units, inverse_density(total, static_cast<double>(call.columns)));
 }
 
-void run_columns(const AggregateTask& call) {
+void run_columns(const Cpu& cpu, const AggregateTask& call) {
   const ColumnFacts facts = column_facts(call.column_rule, ColumnRules());
   ColumnTask task{};
   task.grads = call.grads;
@@ -97,8 +97,7 @@ void run_columns(const AggregateTask& call) {
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
     if (!aggregate(task, begin, end, &kept[unit])) enough_memory = false;
   });
-  check(enough_memory, "andmask::_aggregate", "out of memory for columns of ", call.environments,
-        " environments");
+  check(enough_memory, cpu.op, "out of memory for columns of ", call.environments, " environments");
   if (!facts.fills) return;
   Kept all{};
   for (const Kept& unit : kept) {
@@ -116,7 +115,7 @@ void run_columns(const AggregateTask& call) {
 
 void Cpu::aggregate(const AggregateTask& task) const {
   if (task.moment_rule < 0) {
-    run_columns(task);
+    run_columns(*this, task);
   } else if (task.dtype == Dtype::float64) {
     run_moments<double>(task);
   } else {

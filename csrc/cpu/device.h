@@ -3,12 +3,12 @@
 
 #include <vector>
 
-#include "../ops/tensors.h"
 #include "../tasks/aggregate.h"
 #include "../tasks/lists.h"
 #include "../tasks/masked_mean.h"
 #include "../tasks/outer.h"
 #include "../tasks/vote_histogram.h"
+#include "../tensors.h"
 
 namespace andmask {
 
@@ -16,10 +16,12 @@ class Cpu {
  public:
   static constexpr bool kCountsSteps = false;
 
-  Cpu(const char*, const Tensor&) {}
+  Cpu(const char* op, const Tensor&) : op(op) {}
 
   // The dispatcher sends an op here only if all tensors are on the CPU.
-  void check_here(const char*, const char*, int64_t, const Tensor&) const {}
+  void check_here(const char*, int64_t, const Tensor&) const {}
+
+  const char* const op;  // for messages
 
   void masked_mean(const MaskedMeanTask& task, Dtype dtype, int64_t columns, void* scaled) const;
   void aggregate(const AggregateTask& task) const;

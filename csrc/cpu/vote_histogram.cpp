@@ -3,7 +3,7 @@
 #include <memory>
 #include <new>
 
-#include "../ops/checks.h"
+#include "../errors.h"
 #include "device.h"
 #include "kernels/masked_mean.h"
 #include "kernels/vote_histogram.h"
@@ -87,18 +87,17 @@ class Parts {
 void Cpu::vote_histograms(const VoteHistogramList& list) const {
   const VoteHistogramKernels& kernels = vote_histogram_kernels(active_isa());
   Parts(list.sizes, list.out)
-      .run("andmask::_vote_histograms", 1,
-           [&](int64_t tensor, int64_t begin, int64_t end, int64_t lanes, VoteBin* bins) {
-             const VoteHistogramTask& task = list.tasks[tensor];
-             return kernels.add[task.dtype == Dtype::float64](task.moments, list.out.environments,
-                                                              begin, end, lanes, bins);
-           });
+      .run(op, 1, [&](int64_t tensor, int64_t begin, int64_t end, int64_t lanes, VoteBin* bins) {
+        const VoteHistogramTask& task = list.tasks[tensor];
+        return kernels.add[task.dtype == Dtype::float64](task.moments, list.out.environments, begin,
+                                                         end, lanes, bins);
+      });
 }
 
 void Cpu::vote_histogram(const StackedHistogramTask& task) const {
   const auto reduce = masked_mean_kernels(active_isa()).reduce[static_cast<int>(task.dtype)];
   Parts({task.columns}, task.out)
-      .run("andmask::vote_histogram", task.out.environments,
+      .run(op, task.out.environments,
            [&](int64_t, int64_t begin, int64_t end, int64_t lanes, VoteBin* bins) {
              reduce({task.grads, task.out.environments, task.stride, 0, Output::bins, bins, lanes},
                     begin, end);

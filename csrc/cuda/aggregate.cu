@@ -56,11 +56,11 @@ template <typename T, typename Rule>
 void term_rule(const Stream& stream, const AggregateTask& task) {
   using Body = TermRuleBody<T, Rule>;
   const int64_t blocks = blocks_with_totals(task.columns, Body::kThreads * Body::kWidth);
-  KeptTotal* const parts = Rule::kFills ? stream.scratch<KeptTotal>(blocks) : nullptr;
+  KeptTotal* const parts = Rule::kFillsMissing ? stream.scratch<KeptTotal>(blocks) : nullptr;
   launch(stream, blocks,
          Body{column_grads<T>(task), Rule(task.arguments, task.environments), task.noise,
-              Rule::kFills ? task.wide : task.out, parts});
-  if constexpr (Rule::kFills) {
+              Rule::kFillsMissing ? task.wide : task.out, parts});
+  if constexpr (Rule::kFillsMissing) {
     using Fill = FillBody<T>;
     double* const size = stream.scratch<double>(1);
     launch(stream, 1, MeanSizeBody{parts, blocks, size});

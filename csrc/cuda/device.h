@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "../ops/tensors.h"
+#include "../tensors.h"
 #include "launchers.h"
 
 namespace andmask {
@@ -19,7 +19,7 @@ class Cuda {
   Cuda(const char* op, const Tensor& first);
   Cuda(const Cuda&) = delete;
 
-  void check_here(const char* op, const char* name, int64_t index, const Tensor& tensor) const;
+  void check_here(const char* name, int64_t index, const Tensor& tensor) const;
 
   void masked_mean(const MaskedMeanTask& task, Dtype dtype, int64_t columns, void* scaled) const {
     launch_masked_mean(stream_, task, dtype, columns, scaled);
@@ -50,6 +50,7 @@ class Cuda {
   }
 
  private:
+  const char* const op_;
   const Tensor first_;
 #if !defined(ANDMASK_ON_HOST)
   const torch::stable::accelerator::DeviceGuard guard_;

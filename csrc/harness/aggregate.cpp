@@ -25,7 +25,7 @@ struct Found {
 template <typename... Rules>
 Found find(const std::string& wanted, RuleList<Rules...>) {
   const std::vector<std::string> names = {Rules::kName...};
-  const std::vector<Found> all = {{0, Rules::kFills, make_ranking<Rules>}...};
+  const std::vector<Found> all = {{0, Rules::kFillsMissing, make_ranking<Rules>}...};
   for (size_t index = 0; index < names.size(); ++index) {
     if (names[index] == wanted) {
       return {static_cast<int>(index), all[index].fills, all[index].rank};

@@ -18,7 +18,7 @@ enum class Noise { none, uniform, normal };
 struct Ranked {
   static constexpr bool kRanked = true;
   static constexpr Noise kNoise = Noise::none;
-  static constexpr bool kFills = false;
+  static constexpr bool kFillsMissing = false;
 };
 
 // Yin et al. 2018 (arXiv 1803.01498).
@@ -90,7 +90,7 @@ struct SignDropout {
   static constexpr int kArguments = 0;
   static constexpr bool kRanked = false;
   static constexpr Noise kNoise = Noise::uniform;
-  static constexpr bool kFills = false;
+  static constexpr bool kFillsMissing = false;
   static constexpr int kSums = 2;
   static const char* invalid(const double*, int64_t) { return nullptr; }
 
@@ -114,7 +114,7 @@ struct FedIlc {
   static constexpr int kArguments = 1;  // tau
   static constexpr bool kRanked = false;
   static constexpr Noise kNoise = Noise::none;
-  static constexpr bool kFills = false;
+  static constexpr bool kFillsMissing = false;
   static constexpr int kSums = 4;
   static const char* invalid(const double* args, int64_t) { return invalid_tau(args[0]); }
 
@@ -145,11 +145,11 @@ struct FedIlc {
   }
 };
 
-// Where noise is to fill in: a NaN that no result is, since those have no payload.
-constexpr uint32_t kHole = 0x7fc0beefu;
+// Marks a coordinate that noise is to fill: a NaN with a payload, which no result has.
+constexpr uint32_t kMissing = 0x7fc0beefu;
 
-ANDMASK_INLINE float hole(float) { return float_of(kHole); }
-ANDMASK_INLINE double hole(double) { return double_of(kHole | uint64_t{0x7ff8} << 48); }
+ANDMASK_INLINE float missing_value(float) { return float_of(kMissing); }
+ANDMASK_INLINE double missing_value(double) { return double_of(kMissing | uint64_t{0x7ff8} << 48); }
 
 // Agr-Rand: Mansilla et al. 2021 (arXiv 2108.01621). Where the signs do not all agree, noise of the
 // mean size of the kept sums of the tensor fills in.
@@ -158,7 +158,7 @@ struct AgreementRandom {
   static constexpr int kArguments = 0;
   static constexpr bool kRanked = false;
   static constexpr Noise kNoise = Noise::normal;
-  static constexpr bool kFills = true;
+  static constexpr bool kFillsMissing = true;
   static constexpr int kSums = 2;
   static const char* invalid(const double*, int64_t) { return nullptr; }
 

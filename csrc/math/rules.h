@@ -171,4 +171,11 @@ struct RuleList {
 
 using MomentRules = RuleList<Mean, AndMask, GeometricMean, SandMask, MaskedAverage, AgreementSum>;
 
+// The moments that the rule of this index needs.
+template <typename... Rules>
+constexpr unsigned moments_of(int rule, RuleList<Rules...>) {
+  constexpr unsigned moments[] = {Rules::kMoments...};
+  return moments[rule];
+}
+
 }  // namespace andmask

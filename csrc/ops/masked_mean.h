@@ -3,7 +3,7 @@
 
 #include "../math/agreement.h"
 #include "../tasks/masked_mean.h"
-#include "tensors.h"
+#include "checks.h"
 
 namespace andmask {
 

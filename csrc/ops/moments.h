@@ -1,7 +1,7 @@
 // accumulate_, resolve and resolve_: checks and layout.
 #pragma once
 
-#include "lists.h"
+#include "moment_lists.h"
 
 namespace andmask {
 
@@ -13,8 +13,8 @@ inline void check_like_grad(const char* op, const char* name, size_t index, cons
          shape_text(grad));
   }
   if (moment.scalar_type() != wide) {
-    fail(op, "expected ", name, "[", index, "] of dtype ", torch::headeronly::toString(wide),
-         ", but got ", torch::headeronly::toString(moment.scalar_type()));
+    fail(op, "expected ", name, "[", index, "] of dtype ", dtype_text(wide), ", but got ",
+         dtype_text(moment));
   }
   check_writable(op, name, index, moment);
 }
@@ -42,7 +42,7 @@ void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tenso
   check_weights(op, weights, rows);
   const Device device(op, grads[0]);
   check_here(
-      device, op,
+      device,
       {{"grads", grads}, {"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
   AccumulateList work;
   for (size_t i = 0; i < size; ++i) {
@@ -89,7 +89,7 @@ Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64
   Tensors out;
   if (sum.empty()) return out;
   const Device device(op, sum[0]);
-  check_here(device, op, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  check_here(device, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
   for (const Tensor& total : sum) out.push_back(torch::stable::empty_like(total));
   Tensors written = out;
   Aligned aligned;
@@ -108,7 +108,7 @@ void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs,
   UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
   if (sum.empty()) return;
   const Device device(op, sum[0]);
-  check_here(device, op, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  check_here(device, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
   for (size_t i = 0; i < sum.size(); ++i) check_writable(op, "sum", i, sum[i]);
   Aligned aligned;
   for (size_t i = 0; i < sum.size(); ++i) {

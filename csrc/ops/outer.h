@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "../tasks/outer.h"
-#include "tensors.h"
+#include "checks.h"
 
 namespace andmask {
 
@@ -18,8 +18,8 @@ using Optional = std::optional<Tensor>;
 
 inline const int64_t* check_indices(const char* op, const char* name, Tensor& tensor) {
   if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) {
-    fail(op, "expected ", name, " of dtype int64 and 1 dim, but got ",
-         torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape_text(tensor));
+    fail(op, "expected ", name, " of dtype int64 and 1 dim, but got ", dtype_text(tensor),
+         " of shape ", shape_text(tensor));
   }
   if (!tensor.is_cpu()) {
     fail(op, "expected ", name, " on the CPU, which reads it, but got it on another device");
@@ -86,8 +86,8 @@ class OuterMoments {
              shape_text(moment));
       }
       if (moment.scalar_type() != expected) {
-        fail(op, "expected ", name, " of dtype ", torch::headeronly::toString(expected),
-             ", but got ", torch::headeronly::toString(moment.scalar_type()));
+        fail(op, "expected ", name, " of dtype ", dtype_text(expected), ", but got ",
+             dtype_text(moment));
       }
       check_writable(op, name, -1, moment);
     };
@@ -101,11 +101,11 @@ class OuterMoments {
   }
 
   template <typename Device>
-  void check_here(const Device& device, const char* op) const {
-    device.check_here(op, "sum", -1, sum_);
-    if (votes_) device.check_here(op, "votes", -1, *votes_);
-    if (squares_) device.check_here(op, "squares", -1, *squares_);
-    if (logs_) device.check_here(op, "logs", -1, *logs_);
+  void check_here(const Device& device) const {
+    device.check_here("sum", -1, sum_);
+    if (votes_) device.check_here("votes", -1, *votes_);
+    if (squares_) device.check_here("squares", -1, *squares_);
+    if (logs_) device.check_here("logs", -1, *logs_);
   }
 
   void set(OuterTask& task) {
@@ -161,9 +161,8 @@ class OuterMoments {
 inline Dtype check_operands(const char* op, const Tensor& activations, const Tensor& grad_outputs) {
   const Dtype dtype = check_dtype(op, "activations", activations);
   if (grad_outputs.scalar_type() != activations.scalar_type()) {
-    fail(op, "expected grad_outputs of dtype ",
-         torch::headeronly::toString(activations.scalar_type()), ", as activations has, but got ",
-         torch::headeronly::toString(grad_outputs.scalar_type()));
+    fail(op, "expected grad_outputs of dtype ", dtype_text(activations),
+         ", as activations has, but got ", dtype_text(grad_outputs));
   }
   check(grad_outputs.size(0) == activations.size(0), op, "expected grad_outputs of ",
         activations.size(0), " examples (dim 0), as activations has, but got ",
@@ -188,13 +187,13 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   check(grad_outputs.size(1) == activations.size(1), op, "expected grad_outputs of ",
         activations.size(1), " rows (dim 1), as activations has, but got ", grad_outputs.size(1));
   const Device device(op, activations);
-  device.check_here(op, "grad_outputs", -1, grad_outputs);
+  device.check_here("grad_outputs", -1, grad_outputs);
   OuterTask task;
   Ints own_offsets;
   set_groups(op, activations.size(0), order, offsets, own_offsets, task);
   check_weights(op, weights, task.environments);
   OuterMoments moments(sum, votes, squares, logs);
-  moments.check_here(device, op);
+  moments.check_here(device);
   moments.check(op, {grad_outputs.size(2), activations.size(2)}, dtype, count, task.environments);
   if (sum.numel() == 0) return;
 
@@ -272,7 +271,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
         "expected groups that divide ", channels, " channels and ", outputs, " outputs, but got ",
         groups);
   const Device device(op, activations);
-  device.check_here(op, "grad_outputs", -1, grad_outputs);
+  device.check_here("grad_outputs", -1, grad_outputs);
   OuterTask task;
   set_window(op, sum, activations, grad_outputs, stride, padding, dilation, task);
   Ints own_offsets;
@@ -282,7 +281,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
   shape[0] = outputs;
   shape[1] = channels / groups;
   OuterMoments moments(sum, votes, squares, logs);
-  moments.check_here(device, op);
+  moments.check_here(device);
   moments.check(op, shape, dtype, count, task.environments);
   if (sum.numel() == 0) return;
 

@@ -4,7 +4,7 @@
 #include <optional>
 
 #include "../math/steps.h"
-#include "lists.h"
+#include "moment_lists.h"
 
 namespace andmask {
 
@@ -31,12 +31,11 @@ class Step {
           " tensors, as sum has, but got ", params_.size());
     if (params_.empty()) return;
     device_.emplace(op, params_[0]);
-    check_here(*device_, op,
-               {{"params", params_},
-                {"sum", moments_.sum},
-                {"votes", moments_.votes},
-                {"squares", moments_.squares},
-                {"logs", moments_.logs}});
+    check_here(*device_, {{"params", params_},
+                          {"sum", moments_.sum},
+                          {"votes", moments_.votes},
+                          {"squares", moments_.squares},
+                          {"logs", moments_.logs}});
     for (size_t i = 0; i < params_.size(); ++i) {
       const Dtype dtype = check_dtype(op, "params", params_[i], i);
       dtypes_.push_back(dtype);
@@ -48,8 +47,7 @@ class Step {
       const Dtype sum_dtype = updates_.tasks[i].sum_dtype;
       if ((dtype == Dtype::float64) != (sum_dtype == Dtype::float64)) {
         fail(op, "expected sum[", i, "] of ", dtype == Dtype::float64 ? "float64" : "float32",
-             " for params[", i, "], but got ",
-             torch::headeronly::toString(moments_.sum[i].scalar_type()));
+             " for params[", i, "], but got ", dtype_text(moments_.sum[i].scalar_type()));
       }
     }
   }
@@ -58,16 +56,15 @@ class Step {
   void state(const char* name, Tensors& list, bool optional = false) {
     check(list.size() == params_.size() || (optional && list.empty()), op_, "expected ", name,
           " of ", params_.size(), " tensors, as params has, but got ", list.size());
-    if (!list.empty()) check_here(*device_, op_, {{name, list}});
+    if (!list.empty()) check_here(*device_, {{name, list}});
     for (size_t i = 0; i < list.size(); ++i) {
       if (!same_shape(list[i], params_[i])) {
         fail(op_, "expected ", name, "[", i, "] of shape ", shape_text(params_[i]), ", but got ",
              shape_text(list[i]));
       }
       if (list[i].scalar_type() != wide_type(dtypes_[i])) {
-        fail(op_, "expected ", name, "[", i, "] of dtype ",
-             torch::headeronly::toString(wide_type(dtypes_[i])), ", but got ",
-             torch::headeronly::toString(list[i].scalar_type()));
+        fail(op_, "expected ", name, "[", i, "] of dtype ", dtype_text(wide_type(dtypes_[i])),
+             ", but got ", dtype_text(list[i]));
       }
       check_writable(op_, name, i, list[i]);
     }
@@ -79,11 +76,11 @@ class Step {
   void count(Tensors& steps) {
     check(steps.size() == params_.size(), op_, "expected steps of ", params_.size(),
           " tensors, as params has, but got ", steps.size());
-    if (!steps.empty()) check_here(*device_, op_, {{"steps", steps}});
+    if (!steps.empty()) check_here(*device_, {{"steps", steps}});
     for (size_t i = 0; i < steps.size(); ++i) {
       if (steps[i].numel() != 1 || steps[i].scalar_type() != ScalarType::Float) {
         fail(op_, "expected steps[", i, "] of one float32, but got shape ", shape_text(steps[i]),
-             " of ", torch::headeronly::toString(steps[i].scalar_type()));
+             " of ", dtype_text(steps[i]));
       }
     }
     for (Tensor& step : steps) {

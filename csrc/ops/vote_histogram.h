@@ -4,7 +4,7 @@
 #include <tuple>
 
 #include "../tasks/vote_histogram.h"
-#include "lists.h"
+#include "moment_lists.h"
 
 namespace andmask {
 
@@ -41,17 +41,16 @@ std::tuple<Tensor, Tensor> vote_histograms(Tensors sum, Tensors votes, int64_t c
   check(!sum.empty(), op, "expected sum of at least 1 tensor, but got 0");
   check(votes.size() == sum.size(), op, "expected votes of ", sum.size(),
         " tensors, as sum has, but got ", votes.size());
-  check(count >= 1 && count <= std::numeric_limits<int32_t>::max(), op,
-        "expected count in [1, 2^31 - 1], but got ", count);
+  check_count(op, count);
   const Device device(op, sum[0]);
-  check_here(device, op, {{"sum", sum}, {"votes", votes}});
+  check_here(device, {{"sum", sum}, {"votes", votes}});
   VoteHistogramList list;
   for (size_t i = 0; i < sum.size(); ++i) {
     const int64_t index = static_cast<int64_t>(i);
     const Dtype dtype = check_dtype(op, "sum", sum[i], index);
     if (is_narrow(dtype)) {
       fail(op, "expected ", argument("sum", index), " of dtype float32 or float64, but got ",
-           torch::headeronly::toString(sum[i].scalar_type()));
+           dtype_text(sum[i]));
     }
     check_votes(op, index, votes[i], count);
     if (!same_shape(votes[i], sum[i])) {

@@ -10,6 +10,8 @@ namespace andmask {
 enum class Dtype { float16, bfloat16, float32, float64 };
 constexpr int kDtypes = 4;
 
+inline bool is_narrow(Dtype dtype) { return dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
+
 // In bytes.
 inline int64_t item_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;

@@ -94,7 +94,7 @@ void sum_rule(const ColumnTask& task, int64_t begin, int64_t end, Kept* kept) {
     const int64_t columns = end - first < kBlock ? end - first : kBlock;
     sum_terms<T>(task, rule, first, columns, sums, poison);
     const F* const __restrict noise = static_cast<const F*>(task.noise) + first;
-    if constexpr (Rule::kFills) {
+    if constexpr (Rule::kFillsMissing) {
       F* const __restrict out = static_cast<F*>(task.out) + first;
       for (int64_t column = 0; column < columns; ++column) {
         const double own[] = {sums[0][column], sums[1][column]};
@@ -102,7 +102,7 @@ void sum_rule(const ColumnTask& task, int64_t begin, int64_t end, Kept* kept) {
         const double bad = static_cast<double>(poison[column]);
         const double value = rule(own, 0) + bad;
         const F wide = Rounder<F>::from(value);
-        out[column] = keep || bad != 0 ? wide : hole(F());
+        out[column] = keep || bad != 0 ? wide : missing_value(F());
         sums[0][column] = keep ? (value < 0 ? -value : value) : 0;
         sums[1][column] = keep ? 1 : 0;
       }
@@ -128,7 +128,7 @@ void fill(const void* wide, const void* noise, double size, void* out, int64_t b
   const auto* const from = static_cast<const F*>(wide);
   const auto* const random = static_cast<const F*>(noise);
   for (int64_t column = begin; column < end; ++column) {
-    const bool empty = bits_of(from[column]) == bits_of(hole(F()));
+    const bool empty = bits_of(from[column]) == bits_of(missing_value(F()));
     const double value =
         empty ? static_cast<double>(random[column]) * size : static_cast<double>(from[column]);
     static_cast<T*>(out)[column] = Rounder<T>::from(value);

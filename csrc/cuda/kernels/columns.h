@@ -203,7 +203,7 @@ struct TermRuleBody {
 
   template <typename At>
   ANDMASK_METHOD void write(const At& at, const Column* columns, KeptTotal& total) const {
-    if constexpr (Rule::kFills) {
+    if constexpr (Rule::kFillsMissing) {
       Pack<F, kWidth> results;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
@@ -211,7 +211,7 @@ struct TermRuleBody {
         const double bad = static_cast<double>(columns[i].poison);
         const double value = rule(columns[i].sums, 0) + bad;
         const F wide = Rounder<F>::from(value);
-        results[i] = keep || bad != 0 ? wide : hole(F());
+        results[i] = keep || bad != 0 ? wide : missing_value(F());
         if (keep && at.has(i)) total += KeptTotal{value < 0 ? -value : value, 1};
       }
       at.put(static_cast<F*>(out), results);
@@ -229,7 +229,7 @@ struct TermRuleBody {
   }
 
   ANDMASK_METHOD void finish(int64_t block, const KeptTotal& total) const {
-    if constexpr (Rule::kFills) parts[block] = total;
+    if constexpr (Rule::kFillsMissing) parts[block] = total;
   }
 };
 
@@ -269,7 +269,7 @@ struct FillBody {
     for (int64_t column = place.index(kThreads); column < columns;
          column += place.blocks * kThreads) {
       const F from = static_cast<const F*>(wide)[column];
-      const bool empty = bits_of(from) == bits_of(hole(F()));
+      const bool empty = bits_of(from) == bits_of(missing_value(F()));
       const double random = static_cast<double>(static_cast<const F*>(noise)[column]);
       static_cast<T*>(out)[column] =
           Rounder<T>::from(empty ? random * by : static_cast<double>(from));

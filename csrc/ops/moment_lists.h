@@ -4,9 +4,9 @@
 #include <string>
 #include <vector>
 
-#include "../math/rules.h"
 #include "../tasks/lists.h"
-#include "tensors.h"
+#include "checks.h"
+#include "rules.h"
 
 namespace andmask {
 
@@ -23,18 +23,6 @@ struct MomentLists {
     return found;
   }
 };
-
-// What the library knows of a moment rule, by name.
-struct RuleInfo {
-  const char* name;
-  int arguments;
-  unsigned moments;
-  const char* (*invalid)(const double* arguments);
-};
-
-// Index in MomentRules; checks name and arguments.
-int find_rule(const char* op, const std::string& name, const std::vector<double>& arguments);
-const RuleInfo& rule_info(int rule);
 
 inline std::vector<void*> pointers(const Tensors& tensors) {
   std::vector<void*> found;

@@ -1,16 +1,7 @@
-#include "lists.h"
-
-#include <limits>
+#include "moment_lists.h"
 
 namespace andmask {
 namespace {
-
-template <typename... Rules>
-const std::vector<RuleInfo>& infos(RuleList<Rules...>) {
-  static const std::vector<RuleInfo> all = {
-      {Rules::kName, Rules::kArguments, Rules::kMoments, Rules::invalid}...};
-  return all;
-}
 
 // A list of moments is empty, or as long as the sums, of their shapes and of the right dtype.
 void check_moment(const char* op, const char* name, const Tensors& moment, const Tensors& sum,
@@ -33,35 +24,12 @@ void check_moment(const char* op, const char* name, const Tensors& moment, const
     if (!right) {
       fail(op, "expected ", name, "[", i, "] of dtype ",
            votes ? "int8, int16 or int32" : "float32, or float64 where sum is", ", but got ",
-           torch::headeronly::toString(dtype));
+           dtype_text(dtype));
     }
   }
 }
 
 }  // namespace
-
-const RuleInfo& rule_info(int rule) { return infos(MomentRules())[rule]; }
-
-int find_rule(const char* op, const std::string& name, const std::vector<double>& arguments) {
-  const auto& all = infos(MomentRules());
-  std::string names;
-  for (size_t index = 0; index < all.size(); ++index) {
-    const RuleInfo& rule = all[index];
-    if (name != rule.name) {
-      if (index) names += ", ";
-      names += rule.name;
-      continue;
-    }
-    check(arguments.size() == static_cast<size_t>(rule.arguments), op, "expected ", rule.arguments,
-          " argument(s) of rule ", name, ", but got ", arguments.size());
-    const char* const invalid = rule.invalid(arguments.data());
-    std::string got;
-    for (double argument : arguments) got += " " + std::to_string(argument);
-    check(!invalid, op, invalid, " for rule ", name, ", but got", got);
-    return static_cast<int>(index);
-  }
-  fail(op, "expected a rule on moments (", names, "), but got ", name);
-}
 
 MomentArrays moment_arrays(const MomentLists& lists, int64_t index) {
   const auto pointer = [index](const Tensors& list) {
@@ -95,12 +63,12 @@ void Aligned::copy_back() {
 UpdateList update_list(const char* op, const MomentLists& lists, int64_t count,
                        const std::string& rule, const std::vector<double>& arguments,
                        bool rescale) {
+  check_count(op, count);
+  const RuleInfo& info = find_rule(op, rule, arguments, count, /*on_moments=*/true);
   UpdateList updates;
-  updates.rule = find_rule(op, rule, arguments);
+  updates.rule = info.moment_rule;
   updates.rescale = rescale;
-  check(count >= 1 && count <= std::numeric_limits<int32_t>::max(), op,
-        "expected count in [1, 2^31 - 1], but got ", count);
-  const unsigned needs = rule_info(updates.rule).moments;
+  const unsigned needs = info.moments;
   check_moment(op, "votes", lists.votes, lists.sum, needs & kVotes, rule);
   check_moment(op, "squares", lists.squares, lists.sum, needs & kSquares, rule);
   check_moment(op, "logs", lists.logs, lists.sum, needs & kLogs, rule);
