@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../errors.h"
+#include "../tasks/aggregate.h"
 #include "device.h"
 #include "kernels/columns.h"
 #include "kernels/masked_mean.h"
@@ -56,18 +57,22 @@ void run_moments(const AggregateTask& call) {
     const MomentArrays arrays{sum, moments & kVotes ? votes : nullptr, sizeof(int32_t),
                               moments & kSquares ? squares : nullptr,
                               moments & kLogs ? logs : nullptr};
-    const ResolveTask task{arrays, sizeof(F) == sizeof(double) ? Dtype::float64 : Dtype::float32,
-                           call.arguments, call.environments};
+    const Update rule{.moments = arrays,
+                      .sum_dtype = sizeof(F) == sizeof(double) ? Dtype::float64 : Dtype::float32,
+                      .arguments = call.arguments,
+                      .count = call.environments};
     for (int64_t first = begin; first < end; first += kMomentBlock) {
       const int64_t columns = std::min(kMomentBlock, end - first);
       const void* const grads =
           static_cast<const char*>(call.grads) + first * item_size(call.dtype);
-      accumulate({grads, call.environments, call.stride, nullptr, 0, arrays}, 0, columns);
+      accumulate(
+          {.grads = grads, .rows = call.environments, .stride = call.stride, .moments = arrays}, 0,
+          columns);
       if (call.rescale) {
-        totals[unit] += total_factor(task, 0, columns);
-        resolve(task, 1, 0, columns, static_cast<F*>(call.wide) + first);
+        totals[unit] += total_factor(rule, 0, columns);
+        resolve(rule, 1, 0, columns, static_cast<F*>(call.wide) + first);
       } else {
-        resolve(task, 1, 0, columns, update);
+        resolve(rule, 1, 0, columns, update);
         store(update, call.out, first, first + columns);
       }
     }
@@ -113,9 +118,9 @@ void run_columns(const Cpu& cpu, const AggregateTask& call) {
 
 }  // namespace
 
-void Cpu::aggregate(const AggregateTask& task) const {
+void run(const Cpu& cpu, const AggregateTask& task) {
   if (task.moment_rule < 0) {
-    run_columns(*this, task);
+    run_columns(cpu, task);
   } else if (task.dtype == Dtype::float64) {
     run_moments<double>(task);
   } else {

@@ -29,7 +29,7 @@ auto choose_path(const OuterTask& task) {
 
 }  // namespace
 
-void Cpu::accumulate_outer(const OuterTask& task) const {
+void run(const Cpu&, const OuterTask& task) {
   const int64_t rows = task.offsets[task.environments] * task.activations.rows();
   const int64_t elements = task.groups * task.grad_outputs.channels * task.activations.channels *
                            task.activations.taps();

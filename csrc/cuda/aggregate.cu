@@ -5,7 +5,6 @@
 #include "kernels/masked_mean.h"
 #include "kernels/ranked.h"
 #include "launch.h"
-#include "launchers.h"
 #include "types.h"
 
 namespace andmask {
@@ -109,7 +108,7 @@ void ranked_rule(const Stream& stream, const AggregateTask& task, const Rule& ru
 
 }  // namespace
 
-void launch_aggregate(const Stream& stream, const AggregateTask& task) {
+void run(const Stream& stream, const AggregateTask& task) {
   with_type(task.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     with_rule(MomentRules(), task.moment_rule, [&](auto found) {

@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/together.h"
+#include "kernels/block_ops.h"
 #include "stream.h"
 
 #if defined(__CUDACC__)
@@ -70,7 +70,7 @@ constexpr int kMinBlocks = [] {
 
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, kMinBlocks<Body>)
-    run(const __grid_constant__ Body body) {
+    run_body(const __grid_constant__ Body body) {
   const Place place{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
   if constexpr (Summing<Body>) {
     const auto total = block_sum<Body::kThreads>(body(place));
@@ -87,8 +87,8 @@ __global__ void __launch_bounds__(Body::kThreads, kMinBlocks<Body>)
 template <typename Body>
 void launch(const Stream& stream, int64_t blocks, const Body& body) {
   if (blocks == 0) return;
-  run<Body><<<static_cast<unsigned>(blocks), Body::kThreads, 0,
-              static_cast<cudaStream_t>(stream.handle)>>>(body);
+  run_body<Body><<<static_cast<unsigned>(blocks), Body::kThreads, 0,
+                   static_cast<cudaStream_t>(stream.handle)>>>(body);
   check_cuda(cudaGetLastError(), "a kernel launch");
 }
 

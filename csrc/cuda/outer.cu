@@ -2,7 +2,6 @@
 #include <vector>
 
 #include "launch.h"
-#include "launchers.h"
 #include "outer/tile.h"
 #include "types.h"
 
@@ -55,7 +54,7 @@ struct Request {
 };
 
 template <typename Multiplier, bool extras>
-void run(const Stream& stream, const Request& request) {
+void launch_tiles(const Stream& stream, const Request& request) {
   using F = accumulate_t<typename Multiplier::Element>;
   const OuterTask& task = request.task;
   OuterArguments args{};
@@ -103,9 +102,9 @@ void run(const Stream& stream, const Request& request) {
 template <typename T>
 void run_sums(const Stream& stream, const Request& request) {
   if constexpr (sizeof(T) == 2) {
-    if (!request.row_weights) return run<HalfMultiplier<T>, false>(stream, request);
+    if (!request.row_weights) return launch_tiles<HalfMultiplier<T>, false>(stream, request);
   }
-  run<SimpleMultiplier<T>, false>(stream, request);
+  launch_tiles<SimpleMultiplier<T>, false>(stream, request);
 }
 
 // One row for each environment: the sums are one product of all rows, which may be split anywhere,
@@ -131,7 +130,7 @@ void run_single_rows(const Stream& stream, Request request) {
   request.row_weights = nullptr;
   request.sums = false;
   request.votes = true;
-  run<SignMultiplier<T>, false>(stream, request);
+  launch_tiles<SignMultiplier<T>, false>(stream, request);
 }
 
 template <typename T>
@@ -150,7 +149,7 @@ void run_environments(const Stream& stream, Request request) {
   }
   request.sums = request.votes = true;
   if (task.moments.squares || task.moments.logs) {
-    run<SimpleMultiplier<T>, true>(stream, request);
+    launch_tiles<SimpleMultiplier<T>, true>(stream, request);
   } else {
     run_sums<T>(stream, request);
   }
@@ -158,7 +157,7 @@ void run_environments(const Stream& stream, Request request) {
 
 }  // namespace
 
-void launch_accumulate_outer(const Stream& stream, const OuterTask& task) {
+void run(const Stream& stream, const OuterTask& task) {
   Request request{task, nullptr, nullptr, nullptr, nullptr, 0, 0, 1, false, false};
   if (task.weights && all_same(task.weights, task.environments)) request.weight = task.weights[0];
   const bool single = has_single_rows(task) && !task.moments.squares && !task.moments.logs;

@@ -1,4 +1,4 @@
-// What kernels are put on.
+// A CUDA stream: a device that tasks run on.
 #pragma once
 
 #include <cstdint>
@@ -17,5 +17,7 @@ struct Stream {
     return static_cast<T*>(memory(count * static_cast<int64_t>(sizeof(T))));
   }
 };
+
+int64_t multiprocessor_count(int32_t device);
 
 }  // namespace andmask

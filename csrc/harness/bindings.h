@@ -7,6 +7,8 @@
 #include <string>
 
 #include "../cpu/kernels/dispatch.h"
+#include "../math/columns.h"
+#include "../tasks/masked_mean.h"
 
 namespace andmask {
 
@@ -15,6 +17,21 @@ Isa parse_isa(const std::string& wanted);
 
 // numpy has no bfloat16: its bits come as uint16.
 Dtype parse_dtype(const pybind11::array& array);
+
+Output parse_output(const std::string& name);
+
+// The index of a rule in a list of rules, or -1.
+template <typename... Rules>
+int find_rule(const std::string& wanted, RuleList<Rules...>) {
+  const std::string names[] = {Rules::kName...};
+  for (int index = 0; index < RuleList<Rules...>::kSize; ++index) {
+    if (names[index] == wanted) return index;
+  }
+  return -1;
+}
+
+// Throws where there is no rule on moments of that name.
+int moment_rule(const std::string& name);
 
 void bind_aggregate(pybind11::module_& m);
 void bind_cuda_aggregate(pybind11::module_& m);

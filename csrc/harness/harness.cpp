@@ -44,6 +44,18 @@ Dtype parse_dtype(const py::array& array) {
   throw std::invalid_argument("grads: expected float16, float32, float64, or bfloat16 as uint16");
 }
 
+Output parse_output(const std::string& name) {
+  return name == "masked_mean"        ? Output::masked_mean
+         : name == "masked_mean_wide" ? Output::masked_mean_wide
+                                      : Output::mask;
+}
+
+int moment_rule(const std::string& name) {
+  const int rule = find_rule(name, MomentRules());
+  if (rule < 0) throw std::invalid_argument("rule: there is no " + name);
+  return rule;
+}
+
 namespace {
 
 py::array wide_like(const py::array& grads, int64_t columns) {
@@ -62,16 +74,12 @@ py::tuple masked_mean(const std::string& isa, const py::array& grads, int32_t th
   const bool rounded = output == "masked_mean";
   py::array out =
       rounded ? py::array(grads.dtype(), std::vector<int64_t>{columns}) : wide_like(grads, columns);
-  const MaskedMeanTask task{
-      grads.data(),
-      grads.shape(0),
-      grads.strides(0) / grads.itemsize(),
-      threshold,
-      rounded                        ? Output::masked_mean
-      : output == "masked_mean_wide" ? Output::masked_mean_wide
-                                     : Output::mask,
-      out.mutable_data(),
-  };
+  const MaskedMeanTask task{.grads = grads.data(),
+                            .environments = grads.shape(0),
+                            .stride = grads.strides(0) / grads.itemsize(),
+                            .threshold = threshold,
+                            .output = parse_output(output),
+                            .out = out.mutable_data()};
   const auto reduce =
       masked_mean_kernels(parse_isa(isa)).reduce[static_cast<int>(parse_dtype(grads))];
   int64_t kept = 0;

@@ -9,7 +9,6 @@
 #include <vector>
 
 #include "../cpu/outer/tiles.h"
-#include "../cuda/launchers.h"
 #include "bindings.h"
 #include "host_stream.h"
 
@@ -74,7 +73,7 @@ void outer(const std::string& isa, const py::array& activations, const py::array
                   votes ? static_cast<int>(votes->itemsize()) : 0, pointer(squares), pointer(logs)};
   task.groups = groups;
   if (isa == "cuda") {  // its kernel bodies, thread by thread
-    launch_accumulate_outer(HostStream(2), task);
+    run(HostStream(2), task);
     return;
   }
   accumulate_outer_tiles(task, parse_isa(isa), threads,

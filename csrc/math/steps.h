@@ -128,7 +128,7 @@ struct TemporalAdam {
 
 template <typename F>
 ANDMASK_INLINE TemporalAdam<F> temporal_adam_of(const TemporalAdamTask& task) {
-  return {adam_of<F>(task.adam), static_cast<F>(1 - task.beta3),
+  return {adam_of<F>(task), static_cast<F>(1 - task.beta3),
           static_cast<F>((task.tau - 1e-6) * task.correction3)};
 }
 

@@ -42,25 +42,25 @@ Tensor aggregate(const Tensor& grads, std::string name, std::vector<double> argu
   const torch::headeronly::IntHeaderOnlyArrayRef out_shape(shape.data() + 1, shape.size() - 1);
   const Tensor out = torch::stable::new_empty(grads, out_shape);
   if (out.numel() == 0) return out;
-  // A statistic of the tensor takes a second pass; till then 16-bit results wait in float32.
+  // A statistic of the tensor takes a second pass. Until then 16-bit results are kept in float32.
   const bool waits = is_narrow(dtype) && (rescale || rule.fills_missing);
   const Tensor wide = waits ? torch::stable::new_empty(grads, out_shape, ScalarType::Float) : out;
   const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
   const Tensor noise_row = noise ? torch::stable::contiguous(*noise) : grads;
-  device.aggregate({
-      rows.const_data_ptr(),
-      rows.size(0),
-      rows.stride(0),
-      out.numel(),
-      dtype,
-      rule.moment_rule,
-      rule.column_rule,
-      arguments.data(),
-      rescale,
-      noise ? noise_row.const_data_ptr() : nullptr,
-      wide.mutable_data_ptr(),
-      out.mutable_data_ptr(),
-  });
+  run(device, AggregateTask{
+                  .grads = rows.const_data_ptr(),
+                  .environments = rows.size(0),
+                  .stride = rows.stride(0),
+                  .columns = out.numel(),
+                  .dtype = dtype,
+                  .moment_rule = rule.moment_rule,
+                  .column_rule = rule.column_rule,
+                  .arguments = arguments.data(),
+                  .rescale = rescale,
+                  .noise = noise ? noise_row.const_data_ptr() : nullptr,
+                  .wide = wide.mutable_data_ptr(),
+                  .out = out.mutable_data_ptr(),
+              });
   return out;
 }
 

@@ -29,17 +29,19 @@ Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool
 
   const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
   const int64_t environments = rows.size(0);
-  const MaskedMeanTask task{
-      rows.const_data_ptr(),
-      environments,
-      rows.stride(0),
-      static_cast<int32_t>(vote_threshold(tau, environments)),
-      mask_only ? Output::mask
-      : rescale ? Output::masked_mean_wide
-                : Output::masked_mean,
-      first.mutable_data_ptr(),
-  };
-  device.masked_mean(task, dtype, columns, rescale ? out.mutable_data_ptr() : nullptr);
+  run(device, MaskedMeanTask{
+                  .grads = rows.const_data_ptr(),
+                  .environments = environments,
+                  .stride = rows.stride(0),
+                  .threshold = static_cast<int32_t>(vote_threshold(tau, environments)),
+                  .output = mask_only ? Output::mask
+                            : rescale ? Output::masked_mean_wide
+                                      : Output::masked_mean,
+                  .out = first.mutable_data_ptr(),
+                  .columns = columns,
+                  .dtype = dtype,
+                  .scaled = rescale ? out.mutable_data_ptr() : nullptr,
+              });
   return out;
 }
 

@@ -60,30 +60,28 @@ void Aligned::copy_back() {
   for (auto& [original, stand_in] : copies_) torch::stable::copy_(original, stand_in);
 }
 
-UpdateList update_list(const char* op, const MomentLists& lists, int64_t count,
-                       const std::string& rule, const std::vector<double>& arguments,
-                       bool rescale) {
+std::vector<Update> check_updates(const char* op, const MomentLists& lists, int64_t count,
+                                  const std::string& rule, const std::vector<double>& arguments,
+                                  bool rescale) {
   check_count(op, count);
   const RuleInfo& info = find_rule(op, rule, arguments, count, /*on_moments=*/true);
-  UpdateList updates;
-  updates.rule = info.moment_rule;
-  updates.rescale = rescale;
-  const unsigned needs = info.moments;
-  check_moment(op, "votes", lists.votes, lists.sum, needs & kVotes, rule);
-  check_moment(op, "squares", lists.squares, lists.sum, needs & kSquares, rule);
-  check_moment(op, "logs", lists.logs, lists.sum, needs & kLogs, rule);
-  updates.tasks.reserve(lists.sum.size());
+  check_moment(op, "votes", lists.votes, lists.sum, info.moments & kVotes, rule);
+  check_moment(op, "squares", lists.squares, lists.sum, info.moments & kSquares, rule);
+  check_moment(op, "logs", lists.logs, lists.sum, info.moments & kLogs, rule);
+  std::vector<Update> updates;
   for (size_t i = 0; i < lists.sum.size(); ++i) {
-    updates.tasks.push_back({{}, check_dtype(op, "sum", lists.sum[i], i), arguments.data(), count});
-    updates.sizes.push_back(lists.sum[i].numel());
+    updates.push_back({.sum_dtype = check_dtype(op, "sum", lists.sum[i], i),
+                       .arguments = arguments.data(),
+                       .count = count,
+                       .columns = lists.sum[i].numel(),
+                       .rule = info.moment_rule,
+                       .rescale = rescale});
   }
   return updates;
 }
 
-void set_moments(UpdateList& updates, const MomentLists& lists) {
-  for (size_t i = 0; i < updates.tasks.size(); ++i) {
-    updates.tasks[i].moments = moment_arrays(lists, i);
-  }
+void set_moments(std::vector<Update>& updates, const MomentLists& lists) {
+  for (size_t i = 0; i < updates.size(); ++i) updates[i].moments = moment_arrays(lists, i);
 }
 
 }  // namespace andmask

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "../tasks/lists.h"
+#include "../tasks/moments.h"
 #include "checks.h"
 #include "rules.h"
 
@@ -24,12 +24,6 @@ struct MomentLists {
   }
 };
 
-inline std::vector<void*> pointers(const Tensors& tensors) {
-  std::vector<void*> found;
-  for (const Tensor& tensor : tensors) found.push_back(tensor.mutable_data_ptr());
-  return found;
-}
-
 MomentArrays moment_arrays(const MomentLists& lists, int64_t index);
 
 // Goes over the memory of several tensors as over one row. Where their layouts differ, contiguous
@@ -45,11 +39,12 @@ class Aligned {
   std::vector<std::pair<Tensor, Tensor>> copies_;  // original, stand-in
 };
 
-// Checks the moments and the rule, and describes the updates but for the memory of the moments,
-// which set_moments fills in once it is aligned. `arguments` must live as long as the result. `sum`
-// may also be a list of plain gradients, in 16 bits too.
-UpdateList update_list(const char* op, const MomentLists& lists, int64_t count,
-                       const std::string& rule, const std::vector<double>& arguments, bool rescale);
-void set_moments(UpdateList& updates, const MomentLists& lists);
+// Checks the moments and the rule. Returns an update for each tensor, without the memory of its
+// moments: set_moments adds that once they are aligned. `arguments` must live as long as the
+// updates. `sum` may also be a list of plain gradients, in 16 bits too.
+std::vector<Update> check_updates(const char* op, const MomentLists& lists, int64_t count,
+                                  const std::string& rule, const std::vector<double>& arguments,
+                                  bool rescale);
+void set_moments(std::vector<Update>& updates, const MomentLists& lists);
 
 }  // namespace andmask

@@ -44,10 +44,10 @@ void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tenso
   check_here(
       device,
       {{"grads", grads}, {"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
-  AccumulateList work;
+  std::vector<AccumulateTask> tasks;
   for (size_t i = 0; i < size; ++i) {
-    work.dtypes.push_back(check_dtype(op, "grads", grads[i], i));
-    const ScalarType wide = wide_type(work.dtypes[i]);
+    const Dtype dtype = check_dtype(op, "grads", grads[i], i);
+    const ScalarType wide = wide_type(dtype);
     check_like_grad(op, "sum", i, sum[i], grads[i], skip, wide);
     if (stacked && grads[i].size(0) != rows) {
       fail(op, "expected ", rows, " environments (dim 0), as grads[0] has, in grads[", i,
@@ -59,25 +59,34 @@ void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tenso
     }
     if (!squares.empty()) check_like_grad(op, "squares", i, squares[i], grads[i], skip, wide);
     if (!logs.empty()) check_like_grad(op, "logs", i, logs[i], grads[i], skip, wide);
-    work.sizes.push_back(sum[i].numel());
+    tasks.push_back({.rows = rows,
+                     .weights = weights.empty() ? nullptr : weights.data(),
+                     .count = count,
+                     .dtype = dtype,
+                     .columns = sum[i].numel()});
   }
 
+  MomentLists lists{sum, votes, squares, logs};
   Aligned aligned;
   for (size_t i = 0; i < size; ++i) {
-    std::vector<Tensor*> moments = {&sum[i]};
-    for (Tensors* list : {&votes, &squares, &logs}) {
-      if (!list->empty()) moments.push_back(&(*list)[i]);
-    }
-    aligned.align(moments, {&grads[i]}, skip);
+    aligned.align(lists.tensors(i), {&grads[i]}, skip);
+    tasks[i].grads = grads[i].const_data_ptr();
+    tasks[i].stride = stacked ? grads[i].stride(0) : 0;
+    tasks[i].moments = moment_arrays(lists, i);
   }
-  const MomentLists lists{sum, votes, squares, logs};
-  for (size_t i = 0; i < size; ++i) {
-    work.tasks.push_back({grads[i].const_data_ptr(), rows, stacked ? grads[i].stride(0) : 0,
-                          weights.empty() ? nullptr : weights.data(), count,
-                          moment_arrays(lists, i)});
-  }
-  device.accumulate(work);
+  run(device, tasks);
   aligned.copy_back();
+}
+
+// The tasks of resolve, once all tensors are aligned.
+inline std::vector<ResolveTask> resolve_tasks(std::vector<Update> updates, const MomentLists& lists,
+                                              const Tensors& out) {
+  set_moments(updates, lists);
+  std::vector<ResolveTask> tasks;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    tasks.push_back({updates[i], out[i].mutable_data_ptr()});
+  }
+  return tasks;
 }
 
 template <typename Device>
@@ -85,7 +94,7 @@ Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64
                 std::string rule, std::vector<double> arguments, bool rescale) {
   const char* const op = "andmask::_resolve";
   MomentLists lists{sum, votes, squares, logs};
-  UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
+  const std::vector<Update> updates = check_updates(op, lists, count, rule, arguments, rescale);
   Tensors out;
   if (sum.empty()) return out;
   const Device device(op, sum[0]);
@@ -94,8 +103,7 @@ Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64
   Tensors written = out;
   Aligned aligned;
   for (size_t i = 0; i < sum.size(); ++i) aligned.align({&written[i]}, lists.tensors(i));
-  set_moments(updates, lists);
-  device.resolve(updates, pointers(written));
+  run(device, resolve_tasks(updates, lists, written));
   aligned.copy_back();
   return out;
 }
@@ -105,7 +113,7 @@ void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs,
                       std::string rule, std::vector<double> arguments, bool rescale) {
   const char* const op = "andmask::_resolve_";
   MomentLists lists{sum, votes, squares, logs};
-  UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
+  const std::vector<Update> updates = check_updates(op, lists, count, rule, arguments, rescale);
   if (sum.empty()) return;
   const Device device(op, sum[0]);
   check_here(device, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
@@ -116,8 +124,7 @@ void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs,
     read.erase(read.begin());
     aligned.align({&lists.sum[i]}, read);
   }
-  set_moments(updates, lists);
-  device.resolve(updates, pointers(lists.sum));
+  run(device, resolve_tasks(updates, lists, lists.sum));
   aligned.copy_back();
 }
 

@@ -206,7 +206,7 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   task.weights = weights.empty() ? nullptr : weights.data();
   task.count = count;
   moments.set(task);
-  device.accumulate_outer(task);
+  run(device, task);
   moments.copy_back();
 }
 
@@ -298,7 +298,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
   task.weights = weights.empty() ? nullptr : weights.data();
   task.count = count;
   moments.set(task);
-  device.accumulate_outer(task);
+  run(device, task);
   moments.copy_back();
 }
 

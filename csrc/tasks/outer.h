@@ -62,8 +62,8 @@ struct OuterTask {
   const double* weights =
       nullptr;        // [environments]; multiply W_e, but not before it votes. Null: 1
   int64_t count = 0;  // environments added before; 0: what the moments hold is ignored
-  MomentArrays moments{};
-  OuterLayout layout{};
+  MomentArrays moments = {};
+  OuterLayout layout = {};
   // Of a grouped convolution. Both sources describe the first group; in them and in the outputs of
   // the moments the other groups follow.
   int64_t groups = 1;
@@ -85,5 +85,8 @@ inline bool has_single_rows(const OuterTask& task) {
            return axis.positions == 1 && axis.taps == 1 && axis.padding == 0;
          });
 }
+
+void run(const Cpu& cpu, const OuterTask& task);
+void run(const Stream& stream, const OuterTask& task);
 
 }  // namespace andmask

@@ -109,7 +109,7 @@ struct ResolveScratch {
 
 // Where the sums of columns [begin, begin + columns) lie, widened if need be.
 template <typename F>
-const F* load_sum(const ResolveTask& task, int64_t begin, int64_t columns, F* scratch) {
+const F* load_sum(const Update& task, int64_t begin, int64_t columns, F* scratch) {
   if constexpr (sizeof(F) == sizeof(float)) {
     if (task.sum_dtype == Dtype::float16) {
       return widened(static_cast<const Half*>(task.moments.sum) + begin, columns, scratch);
@@ -140,7 +140,7 @@ const int32_t* load_votes(const MomentArrays& moments, int64_t begin, int64_t co
 
 // Calls `use(index in the block, aggregate)` for every column, in loops that can be vectorised.
 template <typename Rule, typename F, typename Use>
-ANDMASK_INLINE void for_columns(const Rule& rule, const ResolveTask& task, int64_t begin,
+ANDMASK_INLINE void for_columns(const Rule& rule, const Update& task, int64_t begin,
                                 int64_t columns, const Use& use) {
   ResolveScratch<F> scratch;
   const F* const sum = load_sum<F>(task, begin, columns, scratch.sum);
@@ -182,7 +182,7 @@ double add_up(const F* factors, int64_t columns) {
 }
 
 template <typename F, typename Rule>
-double total_factor(const ResolveTask& task, int64_t begin, int64_t end) {
+double total_factor(const Update& task, int64_t begin, int64_t end) {
   const Rule rule(task.arguments, task.count);
   alignas(64) F factors[kBlock];
   double total = 0;
@@ -197,7 +197,7 @@ double total_factor(const ResolveTask& task, int64_t begin, int64_t end) {
 
 // The factor multiplies; it never selects: what is not finite shows under a factor of 0 as NaN.
 template <typename F, typename Rule>
-void resolve(const ResolveTask& task, double scale, int64_t begin, int64_t end, void* update) {
+void resolve(const Update& task, double scale, int64_t begin, int64_t end, void* update) {
   const Rule rule(task.arguments, task.count);
   F* const __restrict out = static_cast<F*>(update);
   if (scale == 1) {

@@ -15,11 +15,11 @@ struct MomentKernels {
   // Adds to columns [begin, end) of the moments.
   void (*accumulate[kDtypes])(const AccumulateTask& task, int64_t begin, int64_t end);
   // The sum of the rule's factors over columns [begin, end).
-  double (*total_factor[kWidths][MomentRules::kSize])(const ResolveTask& task, int64_t begin,
+  double (*total_factor[kWidths][MomentRules::kSize])(const Update& task, int64_t begin,
                                                       int64_t end);
   // update[0, end - begin) = factor * value * scale, in the wide type. At most kUpdateBlock
   // columns.
-  void (*resolve[kWidths][MomentRules::kSize])(const ResolveTask& task, double scale, int64_t begin,
+  void (*resolve[kWidths][MomentRules::kSize])(const Update& task, double scale, int64_t begin,
                                                int64_t end, void* update);
 };
 

@@ -146,7 +146,7 @@ struct SignVotes {
 }  // namespace
 
 void accumulate_sign_outer(const OuterTask& task, Isa isa, int64_t threads,
-                            const ParallelFor& parallel_for) {
+                           const ParallelFor& parallel_for) {
   const Product sums{task, isa, threads, parallel_for};
   const SignVotes votes{task, sign_outer_kernels(isa), threads, parallel_for};
   const int64_t inputs = task.activations.channels, outputs = task.grad_outputs.channels;

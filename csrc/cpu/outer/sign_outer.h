@@ -9,6 +9,6 @@ namespace andmask {
 // As accumulate_outer_tiles, for sums and votes of one row per environment, in one group and with
 // one tap. A product that underflows to zero votes all the same.
 void accumulate_sign_outer(const OuterTask& task, Isa isa, int64_t threads,
-                            const ParallelFor& parallel_for);
+                           const ParallelFor& parallel_for);
 
 }  // namespace andmask

@@ -153,12 +153,10 @@ class Worker {
       one.row_offsets += *one.rows;
       one.outputs = static_cast<const char*>(one.outputs) + *one.rows * output_step;
       if (whole.suspends && i + 1 == whole.environments) return;
-      const AccumulateTask task{whole.partial,
-                                1,
-                                0,
-                                whole.weights ? whole.weights + i : nullptr,
-                                task_.count + environment,
-                                moments};
+      const AccumulateTask task{.grads = whole.partial,
+                                .weights = whole.weights ? whole.weights + i : nullptr,
+                                .count = task_.count + environment,
+                                .moments = moments};
       accumulate(task, 0, size);
     }
   }

@@ -133,12 +133,11 @@ struct MaskedMeanBody {
   using Total = double;
 
   MaskedMeanTask task;
-  int64_t columns;
   double* kept;  // [blocks]; null: not asked for
 
   ANDMASK_METHOD double operator()(const Place& place) const {
     double total = 0;
-    for_packs<width_>(place, kThreads, columns, [&](int64_t column, auto size) {
+    for_packs<width_>(place, kThreads, task.columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       double sums[width] = {};
       int32_t votes[width] = {};
@@ -170,7 +169,6 @@ struct GroupSumsBody {
   static constexpr int kThreads = 128;
 
   MaskedMeanTask task;
-  int64_t columns;
   int64_t blocks_per_group;
   accumulate_t<T>* sums;  // [groups, columns]
   int8_t* votes;          // [groups, columns]
@@ -178,7 +176,7 @@ struct GroupSumsBody {
   ANDMASK_METHOD void operator()(const Place& place) const {
     const int64_t group = place.block / blocks_per_group;
     const Place inner{place.block % blocks_per_group, blocks_per_group, place.thread};
-    for_packs<width_>(inner, kThreads, columns, [&](int64_t column, auto size) {
+    for_packs<width_>(inner, kThreads, task.columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       GroupSum<T, width> part;
       part.add_rows(static_cast<const T*>(task.grads) + group * kSumGroup * task.stride + column,
@@ -186,8 +184,8 @@ struct GroupSumsBody {
       // Columns need not be a whole number of packs: rows of the scratch are not aligned.
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        sums[group * columns + column + i] = part.sum[i];
-        votes[group * columns + column + i] = static_cast<int8_t>(part.votes[i]);
+        sums[group * task.columns + column + i] = part.sum[i];
+        votes[group * task.columns + column + i] = static_cast<int8_t>(part.votes[i]);
       }
     });
   }
@@ -199,20 +197,19 @@ struct JoinGroupsBody {
   using Total = double;
 
   MaskedMeanTask task;
-  int64_t columns;
   const accumulate_t<T>* sums;
   const int8_t* votes;
   double* kept;
 
   ANDMASK_METHOD double operator()(const Place& place) const {
     double total = 0;
-    for (int64_t column = place.index(kThreads); column < columns;
+    for (int64_t column = place.index(kThreads); column < task.columns;
          column += place.blocks * kThreads) {
       double sum = static_cast<double>(sums[column]);
       int32_t vote = votes[column];
       for (int64_t group = 1; group < sum_groups(task.environments); ++group) {
-        sum += static_cast<double>(sums[group * columns + column]);
-        vote += votes[group * columns + column];
+        sum += static_cast<double>(sums[group * task.columns + column]);
+        vote += votes[group * task.columns + column];
       }
       total += write_columns<T, 1>(task, column, &sum, &vote);
     }

@@ -4,7 +4,7 @@
 
 #include "../../math/rules.h"
 #include "../../tasks/moments.h"
-#include "list.h"
+#include "kernel_table.h"
 
 namespace andmask {
 

@@ -185,9 +185,9 @@ ANDMASK_INLINE void correct(AdamTask& task, double steps) {
 }
 
 ANDMASK_INLINE void correct(TemporalAdamTask& task, double steps) {
-  task.adam.correction1 = task.adam.correction2 = task.correction3 = 1;
+  task.correction1 = task.correction2 = task.correction3 = 1;
   if (!task.bias_correction) return;
-  correct(task.adam, steps);
+  correct(static_cast<AdamTask&>(task), steps);
   task.correction3 = correction_of(task.beta3, steps);
 }
 

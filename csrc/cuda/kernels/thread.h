@@ -2,8 +2,8 @@
 //
 // A body is a struct of arguments whose methods do the work of one thread: plain functions of the
 // place of the thread, which a host compiler takes too. The test harness calls them for every
-// thread of every block (csrc/cuda/launch.h). What threads have to do together stands in together.h
-// alone.
+// thread of every block (csrc/cuda/launch.h). What threads have to do together stands in
+// block_ops.h alone.
 #pragma once
 
 #include <cstdint>

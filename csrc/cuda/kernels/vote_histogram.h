@@ -4,8 +4,8 @@
 
 #include "../../math/agreement.h"
 #include "../../tasks/moments.h"
-#include "list.h"
-#include "together.h"
+#include "block_ops.h"
+#include "kernel_table.h"
 
 namespace andmask {
 
@@ -14,7 +14,8 @@ struct VoteHistogramItem {
   const void* votes;  // int8, int16 or int32
   int vote_bytes;
   int64_t size;
-  int64_t number;  // of the tensor, in the caller's list
+  int64_t* counts;  // [bins]
+  double* squares;
   bool packed;
 };
 
@@ -34,9 +35,7 @@ struct VoteHistogramBody {
 
   List<VoteHistogramItem> list;
   int64_t bins;
-  int64_t copies;   // of the bins in shared memory, for threads side by side; 0: they do not fit
-  int64_t* counts;  // [tensors, bins]
-  double* squares;
+  int64_t copies;  // of the bins in shared memory, for threads side by side; 0: they do not fit
 
   // Where there is room, threads of a warp do not wait for each other.
   static int64_t most_copies(int64_t bins) { return kBins / bins < kWarp ? kBins / bins : kWarp; }
@@ -66,8 +65,8 @@ struct VoteHistogramBody {
     const int64_t index = list.item_of(chunk);
     const VoteHistogramItem& item = list.items[index];
     const int64_t own = chunk - list.first_chunk[index];
-    int64_t* const all_counts = counts + item.number * bins;
-    double* const all_squares = squares + item.number * bins;
+    int64_t* const all_counts = item.counts;
+    double* const all_squares = item.squares;
     if (copies == 0) {
       crew.each([&](int thread, State&) {
         for_votes(item, own, thread, [&](int64_t bin, double square) {

@@ -5,7 +5,7 @@
 #include <math.h>
 
 #include "../../math/agreement.h"
-#include "../kernels/together.h"
+#include "../kernels/block_ops.h"
 #include "operands.h"
 
 namespace andmask {

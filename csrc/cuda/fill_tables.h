@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "kernels/list.h"
+#include "kernels/kernel_table.h"
 #include "launch.h"
 
 namespace andmask {
