@@ -1,4 +1,4 @@
-// From lists of any length to launches.
+// Fills tables of tensors for launches.
 #pragma once
 
 #include <memory>
@@ -9,27 +9,28 @@
 
 namespace andmask {
 
-// Calls f(list) for lists of so many items that their table fits among the arguments of a kernel.
-// Chunks are numbered through all of them; returns how many there are.
+// Calls f(table) for tables that together hold all items; a table fits into the arguments of a
+// kernel. Chunks are numbered through all tables. Returns the number of chunks.
 template <typename Item, typename F>
-int64_t for_lists(const std::vector<Item>& items, const F& f) {
-  const auto list = std::make_unique<List<Item>>();  // too large for the stack of any thread
+int64_t for_tables(const std::vector<Item>& items, const F& f) {
+  const auto table =
+      std::make_unique<KernelTable<Item>>();  // too large for the stack of any thread
   int64_t chunk = 0;
   const int64_t size = static_cast<int64_t>(items.size());
-  for (int64_t first = 0; first < size; first += List<Item>::kItems) {
-    list->count = std::min(List<Item>::kItems, size - first);
-    list->first_chunk[0] = chunk;
-    for (int64_t i = 0; i < list->count; ++i) {
-      list->items[i] = items[first + i];
+  for (int64_t first = 0; first < size; first += KernelTable<Item>::kItems) {
+    table->count = std::min(KernelTable<Item>::kItems, size - first);
+    table->first_chunk[0] = chunk;
+    for (int64_t i = 0; i < table->count; ++i) {
+      table->items[i] = items[first + i];
       chunk += chunks_of(items[first + i].size);
-      list->first_chunk[i + 1] = chunk;
+      table->first_chunk[i + 1] = chunk;
     }
-    f(*list);
+    f(*table);
   }
   return chunk;
 }
 
-// Whether an array can be moved in packs of `width` elements.
+// True if an array can be moved in packs of `width` elements.
 inline bool packs(const void* array, int width, int64_t bytes) {
   return !array || aligned_for(array, width, bytes);
 }

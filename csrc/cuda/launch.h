@@ -71,16 +71,16 @@ constexpr int kMinBlocks = [] {
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, kMinBlocks<Body>)
     run_body(const __grid_constant__ Body body) {
-  const Place place{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
+  const ThreadIndex index{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
   if constexpr (Summing<Body>) {
-    const auto total = block_sum<Body::kThreads>(body(place));
-    if (threadIdx.x == 0) body.finish(place.block, total);
+    const auto total = block_sum<Body::kThreads>(body(index));
+    if (threadIdx.x == 0) body.finish(index.block, total);
   } else if constexpr (Cooperating<Body>) {
     __shared__ typename Body::Shared shared;
-    Crew<typename Body::State, Body::kThreads> crew;
-    body(crew, shared, place);
+    ThreadBlock<typename Body::State, Body::kThreads> threads;
+    body(threads, shared, index);
   } else {
-    body(place);
+    body(index);
   }
 }
 
@@ -107,15 +107,16 @@ void launch(const Stream&, int64_t blocks, const Body& body) {
     if constexpr (Summing<Body>) {
       std::vector<typename Body::Total> totals;
       for (int thread = 0; thread < Body::kThreads; ++thread) {
-        totals.push_back(body(Place{block, blocks, thread}));
+        totals.push_back(body(ThreadIndex{block, blocks, thread}));
       }
       body.finish(block, block_sum(totals));
     } else if constexpr (Cooperating<Body>) {
       const auto shared = std::make_unique<typename Body::Shared>();
-      Crew<typename Body::State, Body::kThreads> crew;
-      body(crew, *shared, Place{block, blocks, 0});
+      ThreadBlock<typename Body::State, Body::kThreads> threads;
+      body(threads, *shared, ThreadIndex{block, blocks, 0});
     } else {
-      for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
+      for (int thread = 0; thread < Body::kThreads; ++thread)
+        body(ThreadIndex{block, blocks, thread});
     }
   }
 }

@@ -40,9 +40,9 @@ void run(const Stream& stream, const std::vector<AccumulateTask>& tasks) {
                             packs(task.moments, width, sizeof(accumulate_t<T>));
         items.push_back({task.grads, task.stride, task.moments, task.columns, packed});
       }
-      for_lists(items, [&](const List<AccumulateItem>& some) {
-        launch(stream, some.chunks(),
-               AccumulateBody<T>{some, first.rows, first.count, weights.all, weights.each});
+      for_tables(items, [&](const KernelTable<AccumulateItem>& table) {
+        launch(stream, table.chunks(),
+               AccumulateBody<T>{table, first.rows, first.count, weights.all, weights.each});
       });
     });
   }

@@ -41,9 +41,9 @@ const double* scales(const Stream& stream, const std::vector<Task>& tasks, const
     chunks += chunks_of(update.columns);
   }
   double* const parts = stream.scratch<double>(chunks);
-  for_lists(items, [&](const List<FactorItem>& some) {
-    launch(stream, some.chunks(), FactorBody<F>{some, call, parts});
-    launch(stream, some.count, ListDensityBody<FactorItem>{some, parts, memory});
+  for_tables(items, [&](const KernelTable<FactorItem>& table) {
+    launch(stream, table.chunks(), FactorBody<F>{table, call, parts});
+    launch(stream, table.count, TableDensityBody<FactorItem>{table, parts, memory});
   });
   return memory;
 }
@@ -99,8 +99,8 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
         }
         items.push_back(item);
       }
-      for_lists(items, [&](const List<StepItem>& some) {
-        launch(stream, some.chunks(), Body{some, call, scale, steps});
+      for_tables(items, [&](const KernelTable<StepItem>& table) {
+        launch(stream, table.chunks(), Body{table, call, scale, steps});
       });
     });
   }
@@ -113,9 +113,10 @@ auto* count_steps(const Stream& stream, const std::vector<Task>& tasks, const In
   Rule* const rules = stream.scratch<Rule>(static_cast<int64_t>(tasks.size()));
   std::vector<CountItem> items;
   for (int64_t i : chosen) items.push_back({tasks[i].step, i});
-  for_lists(items, [&](const List<CountItem>& some) {
+  for_tables(items, [&](const KernelTable<CountItem>& table) {
     using Body = CountBody<Task, Rule, F>;
-    launch(stream, (some.count + Body::kThreads - 1) / Body::kThreads, Body{some, tasks[0], rules});
+    launch(stream, (table.count + Body::kThreads - 1) / Body::kThreads,
+           Body{table, tasks[0], rules});
   });
   return rules;
 }

@@ -20,8 +20,8 @@ void add_histograms(const Stream& stream, const std::vector<VoteHistogramTask>& 
                      task.out.counts, task.out.squares,
                      packs(task.moments, Body::kWidth, sizeof(F))});
   }
-  for_lists(items, [&](const List<VoteHistogramItem>& some) {
-    launch(stream, some.chunks(), Body{some, bins, Body::most_copies(bins)});
+  for_tables(items, [&](const KernelTable<VoteHistogramItem>& table) {
+    launch(stream, table.chunks(), Body{table, bins, Body::most_copies(bins)});
   });
 }
 

@@ -1,4 +1,4 @@
-// What the files of the test harness share.
+// Helpers that the files of the test harness share.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -12,10 +12,10 @@
 
 namespace andmask {
 
-// Throws where this machine has none of that name.
+// Throws if this machine has no instruction set of that name.
 Isa parse_isa(const std::string& wanted);
 
-// numpy has no bfloat16: its bits come as uint16.
+// numpy has no bfloat16: its bits are given as uint16.
 Dtype parse_dtype(const pybind11::array& array);
 
 Output parse_output(const std::string& name);

@@ -51,7 +51,8 @@ void run_behind(int64_t skipped, int64_t columns, int64_t columns_per_block, con
   const int64_t first = skipped / columns_per_block;
   const int64_t blocks = (skipped + columns + columns_per_block - 1) / columns_per_block;
   for (int64_t block = first; block < blocks; ++block) {
-    for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
+    for (int thread = 0; thread < Body::kThreads; ++thread)
+      body(ThreadIndex{block, blocks, thread});
   }
 }
 

@@ -43,7 +43,7 @@ struct TrimmedMean : Ranked {
   double weight(int64_t rank) const { return rank >= first && rank <= last ? 1 : 0; }
 };
 
-// Yang et al. 2020 (arXiv 2003.07422). Of an even number: the mean of the two in the middle.
+// Yang et al. 2020 (arXiv 2003.07422). For an even number: the mean of the two in the middle.
 struct Median : TrimmedMean {
   static constexpr const char* kName = "median";
   static constexpr int kArguments = 0;
@@ -52,8 +52,8 @@ struct Median : TrimmedMean {
   Median(const double*, int64_t environments) : TrimmedMean((environments - 1) / 2, environments) {}
 };
 
-// arXiv 2002.10657. A percentile lies between two ranks, as in numpy.percentile; what is beyond
-// the lower one takes its value, and it is the lowest `rank + 1` values that are.
+// arXiv 2002.10657. A percentile lies between two ranks, as in numpy.percentile. The values beyond
+// it, which are the lowest `rank + 1` (and the highest), are replaced by it.
 struct WinsorizedMean : Ranked {
   static constexpr const char* kName = "winsorized_mean";
   static constexpr int kArguments = 1;  // c
@@ -133,7 +133,7 @@ struct FedIlc {
     term[3] = grad < 0 ? log : 0;
   }
 
-  // `size` of `count` gradients, each replaced by their geometric mean.
+  // The mean over `count` of `size` gradients, each replaced by their geometric mean.
   ANDMASK_METHOD double geometric(double size, double logs) const {
     return size / count * exp_of(logs / (size > 1 ? size : 1));
   }
@@ -151,8 +151,8 @@ constexpr uint32_t kMissing = 0x7fc0beefu;
 ANDMASK_INLINE float missing_value(float) { return float_of(kMissing); }
 ANDMASK_INLINE double missing_value(double) { return double_of(kMissing | uint64_t{0x7ff8} << 48); }
 
-// Agr-Rand: Mansilla et al. 2021 (arXiv 2108.01621). Where the signs do not all agree, noise of the
-// mean size of the kept sums of the tensor fills in.
+// Agr-Rand: Mansilla et al. 2021 (arXiv 2108.01621). Where the signs do not all agree, the result
+// is noise of the mean size of the kept sums of the tensor.
 struct AgreementRandom {
   static constexpr const char* kName = "agreement_random";
   static constexpr int kArguments = 0;

@@ -1,4 +1,4 @@
-// aggregate: checks, and the memory of the results.
+// The op _aggregate: checks, and the memory of the results.
 #pragma once
 
 #include <optional>

@@ -1,4 +1,4 @@
-// masked_mean and agreement_mask: checks, and the memory of the results.
+// The ops masked_mean and agreement_mask: checks, and the memory of the results.
 #pragma once
 
 #include "../math/agreement.h"
@@ -17,9 +17,9 @@ Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool
   const auto out_shape =
       torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
   const Device device(op, grads);
-  // Rescaling needs the count of kept columns first, and then goes over what the first pass wrote.
-  // Results of the 16-bit types wait for it in float32, so that they are rounded to 16 bits once. A
-  // mask stays in float32: its factor may be beyond float16.
+  // Rescaling needs the number of kept columns, so that it takes a second pass. Until then results
+  // of the 16-bit types are kept in float32, so that they are rounded to 16 bits once. A mask stays
+  // in float32: its factor may be beyond float16.
   const bool wide = is_narrow(dtype) && (rescale || mask_only);
   const Tensor first = wide ? torch::stable::new_empty(grads, out_shape, ScalarType::Float)
                             : torch::stable::new_empty(grads, out_shape);

@@ -3,7 +3,8 @@
 namespace andmask {
 namespace {
 
-// A list of moments is empty, or as long as the sums, of their shapes and of the right dtype.
+// Checks that a list of moments is empty, or has the length and the shapes of the sums and a dtype
+// that fits.
 void check_moment(const char* op, const char* name, const Tensors& moment, const Tensors& sum,
                   bool needed, const std::string& rule) {
   if (moment.empty() && !needed) return;
@@ -17,11 +18,11 @@ void check_moment(const char* op, const char* name, const Tensors& moment, const
            "] has, but got ", shape_text(moment[i]));
     }
     const ScalarType dtype = moment[i].scalar_type();
-    const bool right =
+    const bool fits =
         votes ? dtype == ScalarType::Char || dtype == ScalarType::Short || dtype == ScalarType::Int
               : dtype == (sum[i].scalar_type() == ScalarType::Double ? ScalarType::Double
                                                                      : ScalarType::Float);
-    if (!right) {
+    if (!fits) {
       fail(op, "expected ", name, "[", i, "] of dtype ",
            votes ? "int8, int16 or int32" : "float32, or float64 where sum is", ", but got ",
            dtype_text(dtype));
@@ -57,7 +58,7 @@ void Aligned::align(const std::vector<Tensor*>& written, const std::vector<Tenso
 }
 
 void Aligned::copy_back() {
-  for (auto& [original, stand_in] : copies_) torch::stable::copy_(original, stand_in);
+  for (auto& [original, copy] : copies_) torch::stable::copy_(original, copy);
 }
 
 std::vector<Update> check_updates(const char* op, const MomentLists& lists, int64_t count,

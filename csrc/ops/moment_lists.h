@@ -1,4 +1,4 @@
-// Lists of parameters' moments: what accumulate_, resolve and the optimizer steps share.
+// The moments of a list of parameters, for accumulate_, resolve and the optimizer steps.
 #pragma once
 
 #include <string>
@@ -10,33 +10,34 @@
 
 namespace andmask {
 
-// The moments of a list of parameters. Those that are not kept are empty lists.
+// Kinds of moments that are not kept are empty lists.
 struct MomentLists {
   Tensors sum, votes, squares, logs;
 
-  // Those of one parameter.
+  // The moments of one parameter that are kept.
   std::vector<Tensor*> tensors(int64_t index) {
-    std::vector<Tensor*> found;
+    std::vector<Tensor*> kept;
     for (Tensors* list : {&sum, &votes, &squares, &logs}) {
-      if (!list->empty()) found.push_back(&(*list)[index]);
+      if (!list->empty()) kept.push_back(&(*list)[index]);
     }
-    return found;
+    return kept;
   }
 };
 
 MomentArrays moment_arrays(const MomentLists& lists, int64_t index);
 
-// Goes over the memory of several tensors as over one row. Where their layouts differ, contiguous
-// copies stand in for them, and those that are written to are copied back at the end.
+// Gives several tensors one layout, so that a loop can take their memory as rows. Where layouts
+// differ, contiguous copies take the place of the tensors, and those that are written to are copied
+// back at the end.
 class Aligned {
  public:
-  // The first `skip` dimensions of those that are only read are left aside.
+  // The first `skip` dimensions of the tensors that are only read do not count.
   void align(const std::vector<Tensor*>& written, const std::vector<Tensor*>& read,
              int64_t skip = 0);
   void copy_back();
 
  private:
-  std::vector<std::pair<Tensor, Tensor>> copies_;  // original, stand-in
+  std::vector<std::pair<Tensor, Tensor>> copies_;  // original, copy
 };
 
 // Checks the moments and the rule. Returns an update for each tensor, without the memory of its

@@ -1,4 +1,4 @@
-// accumulate_, resolve and resolve_: checks and layout.
+// The ops _accumulate_, _resolve and _resolve_: checks and layout.
 #pragma once
 
 #include "moment_lists.h"

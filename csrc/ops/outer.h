@@ -1,4 +1,4 @@
-// accumulate_outer_ and accumulate_convolution_: checks and layout.
+// The ops _accumulate_outer_ and _accumulate_convolution_: checks and layout.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +28,10 @@ inline const int64_t* check_indices(const char* op, const char* name, Tensor& te
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
-// Fills in the environments of the task. `own_offsets`: for those that are not given.
+// Fills in the environments of the task. Without offsets every example is an environment, and
+// `default_offsets` holds the offsets.
 inline void set_groups(const char* op, int64_t examples, Optional& order, Optional& offsets,
-                       Ints& own_offsets, OuterTask& task) {
+                       Ints& default_offsets, OuterTask& task) {
   check(examples >= 1, op, "expected activations of at least 1 example (dim 0), but got 0");
   if (order) {
     task.order = check_indices(op, "order", *order);
@@ -46,9 +47,9 @@ inline void set_groups(const char* op, int64_t examples, Optional& order, Option
     }
   }
   if (!offsets) {
-    own_offsets.resize(examples + 1);
-    std::iota(own_offsets.begin(), own_offsets.end(), 0);
-    task.offsets = own_offsets.data();
+    default_offsets.resize(examples + 1);
+    std::iota(default_offsets.begin(), default_offsets.end(), 0);
+    task.offsets = default_offsets.data();
     task.environments = examples;
     return;
   }
@@ -69,9 +70,9 @@ inline void set_groups(const char* op, int64_t examples, Optional& order, Option
 
 // ---- moments ----
 
-// The moments of one weight, for the time of one call. Those whose rows are contiguous and that lie
-// alike, as slices of larger parameters do, are written to where they are; for others contiguous
-// copies stand in.
+// The moments of one weight, for the time of one call. They are written in place if their rows are
+// contiguous and their layouts equal, as in slices of larger parameters. Otherwise contiguous
+// copies take their place.
 class OuterMoments {
  public:
   OuterMoments(Tensor& sum, Optional& votes, Optional& squares, Optional& logs)
@@ -189,8 +190,8 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   const Device device(op, activations);
   device.check_here("grad_outputs", -1, grad_outputs);
   OuterTask task;
-  Ints own_offsets;
-  set_groups(op, activations.size(0), order, offsets, own_offsets, task);
+  Ints default_offsets;
+  set_groups(op, activations.size(0), order, offsets, default_offsets, task);
   check_weights(op, weights, task.environments);
   OuterMoments moments(sum, votes, squares, logs);
   moments.check_here(device);
@@ -210,7 +211,7 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   moments.copy_back();
 }
 
-// The place of a spatial dimension of a tensor with `dims` dimensions among the axes of a window.
+// The axis of a window that belongs to a spatial dimension of a tensor with `dims` dimensions.
 inline int64_t axis_of(int64_t dim, int64_t dims) { return kWindowAxes - dims + dim; }
 
 // The window that slides over the activations of a convolution.
@@ -274,8 +275,8 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
   device.check_here("grad_outputs", -1, grad_outputs);
   OuterTask task;
   set_window(op, sum, activations, grad_outputs, stride, padding, dilation, task);
-  Ints own_offsets;
-  set_groups(op, activations.size(0), order, offsets, own_offsets, task);
+  Ints default_offsets;
+  set_groups(op, activations.size(0), order, offsets, default_offsets, task);
   check_weights(op, weights, task.environments);
   Ints shape(sum.sizes().begin(), sum.sizes().end());
   shape[0] = outputs;

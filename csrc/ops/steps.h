@@ -1,4 +1,4 @@
-// sgd_step_, adam_step_ and temporal_adam_step_: checks and layout.
+// The ops _sgd_step_, _adam_step_ and _temporal_adam_step_: checks and layout.
 #pragma once
 
 #include <optional>
@@ -17,7 +17,7 @@ inline void check_beta(const char* op, const char* name, double value) {
   check_number(op, name, value, value >= 0 && value < 1, "in [0, 1)");
 }
 
-// Parameters, the moments that move them, and their state: checks and aligns them.
+// Checks parameters, their moments and their state, aligns them, and runs a step.
 template <typename Device>
 class Step {
  public:
@@ -52,7 +52,7 @@ class Step {
     }
   }
 
-  // State of the wide type; `optional`: the list may be empty.
+  // Adds a list of state in the wide type; `optional`: it may be empty.
   void state(const char* name, Tensors& list, bool optional = false) {
     check(list.size() == params_.size() || (optional && list.empty()), op_, "expected ", name,
           " of ", params_.size(), " tensors, as params has, but got ", list.size());
@@ -71,8 +71,8 @@ class Step {
     states_.push_back(&list);
   }
 
-  // Counts this step in 0-dim float32 tensors beside the parameters, as torch.optim keeps them. A
-  // device that counts them itself is told where; else `counted` has the counts.
+  // Takes the step counts: 0-dim float32 tensors beside the parameters, as in torch.optim. Counts
+  // this step, unless the device does.
   void count(Tensors& steps) {
     check(steps.size() == params_.size(), op_, "expected steps of ", params_.size(),
           " tensors, as params has, but got ", steps.size());
@@ -89,7 +89,7 @@ class Step {
     }
   }
 
-  // Of the bias: 1 - beta^step.
+  // The bias correction 1 - beta^step; 1 where the device counts steps, which then computes it.
   double correction(double beta, size_t index) const {
     if constexpr (Device::kCountsSteps) return 1;
     return correction_of(beta, static_cast<double>(*steps_[index]));

@@ -1,4 +1,4 @@
-// vote_histogram and vote_histograms: checks, layout, and the memory of the results.
+// The ops vote_histogram and _vote_histograms: checks, layout, and the memory of the results.
 #pragma once
 
 #include <tuple>

@@ -191,8 +191,8 @@ int64_t write(const MaskedMeanTask& task, const Sum* sums, const Votes* votes, i
     case Output::mask:
       return write_mask(votes, columns, task.threshold, static_cast<Wide*>(task.out) + first);
     case Output::bins:
-      fall(sums, votes, columns, task.environments, task.bin_lanes,
-           static_cast<VoteBin*>(task.out));
+      add_to_bins(sums, votes, columns, task.environments, task.bin_lanes,
+                  static_cast<VoteBin*>(task.out));
       break;
   }
   return 0;

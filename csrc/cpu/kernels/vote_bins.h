@@ -23,8 +23,8 @@ namespace {
 constexpr int64_t kBinBlock = 256;
 
 template <int64_t lanes>
-ANDMASK_INLINE void fall(const double* squares, const uint32_t* found, int64_t columns,
-                         VoteBin* bins) {
+ANDMASK_INLINE void add_to_bins(const double* squares, const uint32_t* found, int64_t columns,
+                                VoteBin* bins) {
   const auto add = [&](int64_t i, int64_t lane) {
     VoteBin& bin = bins[found[i] * lanes + lane];
     bin.squares += squares[i];
@@ -39,8 +39,8 @@ ANDMASK_INLINE void fall(const double* squares, const uint32_t* found, int64_t c
 
 // False: some |votes| was larger than `environments`. Then a block has been left out.
 template <int64_t lanes, typename Sum, typename Votes>
-bool fall(const Sum* __restrict sums, const Votes* __restrict votes, int64_t columns,
-          int64_t environments, VoteBin* bins) {
+bool add_to_bins(const Sum* __restrict sums, const Votes* __restrict votes, int64_t columns,
+                 int64_t environments, VoteBin* bins) {
   alignas(64) double squares[kBinBlock];
   alignas(64) uint32_t found[kBinBlock];
   bool possible = true;
@@ -58,17 +58,17 @@ bool fall(const Sum* __restrict sums, const Votes* __restrict votes, int64_t col
     if (most > environments) {
       possible = false;
     } else {
-      fall<lanes>(squares, found, size, bins);
+      add_to_bins<lanes>(squares, found, size, bins);
     }
   }
   return possible;
 }
 
 template <typename Sum, typename Votes>
-bool fall(const Sum* sums, const Votes* votes, int64_t columns, int64_t environments, int64_t lanes,
-          VoteBin* bins) {
-  return lanes == 1 ? fall<1>(sums, votes, columns, environments, bins)
-                    : fall<kBinLanes>(sums, votes, columns, environments, bins);
+bool add_to_bins(const Sum* sums, const Votes* votes, int64_t columns, int64_t environments,
+                 int64_t lanes, VoteBin* bins) {
+  return lanes == 1 ? add_to_bins<1>(sums, votes, columns, environments, bins)
+                    : add_to_bins<kBinLanes>(sums, votes, columns, environments, bins);
 }
 
 }  // namespace

@@ -27,18 +27,18 @@ struct ColumnGrads {
 // are not aligned or end. It is the same for all threads of a block. `ordered`: a thread gets the
 // same columns either way, because the order in which it adds something up shows in the result.
 template <int width, typename F>
-ANDMASK_INLINE void for_columns(const ColumnGrads& task, const Place& place, bool ordered,
+ANDMASK_INLINE void for_columns(const ColumnGrads& task, const ThreadIndex& index, bool ordered,
                                 const F& f) {
   constexpr int64_t tile = kColumnThreads * width;
 #pragma unroll 1
-  for (int64_t begin = place.block * tile; begin < task.columns; begin += place.blocks * tile) {
+  for (int64_t begin = index.block * tile; begin < task.columns; begin += index.blocks * tile) {
     if (task.packed && begin + tile <= task.columns) {
-      f(Together<width>{begin + place.thread * width});
+      f(PackedElements<width>{begin + index.thread * width});
     } else {
-      const int64_t first = begin + place.thread * (ordered ? width : 1);
+      const int64_t first = begin + index.thread * (ordered ? width : 1);
       const int64_t rest = task.columns - first;
-      f(Apart<width>{first, ordered ? 1 : kColumnThreads,
-                     static_cast<int>(rest < tile ? rest : tile)});
+      f(SpacedElements<width>{first, ordered ? 1 : kColumnThreads,
+                              static_cast<int>(rest < tile ? rest : tile)});
     }
   }
 }
@@ -82,9 +82,9 @@ struct MomentRuleBody {
   void* out;      // T, or F if there are totals to scale by
   double* parts;  // [blocks]: totals of the factors; null: not asked for
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
-    for_columns<kWidth>(task, place, parts != nullptr, [&](const auto& at) {
+    for_columns<kWidth>(task, index, parts != nullptr, [&](const auto& at) {
       MomentsOf<F, kWidth> moments;
       for_rows<kInFlight, kWidth, T>(task, at, [&](int64_t row, const auto* packs, int rows) {
 #pragma unroll
@@ -188,9 +188,9 @@ struct TermRuleBody {
     column.poison += zero;
   }
 
-  ANDMASK_METHOD KeptTotal operator()(const Place& place) const {
+  ANDMASK_METHOD KeptTotal operator()(const ThreadIndex& index) const {
     KeptTotal total{};
-    for_columns<kWidth>(task, place, parts != nullptr, [&](const auto& at) {
+    for_columns<kWidth>(task, index, parts != nullptr, [&](const auto& at) {
       Column columns[kWidth];
       for_rows<kTermRows, kWidth, T>(task, at, [&](int64_t, const auto* packs, int rows) {
 #pragma unroll
@@ -242,9 +242,9 @@ struct MeanSizeBody {
   int64_t count;
   double* size;
 
-  ANDMASK_METHOD KeptTotal operator()(const Place& place) const {
+  ANDMASK_METHOD KeptTotal operator()(const ThreadIndex& index) const {
     KeptTotal sum{};
-    for (int64_t i = place.thread; i < count; i += kThreads) sum += parts[i];
+    for (int64_t i = index.thread; i < count; i += kThreads) sum += parts[i];
     return sum;
   }
 
@@ -264,10 +264,10 @@ struct FillBody {
   void* out;  // T
   int64_t columns;
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     const double by = *size;
-    for (int64_t column = place.index(kThreads); column < columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < columns;
+         column += index.blocks * kThreads) {
       const F from = static_cast<const F*>(wide)[column];
       const bool empty = bits_of(from) == bits_of(missing_value(F()));
       const double random = static_cast<double>(static_cast<const F*>(noise)[column]);

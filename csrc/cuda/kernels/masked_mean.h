@@ -79,10 +79,10 @@ ANDMASK_INLINE int64_t group_rows(int64_t environments, int64_t group) {
 // Calls f(column, width) for the items of a thread: `width` columns that lie together, as often as
 // possible, and then single ones.
 template <int width, typename F>
-ANDMASK_INLINE void for_packs(const Place& place, int threads, int64_t columns, const F& f) {
+ANDMASK_INLINE void for_packs(const ThreadIndex& index, int threads, int64_t columns, const F& f) {
   const int64_t packs = columns / width;
   const int64_t items = packs + columns % width;
-  for (int64_t item = place.index(threads); item < items; item += place.blocks * threads) {
+  for (int64_t item = index.in_grid(threads); item < items; item += index.blocks * threads) {
     if (item < packs) {
       f(item * width, std::integral_constant<int, width>());
     } else {
@@ -135,9 +135,9 @@ struct MaskedMeanBody {
   MaskedMeanTask task;
   double* kept;  // [blocks]; null: not asked for
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
-    for_packs<width_>(place, kThreads, task.columns, [&](int64_t column, auto size) {
+    for_packs<width_>(index, kThreads, task.columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       double sums[width] = {};
       int32_t votes[width] = {};
@@ -173,9 +173,9 @@ struct GroupSumsBody {
   accumulate_t<T>* sums;  // [groups, columns]
   int8_t* votes;          // [groups, columns]
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
-    const int64_t group = place.block / blocks_per_group;
-    const Place inner{place.block % blocks_per_group, blocks_per_group, place.thread};
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
+    const int64_t group = index.block / blocks_per_group;
+    const ThreadIndex inner{index.block % blocks_per_group, blocks_per_group, index.thread};
     for_packs<width_>(inner, kThreads, task.columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       GroupSum<T, width> part;
@@ -201,10 +201,10 @@ struct JoinGroupsBody {
   const int8_t* votes;
   double* kept;
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
-    for (int64_t column = place.index(kThreads); column < task.columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < task.columns;
+         column += index.blocks * kThreads) {
       double sum = static_cast<double>(sums[column]);
       int32_t vote = votes[column];
       for (int64_t group = 1; group < sum_groups(task.environments); ++group) {
@@ -231,10 +231,10 @@ struct ScaleBody {
   void* out;  // T
   int64_t columns;
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     using F = accumulate_t<T>;
     const double by = *factor;
-    for_packs<width_>(place, kThreads, columns, [&](int64_t column, auto size) {
+    for_packs<width_>(index, kThreads, columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       const auto from = load<width>(static_cast<const F*>(wide) + column);
       Pack<T, width> to;

@@ -27,12 +27,12 @@ struct SortBody {
   F total;
   void* out;  // T
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     const int environments = static_cast<int>(task.environments);
     const int ranks = (environments + kSortedUnit - 1) / kSortedUnit * kSortedUnit;
 #pragma unroll 1
-    for (int64_t column = place.index(kThreads); column < task.columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < task.columns;
+         column += index.blocks * kThreads) {
       const T* const grads = static_cast<const T*>(task.grads) + column;
       T stored[size] = {};
 #pragma unroll
@@ -150,10 +150,10 @@ struct SelectBody {
   RankWeights ranks;
   void* out;  // T
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
 #pragma unroll 1
-    for (int64_t column = place.index(kThreads); column < task.columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < task.columns;
+         column += index.blocks * kThreads) {
       const double sum = weighted_sum(static_cast<const T*>(task.grads) + column);
       static_cast<T*>(out)[column] = Rounder<T>::from(sum / ranks.total);
     }

@@ -93,9 +93,9 @@ struct SimpleMultiplier {
   }
 
   // Rows [begin, end) of a stage.
-  template <typename Crew>
-  ANDMASK_METHOD static void multiply(Crew& crew, const Stage& stage, int begin, int end) {
-    crew.each([&](int thread, auto& state) {
+  template <typename Threads>
+  ANDMASK_METHOD static void multiply(Threads& threads, const Stage& stage, int begin, int end) {
+    threads.each([&](int thread, auto& state) {
       if (end - begin == kStage) {
 #pragma unroll
         for (int row = 0; row < kStage; ++row) add_row(stage, row, thread, state.tile.values);
@@ -134,10 +134,10 @@ struct TensorTile {
   ANDMASK_METHOD static int first_column(int thread) { return thread / kWarp % 2 * (kWide * 8); }
 
   ANDMASK_METHOD static int row(int thread, int i) {
-    return first_row(thread) + i / (kWide * 4) * 16 + TensorPlace(thread).row(i % 4);
+    return first_row(thread) + i / (kWide * 4) * 16 + TensorLane(thread).row(i % 4);
   }
   ANDMASK_METHOD static int column(int thread, int i) {
-    return first_column(thread) + i / 4 % kWide * 8 + TensorPlace(thread).column(i % 4);
+    return first_column(thread) + i / 4 % kWide * 8 + TensorLane(thread).column(i % 4);
   }
 
   // The rows of a word that lie in [begin, end), as bits. The others belong to other environments,
@@ -154,10 +154,11 @@ struct TensorTile {
   }
 
   // Adds the products of rows [begin, end) of a stage, elements of T.
-  template <typename T, typename Crew>
-  ANDMASK_METHOD static void multiply_rows(Crew& crew, const Stage& stage, int begin, int end) {
-    crew.each([&](int thread, auto& state) {
-      const TensorPlace at(thread);
+  template <typename T, typename Threads>
+  ANDMASK_METHOD static void multiply_rows(Threads& threads, const Stage& stage, int begin,
+                                           int end) {
+    threads.each([&](int thread, auto& state) {
+      const TensorLane at(thread);
       const uint32_t low = counted(at.quarter, begin, end);
       const uint32_t high = counted(at.quarter + 4, begin, end);
       const auto* const outputs = stage.words[0];
@@ -181,7 +182,7 @@ struct TensorTile {
     for (int i = 0; i < kHigh; ++i) {
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
-        crew.template multiply<T>([&](auto& state) {
+        threads.template multiply<T>([&](auto& state) {
           return TensorOperands<Value>{state.tile.values + (i * kWide + j) * 4,
                                        state.tile.outputs[i], state.tile.columns[j]};
         });
@@ -207,9 +208,9 @@ struct HalfMultiplier : TensorTile<float, 2> {
     store_shared(&stage.words[operand][stack][column], words);
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD static void multiply(Crew& crew, const Stage& stage, int begin, int end) {
-    multiply_rows<T>(crew, stage, begin, end);
+  template <typename Threads>
+  ANDMASK_METHOD static void multiply(Threads& threads, const Stage& stage, int begin, int end) {
+    multiply_rows<T>(threads, stage, begin, end);
   }
 };
 
@@ -236,9 +237,9 @@ struct SignMultiplier : TensorTile<int32_t, 4> {
     store_shared(&stage.words[operand][stack][column], words);
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD static void multiply(Crew& crew, const Stage& stage, int begin, int end) {
-    multiply_rows<int8_t>(crew, stage, begin, end);
+  template <typename Threads>
+  ANDMASK_METHOD static void multiply(Threads& threads, const Stage& stage, int begin, int end) {
+    multiply_rows<int8_t>(threads, stage, begin, end);
   }
 };
 

@@ -141,15 +141,15 @@ struct OuterBody {
     }
   };
 
-  template <typename Crew>
-  ANDMASK_METHOD void operator()(Crew& crew, Shared& shared, const Place& place) const {
-    const Tile tile(args, place.block);
+  template <typename Threads>
+  ANDMASK_METHOD void operator()(Threads& threads, Shared& shared, const ThreadIndex& index) const {
+    const Tile tile(args, index.block);
     const int64_t count = args.environments.count;
     int64_t environment = count * tile.split / args.splits;
     const int64_t last = count * (tile.split + 1) / args.splits;
     int64_t row = args.environments.begin(environment) * args.example_rows;
     const int64_t end = args.environments.begin(last) * args.example_rows;
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
       for (int i = thread; i < 2 * kOuterTile; i += kThreads) {
         const int number = i / kOuterTile;
         shared.tables[number].fill(operand(number), first(tile, number), i % kOuterTile);
@@ -168,15 +168,15 @@ struct OuterBody {
         }
       }
     });
-    crew.barrier();
-    fetch(crew, shared, tile, row, end);
-    put(crew, shared.stages[0]);
-    crew.barrier();
+    threads.barrier();
+    fetch(threads, shared, tile, row, end);
+    put(threads, shared.stages[0]);
+    threads.barrier();
     // Environments that end here, also those without rows.
     const auto end_environments = [&](int64_t at) {
       while (environment < last &&
              args.environments.begin(environment + 1) * args.example_rows == at) {
-        end_environment(crew, shared, tile, environment);
+        end_environment(threads, shared, tile, environment);
         ++environment;
       }
     };
@@ -184,22 +184,22 @@ struct OuterBody {
 #pragma unroll 1
     for (int stage = 0; row < end; stage ^= 1) {
       const int64_t next = row + kStage;
-      if (next < end) fetch(crew, shared, tile, next, end);
+      if (next < end) fetch(threads, shared, tile, next, end);
       const int rows = static_cast<int>(next < end ? kStage : end - row);
       int done = 0;
 #pragma unroll 1
       while (done < rows) {
         const int64_t bound = args.environments.begin(environment + 1) * args.example_rows - row;
         const int until = static_cast<int>(bound < rows ? bound : rows);
-        Multiplier::multiply(crew, shared.stages[stage], done, until);
+        Multiplier::multiply(threads, shared.stages[stage], done, until);
         done = until;
         end_environments(row + done);
       }
-      if (next < end) put(crew, shared.stages[stage ^ 1]);
-      crew.barrier();
+      if (next < end) put(threads, shared.stages[stage ^ 1]);
+      threads.barrier();
       row = next;
     }
-    write(crew, shared, tile);
+    write(threads, shared, tile);
   }
 
  private:
@@ -210,10 +210,10 @@ struct OuterBody {
     return number == 0 ? tile.output : tile.column;
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void fetch(Crew& crew, const Shared& shared, const Tile& tile, int64_t row,
+  template <typename Threads>
+  ANDMASK_METHOD void fetch(Threads& threads, const Shared& shared, const Tile& tile, int64_t row,
                             int64_t end) const {
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
 #pragma unroll
       for (int number = 0; number < 2; ++number) {
         const OuterOperand& from = operand(number);
@@ -225,9 +225,9 @@ struct OuterBody {
     });
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void put(Crew& crew, typename Multiplier::Stage& stage) const {
-    crew.each([&](int thread, State& state) {
+  template <typename Threads>
+  ANDMASK_METHOD void put(Threads& threads, typename Multiplier::Stage& stage) const {
+    threads.each([&](int thread, State& state) {
 #pragma unroll
       for (int number = 0; number < 2; ++number) {
         state.fetches[number].put(stage, operand(number), number, thread);
@@ -257,18 +257,18 @@ struct OuterBody {
     const int64_t output = tile.output + Multiplier::row(thread, i);
     const int64_t column = tile.column + Multiplier::column(thread, i);
     if (output >= args.outputs.columns || column >= args.activations.columns) return;
-    const Together<1> at{address(tile, output, column)};
+    const PackedElements<1> at{address(tile, output, column)};
     MomentsOf<F, 1> moments;
     if (before > 0) moments.read(at, args.moments);
     moments.add(Pack<F, 1>{{value}}, args.moments, before, weight);
     moments.write(at, args.moments);
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void end_environment(Crew& crew, const Shared&, const Tile& tile,
+  template <typename Threads>
+  ANDMASK_METHOD void end_environment(Threads& threads, const Shared&, const Tile& tile,
                                       int64_t environment) const {
     if constexpr (kSigns) return;
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
       const F weight = static_cast<F>(args.weights ? args.weights[environment] : args.weight);
       if constexpr (extras) {
         // Values move up to where the loop takes them: registers cannot be indexed.
@@ -297,10 +297,10 @@ struct OuterBody {
     });
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void write(Crew& crew, const Shared&, const Tile& tile) const {
+  template <typename Threads>
+  ANDMASK_METHOD void write(Threads& threads, const Shared&, const Tile& tile) const {
     if constexpr (extras) return;
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
       const bool split = args.splits > 1;
       for_elements(tile, thread, [&](int i, int64_t output, int64_t column) {
         const int64_t part =
@@ -330,7 +330,7 @@ struct OuterBody {
  public:
   ANDMASK_METHOD static void add_votes(const MomentArrays& moments, int64_t at, bool fresh,
                                        int32_t votes) {
-    const Together<1> place{at};
+    const PackedElements<1> place{at};
     int32_t total = 0;
     if (!fresh) get_votes<1>(place, moments.votes, moments.vote_bytes, &total);
     total += votes;
@@ -345,9 +345,9 @@ struct OuterJoinBody {
 
   OuterArguments args;
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     const int64_t elements = args.elements();
-    for (int64_t i = place.index(kThreads); i < elements; i += place.blocks * kThreads) {
+    for (int64_t i = index.in_grid(kThreads); i < elements; i += index.blocks * kThreads) {
       const int64_t column = i % args.activations.columns;
       const int64_t output = i / args.activations.columns;  // of all groups
       const int64_t at = output * args.layout.output_stride +
