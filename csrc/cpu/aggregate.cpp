@@ -14,10 +14,11 @@
 namespace andmask {
 namespace {
 
-// Columns of a moment rule at once: all their sums fit on the stack of any thread.
+// The number of columns that a rule on moments takes at once: their sums fit on the stack of any
+// thread.
 constexpr int64_t kMomentBlock = 256;
 
-// What is known of a column rule before it runs.
+// Facts about a column rule that are needed before it runs.
 struct ColumnFacts {
   bool fills;
   Ranking (*rank)(const double* arguments, int64_t environments);
@@ -36,7 +37,7 @@ void scale(const AggregateTask& call, const Units& units, double factor) {
   });
 }
 
-// The environments of a block of columns join their moments, and those become the update.
+// Accumulates the moments of a block of columns, and turns them into the update.
 template <typename F>
 void run_moments(const AggregateTask& call) {
   constexpr int64_t kTypes = static_cast<int64_t>(sizeof(F) == sizeof(double));

@@ -9,7 +9,7 @@
 namespace andmask {
 namespace {
 
-// Columns are shared out in whole cache lines of output.
+// Threads get columns in whole cache lines of output.
 constexpr int64_t kColumnUnit = 64;
 
 template <typename F>

@@ -37,9 +37,9 @@ std::vector<double> scales(const std::vector<Update>& updates, const Units& unit
   return scales;
 }
 
-// Calls kernels[dtype of the target](task, update, begin, end) for all blocks of all tasks.
-// `update` holds the update of columns [begin, end) in the wide type, and is in L1. Block by block,
-// moments are read before anything is written over them.
+// Calls consume(task, update, begin, end) for all blocks of all tasks. `update` holds the update of
+// columns [begin, end) in the wide type, in L1. The moments of a block are read before consume may
+// overwrite them.
 template <typename Task, typename Consume>
 void for_updates(const std::vector<Task>& tasks, const Consume& consume) {
   std::vector<Update> updates;

@@ -30,8 +30,7 @@ class Parts {
         squares_(units_.count() * bins_),
         counts_(units_.count() * bins_) {}
 
-  // add(tensor, begin, end, lanes, bins) returns false where there are more votes than
-  // environments.
+  // add(tensor, begin, end, lanes, bins) returns false if there are more votes than environments.
   template <typename Add>
   void run(int64_t work_per_element, const Add& add) {
     std::atomic<bool> enough_memory{true};

@@ -10,7 +10,7 @@
 namespace andmask {
 namespace {
 
-// f(Type<Rule>()) for the rule of this index.
+// Calls f(Type<Rule>()) for the rule of this index.
 template <typename... Rules, typename F>
 void with_rule(RuleList<Rules...>, int wanted, const F& f) {
   int index = 0;
@@ -28,8 +28,8 @@ ColumnGrads column_grads(const AggregateTask& task) {
   return {task.grads, task.environments, task.stride, task.columns, packed};
 }
 
-// Blocks that leave totals: the same number on all devices, because the order in which totals are
-// added is part of the result.
+// The number of blocks of a kernel with totals. It is the same on all devices, because the order in
+// which totals are added is part of the result.
 int64_t blocks_with_totals(int64_t columns, int64_t columns_per_block) {
   constexpr int64_t kMostBlocks = 2048;
   return std::min((columns + columns_per_block - 1) / columns_per_block, kMostBlocks);
@@ -45,7 +45,7 @@ void moment_rule(const Stream& stream, const AggregateTask& task, const RuleCall
   if (!task.rescale) return;
   double* const factor = stream.scratch<double>(1);
   launch(stream, 1, DensityBody{parts, blocks, static_cast<double>(task.columns), factor});
-  // Element by element: this pass is short beside the one over all environments.
+  // This pass goes element by element: it is short beside the one over all environments.
   using Scale = ScaleBody<T, 1>;
   launch(stream, blocks_for(stream, task.columns, Scale::kThreads),
          Scale{task.wide, factor, task.out, task.columns});

@@ -5,7 +5,7 @@
 namespace andmask {
 namespace {
 
-std::string place(const Tensor& tensor) {
+std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "the CPU";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
   return "another device";
@@ -40,13 +40,13 @@ void Cuda::check_here(const char* name, int64_t index, const Tensor& tensor) con
       tensor.get_device_index() == first_.get_device_index()) {
     return;
   }
-  fail(op_, "expected ", argument(name, index), " on ", place(first_),
-       ", as the other tensors are, but got it on ", place(tensor));
+  fail(op_, "expected ", argument(name, index), " on ", device_text(first_),
+       ", as the other tensors are, but got it on ", device_text(tensor));
 }
 
 }  // namespace andmask
 
-// In tests the kernels run on the host, and take the place of the CPU's.
+// In tests the kernels run on the host, instead of the CPU's.
 #if defined(ANDMASK_ON_HOST)
 STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) {
 #else

@@ -30,8 +30,8 @@ class Cuda {
   const torch::stable::accelerator::DeviceGuard guard_;
 #endif
   Stream stream_;
-  // Scratch comes from torch's allocator, which gives it to others on the same stream only: it may
-  // be let go of as soon as the last kernel is queued.
+  // The scratch of the op. torch's allocator reuses it on the same stream only, so that it can be
+  // freed as soon as the last kernel is queued.
   mutable std::vector<Tensor> memory_;
 };
 

@@ -1,5 +1,5 @@
-// Putting kernels on a stream. Compiled by a host compiler, as in the test harness, the same calls
-// run every thread of every block one after the other.
+// Puts kernels on a stream. Compiled by a host compiler, as in the test harness, the same calls run
+// every thread of every block one after the other.
 #pragma once
 
 #include <algorithm>
@@ -16,17 +16,18 @@
 
 namespace andmask {
 
-// Blocks of a kernel whose threads stride through `items`: enough to fill the device several times.
+// The number of blocks of a kernel whose threads stride through `items`: enough to fill the device
+// several times.
 inline int64_t blocks_for(const Stream& stream, int64_t items, int64_t threads) {
   return std::min((items + threads - 1) / threads, stream.multiprocessors * 16);
 }
 
-// Of a body that has a type Total every thread returns one; finish(block, total) gets the sum of
-// each block, in one thread.
+// Every thread of a body with a type Total returns one. One thread of each block calls
+// finish(block, total) with the sum.
 template <typename Body>
 concept Summing = requires { typename Body::Total; };
 
-// A body whose threads work together takes them all at once, and memory that they share.
+// A body with a type Shared takes all threads of a block, and memory that they share.
 template <typename Body>
 concept Cooperating = requires { typename Body::Shared; };
 
@@ -38,8 +39,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
                            " failed: " + cudaGetErrorString(error));
 }
 
-// A copy in device memory of what the host holds, for the time of the op. A graph cannot be
-// captured with it: it would read this memory again at every replay.
+// Copies host memory to device memory, for the time of the op. A graph cannot capture this: it
+// would read the host memory again at every replay.
 template <typename T>
 const T* upload(const Stream& stream, const T* from, int64_t count) {
   const auto handle = static_cast<cudaStream_t>(stream.handle);
@@ -57,8 +58,8 @@ const T* upload(const Stream& stream, const T* from, int64_t count) {
   return to;
 }
 
-// Blocks that a multiprocessor must be able to hold at once. Without a number ptxas aims at more,
-// and spills registers, or takes loads one after the other, to get there.
+// The number of blocks that a multiprocessor must be able to hold at once. Without it ptxas aims at
+// more, for which it spills registers or makes loads wait for each other.
 template <typename Body>
 constexpr int kMinBlocks = [] {
   if constexpr (requires { Body::kMinBlocks; }) {

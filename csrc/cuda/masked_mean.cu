@@ -7,7 +7,7 @@
 namespace andmask {
 namespace {
 
-// Columns that lie in packs at aligned addresses, in every row, are moved 16 bytes at a time.
+// True if columns can be moved 16 bytes at a time, because the packs of every row are aligned.
 template <typename T>
 bool in_packs(const MaskedMeanTask& task) {
   constexpr int64_t size = kPackSize<T>;

@@ -8,7 +8,7 @@
 namespace andmask {
 namespace {
 
-// Weights that are all the same travel with the kernel.
+// A single weight is an argument of the kernel.
 struct Weights {
   double all = 1;
   const double* each = nullptr;

@@ -8,17 +8,18 @@
 namespace andmask {
 namespace {
 
-// So many blocks are wanted, whatever the device: the order in which parts are added, and so the
-// bits of the result, do not depend on it. Twice the multiprocessors of a large one.
+// The number of blocks to aim at: twice the multiprocessors of a large device. It is the same for
+// all devices, so that the order in which parts are added, and the bits of the result, are the same
+// too.
 constexpr int64_t kBlocks = 264;
-// Rows that a part should have before another one is worth its place in scratch.
+// The least rows of a part: a smaller one is not worth its scratch.
 constexpr int64_t kRowsOfPart = 64;
 
 bool all_same(const double* values, int64_t count) {
   return std::all_of(values, values + count, [&](double value) { return value == values[0]; });
 }
 
-// How the elements of a stage are shared by threads. `size`: elements of a pack.
+// Describes an operand, and chooses how threads read it. `size`: elements of a pack.
 OuterOperand operand(const RowSource& source, const int64_t* positions, int64_t size) {
   OuterOperand made{};
   made.source = source;
@@ -44,7 +45,7 @@ OuterOperand operand(const RowSource& source, const int64_t* positions, int64_t 
 
 struct Request {
   const OuterTask& task;
-  const int64_t* order;       // in device memory, as are the next three
+  const int64_t* order;       // in device memory, like the next three
   const int64_t* offsets;     // null: environments of `size` examples
   const double* weights;      // of environments; null: `weight`
   const double* row_weights;  // of examples
@@ -59,7 +60,7 @@ void launch_tiles(const Stream& stream, const Request& request) {
   const OuterTask& task = request.task;
   OuterArguments args{};
   for (int axis = 0; axis < kWindowAxes; ++axis) {
-    // Without rows there are no positions to count, and nothing is read.
+    // Without rows nothing is read, but positions must be countable.
     args.positions[axis] = std::max<int64_t>(1, task.activations.axes[axis].positions);
   }
   constexpr int64_t pack = OuterFetch<Multiplier>::kPack;
@@ -107,9 +108,9 @@ void run_sums(const Stream& stream, const Request& request) {
   launch_tiles<SimpleMultiplier<T>, false>(stream, request);
 }
 
-// One row for each environment: the sums are one product of all rows, which may be split anywhere,
-// and the votes are a product of signs. Neither depends on the order of the environments, only on
-// whose weight is whose.
+// With one row for each environment, the sums are one product of all rows, which may be split
+// anywhere, and the votes are a product of signs. The order of the environments does not matter,
+// except that each must meet its own weight.
 template <typename T>
 void run_single_rows(const Stream& stream, Request request) {
   const OuterTask& task = request.task;

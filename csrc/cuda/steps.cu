@@ -25,7 +25,8 @@ bool packs_source(const Update& update, int width) {
          packs(moments.votes, width, moments.vote_bytes);
 }
 
-// The scales of the chosen tensors, by their number in `tasks`, in device memory; null: all are 1.
+// Returns the scales of the chosen tensors in device memory, by their number in `tasks`. Null: all
+// are 1.
 template <typename F, typename Task>
 const double* scales(const Stream& stream, const std::vector<Task>& tasks, const RuleCall& call,
                      const Indices& chosen, double* memory) {
@@ -61,7 +62,7 @@ Dtype dtype_of(const Task& task) {
 }
 
 // Launches the steps of all tasks, type by type. make_steps(F(), indices) returns the Steps of some
-// tasks (kernels/steps.h); states_of(task) the state of one tensor.
+// tasks (kernels/steps.h), and states_of(task) the state of one tensor.
 template <typename Task, typename MakeSteps, typename StatesOf>
 void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeSteps& make_steps,
                const StatesOf& states_of) {
@@ -106,7 +107,7 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
   }
 }
 
-// Counts a step of each chosen tensor, and leaves the constants of its rule in device memory.
+// Counts a step of each chosen tensor, and computes the constants of its rule in device memory.
 template <typename F, typename Task>
 auto* count_steps(const Stream& stream, const std::vector<Task>& tasks, const Indices& chosen) {
   using Rule = decltype(rule_of(tasks[0], F()));

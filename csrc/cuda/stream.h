@@ -9,7 +9,7 @@ namespace andmask {
 struct Stream {
   void* handle = nullptr;  // cudaStream_t
   int64_t multiprocessors = 1;
-  // Device memory that lives till the op ends, aligned to 256 bytes. Not initialised.
+  // Returns device memory for the time of the op, aligned to 256 bytes and not initialised.
   std::function<void*(int64_t bytes)> memory;
 
   template <typename T>

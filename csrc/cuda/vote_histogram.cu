@@ -32,7 +32,7 @@ void run(const Stream& stream, const std::vector<VoteHistogramTask>& tasks) {
   add_histograms<double>(stream, tasks, Dtype::float64);
 }
 
-// Takes a part of the columns at a time, so that its moments are still in L2 when they are read.
+// Takes a part of the columns at a time, so that its moments are in L2 when they are read again.
 void run(const Stream& stream, const StackedHistogramTask& task) {
   constexpr int64_t kColumns = int64_t{1} << 20;
   const Dtype wide = task.dtype == Dtype::float64 ? Dtype::float64 : Dtype::float32;

@@ -27,7 +27,7 @@ RankedFacts facts_of(int rule, RuleList<Rules...>) {
   return facts[rule];
 }
 
-// Columns [0, splits[0]), [splits[0], splits[1]), ... in calls of their own, as threads would make.
+// Takes columns [0, splits[0]), [splits[0], splits[1]), ... in separate calls, as threads do.
 py::array aggregate(const std::string& isa, const py::array& grads, const std::string& name,
                     const std::vector<double>& arguments, const std::optional<py::array>& noise,
                     const std::vector<int64_t>& splits) {
@@ -69,7 +69,7 @@ py::array aggregate(const std::string& isa, const py::array& grads, const std::s
 
 }  // namespace
 
-void bind_aggregate(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("aggregate", &aggregate, py::arg("isa"), py::arg("grads"), py::arg("rule"),
         py::arg("arguments") = std::vector<double>{}, py::arg("noise") = py::none(),
         py::arg("splits") = std::vector<int64_t>{});

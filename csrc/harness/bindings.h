@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <vector>
 
 #include "../cpu/kernels/dispatch.h"
 #include "../math/columns.h"
@@ -30,17 +31,25 @@ int find_rule(const std::string& wanted, RuleList<Rules...>) {
   return -1;
 }
 
-// Throws where there is no rule on moments of that name.
+// Throws if there is no rule on moments of that name.
 int moment_rule(const std::string& name);
 
-void bind_aggregate(pybind11::module_& m);
-void bind_cuda_aggregate(pybind11::module_& m);
-void bind_cuda_masked_mean(pybind11::module_& m);
-void bind_cuda_moments(pybind11::module_& m);
-void bind_elementary(pybind11::module_& m);
-void bind_moments(pybind11::module_& m);
-void bind_outer(pybind11::module_& m);
-void bind_sign_outer(pybind11::module_& m);
-void bind_vote_histogram(pybind11::module_& m);
+// The functions of the module, which every file registers: ANDMASK_BINDINGS(m) { m.def(...); }
+class Bindings {
+ public:
+  using Add = void (*)(pybind11::module_& m);
+
+  explicit Bindings(Add add) { all().push_back(add); }
+
+  static std::vector<Add>& all() {
+    static std::vector<Add> bindings;
+    return bindings;
+  }
+};
+
+#define ANDMASK_BINDINGS(m)                       \
+  static void add_bindings(pybind11::module_& m); \
+  static const Bindings bindings(add_bindings);   \
+  static void add_bindings(pybind11::module_& m)
 
 }  // namespace andmask

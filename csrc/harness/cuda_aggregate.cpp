@@ -45,7 +45,7 @@ void aggregate_stacked(const py::array& grads, const std::string& rule,
   run(stream, task);
 }
 
-// Columns of a body behind `skipped` others, which are not there.
+// Runs a body on columns behind `skipped` others, which are not there.
 template <typename Body>
 void run_behind(int64_t skipped, int64_t columns, int64_t columns_per_block, const Body& body) {
   const int64_t first = skipped / columns_per_block;
@@ -56,8 +56,8 @@ void run_behind(int64_t skipped, int64_t columns, int64_t columns_per_block, con
   }
 }
 
-// A rule of each kind of body, on float32 gradients in columns that lie behind `skipped` others: a
-// multiple of all columns of a block.
+// Runs a rule of each kind of body on float32 gradients in columns behind `skipped` others, a
+// multiple of the columns of a block.
 void aggregate_behind(const py::array_t<float>& grads, const std::string& rule, int64_t skipped,
                       py::array_t<float> out) {
   const int64_t environments = grads.shape(0);
@@ -94,7 +94,7 @@ void aggregate_behind(const py::array_t<float>& grads, const std::string& rule, 
 
 }  // namespace
 
-void bind_cuda_aggregate(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("cuda_aggregate", &aggregate_stacked, py::arg("grads"), py::arg("rule"),
         py::arg("arguments"), py::arg("rescale"), py::arg("noise"), py::arg("wide"), py::arg("out"),
         py::arg("multiprocessors") = 2);

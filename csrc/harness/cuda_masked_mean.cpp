@@ -33,7 +33,7 @@ void masked_mean(const py::array& grads, int32_t threshold, const std::string& o
 
 }  // namespace
 
-void bind_cuda_masked_mean(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("cuda_masked_mean", &masked_mean, py::arg("grads"), py::arg("threshold"), py::arg("output"),
         py::arg("out"), py::arg("scaled") = py::none(), py::arg("multiprocessors") = 2);
 }

@@ -151,7 +151,7 @@ void adam(const std::string& name, const Numbers& arguments, int64_t count, cons
 
 }  // namespace
 
-void bind_cuda_moments(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("cuda_accumulate", &accumulate, py::arg("grads"), py::arg("count"), py::arg("moments"),
         py::arg("weights") = Numbers());
   m.def("cuda_resolve", &resolve);

@@ -63,7 +63,7 @@ py::array wide_like(const py::array& grads, int64_t columns) {
                                               : py::array(py::array_t<float>(columns));
 }
 
-// Columns [0, splits[0]), [splits[0], splits[1]), ... in calls of their own, as threads would make.
+// Takes columns [0, splits[0]), [splits[0], splits[1]), ... in separate calls, as threads do.
 py::tuple masked_mean(const std::string& isa, const py::array& grads, int32_t threshold,
                       const std::string& output, const std::vector<int64_t>& splits) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
@@ -103,26 +103,19 @@ py::array scale(const std::string& isa, const py::array& unscaled, double factor
 }
 
 }  // namespace
+
+ANDMASK_BINDINGS(m) {
+  m.def("isas", &isas);
+  m.def("masked_mean", &masked_mean, py::arg("isa"), py::arg("grads"), py::arg("threshold"),
+        py::arg("output") = "masked_mean", py::arg("splits") = std::vector<int64_t>{});
+  m.def("scale", &scale);
+  m.def("vote_threshold",
+        [](double tau, int64_t environments) { return vote_threshold(tau, environments); });
+  m.def("inverse_density", [](double kept, double count) { return inverse_density(kept, count); });
+}
+
 }  // namespace andmask
 
 PYBIND11_MODULE(_harness, m) {
-  m.def("isas", &andmask::isas);
-  m.def("masked_mean", &andmask::masked_mean, py::arg("isa"), py::arg("grads"),
-        py::arg("threshold"), py::arg("output") = "masked_mean",
-        py::arg("splits") = std::vector<int64_t>{});
-  m.def("scale", &andmask::scale);
-  m.def("vote_threshold", [](double tau, int64_t environments) {
-    return andmask::vote_threshold(tau, environments);
-  });
-  m.def("inverse_density",
-        [](double kept, double count) { return andmask::inverse_density(kept, count); });
-  andmask::bind_aggregate(m);
-  andmask::bind_cuda_aggregate(m);
-  andmask::bind_cuda_masked_mean(m);
-  andmask::bind_cuda_moments(m);
-  andmask::bind_elementary(m);
-  andmask::bind_moments(m);
-  andmask::bind_outer(m);
-  andmask::bind_sign_outer(m);
-  andmask::bind_vote_histogram(m);
+  for (const auto add : andmask::Bindings::all()) add(m);
 }

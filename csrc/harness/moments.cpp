@@ -30,7 +30,7 @@ MomentArrays arrays(const py::array& sum, const Array& votes, const Array& squar
           pointer(squares), pointer(logs)};
 }
 
-// Calls f(begin, end) for [0, splits[0]), [splits[0], splits[1]), ... as threads would.
+// Calls f(begin, end) for [0, splits[0]), [splits[0], splits[1]), ... as threads do.
 template <typename F>
 void in_parts(const std::vector<int64_t>& splits, int64_t columns, const F& f) {
   int64_t begin = 0;
@@ -57,7 +57,7 @@ void accumulate(const std::string& isa, const py::array& grads, int64_t count, c
   in_parts(splits, grads.shape(1), [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
 }
 
-// The update in the wide type, and the sum of the rule's factors.
+// Returns the update in the wide type, and the sum of the rule's factors.
 py::tuple resolve(const std::string& isa, const std::string& rule,
                   const std::vector<double>& arguments, int64_t count, const py::array& sum,
                   const Array& votes, const Array& squares, const Array& logs, double scale,
@@ -85,7 +85,7 @@ py::tuple resolve(const std::string& isa, const std::string& rule,
   return py::make_tuple(update, total);
 }
 
-// kernel(update of the block, begin, end), block by block.
+// Calls kernel(update of the block, begin, end), block by block.
 template <typename F>
 void in_blocks(const py::array& update, const F& kernel) {
   const int64_t columns = update.shape(0);
@@ -153,7 +153,7 @@ void adam(const std::string& isa, py::array param, const Array& exp_avg, const A
 
 }  // namespace
 
-void bind_moments(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   const std::vector<int64_t> whole;
   m.def("accumulate", &accumulate, py::arg("isa"), py::arg("grads"), py::arg("count"),
         py::arg("sum"), py::arg("votes") = py::none(), py::arg("squares") = py::none(),

@@ -84,7 +84,7 @@ void outer(const std::string& isa, const py::array& activations, const py::array
 
 }  // namespace
 
-void bind_outer(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("outer", &outer, py::arg("isa"), py::arg("activations"), py::arg("grad_outputs"),
         py::arg("offsets"), py::arg("sum"), py::arg("votes") = py::none(),
         py::arg("squares") = py::none(), py::arg("logs") = py::none(),

@@ -53,7 +53,7 @@ void sign_outer(const std::string& isa, const py::array& activations, const py::
 
 }  // namespace
 
-void bind_sign_outer(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("sign_outer", &sign_outer, py::arg("isa"), py::arg("activations"), py::arg("grad_outputs"),
         py::arg("votes"), py::arg("first") = true, py::arg("panels") = kSignPanels);
 }

@@ -1,5 +1,5 @@
-// Histograms of votes on numpy arrays, for tests: the CPU's kernel, and the CUDA body thread by
-// thread.
+// Histograms of votes on numpy arrays, for tests: the kernel of the CPU, and the CUDA body, thread
+// by thread.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -23,7 +23,7 @@ MomentArrays arrays(const py::array& sum, const py::array& votes) {
           static_cast<int>(votes.itemsize()), nullptr, nullptr};
 }
 
-// Counts and squares, [environments + 1], and whether all votes were possible.
+// Returns counts and squares, [environments + 1], and true if all votes were possible.
 py::tuple vote_histogram(const std::string& isa, const py::array& sum, const py::array& votes,
                          int64_t environments, bool lanes) {
   const int64_t bins = environments + 1;
@@ -47,7 +47,7 @@ py::tuple vote_histogram(const std::string& isa, const py::array& sum, const py:
   return py::make_tuple(counts, squares, possible);
 }
 
-// Counts and squares of `tensors` tensors, zeros.
+// Counts and squares, filled with zeros.
 struct Cleared {
   py::array_t<int64_t> counts;
   py::array_t<double> squares;
@@ -92,7 +92,7 @@ py::tuple cuda_vote_histogram(const py::array& grads) {
 
 }  // namespace
 
-void bind_vote_histogram(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("vote_histogram", &vote_histogram, py::arg("isa"), py::arg("sum"), py::arg("votes"),
         py::arg("environments"), py::arg("lanes"));
   m.def("cuda_vote_histograms", &cuda_vote_histograms);

@@ -23,7 +23,7 @@ struct MomentKernels {
                                                int64_t end, void* update);
 };
 
-// Small enough for all arrays of a block to stay in L1, and for the stack of any thread.
+// All arrays of a block of this many columns stay in L1, and fit on the stack of any thread.
 constexpr int64_t kUpdateBlock = 512;
 
 ANDMASK_DECLARE_KERNELS(MomentKernels, moment_kernels)

@@ -11,7 +11,7 @@ void round_columns(const F* __restrict wide, int64_t columns, T* __restrict out)
   for (int64_t i = 0; i < columns; ++i) out[i] = Rounder<T>::from(static_cast<double>(wide[i]));
 }
 
-// Runs `body(params)` on `columns` parameters in the wide type, in place where they are.
+// Runs `body(params)` on `columns` parameters in the wide type, in place if they have it.
 template <typename T, typename Body>
 ANDMASK_INLINE void with_params(void* param, int64_t begin, int64_t columns, const Body& body) {
   using F = accumulate_t<T>;

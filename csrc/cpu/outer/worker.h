@@ -1,4 +1,4 @@
-// One part of a plan, from packing to the moments.
+// Runs one part of a plan, from packing to the moments.
 #pragma once
 
 #include "plan.h"

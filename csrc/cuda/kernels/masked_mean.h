@@ -10,11 +10,11 @@
 
 namespace andmask {
 
-// Rows whose loads a thread has on their way at once: 16 bytes each.
+// The number of rows whose loads a thread has in flight at once, 16 bytes each.
 constexpr int kRowsInFlight = 8;
 static_assert(kRowsInFlight % kSumRows == 0);
 
-// Sum and votes of one group of environments in `width` columns.
+// The sum and the votes of one group of environments in `width` columns.
 template <typename T, int width>
 struct GroupSum {
   accumulate_t<T> sum[width] = {};
@@ -76,8 +76,7 @@ ANDMASK_INLINE int64_t group_rows(int64_t environments, int64_t group) {
   return rest < kSumGroup ? rest : kSumGroup;
 }
 
-// Calls f(column, width) for the items of a thread: `width` columns that lie together, as often as
-// possible, and then single ones.
+// Calls f(column, width) for the items of a thread: packs of `width` columns, and then single ones.
 template <int width, typename F>
 ANDMASK_INLINE void for_packs(const ThreadIndex& index, int threads, int64_t columns, const F& f) {
   const int64_t packs = columns / width;
@@ -95,7 +94,7 @@ ANDMASK_INLINE int64_t pack_items(int64_t columns, int width) {
   return columns / width + columns % width;
 }
 
-// Writes what `task.output` asks for; returns how many of the columns are kept.
+// Writes the output of the task, and returns the number of columns that are kept.
 template <typename T, int width>
 ANDMASK_INLINE int32_t write_columns(const MaskedMeanTask& task, int64_t column, const double* sums,
                                      const int32_t* votes) {
@@ -126,14 +125,14 @@ ANDMASK_INLINE int32_t write_columns(const MaskedMeanTask& task, int64_t column,
   return kept;
 }
 
-// All environments of a column in one thread.
+// A thread takes all environments of its columns.
 template <typename T, int width_>
 struct MaskedMeanBody {
   static constexpr int kThreads = 128;
   using Total = double;
 
   MaskedMeanTask task;
-  double* kept;  // [blocks]; null: not asked for
+  double* kept;  // [blocks]; null: not wanted
 
   ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
@@ -162,8 +161,8 @@ struct MaskedMeanBody {
   }
 };
 
-// Where there are few columns, groups of environments are shared out too: each leaves its sum and
-// votes, which JoinGroupsBody adds in their order.
+// If there are few columns, threads share the groups of environments too. Each group stores its sum
+// and votes, which JoinGroupsBody adds in their order.
 template <typename T, int width_>
 struct GroupSumsBody {
   static constexpr int kThreads = 128;

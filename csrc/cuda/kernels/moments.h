@@ -53,7 +53,7 @@ struct MomentsOf {
     if (moments.votes) put_votes<width>(at, votes, moments.vote_bytes, moments.votes);
   }
 
-  // One environment after `count` others.
+  // Adds one environment after `count` others.
   template <typename T>
   ANDMASK_METHOD void add(const Pack<T, width>& grads, const MomentArrays& moments, int64_t count,
                           F weight) {

@@ -1,5 +1,5 @@
-// Votes of environments that have one row each: the sign of d a is sign(d) sign(a), and no product
-// is needed to count them. The sign of NaN is 0, and so is that of 0 * infinity, which is NaN.
+// Votes of environments that have one row each. The sign of d a is sign(d) sign(a), so that votes
+// are counted without products. The sign of NaN is 0, and so is that of 0 * infinity, which is NaN.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,7 @@ struct SignOuterKernels {
   void (*vote)(const SignOuterTask& task, int64_t row_panel, int64_t begin, int64_t end);
 };
 
-// Panels of activations that one call should get.
+// The number of panels of activations that one call should get.
 constexpr int64_t kSignPanels = 4;
 
 ANDMASK_DECLARE_KERNELS(SignOuterKernels, sign_outer_kernels)
