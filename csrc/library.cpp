@@ -32,26 +32,27 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   // given, but the activations a and the gradients d of the outputs. Environment e has examples
   // order[offsets[e]:offsets[e + 1]]; None: 0, 1, 2, ...
   m.def(
-      "_accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, Tensor(d!)? logs, "
-      "Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, int count, "
-      "float[] weights=[]) -> ()");
+      "_accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
+      "Tensor(d!)? logs, Tensor activations, Tensor grad_outputs, Tensor? order, "
+      "Tensor? offsets, int count, float[] weights=[]) -> ()");
   m.def(
       "_accumulate_convolution_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
       "Tensor(d!)? logs, Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, "
       "int count, int[] stride, int[] padding, int[] dilation, int groups, "
       "float[] weights=[]) -> ()");
   m.def(
-      "_resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
-      "float[] arguments, bool rescale=False) -> Tensor[]");
+      "_resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
+      "str rule, float[] arguments, bool rescale=False) -> Tensor[]");
   m.def(  // the same, written over the sums
       "_resolve_(Tensor(a!)[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
       "str rule, float[] arguments, bool rescale=False) -> ()");
   // One optimizer step on the gradients that a rule makes of moments, in one pass over memory.
   m.def(
-      "_sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "
-      "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
-      "float lr, float momentum, float dampening, float weight_decay, "
-      "bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) -> ()");
+      "_sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, "
+      "Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
+      "float[] arguments, bool rescale, *, float lr, float momentum, float dampening, "
+      "float weight_decay, bool decoupled_weight_decay, bool nesterov, bool maximize, "
+      "bool first_step) -> ()");
   m.def(
       "_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] sum, Tensor[] votes, "
@@ -70,8 +71,8 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   // sums, float64; [d + 1], or [tensors, d + 1] of moments.
   m.def("vote_histogram(Tensor grads) -> (Tensor counts, Tensor squares)");
   m.def(
-      "_vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> (Tensor counts, Tensor "
-      "squares)");
+      "_vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> "
+      "(Tensor counts, Tensor squares)");
   m.def("_rule_table() -> str");
   m.def("_native_info() -> str");
 }

@@ -1,34 +1,32 @@
-// The rules of aggregate, by name.
+// The registry of rules, by name: those on moments (math/rules.h) and those on whole columns
+// (math/columns.h).
 #pragma once
 
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "../math/columns.h"
-#include "tensors.h"
 
 namespace andmask {
 
-struct NamedRule {
+struct RuleInfo {
   const char* name;
   int arguments;
-  Noise noise;
-  bool rescales;  // has a mask to rescale by
-  bool fills;
-  int moment;  // index in MomentRules, or -1
-  int column;  // index in ColumnRules, or -1
   const char* (*invalid)(const double* arguments, int64_t environments);
+  int moment_rule;   // index in MomentRules, or -1
+  int column_rule;   // index in ColumnRules, or -1
+  unsigned moments;  // that a rule on moments needs
+  Noise noise;
+  bool fills_missing;
+
+  bool rescales() const { return (moments & kVotes) != 0; }  // by its mask
 };
 
-// Raises where there is none of that name.
-const NamedRule& named_rule(const char* op, const std::string& name);
-
-void check_rule(const char* op, const NamedRule& rule, const std::vector<double>& arguments,
-                bool rescale, int64_t environments);
-
-void check_noise(const char* op, const NamedRule& rule, const std::optional<Tensor>& noise,
-                 const Tensor& grads);
+// Returns the rule of this name and checks its arguments. `on_moments`: the op takes only the rules
+// on moments.
+const RuleInfo& find_rule(const char* op, const std::string& name,
+                          const std::vector<double>& arguments, int64_t environments,
+                          bool on_moments);
 
 // Lines "name arguments noise rescales per_tensor", for the fake kernel and the vmap rule.
 std::string rule_table();

@@ -1,10 +1,10 @@
-// Packing the operands of outer products: rows of columns, planes of outputs. Whichever of the two
-// runs fastest in memory is read with vector loads, and turned in registers where it has to be.
+// Packs the operands of outer products: rows of columns, planes of outputs. The dimension that runs
+// fastest in memory is read with vector loads, and transposed in registers if necessary.
 #pragma once
 
-#include "load.h"
+#include "../../kernels/load.h"
 #include "outer.h"
-#include "outer_vectors.h"
+#include "vectors.h"
 
 namespace andmask {
 namespace {
@@ -23,7 +23,7 @@ ANDMASK_INLINE Vector<accumulate_t<T>> load_wide(const T* values) {
   }
 }
 
-// The first `count` lanes, and zeros.
+// Loads the first `count` lanes, and zeros.
 template <typename T>
 ANDMASK_INLINE Vector<accumulate_t<T>> load_part(const T* values, int64_t count) {
   using F = accumulate_t<T>;
@@ -70,7 +70,7 @@ class RangeFinder {
 
 // ---- transposition ----
 
-// A perfect shuffle rotates the bits of (row, column): as many as a column has make a
+// A perfect shuffle rotates the bits of (row, column). One for each bit of the column make a
 // transposition.
 template <typename F>
 ANDMASK_INLINE void transpose(Vector<F> (&rows)[kLanes<F>]) {
@@ -136,8 +136,8 @@ void copy_elements(const OuterPack& task, const int32_t* target_offsets, int64_t
   finder.put(range);
 }
 
-// Stores whole registers: what they hold beyond the channels is 0, and is overwritten by the next
-// position where that follows at once.
+// Stores whole registers. Their lanes beyond the channels are 0, and are overwritten by the next
+// position if that follows immediately.
 template <typename T>
 void turn_planes(const OuterPack& task, const int32_t* target_offsets, MagnitudeRange* range) {
   using F = accumulate_t<T>;
@@ -198,7 +198,7 @@ void copy_planes(const OuterPack& task, MagnitudeRange* range) {
         static_cast<const T*>(task.source) + task.source_offsets[0] + channel * task.channel_stride;
     F* const to = static_cast<F*>(task.target) + channel * kOuterPitch;
     for (int64_t position = 0; position < task.positions; position += kSize) {
-      __builtin_prefetch(from + position + task.positions, 0, 2);  // most likely of the next block
+      __builtin_prefetch(from + position + task.positions, 0, 2);  // probably the next block
       const Vector<F> values = load_part(from + position, task.positions - position);
       finder.add(values);
       store(to + position, values);  // beyond the positions there is room

@@ -1,19 +1,19 @@
-// How the columns of a weight gradient are cut into tiles, and its rows into blocks that are packed
+// Cuts the columns of a weight gradient into tiles, and its rows into blocks that are packed
 // together.
 //
-// Nothing is unfolded. A block holds the pixels that its windows see, zeros of the padding
-// included, once, in panels of up to 64 channels: the columns of one tap are then 16 channels at a
-// distance from the window's first pixel which is the same for all windows.
+// Windows are not unfolded. A block holds each pixel that its windows see once, with the zeros of
+// the padding, in panels of up to 64 channels. The distance of the columns of one tap from the
+// window's first pixel is then the same for all windows.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "outer_tiles.h"
+#include "tiles.h"
 
 namespace andmask {
 
-// Channels that are packed together.
+// A group of channels that are packed together.
 struct OuterPanel {
   int64_t channel;
   int64_t channels;
@@ -21,7 +21,7 @@ struct OuterPanel {
   int64_t round;  // channels are filled up with zeros to a multiple of this
 };
 
-// Vectors of columns of one panel.
+// A tile of vectors of columns of one panel.
 struct ColumnTile {
   int64_t panel;
   OuterTileKind kind;
@@ -39,8 +39,8 @@ class OuterGeometry {
   const std::vector<OuterPanel>& panels() const { return panels_; }
   const std::vector<ColumnTile>& tiles() const { return tiles_; }
 
-  // Positions of an example that are packed together, along each axis; how many such bands there
-  // are; and the pixels that one sees.
+  // A band is the positions of an example that are packed together. band(axis) is their number
+  // along an axis, and box(axis) the number of pixels that they see.
   int64_t band(int axis) const { return band_[axis]; }
   int64_t bands() const { return bands_; }
   int64_t box(int axis) const { return box_[axis]; }
@@ -60,12 +60,13 @@ class OuterGeometry {
   int64_t panel_size_ = 0;
 };
 
-// The rows of consecutive environments, block by block. Tables are for all panels and outputs.
+// Walks over the rows of consecutive environments, block by block. The tables of a block serve all
+// panels and outputs.
 class OuterBlocks {
  public:
   OuterBlocks(const OuterTask& task, const OuterGeometry& geometry, int64_t begin, int64_t end);
 
-  // The next block of environments [begin, end); false where there is none.
+  // Moves to the next block of environments [begin, end); false at the end.
   bool next();
 
   int64_t rows() const { return static_cast<int64_t>(row_pixels_.size()); }
@@ -82,7 +83,7 @@ class OuterBlocks {
   bool suspends() const { return suspends_; }
 
  private:
-  // What a band adds to the tables, from its first pixel and its example on.
+  // The entries of a band in the tables, relative to its first pixel and its example.
   struct Band {
     int64_t index = -1;
     std::vector<int32_t> row_pixels, pixels;
@@ -98,7 +99,7 @@ class OuterBlocks {
   int64_t environment_, end_;
   int64_t index_;  // in `order`
   int64_t band_ = 0;
-  std::vector<Band> bands_;  // those that were met, as far as there is room
+  std::vector<Band> bands_;  // the tables of recent bands
   std::vector<int32_t> row_pixels_, pixels_, environment_rows_;
   std::vector<int64_t> output_offsets_, pixel_offsets_;
   int64_t block_pixels_ = 0;

@@ -1,19 +1,19 @@
-#include "outer_tiles.h"
+#include "tiles.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "outer_worker.h"
+#include "worker.h"
 
 namespace andmask {
 namespace {
 
-// A matrix of fewer tiles than this is too small to occupy the threads: environments are shared
-// out.
+// A matrix of fewer tiles than this is too small to occupy the threads. They share environments
+// instead.
 constexpr int64_t kFewTiles = 8;
 
-// Ranges of environments that are added up by themselves. Of the sizes only, because sums of sums
-// round differently.
+// The number of ranges of environments that are added up separately. It depends on the sizes only,
+// not on the number of threads, because sums of sums round differently.
 int64_t environment_parts(const OuterPlan& plan) {
   const int64_t tiles = plan.tiles();
   if (plan.general || tiles >= kFewTiles) return 1;
@@ -63,7 +63,7 @@ void add_votes(const OuterTask& task, const OuterLayout& packed, const std::vect
   }
 }
 
-// Every part into moments of its own, which then are added in their order.
+// Adds every part to moments of its own, and then those in their order.
 template <typename F>
 void accumulate_in_parts(const OuterTask& task, Isa isa, int64_t parts,
                          const ParallelFor& parallel_for) {

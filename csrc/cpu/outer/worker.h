@@ -1,7 +1,7 @@
-// One part of a plan, from packing to the moments.
+// Runs one part of a plan, from packing to the moments.
 #pragma once
 
-#include "outer_plan.h"
+#include "plan.h"
 
 namespace andmask {
 

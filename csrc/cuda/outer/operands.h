@@ -1,18 +1,18 @@
-// Moments of W_e = sum over the rows r of environment e of d_r a_r^T: what the kernels are given,
-// and how they walk through rows of sources that are not there as matrices.
+// Moments of W_e = sum over the rows r of environment e of d_r a_r^T: the arguments of the kernels,
+// and the walk through rows of sources that are not stored as matrices.
 #pragma once
 
 #include "../../tasks/outer.h"
-#include "thread.h"
+#include "../kernels/thread.h"
 
 namespace andmask {
 
-// A block adds up a tile of so many outputs and columns (channels and taps, the channels running
+// A block adds up a tile of this many outputs and columns (channels and taps, with channels running
 // fastest).
 constexpr int kOuterTile = 64;
 
-// How the threads of a block share the elements of a stage: neighbours read neighbouring columns,
-// or packs of them in one instruction, or neighbouring rows.
+// The way in which threads share the elements of a stage: neighbours read neighbouring columns, or
+// packs of them in one instruction, or neighbouring rows.
 enum class OuterReading { columns, packs, rows };
 
 struct OuterOperand {
@@ -25,7 +25,7 @@ struct OuterOperand {
 
 // Examples [begin(e), begin(e + 1)) of the order belong to environment e.
 struct OuterEnvironments {
-  const int64_t* offsets;  // null: `size` examples each from `first` on, the last what is left
+  const int64_t* offsets;  // null: `size` examples each from `first` on; the last may have fewer
   int64_t first, end;      // of the examples
   int64_t size;
   int64_t count;
@@ -37,7 +37,7 @@ struct OuterEnvironments {
   }
 };
 
-// A row: an index in the order and a position of the window. Divisions are made once; from there on
+// A row: an index in the order and a position of the window. Divisions are made once; after that
 // rows are counted up digit by digit.
 struct OuterCursor {
   int64_t index;
@@ -94,17 +94,17 @@ struct OuterArguments {
   MomentArrays moments;
   OuterLayout layout;
   int64_t groups, row_tiles, column_tiles;
-  // Environments are shared out; each part leaves its sums [splits, groups, outputs, columns] and
-  // votes, which OuterJoinBody adds in their order. 1: straight to the moments.
+  // The number of parts that share the environments. Each stores its sums [splits, groups, outputs,
+  // columns] and votes, which OuterJoinBody adds in their order. 1: a block writes to the moments.
   int64_t splits;
-  void* part_sums;      // F; null: none are wanted
-  int32_t* part_votes;  // null: none are wanted
+  void* part_sums;      // F; null: not wanted
+  int32_t* part_votes;  // null: not wanted
 
   ANDMASK_METHOD int64_t blocks() const { return groups * row_tiles * column_tiles * splits; }
   ANDMASK_METHOD int64_t elements() const { return groups * outputs.columns * activations.columns; }
 };
 
-// The place of a column among the channels and taps of a source.
+// The channel and the taps of a column of a source.
 struct OuterColumn {
   int64_t channel;
   int64_t taps[kWindowAxes];
@@ -119,7 +119,7 @@ struct OuterColumn {
     }
   }
 
-  // From the place that a row begins at.
+  // The distance from the beginning of a row.
   ANDMASK_METHOD int64_t offset(const RowSource& source) const {
     int64_t offset = channel * source.channel_stride;
 #pragma unroll
@@ -137,18 +137,18 @@ struct OuterColumn {
   }
 };
 
-// What a block looks up of the columns of one operand in its tile.
+// A table that a block makes of the columns of one operand in its tile.
 struct OuterTable {
   int64_t offsets[kOuterTile];            // in the source
   int64_t taps[kWindowAxes][kOuterTile];  // times dilation
 
-  ANDMASK_METHOD void fill(const OuterOperand& operand, int64_t first, int place) {
-    if (first + place >= operand.columns) return;
-    const OuterColumn column(operand.source, first + place);
-    offsets[place] = column.offset(operand.source);
+  ANDMASK_METHOD void fill(const OuterOperand& operand, int64_t first, int slot) {
+    if (first + slot >= operand.columns) return;
+    const OuterColumn column(operand.source, first + slot);
+    offsets[slot] = column.offset(operand.source);
 #pragma unroll
     for (int axis = 0; axis < kWindowAxes; ++axis) {
-      taps[axis][place] = column.taps[axis] * operand.source.axes[axis].dilation;
+      taps[axis][slot] = column.taps[axis] * operand.source.axes[axis].dilation;
     }
   }
 };
@@ -185,8 +185,8 @@ struct OuterRow {
   }
 };
 
-// Which elements of a stage of `rows` rows a thread moves: `group` rows that follow one another,
-// and of each `columns` columns, in packs or far apart.
+// A thread's share of a stage of `rows` rows: `group` neighbouring rows, and `kColumns` columns of
+// each, in packs or far apart.
 template <int threads, int rows, int group>
 struct OuterShare {
   static constexpr int kStacks = rows / group;

@@ -1,12 +1,12 @@
-// Multipliers of tiles: how the rows of a stage lie in shared memory, and how their products are
-// added to the elements of a tile that a thread holds.
+// Multipliers of tiles. A multiplier defines how the rows of a stage lie in shared memory, and adds
+// their products to the elements of a tile that a thread holds.
 #pragma once
 
 #include <math.h>
 
 #include "../../math/agreement.h"
-#include "outer.h"
-#include "together.h"
+#include "../kernels/block_ops.h"
+#include "operands.h"
 
 namespace andmask {
 
@@ -14,7 +14,7 @@ ANDMASK_INLINE float fused(float a, float b, float c) { return ::fmaf(a, b, c); 
 
 ANDMASK_INLINE double fused(double a, double b, double c) { return ::fma(a, b, c); }
 
-// Multiply-adds of single elements. Of each row a thread reads 4 outputs and 8 (float64: 4) columns
+// Multiply-adds of single elements. A thread reads 4 outputs and 8 (float64: 4) columns of each row
 // for 32 (16) multiply-adds.
 template <typename T>
 struct SimpleMultiplier {
@@ -29,8 +29,8 @@ struct SimpleMultiplier {
   static constexpr int kValues = kHeight * kWidth;  // of a thread
   static constexpr int kThreads = kOuterTile * kOuterTile / kValues;
   static constexpr int kAcross = kOuterTile / kWidth;  // threads
-  // Rows begin 4 banks apart: what neighbouring threads write to 8 rows meets no bank more than
-  // twice.
+  // Rows begin 4 banks apart, so that writes of neighbouring threads to 8 rows meet each bank at
+  // most twice.
   static constexpr int kPitch = kOuterTile + kPack;
 
   struct Stage {
@@ -44,13 +44,13 @@ struct SimpleMultiplier {
   ANDMASK_METHOD static int row(int thread, int i) {
     return thread / kAcross * kHeight + i / kWidth;
   }
-  // In packs that lie next to those of the neighbours.
+  // A thread's packs are next to those of its neighbours.
   ANDMASK_METHOD static int column(int thread, int i) {
     const int pack = i % kWidth / kPack;
     return (pack * kAcross + thread % kAcross) * kPack + i % kPack;
   }
 
-  // The elements of `size` columns that a thread has of one row.
+  // Stores a thread's elements of one row, `size` columns.
   template <int size>
   ANDMASK_METHOD static void put(Stage& stage, int operand, int stack, int column,
                                  const T (*values)[size], Value factor) {
@@ -92,10 +92,10 @@ struct SimpleMultiplier {
     }
   }
 
-  // Rows [begin, end) of a stage.
-  template <typename Crew>
-  ANDMASK_METHOD static void multiply(Crew& crew, const Stage& stage, int begin, int end) {
-    crew.each([&](int thread, auto& state) {
+  // Adds the products of rows [begin, end) of a stage.
+  template <typename Threads>
+  ANDMASK_METHOD static void multiply(Threads& threads, const Stage& stage, int begin, int end) {
+    threads.each([&](int thread, auto& state) {
       if (end - begin == kStage) {
 #pragma unroll
         for (int row = 0; row < kStage; ++row) add_row(stage, row, thread, state.tile.values);
@@ -107,8 +107,8 @@ struct SimpleMultiplier {
   }
 };
 
-// 64 x 64 elements on tensor cores: four warps of 32 x 32, each of 2 x 4 products. For these 8
-// instructions a thread loads 16 words.
+// A tile of 64 x 64 elements on tensor cores: four warps of 32 x 32, with 2 x 4 products each. For
+// these 8 instructions a thread loads 16 words.
 template <typename Value_, int group>
 struct TensorTile {
   using Value = Value_;
@@ -134,14 +134,14 @@ struct TensorTile {
   ANDMASK_METHOD static int first_column(int thread) { return thread / kWarp % 2 * (kWide * 8); }
 
   ANDMASK_METHOD static int row(int thread, int i) {
-    return first_row(thread) + i / (kWide * 4) * 16 + TensorPlace(thread).row(i % 4);
+    return first_row(thread) + i / (kWide * 4) * 16 + TensorLane(thread).row(i % 4);
   }
   ANDMASK_METHOD static int column(int thread, int i) {
-    return first_column(thread) + i / 4 % kWide * 8 + TensorPlace(thread).column(i % 4);
+    return first_column(thread) + i / 4 % kWide * 8 + TensorLane(thread).column(i % 4);
   }
 
-  // The rows of a word that lie in [begin, end), as bits. The others belong to other environments,
-  // and are taken for zeros in both operands: they may be infinite.
+  // A bit mask of the rows of a word that lie in [begin, end). The others belong to other
+  // environments, and become zeros in both operands, because they may be infinite.
   ANDMASK_METHOD static uint32_t counted(int word, int begin, int end) {
     uint32_t bits = 0;
 #pragma unroll
@@ -154,10 +154,11 @@ struct TensorTile {
   }
 
   // Adds the products of rows [begin, end) of a stage, elements of T.
-  template <typename T, typename Crew>
-  ANDMASK_METHOD static void multiply_rows(Crew& crew, const Stage& stage, int begin, int end) {
-    crew.each([&](int thread, auto& state) {
-      const TensorPlace at(thread);
+  template <typename T, typename Threads>
+  ANDMASK_METHOD static void multiply_rows(Threads& threads, const Stage& stage, int begin,
+                                           int end) {
+    threads.each([&](int thread, auto& state) {
+      const TensorLane at(thread);
       const uint32_t low = counted(at.quarter, begin, end);
       const uint32_t high = counted(at.quarter + 4, begin, end);
       const auto* const outputs = stage.words[0];
@@ -181,7 +182,7 @@ struct TensorTile {
     for (int i = 0; i < kHigh; ++i) {
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
-        crew.template multiply<T>([&](auto& state) {
+        threads.template multiply<T>([&](auto& state) {
           return TensorOperands<Value>{state.tile.values + (i * kWide + j) * 4,
                                        state.tile.outputs[i], state.tile.columns[j]};
         });
@@ -190,7 +191,7 @@ struct TensorTile {
   }
 };
 
-// 16-bit operands: their products are exact in float32, in which they are added.
+// Multiplies 16-bit operands. Their products are exact in float32, in which they are added.
 template <typename T>
 struct HalfMultiplier : TensorTile<float, 2> {
   using Element = T;
@@ -207,15 +208,15 @@ struct HalfMultiplier : TensorTile<float, 2> {
     store_shared(&stage.words[operand][stack][column], words);
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD static void multiply(Crew& crew, const Stage& stage, int begin, int end) {
-    multiply_rows<T>(crew, stage, begin, end);
+  template <typename Threads>
+  ANDMASK_METHOD static void multiply(Threads& threads, const Stage& stage, int begin, int end) {
+    multiply_rows<T>(threads, stage, begin, end);
   }
 };
 
-// Where every row is an environment, the products of the operands' signs are its votes: int8
-// products that are exact, of operands that are an eighth as large as in float32 once they are
-// loaded.
+// Multiplies the signs of the operands, whose products are the votes if every row is an
+// environment. int8 products are exact, and the loaded operands take an eighth of the space of
+// float32.
 template <typename T>
 struct SignMultiplier : TensorTile<int32_t, 4> {
   using Element = T;
@@ -236,9 +237,9 @@ struct SignMultiplier : TensorTile<int32_t, 4> {
     store_shared(&stage.words[operand][stack][column], words);
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD static void multiply(Crew& crew, const Stage& stage, int begin, int end) {
-    multiply_rows<int8_t>(crew, stage, begin, end);
+  template <typename Threads>
+  ANDMASK_METHOD static void multiply(Threads& threads, const Stage& stage, int begin, int end) {
+    multiply_rows<int8_t>(threads, stage, begin, end);
   }
 };
 

@@ -1,34 +1,33 @@
-// Tiles of sums of outer products: packing operands, adding up, and what becomes of a finished
-// tile.
+// Tiles of sums of outer products: packing operands, adding up, and writing finished tiles.
 #pragma once
 
 #include <cstdint>
 
-#include "moments.h"
+#include "../../kernels/moments.h"
 
 namespace andmask {
 
-// Columns come in vectors of this many, whatever the registers hold.
+// Columns of a vector, whatever the size of a register.
 constexpr int kOuterLanes = 16;
-// Rows of the two operands that are packed together: a packed panel of activations, 64 columns
+// Rows of the two operands that are packed together. A packed panel of activations, 64 columns
 // wide, leaves room in L1.
 constexpr int64_t kOuterDepth = 128;
-// Between two planes of packed grad_outputs. Not a power of two, so that they spread over the
-// cache.
+// Elements from one plane of packed grad_outputs to the next. It is no power of two, so that planes
+// spread over the cache.
 constexpr int64_t kOuterPitch = kOuterDepth + 16;
-// From one row to the next of grad_outputs that are packed like columns, which is how layers with
-// one channel a group want them: there, lanes are groups, and products are taken lane by lane.
+// Elements from one row to the next of grad_outputs that are packed like columns. Layers with one
+// channel per group need them so: their lanes are groups, and products are taken lane by lane.
 constexpr int64_t kOuterLanePitch = 64;
 constexpr int kOuterMaxVectors = 12;
 
-// The magnitudes that an operand holds, as bits, zeros aside. They tell whether a tile can meet an
-// underflow, an overflow or NaN at all.
+// The range of the nonzero magnitudes of an operand, as bits. It tells whether a tile can meet an
+// underflow, an overflow or NaN.
 struct MagnitudeRange {
   uint64_t largest = 0;
   uint64_t smallest_less_one = ~uint64_t{0};  // less one, so that a zero wraps and is never least
 };
 
-// Positions and channels of one operand, copied and widened. `F` is float, or double for float64.
+// Copies and widens positions and channels of one operand. `F` is float, or double for float64.
 struct OuterPack {
   const void* source;
   const int64_t* source_offsets;  // [positions]
@@ -39,12 +38,12 @@ struct OuterPack {
   void* target;         // F
 };
 
-// One tile over one block of rows: environments that follow one another.
+// One tile over one block of rows of consecutive environments.
 struct OuterTile {
-  const void* columns[kOuterMaxVectors];  // F: where the first row of each vector would lie
-  const int32_t* row_offsets;             // [rows of the block], from there
+  const void* columns[kOuterMaxVectors];  // F: the start of each vector
+  const int32_t* row_offsets;             // [rows of the block], from the start
   const void* outputs;  // F [tile rows][kOuterPitch], or lane by lane [rows][kOuterLanePitch]
-  const int32_t* rows;  // [environments]: of each in the block
+  const int32_t* rows;  // [environments]: rows of each in the block
   int64_t environments;
   bool resumes;   // the first environment began in another block: `partial` holds its sum so far
   bool suspends;  // the last environment goes on in another block: `partial` takes its sum so far
@@ -55,11 +54,11 @@ struct OuterTile {
   int8_t* votes;          // like partial, in the order of the instruction set; added to
 };
 
-// Writing a tile to the moments.
+// Writes a tile to the moments.
 struct OuterFlush {
   const void* sum;
-  int8_t* votes;    // put in order in place
-  int64_t outputs;  // rows of the tile that exist
+  int8_t* votes;    // reordered in place
+  int64_t outputs;  // rows of the tile within the matrix
   int64_t output_stride;
   const int64_t* lane_offsets;  // [vectors * lanes]; -1: lane is not used
   bool first;                   // overwrites
@@ -71,8 +70,8 @@ struct OuterTileShape {
   int64_t vectors;  // of columns
 };
 
-// `narrow` tiles have half the vectors; those taken lane by lane have one row, and a vector for
-// each tap.
+// `narrow` tiles have half the vectors. Tiles of `lanes` are taken lane by lane: they have one row,
+// and a vector for each tap.
 enum class OuterTileKind { wide, narrow, lanes };
 constexpr int kOuterTileKinds = 3;
 

@@ -1,4 +1,4 @@
-#include "outer_plan.h"
+#include "plan.h"
 
 #include <algorithm>
 #include <cstring>
@@ -7,8 +7,8 @@
 namespace andmask {
 namespace {
 
-// Moments of the tiles of one part, and of all threads' parts. Larger parts would pack less often,
-// but leave the caches between two visits of a tile.
+// The most bytes of moments of the tiles of one part, and of all threads' parts. Larger parts would
+// pack less often, but would leave the caches between two visits of a tile.
 constexpr int64_t kPartBytes = int64_t{9} << 19;
 constexpr int64_t kScratchBytes = int64_t{24} << 20;
 constexpr int64_t kAlignment = 4096;
@@ -19,8 +19,8 @@ OuterRange share(int64_t size, int64_t parts, int64_t index) {
 
 int64_t ceil_div(int64_t size, int64_t part) { return (size + part - 1) / part; }
 
-// The same without the places that no window sees, as far as that leaves places that follow one
-// another in memory together.
+// Returns the task without the places that no window sees, unless that separates places that are
+// neighbours in memory.
 OuterTask without_gaps(OuterTask task) {
   RowSource& source = task.activations;
   for (int i = 0; i < kWindowAxes; ++i) {
@@ -34,7 +34,7 @@ OuterTask without_gaps(OuterTask task) {
   return task;
 }
 
-// Makes channels of groups that have one channel each. Their outputs remain.
+// Turns groups that have one channel each into channels. Their outputs remain.
 bool put_groups_into_lanes(OuterTask& task) {
   if (task.groups == 1 || task.activations.channels != 1) return false;
   task.activations.channels = task.groups;
@@ -94,8 +94,8 @@ int64_t OuterPlan::tile_bytes() const {
   return tile_elements() * (arrays * wide() + vote_bytes());
 }
 
-// Into parts that make the longest share short: of the tiles themselves, and of the packing, which
-// every part does for itself. Nothing of this shows in the result.
+// Chooses parts that keep the longest share of a thread short: the tiles themselves, and the
+// packing, which every part does for itself. The result does not depend on the parts.
 void OuterPlan::share_out(int64_t threads) {
   const int64_t columns = static_cast<int64_t>(geometry.tiles().size());
   const int64_t most =
@@ -107,7 +107,7 @@ void OuterPlan::share_out(int64_t threads) {
     return;
   }
   group_parts = task.groups;
-  // Packing a column or a row, as a share of the time that a tile takes.
+  // The time of packing a column or a row, relative to that of a tile.
   const double column_cost = .5 / static_cast<double>(task.activations.taps());
   constexpr double kRowCost = .1;
   double best = 0;

@@ -1,11 +1,11 @@
-// How the tiles of a weight gradient are shared by threads, and the memory that each needs.
+// The plan by which threads share the tiles of a weight gradient, and the memory of a thread.
 #pragma once
 
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
 
-#include "outer_blocks.h"
+#include "blocks.h"
 
 namespace andmask {
 
@@ -17,8 +17,8 @@ struct OuterRange {
 // Memory of one thread, kept from one call to the next.
 class OuterScratch {
  public:
-  // Begins anew; `bytes` for all that will be taken, each rounded up. What was not taken before is
-  // zero.
+  // Frees all that was taken, and provides `bytes` for what will be, each rounded up. Memory that
+  // was never taken before is zero.
   void reserve(int64_t bytes);
 
   template <typename T>
@@ -53,7 +53,7 @@ struct OuterPlan {
   int64_t row_tiles;  // tiles along the outputs
   bool general;       // moments that the kernel of tiles does not know
   int64_t longest;    // rows of an environment
-  // What the thread that calls part(index) does: these groups, columns and outputs.
+  // The work is cut into parts: ranges of groups, columns and outputs.
   int64_t group_parts = 1;
   int64_t column_parts = 1;
   int64_t row_parts = 1;
@@ -61,8 +61,7 @@ struct OuterPlan {
   int64_t tiles() const {
     return task.groups * static_cast<int64_t>(geometry.tiles().size()) * row_tiles;
   }
-  // Products of a row with a tile, and how many of them a thread should have before another is
-  // worth waking.
+  // The number of products of a row with a tile. Another thread is worth waking for kGrain of them.
   int64_t work() const {
     return (task.offsets[task.environments] - task.offsets[0]) * task.activations.rows() * tiles();
   }

@@ -1,10 +1,10 @@
-// Votes of environments that have one row each: the sign of d a is sign(d) sign(a), and no product
-// is needed to count them. The sign of NaN is 0, and so is that of 0 * infinity, which is NaN.
+// Votes of environments that have one row each. The sign of d a is sign(d) sign(a), so that votes
+// are counted without products. The sign of NaN is 0, and so is that of 0 * infinity, which is NaN.
 #pragma once
 
 #include <cstdint>
 
-#include "dispatch.h"
+#include "../../kernels/dispatch.h"
 
 namespace andmask {
 
@@ -25,7 +25,7 @@ struct SignMatrix {
   int64_t column_stride;
 };
 
-struct SignTask {
+struct SignOuterTask {
   const uint8_t* activations;   // packed
   const uint8_t* grad_outputs;  // packed
   int64_t environments, inputs, outputs;
@@ -35,16 +35,16 @@ struct SignTask {
   int64_t stride;  // elements from one row of votes to the next
 };
 
-struct SignKernels {
+struct SignOuterKernels {
   // Packs groups [begin, end) of environments.
   void (*pack[kDtypes])(const SignMatrix& matrix, int64_t begin, int64_t end, uint8_t* packed);
   // Votes of one panel of grad_outputs with panels [begin, end) of activations.
-  void (*vote)(const SignTask& task, int64_t row_panel, int64_t begin, int64_t end);
+  void (*vote)(const SignOuterTask& task, int64_t row_panel, int64_t begin, int64_t end);
 };
 
-// Panels of activations that one call should get.
+// The number of panels of activations that one call should get.
 constexpr int64_t kSignPanels = 4;
 
-ANDMASK_DECLARE_KERNELS(SignKernels, sign_kernels)
+ANDMASK_DECLARE_KERNELS(SignOuterKernels, sign_outer_kernels)
 
 }  // namespace andmask

@@ -1,11 +1,11 @@
-#include "outer_signs.h"
+#include "sign_outer.h"
 
 #include <algorithm>
 #include <vector>
 
-#include "../math/scalar.h"
+#include "../../math/scalar.h"
 #include "kernels/sign_outer.h"
-#include "outer_plan.h"
+#include "plan.h"
 
 namespace andmask {
 namespace {
@@ -18,7 +18,7 @@ int64_t packed_bytes(int64_t environments, int64_t columns) {
   return panels_of(columns) * kSignPanel * ((environments + kSignGroup - 1) / kSignGroup);
 }
 
-// body(begin, end) for the shares that `threads` take of `count`.
+// Calls body(begin, end) for the shares of `count` that `threads` take.
 template <typename Body>
 void in_shares(int64_t count, int64_t threads, const ParallelFor& parallel_for, const Body& body) {
   const int64_t shares = std::min(count, threads);
@@ -26,7 +26,7 @@ void in_shares(int64_t count, int64_t threads, const ParallelFor& parallel_for, 
                [&](int64_t share) { body(count * share / shares, count * (share + 1) / shares); });
 }
 
-// The rows of examples [begin, ...).
+// Returns the rows from example `begin` on.
 RowSource rows_from(const RowSource& source, int64_t begin) {
   RowSource rows = source;
   rows.data = static_cast<const char*>(source.data) +
@@ -63,7 +63,7 @@ void scale_rows(const RowSource& source, const double* weights, int64_t begin, i
   }
 }
 
-// `rows` examples as one environment. With weights the narrower operand is scaled by them.
+// Adds up `rows` examples as one environment. Weights scale the narrower operand.
 struct Product {
   const OuterTask& task;
   Isa isa;
@@ -106,7 +106,7 @@ struct Product {
 
 struct SignVotes {
   const OuterTask& task;
-  const SignKernels& kernels;
+  const SignOuterKernels& kernels;
   int64_t threads;
   const ParallelFor& parallel_for;
 
@@ -124,15 +124,15 @@ struct SignVotes {
       pack(task.activations, from, to, activations);
       pack(task.grad_outputs, from, to, grad_outputs);
     });
-    const SignTask votes{activations,
-                         grad_outputs,
-                         rows,
-                         inputs,
-                         outputs,
-                         first,
-                         task.moments.votes,
-                         task.moments.vote_bytes,
-                         task.layout.output_stride};
+    const SignOuterTask votes{activations,
+                              grad_outputs,
+                              rows,
+                              inputs,
+                              outputs,
+                              first,
+                              task.moments.votes,
+                              task.moments.vote_bytes,
+                              task.layout.output_stride};
     const int64_t blocks = (input_panels + kSignPanels - 1) / kSignPanels;
     in_shares(blocks * panels_of(outputs), threads, parallel_for, [&](int64_t from, int64_t to) {
       for (int64_t i = from; i < to; ++i) {
@@ -145,12 +145,12 @@ struct SignVotes {
 
 }  // namespace
 
-void accumulate_outer_signs(const OuterTask& task, Isa isa, int64_t threads,
-                            const ParallelFor& parallel_for) {
+void accumulate_sign_outer(const OuterTask& task, Isa isa, int64_t threads,
+                           const ParallelFor& parallel_for) {
   const Product sums{task, isa, threads, parallel_for};
-  const SignVotes votes{task, sign_kernels(isa), threads, parallel_for};
+  const SignVotes votes{task, sign_outer_kernels(isa), threads, parallel_for};
   const int64_t inputs = task.activations.channels, outputs = task.grad_outputs.channels;
-  // Moments do not depend on the order of the environments, only on whose weight is whose.
+  // The order of the environments does not matter, except that each must meet its own weight.
   std::vector<double> weights;
   if (task.weights) {
     weights.resize(task.environments);
@@ -158,7 +158,7 @@ void accumulate_outer_signs(const OuterTask& task, Isa isa, int64_t threads,
       weights[task.order ? task.order[e] : e] = task.weights[e];
     }
   }
-  // As many environments at a time as the scratch holds.
+  // The loop takes as many environments at a time as the scratch holds.
   const int64_t scaled_bytes = task.weights ? sums.row_bytes() : 0;
   const int64_t bytes = scaled_bytes + (inputs + outputs) / kSignGroup + 1;
   const int64_t blocks = std::max<int64_t>(1, kScratch / bytes / kSignBlock);

@@ -1,6 +1,5 @@
-// Lists of tensors in one launch. The table of tensors goes with the kernel as its argument, so
-// that nothing has to be copied to the device first. Tensors are cut into chunks, one for each
-// block.
+// A table of many tensors for one launch. The table is an argument of the kernel, so that nothing
+// has to be copied to the device first. Tensors are cut into chunks, one for each block.
 #pragma once
 
 #include <type_traits>
@@ -9,27 +8,30 @@
 
 namespace andmask {
 
-constexpr int kListThreads = 256;
+constexpr int kTableThreads = 256;
 constexpr int64_t kChunk = 4096;  // elements
 
 ANDMASK_INLINE int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
-// The arguments of a kernel may take 32764 bytes; the rest is for what goes beside the list.
-constexpr int64_t kListBytes = 32000;
+// The arguments of a kernel may take 32764 bytes. The rest is for arguments beside the table.
+constexpr int64_t kTableBytes = 32000;
 
-// Some of the tensors of a group. An item has its size in elements as `size`, and as `packed`
-// whether its arrays begin at multiples of whole packs.
+// Some of the tensors of a call. An item has `size`, in elements, and `packed`, which says that all
+// its arrays begin at multiples of whole packs.
 template <typename Item>
-struct List {
-  static constexpr int64_t kItems = kListBytes / static_cast<int64_t>(sizeof(Item) + 8) - 1;
+struct KernelTable {
+  static constexpr int64_t kItems = kTableBytes / static_cast<int64_t>(sizeof(Item) + 8) - 1;
 
-  int64_t count;                    // >= 1
-  int64_t first_chunk[kItems + 1];  // of each item and behind the last; numbers of the whole group
+  int64_t count;  // >= 1
+  // The first chunk of each item, and the end of the last one. Chunks are numbered through all
+  // tables of a call.
+  int64_t first_chunk[kItems + 1];
   Item items[kItems];
 
   ANDMASK_METHOD int64_t chunks() const { return first_chunk[count] - first_chunk[0]; }
 
-  // The item that has this chunk. An empty one has none: then it is the last that begins there.
+  // The item that has this chunk: of several items that begin there, all empty but the last, the
+  // last.
   ANDMASK_METHOD int64_t item_of(int64_t chunk) const {
     int64_t low = 0;
     int64_t high = count;
@@ -45,9 +47,9 @@ struct List {
   }
 };
 
-// Elements of one thread that lie together.
+// The elements of one thread, next to each other and aligned.
 template <int width>
-struct Together {
+struct PackedElements {
   int64_t first;
 
   ANDMASK_METHOD bool has(int) const { return true; }
@@ -63,9 +65,10 @@ struct Together {
   }
 };
 
-// Elements that need not be aligned, nor all be there: `distance` apart.
+// The elements of one thread, `distance` apart. They need not be aligned, and some may be beyond
+// the end.
 template <int width>
-struct Apart {
+struct SpacedElements {
   int64_t first;
   int distance;
   int rest;  // elements from `first` to the end
@@ -91,10 +94,10 @@ struct Apart {
   }
 };
 
-// What the threads of a block go over in one step: `width` elements each.
+// The elements that the threads of a block process in one step, `width` each.
 template <int width>
 struct Tile {
-  static constexpr int64_t kElements = kListThreads * width;
+  static constexpr int64_t kElements = kTableThreads * width;
   static_assert(kChunk % kElements == 0);
 
   int64_t begin;
@@ -102,17 +105,17 @@ struct Tile {
   int thread;
   bool packed;
 
-  // f(Together) or f(Apart): the same for all threads. Threads side by side take elements side by
-  // side, unless `ordered` asks that a thread gets those that it has in packs.
+  // Calls f(PackedElements) or f(SpacedElements), the same for all threads. Neighbouring threads
+  // take neighbouring elements, unless `ordered` asks that a thread gets the elements of its pack.
   template <bool ordered = false, typename F>
   ANDMASK_METHOD void at(const F& f) const {
     if (packed && begin + kElements <= end) {
-      f(Together<width>{begin + thread * width});
+      f(PackedElements<width>{begin + thread * width});
     } else {
       const int64_t first = begin + thread * (ordered ? width : 1);
       const int64_t rest = end - first;
-      f(Apart<width>{first, ordered ? 1 : kListThreads,
-                     static_cast<int>(rest < kElements ? rest : kElements)});
+      f(SpacedElements<width>{first, ordered ? 1 : kTableThreads,
+                              static_cast<int>(rest < kElements ? rest : kElements)});
     }
   }
 };
@@ -128,7 +131,7 @@ ANDMASK_INLINE void for_tiles(const Item& item, int64_t chunk, int thread, const
   }
 }
 
-// ---- votes, whose type is known at run time ----
+// ---- votes: their type is known at run time only ----
 
 template <int width, typename V>
 ANDMASK_INLINE void widen_votes(const Pack<V, width>& votes, int32_t* wide) {

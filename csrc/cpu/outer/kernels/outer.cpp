@@ -1,18 +1,19 @@
 // A tile of W = sum of outer products stays in registers over all rows of an environment. Then W is
 // added to the tile's sums and its signs to the tile's votes, both in L1, and the next environment
-// begins. Elements add their rows, and environments, in the order given: no blocking shows in them.
+// begins. Elements add their rows, and environments, in the order given, so that the result does
+// not depend on blocks.
 #include "outer.h"
 
-#include "../../math/agreement.h"
-#include "outer_pack.h"
-#include "outer_vectors.h"
+#include "../../../math/agreement.h"
+#include "pack.h"
+#include "vectors.h"
 
 namespace andmask {
 namespace {
 
 #define ANDMASK_UNROLL _Pragma("GCC unroll 64")
 
-// Accumulators take most of the registers: 32, or 16.
+// Accumulators take most of the 32 or 16 registers.
 template <typename F>
 struct TileShape {
   static constexpr int kParts = kOuterLanes / kLanes<F>;  // registers for one vector of columns
@@ -35,7 +36,7 @@ struct TileShape {
 #if defined(__AVX2__)
 // Read as integers, floats keep sign and zero through saturating packs: four registers of floats
 // become one of bytes, clamped to votes. -0 would vote; `kCareful` removes it, and NaN.
-// The packs are asm because GCC copies, and spills, accumulators that are cast to integers.
+// The packs are asm, because GCC copies and spills accumulators that are cast to integers.
 #if defined(__AVX512F__)
 using Bytes = __m512i;
 
@@ -107,7 +108,7 @@ ANDMASK_INLINE void finish(const Vector<float>* tile, float weight, float* __res
   }
 }
 
-// Undoes what the packs, which work on each 128 bits apart, did to the order of the bytes.
+// Restores the order of the bytes, which the packs change, because they work on 128 bits each.
 void order_votes(int8_t* votes, int64_t size) {
   typedef int32_t Words __attribute__((vector_size(kVectorBytes)));
   constexpr int kWords = kVectorBytes / 4;

@@ -1,6 +1,6 @@
 #include "sign_outer.h"
 
-#include "../../math/agreement.h"
+#include "../../../math/agreement.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -32,7 +32,7 @@ void shift_in(const T* __restrict values, uint8_t* __restrict bytes) {
   }
 }
 
-// Row by row, as they lie in memory.
+// Packs row by row, as they lie in memory.
 template <typename T>
 void pack(const SignMatrix& matrix, int64_t begin, int64_t end, uint8_t* packed) {
   const int64_t panel_bytes = groups_of(matrix.environments) * kSignPanel;
@@ -71,8 +71,8 @@ void add_votes(const int8_t* __restrict block, int64_t columns, bool first, V* _
 }
 
 // Adds one row of votes from column `column` on.
-ANDMASK_INLINE void add_votes(const SignTask& task, int64_t row, int64_t column, int64_t columns,
-                              bool first, const int8_t* block) {
+ANDMASK_INLINE void add_votes(const SignOuterTask& task, int64_t row, int64_t column,
+                              int64_t columns, bool first, const int8_t* block) {
   const int64_t offset = row * task.stride + column;
   switch (task.vote_bytes) {
     case 1: return add_votes(block, columns, first, static_cast<int8_t*>(task.votes) + offset);
@@ -81,7 +81,7 @@ ANDMASK_INLINE void add_votes(const SignTask& task, int64_t row, int64_t column,
   }
 }
 
-// One block of environments: `groups` of them from `group` on.
+// One block of environments: `groups` groups from `group` on.
 struct Block {
   int64_t group, groups;
   bool first;
@@ -90,10 +90,10 @@ struct Block {
 #if defined(__AVX2__)
 
 // A byte shuffle looks up sixteen entries at once. For four signs of d the table holds the votes of
-// every set of four environments: those where a is positive count, those where it is negative count
-// the other way. A table of its own serves where a has no zeros: then one set says it all.
-// As fast as counting bits (vpopcntb, .85 to 1.2 times; vpopcntd is slower), which needs a level
-// beyond x86-64-v4, and zeros of d cost nothing.
+// every set of four environments: a positive a adds the sign of d, a negative a subtracts it. If a
+// has no zeros, one lookup in a second table gives both.
+// This is as fast as counting bits (vpopcntb, 0.85 to 1.2 times; vpopcntd is slower), which needs a
+// level beyond x86-64-v4, and zeros of d cost nothing.
 struct Tables {
   alignas(64) int8_t of[256][16];
 };
@@ -152,13 +152,14 @@ ANDMASK_INLINE Bytes repeat(const int8_t* table) {
 #endif
 
 constexpr int kBytes = sizeof(Bytes);
-// The accumulators of a tile and what they take in fill the registers.
+// The accumulators of a tile and their operands fill the registers.
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = kBytes == 64 ? 4 : 2;
 
 #define ANDMASK_UNROLL _Pragma("GCC unroll 64")  // else the sums are not kept in registers
 
-// Votes of kRows rows and kVectors vectors of columns, `stride` bytes from one row to the next.
+// Counts votes of kRows rows and kVectors vectors of columns, `stride` bytes from one row to the
+// next.
 template <int kRows, int kVectors, bool kNoZeros>
 void vote_tile(const uint8_t* const* activations, const uint8_t* grad_outputs, int64_t groups,
                int8_t* votes, int64_t stride) {
@@ -196,8 +197,8 @@ void vote_tile(const uint8_t* const* activations, const uint8_t* grad_outputs, i
   }
 }
 
-// Whether a block of environments has no zeros in a vector of columns.
-bool is_free_of_zeros(const SignTask& task, const Block& block, const uint8_t* packed) {
+// True if a block of environments has no zeros in a vector of columns.
+bool is_free_of_zeros(const SignOuterTask& task, const Block& block, const uint8_t* packed) {
   uint8_t zeros[kBytes] = {};
   for (int64_t group = 0; group < block.groups; ++group, packed += kSignPanel) {
     const int64_t rows = task.environments - (block.group + group) * kSignGroup;
@@ -212,7 +213,7 @@ bool is_free_of_zeros(const SignTask& task, const Block& block, const uint8_t* p
 }
 
 template <int kRows, int kVectors>
-void vote_columns(const SignTask& task, const Block& block, const uint8_t* const* activations,
+void vote_columns(const SignOuterTask& task, const Block& block, const uint8_t* const* activations,
                   bool no_zeros, int64_t row, int64_t column) {
   const int64_t panel_bytes = groups_of(task.environments) * kSignPanel;
   const uint8_t* const grad_outputs = task.grad_outputs + row / kSignPanel * panel_bytes +
@@ -228,7 +229,7 @@ void vote_columns(const SignTask& task, const Block& block, const uint8_t* const
 }
 
 template <int kVectors>
-void vote_rows(const SignTask& task, const Block& block, int64_t begin, int64_t end,
+void vote_rows(const SignOuterTask& task, const Block& block, int64_t begin, int64_t end,
                int64_t column) {
   const int64_t panel_bytes = groups_of(task.environments) * kSignPanel;
   const uint8_t* activations[kVectors];
@@ -248,7 +249,7 @@ void vote_rows(const SignTask& task, const Block& block, int64_t begin, int64_t 
   }
 }
 
-void vote_block(const SignTask& task, const Block& block, int64_t row_begin, int64_t row_end,
+void vote_block(const SignOuterTask& task, const Block& block, int64_t row_begin, int64_t row_end,
                 int64_t begin, int64_t end) {
   int64_t column = begin;
   for (; column + (kTileVectors - 1) * kBytes < end; column += kTileVectors * kBytes) {
@@ -263,9 +264,9 @@ ANDMASK_INLINE int8_t unpack(uint8_t byte, int64_t bit) {
   return static_cast<int8_t>((byte >> bit & 1) - (byte >> (bit + 4) & 1));
 }
 
-// Without a byte shuffle: signs are unpacked to bytes once for all rows, and are added, subtracted
-// or left out by masks.
-void vote_block(const SignTask& task, const Block& block, int64_t row_begin, int64_t row_end,
+// Without a byte shuffle signs are unpacked to bytes once for all rows, and masks add them,
+// subtract them or leave them out.
+void vote_block(const SignOuterTask& task, const Block& block, int64_t row_begin, int64_t row_end,
                 int64_t begin, int64_t end) {
   const int64_t panel_bytes = groups_of(task.environments) * kSignPanel;
   for (int64_t column = begin; column < end; column += kSignPanel) {
@@ -307,7 +308,7 @@ void vote_block(const SignTask& task, const Block& block, int64_t row_begin, int
 
 #endif
 
-void vote(const SignTask& task, int64_t row_panel, int64_t begin, int64_t end) {
+void vote(const SignOuterTask& task, int64_t row_panel, int64_t begin, int64_t end) {
   const int64_t groups = groups_of(task.environments);
   const int64_t row = row_panel * kSignPanel;
   const int64_t row_end = smaller(row + kSignPanel, task.outputs);
@@ -321,8 +322,8 @@ void vote(const SignTask& task, int64_t row_panel, int64_t begin, int64_t end) {
 }  // namespace
 
 namespace ANDMASK_ISA {
-extern const SignKernels sign_kernels = {{pack<Half>, pack<BFloat16>, pack<float>, pack<double>},
-                                         vote};
+extern const SignOuterKernels sign_outer_kernels = {
+    {pack<Half>, pack<BFloat16>, pack<float>, pack<double>}, vote};
 }  // namespace ANDMASK_ISA
 
 }  // namespace andmask

@@ -1,7 +1,7 @@
 // Registers of the instruction set, for the kernels of outer products.
 #pragma once
 
-#include "../../math/scalar.h"
+#include "../../../math/scalar.h"
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -65,8 +65,8 @@ ANDMASK_INLINE Vector<double> broadcast(double value) {
 #endif
 }
 
-// a * b + c: one rounding where the processor can, as in every matrix product. -ffp-contract=off
-// keeps the compiler from doing so by itself.
+// a * b + c, with one rounding if the processor has FMA, as in every matrix product.
+// -ffp-contract=off keeps the compiler from fusing by itself.
 ANDMASK_INLINE Vector<float> multiply_add(Vector<float> a, Vector<float> b, Vector<float> c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);

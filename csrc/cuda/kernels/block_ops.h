@@ -1,5 +1,5 @@
-// What the threads of a block do together: the only code that differs between a GPU and the host
-// that stands in for it in tests. On the host the values of all threads come in an array.
+// Operations of all threads of a block: the only code that differs between a GPU and the host that
+// stands in for it in tests. On the host the values of all threads are in an array.
 #pragma once
 
 #include <type_traits>
@@ -15,10 +15,10 @@ namespace andmask {
 constexpr int kWarp = 32;
 
 // ---- tensor cores: a warp multiplies 16 x k outputs by k x 8 columns, k = 16 (32 in int8) ----
-// Where the operands and the products of a warp lie is laid down in the PTX manual ("Matrix
-// fragments for mma.m16n8k16"; that of m16n8k32 is the same in words of 4 bytes).
+// The PTX manual defines where the operands and the products of a warp lie ("Matrix fragments for
+// mma.m16n8k16"; m16n8k32 is the same in words of 4 bytes).
 
-// What one thread has of a product.
+// The part of a product that one thread holds.
 template <typename Sum>
 struct TensorOperands {
   Sum* sums;                // [4]
@@ -26,14 +26,15 @@ struct TensorOperands {
   const uint32_t* columns;  // [2]
 };
 
-struct TensorPlace {
+// The thread's position in a product.
+struct TensorLane {
   int eighth;   // row of the outputs, column of the columns
   int quarter;  // word along k
 
-  ANDMASK_METHOD explicit TensorPlace(int thread)
+  ANDMASK_METHOD explicit TensorLane(int thread)
       : eighth(thread % kWarp / 4), quarter(thread % 4) {}
 
-  // Of the product that sums[value] holds.
+  // The row and the column of sums[value].
   ANDMASK_METHOD int row(int value) const { return eighth + value / 2 * 8; }
   ANDMASK_METHOD int column(int value) const { return quarter * 2 + value % 2; }
 };
@@ -113,10 +114,10 @@ __device__ __forceinline__ void tensor_multiply(int8_t, const TensorOperands<int
         "r"(at.columns[0]), "r"(at.columns[1]));
 }
 
-// The threads of a block, each with a State, in turns: what they have written to shared memory in
-// one turn they may read after the barrier.
+// The threads of a block, each with a State. They run in turns: a thread may read what others wrote
+// to shared memory before the last barrier.
 template <typename State, int threads>
-class Crew {
+class ThreadBlock {
  public:
   template <typename F>
   __device__ __forceinline__ void each(const F& f) {
@@ -125,7 +126,7 @@ class Crew {
 
   __device__ __forceinline__ void barrier() { __syncthreads(); }
 
-  // One product of every warp; operands(state) says where a thread has its part.
+  // Computes one product in every warp; operands(state) returns the part of a thread.
   template <typename T, typename F>
   __device__ __forceinline__ void multiply(const F& operands) {
     tensor_multiply(T(), operands(state_));
@@ -171,7 +172,7 @@ void tensor_multiply(const std::vector<TensorOperands<Sum> >& lanes) {
   double outputs[16][kWords * kElements];
   double columns[kWords * kElements][8];
   for (int lane = 0; lane < kWarp; ++lane) {
-    const TensorPlace at(lane);
+    const TensorLane at(lane);
     for (int i = 0; i < kElements; ++i) {
       for (int half = 0; half < 2; ++half) {
         const int k = (at.quarter + 4 * half) * kElements + i;
@@ -182,7 +183,7 @@ void tensor_multiply(const std::vector<TensorOperands<Sum> >& lanes) {
     }
   }
   for (int lane = 0; lane < kWarp; ++lane) {
-    const TensorPlace at(lane);
+    const TensorLane at(lane);
     for (int value = 0; value < 4; ++value) {
       double sum = static_cast<double>(lanes[lane].sums[value]);
       for (int k = 0; k < kWords * kElements; ++k) {
@@ -194,7 +195,7 @@ void tensor_multiply(const std::vector<TensorOperands<Sum> >& lanes) {
 }
 
 template <typename State, int threads>
-class Crew {
+class ThreadBlock {
  public:
   template <typename F>
   void each(const F& f) {

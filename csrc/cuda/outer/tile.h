@@ -1,16 +1,16 @@
-// The kernel body of accumulate_outer_: a block adds up a tile of W_e, environment after
-// environment. Of an element it makes n multiply-adds and, at the end of its environment, one
-// addition to the sum and about four operations for the vote; no W_e leaves the registers. Through
-// a matrix product per environment and scratch it would cost 8 bytes of traffic instead of these
-// five operations.
+// The kernel body of _accumulate_outer_. A block adds up a tile of W_e, environment after
+// environment. For an element it makes n multiply-adds and, at the end of its environment, one
+// addition to the sum and about four operations for the vote. No W_e leaves the registers. A matrix
+// product per environment would cost 8 bytes of traffic through scratch instead of these five
+// operations.
 #pragma once
 
-#include "moments.h"
-#include "outer_multiply.h"
+#include "../kernels/moments.h"
+#include "multipliers.h"
 
 namespace andmask {
 
-// The elements of one operand that a thread has on their way to a stage.
+// A thread's elements of one operand that are in flight to a stage.
 template <typename Multiplier>
 struct OuterFetch {
   using T = typename Multiplier::Element;
@@ -19,7 +19,7 @@ struct OuterFetch {
   static constexpr int kColumns = Share::kColumns;
   static constexpr int kPack = kPackSize<T> < kColumns ? kPackSize<T> : kColumns;
 
-  // Elements stay in the words that they came in: to take them apart is to wait for them.
+  // Elements stay in the words in which they were loaded: taking words apart would wait for them.
   static constexpr int kPacks = kColumns / kPack;
   static constexpr int kWords = kPack * static_cast<int>(sizeof(T)) / 4;
   static_assert(kWords > 0);
@@ -33,8 +33,8 @@ struct OuterFetch {
     cursor = OuterCursor::at(args.positions, row + Share(operand.reading, thread).stack * kGroup);
   }
 
-  // Rows [row, row + kStage) of columns [first, first + kOuterTile), zeros beyond `end` and beyond
-  // the operand. Rows of one example may be scaled.
+  // Fetches rows [row, row + kStage) of columns [first, first + kOuterTile), with zeros beyond
+  // `end` and beyond the operand. Rows of one example may be scaled.
   ANDMASK_METHOD void fetch(const OuterArguments& args, const OuterOperand& operand,
                             const OuterTable& table, const T* source, int64_t first, int64_t row,
                             int64_t end, const double* row_weights, int thread) {
@@ -79,28 +79,28 @@ struct OuterFetch {
     using Value = typename Multiplier::Value;
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
-      T some[kGroup][kPack];
+      T values[kGroup][kPack];
 #pragma unroll
-      for (int i = 0; i < kGroup; ++i) memcpy(some[i], &words[i][j], sizeof some[i]);
+      for (int i = 0; i < kGroup; ++i) memcpy(values[i], &words[i][j], sizeof values[i]);
       if (operand.reading == OuterReading::packs) {
-        Multiplier::template put<kPack>(stage, number, share.stack, share.pack(j, kPack), some,
+        Multiplier::template put<kPack>(stage, number, share.stack, share.pack(j, kPack), values,
                                         static_cast<Value>(factor));
       } else {
 #pragma unroll
         for (int k = 0; k < kPack; ++k) {
-          T one[kGroup][1];
+          T column[kGroup][1];
 #pragma unroll
-          for (int i = 0; i < kGroup; ++i) one[i][0] = some[i][k];
-          Multiplier::template put<1>(stage, number, share.stack, share.column(j * kPack + k), one,
-                                      static_cast<Value>(factor));
+          for (int i = 0; i < kGroup; ++i) column[i][0] = values[i][k];
+          Multiplier::template put<1>(stage, number, share.stack, share.column(j * kPack + k),
+                                      column, static_cast<Value>(factor));
         }
       }
     }
   }
 };
 
-// `extras`: squares or logs are wanted too. All moments are then updated in memory at the end of
-// every environment, as accumulate_ does, which is slower.
+// `extras`: squares or logs are wanted too. Then all moments are updated in memory at the end of
+// every environment, as in _accumulate_, which is slower.
 template <typename Multiplier_, bool extras>
 struct OuterBody {
   using Multiplier = Multiplier_;
@@ -141,15 +141,15 @@ struct OuterBody {
     }
   };
 
-  template <typename Crew>
-  ANDMASK_METHOD void operator()(Crew& crew, Shared& shared, const Place& place) const {
-    const Tile tile(args, place.block);
+  template <typename Threads>
+  ANDMASK_METHOD void operator()(Threads& threads, Shared& shared, const ThreadIndex& index) const {
+    const Tile tile(args, index.block);
     const int64_t count = args.environments.count;
     int64_t environment = count * tile.split / args.splits;
     const int64_t last = count * (tile.split + 1) / args.splits;
     int64_t row = args.environments.begin(environment) * args.example_rows;
     const int64_t end = args.environments.begin(last) * args.example_rows;
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
       for (int i = thread; i < 2 * kOuterTile; i += kThreads) {
         const int number = i / kOuterTile;
         shared.tables[number].fill(operand(number), first(tile, number), i % kOuterTile);
@@ -168,15 +168,15 @@ struct OuterBody {
         }
       }
     });
-    crew.barrier();
-    fetch(crew, shared, tile, row, end);
-    put(crew, shared.stages[0]);
-    crew.barrier();
-    // Environments that end here, also those without rows.
+    threads.barrier();
+    fetch(threads, shared, tile, row, end);
+    put(threads, shared.stages[0]);
+    threads.barrier();
+    // Ends all environments that end at this row, also those without rows.
     const auto end_environments = [&](int64_t at) {
       while (environment < last &&
              args.environments.begin(environment + 1) * args.example_rows == at) {
-        end_environment(crew, shared, tile, environment);
+        end_environment(threads, shared, tile, environment);
         ++environment;
       }
     };
@@ -184,22 +184,22 @@ struct OuterBody {
 #pragma unroll 1
     for (int stage = 0; row < end; stage ^= 1) {
       const int64_t next = row + kStage;
-      if (next < end) fetch(crew, shared, tile, next, end);
+      if (next < end) fetch(threads, shared, tile, next, end);
       const int rows = static_cast<int>(next < end ? kStage : end - row);
       int done = 0;
 #pragma unroll 1
       while (done < rows) {
         const int64_t bound = args.environments.begin(environment + 1) * args.example_rows - row;
         const int until = static_cast<int>(bound < rows ? bound : rows);
-        Multiplier::multiply(crew, shared.stages[stage], done, until);
+        Multiplier::multiply(threads, shared.stages[stage], done, until);
         done = until;
         end_environments(row + done);
       }
-      if (next < end) put(crew, shared.stages[stage ^ 1]);
-      crew.barrier();
+      if (next < end) put(threads, shared.stages[stage ^ 1]);
+      threads.barrier();
       row = next;
     }
-    write(crew, shared, tile);
+    write(threads, shared, tile);
   }
 
  private:
@@ -210,10 +210,10 @@ struct OuterBody {
     return number == 0 ? tile.output : tile.column;
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void fetch(Crew& crew, const Shared& shared, const Tile& tile, int64_t row,
+  template <typename Threads>
+  ANDMASK_METHOD void fetch(Threads& threads, const Shared& shared, const Tile& tile, int64_t row,
                             int64_t end) const {
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
 #pragma unroll
       for (int number = 0; number < 2; ++number) {
         const OuterOperand& from = operand(number);
@@ -225,9 +225,9 @@ struct OuterBody {
     });
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void put(Crew& crew, typename Multiplier::Stage& stage) const {
-    crew.each([&](int thread, State& state) {
+  template <typename Threads>
+  ANDMASK_METHOD void put(Threads& threads, typename Multiplier::Stage& stage) const {
+    threads.each([&](int thread, State& state) {
 #pragma unroll
       for (int number = 0; number < 2; ++number) {
         state.fetches[number].put(stage, operand(number), number, thread);
@@ -235,7 +235,7 @@ struct OuterBody {
     });
   }
 
-  // f(i, output, column) for the elements of a thread that are there.
+  // Calls f(i, output, column) for the elements of a thread that lie within the matrix.
   template <typename F_>
   ANDMASK_METHOD void for_elements(const Tile& tile, int thread, const F_& f) const {
 #pragma unroll
@@ -251,27 +251,27 @@ struct OuterBody {
            OuterColumn(args.activations.source, column).offset(args.layout);
   }
 
-  // One element of W_e joins all moments, in memory.
+  // Adds one element of W_e to all moments, in memory.
   ANDMASK_METHOD void add_moments(const Tile& tile, int thread, int i, F value, int64_t before,
                                   F weight) const {
     const int64_t output = tile.output + Multiplier::row(thread, i);
     const int64_t column = tile.column + Multiplier::column(thread, i);
     if (output >= args.outputs.columns || column >= args.activations.columns) return;
-    const Together<1> at{address(tile, output, column)};
+    const PackedElements<1> at{address(tile, output, column)};
     MomentsOf<F, 1> moments;
     if (before > 0) moments.read(at, args.moments);
     moments.add(Pack<F, 1>{{value}}, args.moments, before, weight);
     moments.write(at, args.moments);
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void end_environment(Crew& crew, const Shared&, const Tile& tile,
+  template <typename Threads>
+  ANDMASK_METHOD void end_environment(Threads& threads, const Shared&, const Tile& tile,
                                       int64_t environment) const {
     if constexpr (kSigns) return;
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
       const F weight = static_cast<F>(args.weights ? args.weights[environment] : args.weight);
       if constexpr (extras) {
-        // Values move up to where the loop takes them: registers cannot be indexed.
+        // Values move up to the places that the loop reads, because registers cannot be indexed.
         constexpr int kStep = sizeof(F) == sizeof(double) ? 1 : 4;
 #pragma unroll 1
         for (int begin = 0; begin < kValues; begin += kStep) {
@@ -297,10 +297,10 @@ struct OuterBody {
     });
   }
 
-  template <typename Crew>
-  ANDMASK_METHOD void write(Crew& crew, const Shared&, const Tile& tile) const {
+  template <typename Threads>
+  ANDMASK_METHOD void write(Threads& threads, const Shared&, const Tile& tile) const {
     if constexpr (extras) return;
-    crew.each([&](int thread, State& state) {
+    threads.each([&](int thread, State& state) {
       const bool split = args.splits > 1;
       for_elements(tile, thread, [&](int i, int64_t output, int64_t column) {
         const int64_t part =
@@ -330,24 +330,24 @@ struct OuterBody {
  public:
   ANDMASK_METHOD static void add_votes(const MomentArrays& moments, int64_t at, bool fresh,
                                        int32_t votes) {
-    const Together<1> place{at};
+    const PackedElements<1> element{at};
     int32_t total = 0;
-    if (!fresh) get_votes<1>(place, moments.votes, moments.vote_bytes, &total);
+    if (!fresh) get_votes<1>(element, moments.votes, moments.vote_bytes, &total);
     total += votes;
-    put_votes<1>(place, &total, moments.vote_bytes, moments.votes);
+    put_votes<1>(element, &total, moments.vote_bytes, moments.votes);
   }
 };
 
-// Adds what the splits have left, in their order.
+// Adds the sums and votes of the splits, in their order.
 template <typename F>
 struct OuterJoinBody {
   static constexpr int kThreads = 256;
 
   OuterArguments args;
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     const int64_t elements = args.elements();
-    for (int64_t i = place.index(kThreads); i < elements; i += place.blocks * kThreads) {
+    for (int64_t i = index.in_grid(kThreads); i < elements; i += index.blocks * kThreads) {
       const int64_t column = i % args.activations.columns;
       const int64_t output = i / args.activations.columns;  // of all groups
       const int64_t at = output * args.layout.output_stride +

@@ -1,11 +1,11 @@
-#include "outer_blocks.h"
+#include "blocks.h"
 
 #include <algorithm>
 
 namespace andmask {
 namespace {
 
-// Elements of a panel: what half of a small second-level cache holds.
+// The number of elements of a panel: half of a small second-level cache.
 constexpr int64_t kPanelSize = int64_t{1} << 17;
 constexpr int64_t kKeptBands = 64;
 constexpr int64_t kPanelChannels = kOuterLanePitch;
@@ -29,7 +29,7 @@ OuterGeometry::OuterGeometry(const OuterTask& task, const OuterTileShape* shapes
   }
   const bool lean = box_pixels() * kPanelChannels > kPanelSize;
   const int64_t channels = lean ? kOuterLanes : kPanelChannels;
-  // With few channels the taps along the last axis lie side by side, and share vectors.
+  // With few channels the taps along the last axis are neighbours, and share vectors.
   const bool merged =
       !lanewise && source.channels < kOuterLanes && source.axes[kWindowAxes - 1].dilation == 1;
   for (int64_t channel = 0; channel < source.channels; channel += channels) {
@@ -43,7 +43,7 @@ OuterGeometry::OuterGeometry(const OuterTask& task, const OuterTileShape* shapes
   panel_size_ = block_pixels_ * pitch + 4 * kOuterLanes;
 }
 
-// The tiles of the last panel.
+// Adds the tiles of the last panel.
 void OuterGeometry::add_tiles(const OuterTask& task, const OuterTileShape* shapes, bool lanewise) {
   const WindowAxis* const axes = task.activations.axes;
   const OuterPanel& columns = panels_.back();
@@ -133,7 +133,7 @@ bool OuterBlocks::next() {
   const int64_t band_rows = geometry_.band(0) * geometry_.band(1) * geometry_.band(2);
   for (; environment_ < end_; ++environment_) {
     const int64_t before = rows();
-    // One that fits into a block of its own is not torn.
+    // An environment that fits into one block is not split.
     const int64_t size = (task_.offsets[environment_ + 1] - index_) * task_.activations.rows();
     if (before > 0 && size <= kOuterDepth && before + size > kOuterDepth) return true;
     for (; index_ < task_.offsets[environment_ + 1]; ++index_, band_ = 0) {
@@ -141,7 +141,7 @@ bool OuterBlocks::next() {
         const bool full = rows() + band_rows > kOuterDepth ||
                           block_pixels_ + geometry_.box_pixels() > geometry_.block_pixels();
         if (full && rows() > 0) {
-          // An environment that has not begun yet is left to the next block.
+          // An environment that has not begun yet goes to the next block.
           suspends_ = rows() > before || (resumes_ && environment_ == first_);
           if (suspends_) environment_rows_.push_back(static_cast<int32_t>(rows() - before));
           return true;

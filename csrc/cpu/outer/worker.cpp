@@ -1,4 +1,4 @@
-#include "outer_worker.h"
+#include "worker.h"
 
 #include <algorithm>
 #include <cstring>
@@ -7,9 +7,9 @@
 namespace andmask {
 namespace {
 
-constexpr int64_t kMostEnvironments = 127;  // of which int8 can hold the votes
+constexpr int64_t kMostEnvironments = 127;  // int8 can hold their votes
 
-// Whether a sum of products of these may round to zero, overflow or be NaN.
+// True if a sum of products of such operands may round to zero, overflow or be NaN.
 bool is_delicate(const MagnitudeRange& one, const MagnitudeRange& other, int64_t rows) {
   const auto exponent = [](uint64_t bits) { return static_cast<int64_t>(bits >> 23); };
   constexpr int64_t kBias = 127;
@@ -17,8 +17,8 @@ bool is_delicate(const MagnitudeRange& one, const MagnitudeRange& other, int64_t
   while ((int64_t{1} << carry) < rows) ++carry;
   const int64_t largest =
       exponent(one.largest) - kBias + 1 + exponent(other.largest) - kBias + 1 + carry;
-  // All products are multiples of the product of the operands' last bits. Where that is no less
-  // than the least subnormal, 2^-149, so are the sums, and none of them can round to zero.
+  // All products are multiples of the product of the operands' last bits. If that is at least the
+  // smallest subnormal, 2^-149, the sums are multiples of it too, and none can round to zero.
   const auto last_bit = [&](const MagnitudeRange& range) {
     return std::max<int64_t>(1, exponent(range.smallest_less_one + 1)) - kBias - 23;
   };
@@ -26,7 +26,7 @@ bool is_delicate(const MagnitudeRange& one, const MagnitudeRange& other, int64_t
          last_bit(one) + last_bit(other) < -149;
 }
 
-// Whether this thread takes subnormals for zeros.
+// True if this thread flushes subnormals to zero.
 bool flushes_subnormals() {
   volatile float least_normal = 1.17549435e-38f;
   return least_normal * .5f == 0;
@@ -134,7 +134,7 @@ class Worker {
     }
   }
 
-  // Environment by environment, through the kernel that adds gradients that are held.
+  // Adds environment by environment, with the kernel that adds stored gradients.
   void add_to_all_moments(const OuterTile& whole, int64_t environment, int64_t first,
                           const ColumnTile& shape) {
     const Dtype dtype = plan_.width == Width::float64 ? Dtype::float64 : Dtype::float32;
@@ -153,12 +153,10 @@ class Worker {
       one.row_offsets += *one.rows;
       one.outputs = static_cast<const char*>(one.outputs) + *one.rows * output_step;
       if (whole.suspends && i + 1 == whole.environments) return;
-      const AccumulateTask task{whole.partial,
-                                1,
-                                0,
-                                whole.weights ? whole.weights + i : nullptr,
-                                task_.count + environment,
-                                moments};
+      const AccumulateTask task{.grads = whole.partial,
+                                .weights = whole.weights ? whole.weights + i : nullptr,
+                                .count = task_.count + environment,
+                                .moments = moments};
       accumulate(task, 0, size);
     }
   }
@@ -177,14 +175,14 @@ class Worker {
     move(moments.logs, plan_.wide());
   }
 
-  // Calls pack(task) for positions that can be packed alike.
+  // Calls pack(task, first) for runs of positions that are packed in the same way.
   template <typename Pack>
   static void for_runs(OuterPack task, const Pack& pack) {
     const int64_t* const offsets = task.source_offsets;
     const int64_t positions = task.positions;
     int64_t breaks = 0;
     for (int64_t i = 1; i < positions; ++i) breaks += offsets[i] != offsets[i - 1] + 1;
-    constexpr int64_t kShort = 4;  // runs of less are not worth a call
+    constexpr int64_t kShort = 4;  // shorter runs are not worth a call
     if (task.channel_stride == 1 || (breaks + 1) * kShort > positions) {
       pack(task, 0);
       return;
@@ -218,7 +216,7 @@ class Worker {
     });
   }
 
-  // One channel a group: packed like the channels that are multiplied with them.
+  // Packs outputs of groups of one channel like the channels that they are multiplied with.
   void pack_lanes(const OuterBlocks& blocks, const OuterPanel& panel, MagnitudeRange* range) {
     const RowSource& source = task_.grad_outputs;
     targets_.resize(blocks.rows());
@@ -269,7 +267,7 @@ class Worker {
     });
   }
 
-  // Calls use(tile, index of the tile in the scratch, rows that exist, moments at its first row).
+  // Calls use(tile, index of the tile in the scratch, number of rows, moments at its first row).
   template <typename Use>
   void for_tiles(const Use& use) {
     int64_t index = 0;
@@ -336,7 +334,7 @@ class Worker {
   int64_t size_;         // elements of all tiles
   int64_t planes_size_;  // bytes of packed grad_outputs for a row of tiles
   bool flushes_;
-  std::vector<char> sticky_;  // of each group and panel: what is suspended is delicate
+  std::vector<char> sticky_;  // [groups, panels]: the suspended environment is delicate
   std::vector<int32_t> targets_, row_offsets_;
   char* panel_;
   char* planes_;
