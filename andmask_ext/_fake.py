@@ -7,9 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _library  # noqa: F401  # loads the ops
 from ._checks import check_grads, check_tau
+<<<<<<< HEAD
 from ._dtypes import wide_dtype
 from ._library import RULES
+=======
+>>>>>>> refs/heads/cpp
 
 
 def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
@@ -35,6 +39,7 @@ def _aggregate(
     noise: Tensor | None = None,
 ) -> Tensor:
     check_grads(grads)
+<<<<<<< HEAD
     if rule not in RULES:
         raise ValueError(f"rule: expected one of {', '.join(RULES)}, but got {rule}")
     expected = RULES[rule]
@@ -49,6 +54,14 @@ def _aggregate(
             f"noise: expected {'a tensor' if expected.noise else 'None'} for rule {rule}"
         )
     wide = wide_dtype(grads)
+=======
+    # Asking for the value of a symbolic size would fix it.
+    environments = grads.shape[0] if isinstance(grads.shape[0], int) else 2**31 - 1
+    torch.ops.andmask._check_aggregate(
+        rule, list(arguments), environments, rescale, noise is not None
+    )
+    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
+>>>>>>> refs/heads/cpp
     if noise is not None and (noise.shape != grads.shape[1:] or noise.dtype != wide):
         raise ValueError(
             f"noise: expected {wide} of shape {tuple(grads.shape[1:])}, "

@@ -111,15 +111,15 @@ void ranked_rule(const Stream& stream, const AggregateTask& task, const Rule& ru
 void run(const Stream& stream, const AggregateTask& task) {
   with_type(task.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_rule(MomentRules(), task.moment_rule, [&](auto found) {
-      using Rule = typename decltype(found)::type;
+    with_rule(MomentRules(), task.moment_rule, [&](auto rule) {
+      using Rule = typename decltype(rule)::type;
       double arguments[kMostArguments] = {};
       std::copy_n(task.arguments, Rule::kArguments, arguments);
       moment_rule<T, kFurther<Rule>>(stream, task,
                                      RuleCall(arguments, task.environments, task.moment_rule));
     });
-    with_rule(ColumnRules(), task.column_rule, [&](auto found) {
-      using Rule = typename decltype(found)::type;
+    with_rule(ColumnRules(), task.column_rule, [&](auto rule) {
+      using Rule = typename decltype(rule)::type;
       if constexpr (Rule::kRanked) {
         ranked_rule<T>(stream, task, Rule(task.arguments, task.environments));
       } else {

@@ -21,26 +21,26 @@ bool all_same(const double* values, int64_t count) {
 
 // Describes an operand, and chooses how threads read it. `size`: elements of a pack.
 OuterOperand operand(const RowSource& source, const int64_t* positions, int64_t size) {
-  OuterOperand made{};
-  made.source = source;
-  made.columns = source.channels * source.taps();
-  made.group_stride = source.channels * source.channel_stride;
-  bool packs = source.taps() == 1 && source.channel_stride == 1 && made.columns % size == 0 &&
-               made.group_stride % size == 0 && source.example_stride % size == 0 &&
+  OuterOperand operand{};
+  operand.source = source;
+  operand.columns = source.channels * source.taps();
+  operand.group_stride = source.channels * source.channel_stride;
+  bool packs = source.taps() == 1 && source.channel_stride == 1 && operand.columns % size == 0 &&
+               operand.group_stride % size == 0 && source.example_stride % size == 0 &&
                aligned_for(source.data, size, item_size(source.dtype));
   for (int axis = 0; axis < kWindowAxes; ++axis) {
     const WindowAxis& window = source.axes[axis];
     const int64_t farthest =
         (positions[axis] - 1) * window.step - window.padding + (window.taps - 1) * window.dilation;
-    made.checked[axis] = window.padding > 0 || farthest >= window.size;
-    packs = packs && !made.checked[axis] && (positions[axis] == 1 || window.stride % size == 0);
+    operand.checked[axis] = window.padding > 0 || farthest >= window.size;
+    packs = packs && !operand.checked[axis] && (positions[axis] == 1 || window.stride % size == 0);
   }
   const WindowAxis& last = source.axes[kWindowAxes - 1];
-  made.reading = packs ? OuterReading::packs
-                 : source.channel_stride != 1 && last.stride * last.step < source.channel_stride
-                     ? OuterReading::rows
-                     : OuterReading::columns;
-  return made;
+  operand.reading = packs ? OuterReading::packs
+                    : source.channel_stride != 1 && last.stride * last.step < source.channel_stride
+                        ? OuterReading::rows
+                        : OuterReading::columns;
+  return operand;
 }
 
 struct Request {

@@ -28,18 +28,18 @@ py::tuple vote_histogram(const std::string& isa, const py::array& sum, const py:
                          int64_t environments, bool lanes) {
   const int64_t bins = environments + 1;
   const int64_t count = lanes ? kBinLanes : 1;
-  std::vector<VoteBin> found(bins * count);
+  std::vector<VoteBin> bin_lanes(bins * count);
   const bool wide = parse_dtype(sum) == Dtype::float64;
   const bool possible =
       vote_histogram_kernels(parse_isa(isa))
-          .add[wide](arrays(sum, votes), environments, 0, sum.shape(0), count, found.data());
+          .add[wide](arrays(sum, votes), environments, 0, sum.shape(0), count, bin_lanes.data());
   py::array_t<int64_t> counts(bins);
   py::array_t<double> squares(bins);
   for (int64_t bin = 0; bin < bins; ++bin) {
     VoteBin total{};
     for (int64_t lane = 0; lane < count; ++lane) {
-      total.squares += found[bin * count + lane].squares;
-      total.count += found[bin * count + lane].count;
+      total.squares += bin_lanes[bin * count + lane].squares;
+      total.count += bin_lanes[bin * count + lane].count;
     }
     counts.mutable_at(bin) = static_cast<int64_t>(total.count);
     squares.mutable_at(bin) = total.squares;

@@ -42,9 +42,9 @@ ANDMASK_INLINE double largest(double) { return double_of(0x7fefffffffffffffu); }
 template <int size>
 struct SortingNetwork {
   static constexpr int count() {
-    int found = 0;
-    for_comparators(size, 1, [&](int64_t, int64_t) { ++found; });
-    return found;
+    int comparators = 0;
+    for_comparators(size, 1, [&](int64_t, int64_t) { ++comparators; });
+    return comparators;
   }
 
   static constexpr auto list() {

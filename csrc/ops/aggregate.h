@@ -9,19 +9,14 @@
 
 namespace andmask {
 
-inline void check_noise(const char* op, const RuleInfo& rule, const std::optional<Tensor>& noise,
-                        const Tensor& grads, Dtype dtype) {
-  check(noise.has_value() == (rule.noise != Noise::none), op,
-        noise ? "expected no noise for rule " : "expected noise for rule ", rule.name, ", but got ",
-        noise ? "a tensor" : "None");
-  if (!noise) return;
-  if (!same_shape(grads, *noise, 1)) {
+inline void check_noise(const char* op, const Tensor& noise, const Tensor& grads, Dtype dtype) {
+  if (!same_shape(grads, noise, 1)) {
     fail(op, "expected noise of the shape of one environment of grads ", shape_text(grads),
-         ", but got ", shape_text(*noise));
+         ", but got ", shape_text(noise));
   }
-  if (noise->scalar_type() != wide_type(dtype)) {
+  if (noise.scalar_type() != wide_type(dtype)) {
     fail(op, "expected noise of dtype ", dtype_text(wide_type(dtype)), " for grads of dtype ",
-         dtype_text(grads), ", but got ", dtype_text(*noise));
+         dtype_text(grads), ", but got ", dtype_text(noise));
   }
 }
 
@@ -31,10 +26,9 @@ Tensor aggregate(const Tensor& grads, std::string name, std::vector<double> argu
   const char* const op = "andmask::_aggregate";
   check_grads(op, grads);
   const Dtype dtype = check_dtype(op, "grads", grads);
-  const RuleInfo& rule = find_rule(op, name, arguments, grads.size(0), /*on_moments=*/false);
-  check(rule.rescales() || !rescale, op, "expected rescale=False, because rule ", name,
-        " has no mask to rescale by, but got True");
-  check_noise(op, rule, noise, grads, dtype);
+  const RuleInfo& rule =
+      check_aggregate(name, arguments, grads.size(0), rescale, noise.has_value());
+  if (noise) check_noise(op, *noise, grads, dtype);
   const Device device(op, grads);
   if (noise) device.check_here("noise", -1, *noise);
 

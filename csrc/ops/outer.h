@@ -81,7 +81,7 @@ class OuterMoments {
   void check(const char* op, const Ints& shape, Dtype dtype, int64_t count,
              int64_t environments) const {
     check_count(op, count, environments);
-    const auto check_one = [&](const char* name, const Tensor& moment, ScalarType expected) {
+    const auto check_moment = [&](const char* name, const Tensor& moment, ScalarType expected) {
       if (Ints(moment.sizes().begin(), moment.sizes().end()) != shape) {
         fail(op, "expected ", name, " of shape ", shape_text(shape), ", but got ",
              shape_text(moment));
@@ -92,13 +92,13 @@ class OuterMoments {
       }
       check_writable(op, name, -1, moment);
     };
-    check_one("sum", sum_, wide_type(dtype));
+    check_moment("sum", sum_, wide_type(dtype));
     if (votes_) {
       check_votes(op, -1, *votes_, count + environments);
-      check_one("votes", *votes_, votes_->scalar_type());
+      check_moment("votes", *votes_, votes_->scalar_type());
     }
-    if (squares_) check_one("squares", *squares_, wide_type(dtype));
-    if (logs_) check_one("logs", *logs_, wide_type(dtype));
+    if (squares_) check_moment("squares", *squares_, wide_type(dtype));
+    if (logs_) check_moment("logs", *logs_, wide_type(dtype));
   }
 
   template <typename Device>

@@ -52,6 +52,18 @@ const RuleInfo& find_rule(const char* op, const std::string& name,
        ", but got ", name);
 }
 
+const RuleInfo& check_aggregate(const std::string& name, const std::vector<double>& arguments,
+                                int64_t environments, bool rescale, bool noise) {
+  const char* const op = "andmask::_aggregate";
+  const RuleInfo& rule = find_rule(op, name, arguments, environments, /*on_moments=*/false);
+  check(rule.rescales() || !rescale, op, "expected rescale=False, because rule ", name,
+        " has no mask to rescale by, but got True");
+  check(noise == (rule.noise != Noise::none), op,
+        noise ? "expected no noise for rule " : "expected noise for rule ", name, ", but got ",
+        noise ? "a tensor" : "None");
+  return rule;
+}
+
 std::string rule_table() {
   std::ostringstream lines;
   for (const RuleInfo& rule : all_rules()) {

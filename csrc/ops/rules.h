@@ -28,7 +28,12 @@ const RuleInfo& find_rule(const char* op, const std::string& name,
                           const std::vector<double>& arguments, int64_t environments,
                           bool on_moments);
 
-// Lines "name arguments noise rescales per_tensor", for the fake kernel and the vmap rule.
+// Returns the rule of a call of _aggregate and checks all arguments that are no tensors. `noise`:
+// it is given.
+const RuleInfo& check_aggregate(const std::string& name, const std::vector<double>& arguments,
+                                int64_t environments, bool rescale, bool noise);
+
+// Lines "name arguments noise rescales per_tensor", for autograd and the vmap rule.
 std::string rule_table();
 
 }  // namespace andmask

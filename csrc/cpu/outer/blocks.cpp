@@ -79,8 +79,9 @@ void OuterGeometry::add_tiles(const OuterTask& task, const OuterTileShape* shape
     }
   }
   if (lanewise) {  // the taps of the same channels make a tile
-    std::stable_sort(vectors.begin(), vectors.end(),
-                     [](const auto& one, const auto& other) { return one.lane < other.lane; });
+    std::stable_sort(vectors.begin(), vectors.end(), [](const auto& first, const auto& second) {
+      return first.lane < second.lane;
+    });
   }
   const auto size = [&](OuterTileKind kind) {
     return static_cast<size_t>(shapes[static_cast<int>(kind)].vectors);

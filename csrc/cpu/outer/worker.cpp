@@ -10,20 +10,20 @@ namespace {
 constexpr int64_t kMostEnvironments = 127;  // int8 can hold their votes
 
 // True if a sum of products of such operands may round to zero, overflow or be NaN.
-bool is_delicate(const MagnitudeRange& one, const MagnitudeRange& other, int64_t rows) {
+bool is_delicate(const MagnitudeRange& first, const MagnitudeRange& second, int64_t rows) {
   const auto exponent = [](uint64_t bits) { return static_cast<int64_t>(bits >> 23); };
   constexpr int64_t kBias = 127;
   int64_t carry = 0;  // 2^carry rows or more
   while ((int64_t{1} << carry) < rows) ++carry;
   const int64_t largest =
-      exponent(one.largest) - kBias + 1 + exponent(other.largest) - kBias + 1 + carry;
+      exponent(first.largest) - kBias + 1 + exponent(second.largest) - kBias + 1 + carry;
   // All products are multiples of the product of the operands' last bits. If that is at least the
   // smallest subnormal, 2^-149, the sums are multiples of it too, and none can round to zero.
   const auto last_bit = [&](const MagnitudeRange& range) {
     return std::max<int64_t>(1, exponent(range.smallest_less_one + 1)) - kBias - 23;
   };
-  return largest >= kBias || exponent(one.largest) == 255 || exponent(other.largest) == 255 ||
-         last_bit(one) + last_bit(other) < -149;
+  return largest >= kBias || exponent(first.largest) == 255 || exponent(second.largest) == 255 ||
+         last_bit(first) + last_bit(second) < -149;
 }
 
 // True if this thread flushes subnormals to zero.
@@ -143,15 +143,15 @@ class Worker {
     const int64_t output_step = plan_.wide() * (plan_.lanewise ? kOuterLanePitch : 1);
     MomentArrays moments = moments_;
     advance(moments, first);
-    OuterTile one = whole;
-    one.environments = 1;
-    one.suspends = true;
+    OuterTile single = whole;
+    single.environments = 1;
+    single.suspends = true;
     for (int64_t i = 0; i < whole.environments; ++i, ++environment) {
-      one.resumes = i == 0 && whole.resumes;
-      one.rows = whole.rows + i;
-      plan_.kernels.accumulate[static_cast<int>(plan_.width)](one, shape.kind);
-      one.row_offsets += *one.rows;
-      one.outputs = static_cast<const char*>(one.outputs) + *one.rows * output_step;
+      single.resumes = i == 0 && whole.resumes;
+      single.rows = whole.rows + i;
+      plan_.kernels.accumulate[static_cast<int>(plan_.width)](single, shape.kind);
+      single.row_offsets += *single.rows;
+      single.outputs = static_cast<const char*>(single.outputs) + *single.rows * output_step;
       if (whole.suspends && i + 1 == whole.environments) return;
       const AccumulateTask task{.grads = whole.partial,
                                 .weights = whole.weights ? whole.weights + i : nullptr,
@@ -311,11 +311,11 @@ class Worker {
         for (int64_t row = 0; row < rows; ++row) {
           for (int64_t column = 0; column < columns; ++column) {
             if (tile.lane_offsets[column] < 0) continue;
-            char* const one =
+            char* const moment =
                 static_cast<char*>(stored) +
                 (row * task_.layout.output_stride + tile.lane_offsets[column]) * bytes;
-            char* const other = static_cast<char*>(held) + (row * columns + column) * bytes;
-            std::memcpy(kLoad ? other : one, kLoad ? one : other, bytes);
+            char* const copy = static_cast<char*>(held) + (row * columns + column) * bytes;
+            std::memcpy(kLoad ? copy : moment, kLoad ? moment : copy, bytes);
           }
         }
       };
