@@ -9,11 +9,7 @@ from torch import Tensor
 
 from . import _library  # noqa: F401  # loads the ops
 from ._checks import check_grads, check_tau
-<<<<<<< HEAD
 from ._dtypes import wide_dtype
-from ._library import RULES
-=======
->>>>>>> refs/heads/cpp
 
 
 def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
@@ -39,29 +35,12 @@ def _aggregate(
     noise: Tensor | None = None,
 ) -> Tensor:
     check_grads(grads)
-<<<<<<< HEAD
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, but got {rule}")
-    expected = RULES[rule]
-    if len(arguments) != expected.arguments:
-        raise ValueError(
-            f"arguments: expected {expected.arguments} for rule {rule}, but got {len(arguments)}"
-        )
-    if rescale and not expected.rescales:
-        raise ValueError(f"rescale: expected False for rule {rule}, but got True")
-    if (noise is not None) != expected.noise:
-        raise ValueError(
-            f"noise: expected {'a tensor' if expected.noise else 'None'} for rule {rule}"
-        )
-    wide = wide_dtype(grads)
-=======
     # Asking for the value of a symbolic size would fix it.
     environments = grads.shape[0] if isinstance(grads.shape[0], int) else 2**31 - 1
     torch.ops.andmask._check_aggregate(
         rule, list(arguments), environments, rescale, noise is not None
     )
-    wide = torch.float64 if grads.dtype == torch.float64 else torch.float32
->>>>>>> refs/heads/cpp
+    wide = wide_dtype(grads)
     if noise is not None and (noise.shape != grads.shape[1:] or noise.dtype != wide):
         raise ValueError(
             f"noise: expected {wide} of shape {tuple(grads.shape[1:])}, "

@@ -12,16 +12,8 @@ from typing import NamedTuple, NoReturn
 
 import torch
 
-<<<<<<< HEAD
 _NAME = "libandmask.so"
-_WITHOUT_TENSORS = ("_native_info", "_rule_table")  # these ops belong to no device
-=======
-__version__ = importlib.metadata.version("andmask_ext")
-
-_PATH = Path(__file__).parent / "lib" / "libandmask.so"
-_CUDA_PATH = _PATH.with_name("libandmask_cuda.so")
 _WITHOUT_TENSORS = ("_check_aggregate", "_native_info", "_rule_table")  # of no device
->>>>>>> refs/heads/cpp
 
 
 def _find(package: Path) -> tuple[str, Path]:

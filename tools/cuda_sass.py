@@ -48,7 +48,7 @@ def demangle(symbol: str) -> str:
 
 
 def short_name(demangled: str) -> str:
-    """Make "MaskedMean<float, 4>" of "void andmask::run_body<andmask::MaskedMeanBody<float, 4> >()"."""
+    """Make "MaskedMean<float, 4>" of "void andmask::run_body<andmask::MaskedMeanBody<...> >()"."""
     name = re.sub(r"\(anonymous namespace\)::|andmask::|^void ", "", demangled)
     name = re.sub(r"\((?:int|long|bool)\)(?=-?\d)", "", name)
     if not name.startswith("run_body<"):
