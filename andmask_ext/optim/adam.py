@@ -1,4 +1,4 @@
-"""Adam and AdamW on aggregated gradients."""
+"""Adam and AdamW along aggregated gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AndMaskAdam", "AndMaskAdamW"]
 
 
 class AndMaskAdam(EnvironmentOptimizer):
-    r"""Adam on what the environments agree on.
+    r"""Adam along the gradient that a rule aggregates over environments.
 
     The update is that of :class:`torch.optim.Adam`, with the aggregated gradient instead of the
     mean gradient. One pass over memory aggregates and updates. The mask comes before Adam's
@@ -139,7 +139,7 @@ class AndMaskAdam(EnvironmentOptimizer):
 
 
 class AndMaskAdamW(AndMaskAdam):
-    r"""AdamW on what the environments agree on: :class:`AndMaskAdam` with decoupled decay.
+    r"""AdamW along the aggregated gradient: :class:`AndMaskAdam` with decoupled weight decay.
 
     The update is that of :class:`torch.optim.AdamW`, with the aggregated gradient instead of the
     mean gradient. All coordinates, masked or not, shrink by the factor ``1 - lr * weight_decay``.

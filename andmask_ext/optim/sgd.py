@@ -1,4 +1,4 @@
-"""Stochastic gradient descent on aggregated gradients."""
+"""Stochastic gradient descent along aggregated gradients."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["AndMaskSGD"]
 
 
 class AndMaskSGD(EnvironmentOptimizer):
-    r"""SGD on what the environments agree on.
+    r"""SGD along the gradient that a rule aggregates over environments.
 
     The update is that of :class:`torch.optim.SGD`, with the aggregated gradient instead of the
     mean gradient. Each param group may have its own options. State (``momentum_buffer``) is float32

@@ -57,7 +57,7 @@ class AgreementRandom(Rule):
 
 @dataclass(frozen=True)
 class SignDropout(Rule):
-    r"""GradDrop: keep the gradients of one random sign. Its probability is its share.
+    r"""GradDrop: keep the gradients of one sign, drawn in proportion to its share.
 
     .. math:: \sum_e g_e \left(\mathbb{1}[P > U] \mathbb{1}[g_e > 0] +
         \mathbb{1}[P < U] \mathbb{1}[g_e < 0]\right), \quad
