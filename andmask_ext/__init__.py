@@ -1,4 +1,4 @@
-"""Training that keeps only what all environments agree on: the AND-mask for PyTorch.
+"""The AND-mask for PyTorch: updates that all environments agree on.
 
 Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021.
 """

@@ -10,10 +10,10 @@ from ._library import build_info
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what the native library was built with and what it uses; without a command, help.
+    """Print build and run-time information of the native library. Without a command, print help.
 
     Args:
-        arguments: of the command line; None: those of this process.
+        arguments: the arguments of the command line; None: those of this process.
 
     Returns:
         The exit status.

@@ -1,9 +1,9 @@
 """Autograd formulas and vmap rules of the ops.
 
-The mask is piecewise constant in the gradients, so almost everywhere
-``d masked_mean / d grads[e] = mask / d``, the same for every environment e. With ``rescale`` the
-factor 1 / density(mask) is piecewise constant too and multiplies. Where a coordinate sits exactly
-on the threshold the function jumps; there the formula gives the derivative with the mask held.
+The mask is piecewise constant in the gradients. So ``d masked_mean / d grads[e] = mask / d``
+almost everywhere, the same for every environment e. With ``rescale`` it is multiplied by
+1 / density(mask), which is piecewise constant too. The function jumps where a coordinate lies
+exactly on the threshold. There the formula gives the derivative for a fixed mask.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _agreement_mask = torch.ops.andmask.agreement_mask.default
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
     grads, ctx.tau, ctx.rescale = inputs
-    ctx.save_for_backward(grads)  # no copy: the mask is cheaper to count again than to keep
+    ctx.save_for_backward(grads)  # no copy: computing the mask again is cheaper than keeping it
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -33,7 +33,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd("andmask::masked_mean", _backward, setup_context=_setup_context)
 
-# The mask has no gradient, and histograms are for looking at: their outputs never require one.
+# The outputs of the mask and of histograms never require gradients.
 _library = torch.library.Library("andmask", "IMPL")
 for _name in ("agreement_mask", "vote_histogram", "_vote_histograms"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
@@ -50,7 +50,7 @@ def _vmap_rule(op: Any) -> Any:
         (batch_dim, *_) = in_dims
         assert batch_dim is not None  # torch calls the rule only where a tensor is batched
         if rescale and grads.shape[batch_dim]:
-            # The factor belongs to one sample's tensor, not to the whole batch.
+            # Each sample of the vmap batch has its own rescale factor.
             return torch.stack([op(sample, tau, True) for sample in grads.unbind(batch_dim)]), 0
         return op(grads.movedim(batch_dim, 1), tau, False), 0
 
@@ -62,18 +62,18 @@ torch.library.register_vmap("andmask::agreement_mask", _vmap_rule(_agreement_mas
 
 
 def inside_transform() -> bool:
-    """Whether a ``torch.func`` transform or forward-mode differentiation is going on."""
+    """Return whether a ``torch.func`` transform or forward-mode differentiation is active."""
     return torch._C._are_functorch_transforms_active() or (
         torch.autograd.forward_ad._current_level >= 0
     )
 
 
 def masked_mean_for_transforms(grads: Tensor, tau: float, rescale: bool) -> Tensor:
-    """``masked_mean`` with a derivative that every transform understands.
+    """Compute ``masked_mean`` with a derivative that every transform supports.
 
-    torch (2.10 to 2.14) cannot differentiate *through* an op that has its formula from
-    ``register_autograd`` here: ``torch.func.grad`` raises, forward mode loses the tangent. So the
-    value comes from the op, and the derivative from plain torch ops that add nothing to it.
+    In torch 2.10 to 2.14, transforms cannot differentiate an op whose formula was registered by
+    ``register_autograd``: ``torch.func.grad`` raises, and forward mode loses the tangent. So the
+    op gives the value, and plain torch ops that add zero to it give the derivative.
     """
     constant = grads.detach()
     mask: Tensor = _agreement_mask(constant, tau, rescale)
@@ -140,7 +140,7 @@ torch.library.register_vmap("andmask::_aggregate", _aggregate_vmap)
 
 
 def refuse_derivative(grads: Tensor, rule: object) -> None:
-    """Raise inside transforms that would lose the derivative, or complain of something else."""
+    """Raise a clear error inside transforms that need a derivative."""
     if not inside_transform():
         return
     tracked = torch._C._are_functorch_transforms_active() and (

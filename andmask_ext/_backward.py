@@ -1,4 +1,4 @@
-"""Exact aggregation for any model: one loss and one backward pass per environment."""
+"""Exact aggregation for any model, with one loss and one backward pass per environment."""
 
 from __future__ import annotations
 
@@ -22,53 +22,52 @@ def backward(
     *,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Add the gradient that a rule makes of several environments to ``param.grad``.
+    """Aggregate the gradients of several environments, and add the result to ``param.grad``.
 
-    Takes the place of ``loss.backward()``. Each loss is back-propagated by itself, so the result is
-    exact for any model: batch norm in training mode, tied weights, checkpointing
-    (``use_reentrant=False``), autocast and ``torch.compile`` included. It costs one backward pass
-    per environment. With a rule on moments (``rule.moments`` is not None) each gradient is added to
-    :class:`andmask_ext.Moments` and freed: the memory is that of plain training and the moments,
-    however many environments there are. Other rules need the gradients of all environments at once.
-    As after ``loss.backward()``, a graph is freed once its pass is done; that of a loss which
-    shares a part with a later one stays until the losses are released.
+    Call it instead of ``loss.backward()``. It back-propagates each loss separately, so the result
+    is exact for any model. That includes batch norm in training mode, tied weights, checkpointing
+    (``use_reentrant=False``), autocast and ``torch.compile``. The cost is one backward pass per
+    environment. If anything raises, no ``.grad`` has changed.
 
-    A parameter that an environment's loss does not touch has gradient zero there, which is a vote
-    for neither sign: with ``tau=1`` it will not move. A parameter that no loss touches keeps its
-    ``.grad``. A positive factor common to all losses scales the result of the AND-mask and leaves
-    the mask alone, so ``GradScaler.scale`` may be applied to each of them. Rules that look at
-    magnitudes otherwise (:class:`andmask_ext.rules.SandMask`,
-    :class:`andmask_ext.rules.GeometricMean`) need true magnitudes: give
-    ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards. If anything raises, no
-    ``.grad`` has changed.
+    Memory: a rule on moments (``rule.moments`` is not None) adds each gradient to
+    :class:`andmask_ext.Moments` and frees it. The memory is then that of plain training and the
+    moments, for any number of environments. Other rules hold the gradients of all environments.
+    A graph is freed after its backward pass, unless a later loss shares a part of it.
 
-    Hooks: those of ``Tensor.register_hook`` see the gradient of each environment. Those of
-    ``register_post_accumulate_grad_hook`` do not run, and so neither does the synchronisation of
-    ``DistributedDataParallel`` and FSDP: every process would go its own way.
+    Zero gradients: a parameter that a loss does not reach has gradient zero in that environment.
+    Zero votes for neither sign, so with ``tau=1`` the parameter does not move. A parameter that no
+    loss reaches keeps its ``.grad``.
+
+    Scaled losses: a common factor of all losses scales the result of the AND-mask, but does not
+    change the mask. So ``GradScaler.scale`` may be applied to each loss. Some rules depend on
+    magnitudes (:class:`andmask_ext.rules.SandMask`, :class:`andmask_ext.rules.GeometricMean`). For
+    them pass ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards.
+
+    Hooks: hooks of ``Tensor.register_hook`` see the gradient of each environment. Hooks of
+    ``register_post_accumulate_grad_hook`` do not run. ``DistributedDataParallel`` and FSDP need
+    them, so they would not synchronise the gradients.
 
     Args:
         losses: one scalar loss per environment: a sequence, a tensor of shape :math:`(d,)`, or an
-            iterator. Losses of a sequence may share a part of their graph; each back-propagates
-            through all of it. An iterator is asked for a loss only when the one before has been
-            back-propagated, so that only one graph is in memory at a time; it needs ``params``.
-        rule: a rule such as :class:`andmask_ext.AndMask`, or any callable that maps stacked
-            gradients ``[d, *shape]`` to one gradient ``[*shape]``; it is called once per parameter,
+            iterator. Losses of a sequence may share parts of their graphs. An iterator must yield
+            losses with separate graphs, and needs ``params``. Its next loss is requested after the
+            backward pass of the last one, so only one graph is in memory at a time.
+        rule: a rule such as :class:`andmask_ext.AndMask`, or a callable that maps stacked
+            gradients ``[d, *shape]`` to one gradient ``[*shape]``. It is called once per parameter,
             without gradient tracking.
-        params: the leaf tensors to give gradients to; those that do not require grad are passed
-            over. Default: every leaf that the losses depend on.
-        weights: one positive factor per environment for its gradients, as if its loss had been
-            multiplied by it. Environments of n_e examples, N in all, have ``d * n_e / N`` if their
-            unmasked mean is to be the gradient of the pooled loss.
+        params: the leaf tensors that get gradients. Leaves that do not require grad are skipped.
+            Default: every leaf that the losses depend on.
+        weights: one positive factor per environment. It acts like a factor of the loss. With n_e
+            examples in environment e and N in all, ``d * n_e / N`` makes the unmasked mean the
+            gradient of the pooled loss.
 
     Raises:
-        TypeError: ``losses`` or ``params`` cannot be iterated over or hold something else than
-            tensors, a gradient is sparse or of an unsupported dtype, or ``rule`` is not callable or
-            returns no dense tensor.
-        ValueError: there is no loss or no parameter, a loss is not scalar, does not require
-            grad or uses reentrant checkpointing, a parameter is not a leaf, ``rule`` returns
-            another shape or device, or the weights are not as many as the losses or not positive.
-        RuntimeError: a backward pass writes to ``.grad`` by itself, behind the back of this
-            function.
+        TypeError: ``losses`` or ``params`` is not an iterable of tensors, a gradient is sparse or
+            has an unsupported dtype, or ``rule`` is not callable or returns no dense tensor.
+        ValueError: there is no loss or no parameter; a loss is not scalar, does not require grad or
+            uses reentrant checkpointing; a parameter is not a leaf; ``rule`` returns a wrong shape
+            or device; or the weights are not positive, or not one per loss.
+        RuntimeError: a backward pass writes to ``.grad`` itself.
 
     Example:
         >>> import torch, andmask_ext
@@ -95,7 +94,7 @@ def backward(
         graphs = [_nodes(loss) for loss in scalars]
         _check_graphs(graphs)
         leaves = _leaves(graphs) if params is None else _check_params(params, "params")
-        # A graph is freed once no later loss needs it: compiled models insist on that.
+        # A graph is freed as soon as no later loss needs it. Compiled models require that.
         environments = zip(scalars, _shared(graphs), strict=True)
         if weights is not None and len(weights) != len(scalars):
             raise ValueError(
@@ -143,7 +142,7 @@ def _one_after_the_other(losses: Iterator[Tensor]) -> Iterator[tuple[Tensor, boo
 def _environment_grads(
     losses: Iterable[tuple[Tensor, bool]], leaves: list[Tensor]
 ) -> Iterator[Grads]:
-    """Back-propagate one loss after the other; yield the gradients of its environment."""
+    """Back-propagate one loss after the other, and yield the gradients of each environment."""
     for environment, (loss, keep_graph) in enumerate(losses):
         grads = torch.autograd.grad(loss, leaves, retain_graph=keep_graph, allow_unused=True)
         del loss
@@ -275,7 +274,7 @@ def _nodes(loss: Tensor) -> dict[Node, None]:
 
 
 def _check_graphs(graphs: list[dict[Node, None]], first: int = 0) -> None:
-    """Refuse what would hide parameters: they would get no gradient, and nobody would notice."""
+    """Refuse reentrant checkpointing: it hides parameters, which would silently get no gradient."""
     for index, graph in enumerate(graphs, first):
         if any(node.name() == "CheckpointFunctionBackward" for node in graph):
             raise ValueError(
@@ -290,7 +289,7 @@ def _leaves(graphs: list[dict[Node, None]]) -> list[Tensor]:
 
 
 def _shared(graphs: list[dict[Node, None]]) -> list[bool]:
-    """Whether a later loss goes through any node of a graph that holds saved tensors."""
+    """Return for each graph whether a later loss shares a node that may hold saved tensors."""
     last_users = {
         node: environment
         for environment, graph in enumerate(graphs)
@@ -318,5 +317,5 @@ def _apply(rule: Callable[[Tensor], Tensor], stack: Tensor, leaf: Tensor) -> Ten
         raise ValueError(
             f"rule: expected it to return a tensor on {leaf.device}, but got one on {update.device}"
         )
-    # A copy has the layout and dtype of the parameter, and shares memory with nothing.
+    # The copy has the layout and dtype of the parameter. It shares no memory.
     return torch.empty_like(leaf).copy_(update)

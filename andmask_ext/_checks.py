@@ -1,4 +1,4 @@
-"""Argument checks: every message names the argument, what was expected and what came."""
+"""Argument checks. Messages name the argument, the expected value and the actual value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
-    """Raise unless ``tensor`` has one of the dtypes that the kernels know."""
+    """Raise unless the kernels support the dtype of ``tensor``."""
     if tensor.dtype not in _DTYPES:
         raise TypeError(
             f"{name}: expected dtype float16, bfloat16, float32 or float64, "
@@ -45,8 +45,8 @@ def check_grads(grads: object, name: str = "grads") -> None:
 def check_tau(tau: object) -> None:
     """Raise unless ``tau`` is a Python number in [0, 1].
 
-    A float32 scalar is refused, because it misses ties: ``numpy.float32(0.8)`` is 0.80000001, and
-    with that 80 votes of 100 are too few.
+    A float32 scalar is refused, because it misses ties. For example, ``numpy.float32(0.8)`` is
+    0.80000001, so 80 votes of 100 would not be enough.
     """
     if isinstance(tau, bool) or not isinstance(tau, (int, float)):
         raise TypeError(f"tau: expected a Python number in [0, 1], but got {type(tau).__name__}")

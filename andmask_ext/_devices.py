@@ -1,4 +1,4 @@
-"""Lists of tensors that do not all lie on one device."""
+"""Lists of tensors on several devices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def by_device(tensors: Sequence[Tensor]) -> list[list[int]]:
-    """Return the positions of the tensors of each device; a native op takes those of one."""
+    """Return the positions of the tensors on each device. Native ops take one device per call."""
     places: dict[torch.device, list[int]] = {}
     for index, tensor in enumerate(tensors):
         places.setdefault(tensor.device, []).append(index)

@@ -1,4 +1,4 @@
-"""Dtypes: the one that sums are kept in, and the names of all of them in messages."""
+"""The dtype of sums, and the names of dtypes in messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def wide_dtype(dtype: torch.dtype | Tensor) -> torch.dtype:
-    """Return the dtype of sums of a dtype: float32, or float64 for float64."""
+    """Return the dtype in which sums are kept: float64 for float64, else float32."""
     if isinstance(dtype, Tensor):
         dtype = dtype.dtype
     return torch.float64 if dtype == torch.float64 else torch.float32

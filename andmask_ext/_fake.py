@@ -1,4 +1,4 @@
-"""Fake kernels: what the ops return in shape, dtype and device, for torch.compile and export."""
+"""Fake kernels: shape, dtype and device of the ops' results, for torch.compile and export."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _library  # noqa: F401  # loads the ops
 from ._checks import check_grads, check_tau
 from ._dtypes import wide_dtype
-from ._library import RULES
 
 
 def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
@@ -35,19 +35,11 @@ def _aggregate(
     noise: Tensor | None = None,
 ) -> Tensor:
     check_grads(grads)
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, but got {rule}")
-    expected = RULES[rule]
-    if len(arguments) != expected.arguments:
-        raise ValueError(
-            f"arguments: expected {expected.arguments} for rule {rule}, but got {len(arguments)}"
-        )
-    if rescale and not expected.rescales:
-        raise ValueError(f"rescale: expected False for rule {rule}, but got True")
-    if (noise is not None) != expected.noise:
-        raise ValueError(
-            f"noise: expected {'a tensor' if expected.noise else 'None'} for rule {rule}"
-        )
+    # Asking for the value of a symbolic size would fix it.
+    environments = grads.shape[0] if isinstance(grads.shape[0], int) else 2**31 - 1
+    torch.ops.andmask._check_aggregate(
+        rule, list(arguments), environments, rescale, noise is not None
+    )
     wide = wide_dtype(grads)
     if noise is not None and (noise.shape != grads.shape[1:] or noise.dtype != wide):
         raise ValueError(
@@ -78,7 +70,7 @@ torch.library.register_fake("andmask::vote_histogram", _vote_histogram)
 torch.library.register_fake("andmask::_vote_histograms", _vote_histograms)
 
 
-# ---- moments: lists in, lists changed; checks are the kernels' ----
+# ---- moments: in-place ops on lists; the kernels check the arguments ----
 
 
 def _accumulate_(

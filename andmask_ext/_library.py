@@ -1,4 +1,4 @@
-"""Loads the native library and tells what it is."""
+"""Loads the native library and describes its build."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import NamedTuple, NoReturn
 import torch
 
 _NAME = "libandmask.so"
-_WITHOUT_TENSORS = ("_native_info", "_rule_table")  # these ops belong to no device
+_WITHOUT_TENSORS = ("_check_aggregate", "_native_info", "_rule_table")  # of no device
 
 
 def _find(package: Path) -> tuple[str, Path]:
-    """Return the version and the native library: beside the package, or of an installed one.
+    """Return the version and the path of the native library.
 
-    In the source folder, Python's files shadow those of an installed wheel, and have no library.
+    The library is in this package, or in an installed wheel of the same version: the source folder
+    shadows an installed wheel, but may have no library.
     """
     beside = package / "lib" / _NAME
     if beside.exists():
@@ -40,7 +41,7 @@ def _find(package: Path) -> tuple[str, Path]:
 
 
 def _source_version(package: Path) -> str:
-    """Return the version that the source folder around the package states."""
+    """Return the version in ``pyproject.toml`` of the source folder."""
     project = package.with_name("pyproject.toml")
     text = project.read_text(encoding="utf-8") if project.exists() else ""
     line = re.search(r'^version = "(.+)"$', text, re.MULTILINE)
@@ -57,7 +58,7 @@ def _load() -> None:
 
 
 def _load_cuda() -> tuple[bool, str]:
-    """Load the CUDA library beside a torch with CUDA; say what it is, or why it is not loaded."""
+    """Load the CUDA library. Return whether that worked, and its version or the reason."""
     if not _CUDA_PATH.exists():
         return False, "not built"
     version, architectures = _CUDA_PATH.with_suffix(".txt").read_text().split()
@@ -74,7 +75,7 @@ def _load_cuda() -> tuple[bool, str]:
 
 
 def _explain_missing_cuda(state: str) -> None:
-    """Let ops on CUDA tensors fail with one sentence that says why, and what to do."""
+    """Make ops on CUDA tensors raise an error that states the reason and the remedy."""
     message = (
         f"andmask_ext: the ops for CUDA tensors are {state}; build them with "
         "`ANDMASK_CUDA=ON pip install --no-build-isolation .` in the source folder (needs nvcc), "
@@ -110,12 +111,12 @@ if not _CUDA_LOADED and torch.version.cuda is not None:
 
 
 class RuleFacts(NamedTuple):
-    """What the native library says of one of its rules."""
+    """Properties of a rule in the native library."""
 
     arguments: int
     noise: bool  # takes random numbers
     rescales: bool  # has a mask to rescale by
-    per_tensor: bool  # a coordinate depends on others of its tensor
+    per_tensor: bool  # a coordinate depends on other coordinates of its tensor
 
 
 def _rules() -> dict[str, RuleFacts]:
@@ -130,18 +131,21 @@ RULES = _rules()
 
 
 def build_info() -> dict[str, str | int]:
-    """Tell which versions, compiler, instruction set and threads are in use.
+    """Return the versions, compiler, instruction set and threads in use.
 
     Returns:
-        A dict of plain values:
-        ``andmask_ext``, ``torch``, ``python``, ``platform``: versions at run time;
-        ``libtorch_built``: the torch that the library was compiled against (it runs with any
-        torch >= 2.10); ``compiler``; ``isa``: the instruction set of the CPU kernels in use
-        (``baseline``, ``x86-64-v3`` or ``x86-64-v4``; the environment variable
-        ``ATEN_CPU_CAPABILITY`` lowers it); ``isa_available``: the best this machine can run;
-        ``threads``: intra-op threads (:func:`torch.set_num_threads`); ``cuda``: the CUDA version
-        and the architectures that the library for CUDA tensors was built for, or why it is not
-        loaded.
+        A dict of plain values.
+
+        - ``andmask_ext``, ``torch``, ``python``, ``platform``: versions at run time.
+        - ``libtorch_built``: the torch that the library was compiled against. The library runs with
+          any torch >= 2.10.
+        - ``compiler``: the compiler of the library.
+        - ``isa``: the instruction set of the CPU kernels in use: ``baseline``, ``x86-64-v3`` or
+          ``x86-64-v4``. The environment variable ``ATEN_CPU_CAPABILITY`` lowers it.
+        - ``isa_available``: the best instruction set that this machine can run.
+        - ``threads``: the number of intra-op threads (:func:`torch.set_num_threads`).
+        - ``cuda``: the CUDA version and the architectures of the library for CUDA tensors, or the
+          reason why it is not loaded.
 
     Example:
         >>> import andmask_ext

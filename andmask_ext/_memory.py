@@ -1,4 +1,4 @@
-"""The memory behind Moments: one tensor per parameter and kind of sum."""
+"""The tensors of Moments: one per parameter and kind of sum."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._dtypes import wide_dtype
 
-KINDS = ("votes", "squares", "logs")  # beside "sum", in the order that the native ops take them
+KINDS = ("votes", "squares", "logs")  # in addition to "sum", in the order of the native ops
 _LOG_OF_ZERO = math.log(1e-10)
 _VOTE_DTYPES = (torch.int8, torch.int16, torch.int32)
 
@@ -19,12 +19,12 @@ _VOTE_DTYPES = (torch.int8, torch.int16, torch.int32)
 class Memory:
     """Sums over environments for a list of parameters.
 
-    A parameter gets its tensors when the first environment touches it. They stay after
-    :meth:`reset`, so that the next step allocates nothing.
+    An environment touches a parameter by adding a gradient. The first one allocates the
+    parameter's tensors. They stay after :meth:`reset`, so the next step allocates nothing.
 
     Args:
-        params: the parameters, whose shape, device and layout the tensors have.
-        kinds: the kinds to keep beside ``"sum"``, some of ``KINDS``.
+        params: the parameters. The tensors have their shape, device and layout.
+        kinds: the kinds to keep in addition to ``"sum"``, a subset of ``KINDS``.
     """
 
     def __init__(self, params: Sequence[Tensor], kinds: Sequence[str]) -> None:
@@ -58,16 +58,16 @@ class Memory:
         ]
 
     def reset(self) -> None:
-        """Forget all environments, and keep the tensors for the next ones."""
+        """Drop all environments, but keep the tensors for reuse."""
         self._is_touched = [False] * len(self.params)
 
     def release_sums(self) -> None:
-        """Let go of the sums of touched parameters: they belong to somebody else now."""
+        """Release the sums of touched parameters, which have a new owner."""
         for index in self.touched:
             del self._slots[index]["sum"]
 
     def widen_votes(self, environments: int) -> None:
-        """Make sure that votes of this many environments fit."""
+        """Widen the dtype of votes if this many environments would overflow it."""
         if "votes" not in self.kinds or environments <= torch.iinfo(self._vote_dtype).max:
             return
         self._vote_dtype = next(t for t in _VOTE_DTYPES if environments <= torch.iinfo(t).max)
@@ -76,11 +76,12 @@ class Memory:
                 slot["votes"] = slot["votes"].to(self._vote_dtype)
 
     def touch(self, index: int, count: int) -> None:
-        """Make sure that a parameter has its tensors, and that they hold the zeros before.
+        """Allocate the tensors of a parameter if needed, and add its earlier zero gradients.
 
         Args:
-            index: of the parameter.
-            count: how many environments went before. With 0 the first one overwrites the tensors.
+            index: the index of the parameter.
+            count: the number of earlier environments. If it is 0, the tensors are not initialised,
+                as the first environment overwrites them.
         """
         if self._is_touched[index]:
             return
@@ -128,7 +129,7 @@ class Memory:
         }
         if "squares" in mine:
             mine["squares"] += theirs["squares"]
-            if count:  # the deviation of the two means (Chan, Golub and LeVeque 1979)
+            if count:  # the squared difference of the means (Chan, Golub and LeVeque 1979)
                 deviation = theirs["sum"] / other_count - mine["sum"] / count
                 share = count * other_count / (count + other_count)
                 mine["squares"] += deviation.square_().mul_(share)
@@ -143,5 +144,5 @@ class Memory:
 
 
 def _of_zeros(kind: str, count: int) -> float:
-    """Return the sum of one kind over environments whose gradient is zero."""
+    """Return the sum of one kind over ``count`` environments with gradient zero."""
     return count * _LOG_OF_ZERO if kind == "logs" else 0

@@ -1,16 +1,18 @@
-"""Squared norms whose rounding does not grow with the size of a tensor."""
+"""Squared norms whose rounding error does not grow with the size of a tensor."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ._dtypes import wide_dtype
 
-# Elements whose squares are added up in the dtype of sums; their sums are added in float64.
+# Squares of this many elements are added up in the dtype of sums. These sums are added in float64.
 # (torch.linalg.vector_norm of 16 million float32 numbers on a CPU is 0.06 % too small.)
 _PART = 1 << 14
-_CACHED = 1 << 18  # elements that are widened together
+_CACHED = 1 << 18  # number of elements that are widened together
 
 
 def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -18,9 +20,9 @@ def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
     Args:
         rows: ``[n, columns]``.
-        dtype: of the sums of parts. None: :func:`wide_dtype`, the fast one; squares beyond the
-            range of float32 are lost, as in ``torch.nn.utils.clip_grad_norm_``. With float64 they
-            are not.
+        dtype: the dtype of the partial sums. None: :func:`wide_dtype`. It is fast, but squares
+            beyond the range of float32 overflow or vanish, as in
+            ``torch.nn.utils.clip_grad_norm_``. With float64 they do not.
     """
     dtype = dtype or wide_dtype(rows)
     whole = rows.shape[1] // _PART * _PART
@@ -32,7 +34,7 @@ def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 def squared_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return the squared norm of a tensor, 0-dim float64; ``dtype`` as in :func:`squared_norms`."""
-    if not tensor.is_contiguous():  # the order does not matter: that of memory needs no copy
+    if not tensor.is_contiguous():  # the order does not matter; memory order needs no copy
         strides = tensor.stride()
         dims = sorted(range(tensor.dim()), key=lambda dim: -strides[dim])
         tensor = tensor.permute(dims)
@@ -40,3 +42,24 @@ def squared_norm(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if dtype in (None, tensor.dtype) or tensor.is_cuda:
         return squared_norms(row, dtype)[0]
     return torch.stack([squared_norms(part, dtype) for part in row.split(_CACHED, 1)]).sum()
+
+
+def squared_norms_over_environments(
+    grads: Sequence[Tensor], weights: list[float], stacked: bool
+) -> list[Tensor]:
+    """Return the sum over environments of the squared norm of each gradient, 0-dim float64.
+
+    Args:
+        grads: gradients of one environment; with ``stacked`` ``[environments, *shape]``.
+        weights: a factor for each environment, or one for all, or none.
+        stacked: see ``grads``.
+    """
+    if stacked and len(weights) > 1:
+        return [
+            torch.stack(
+                [squared_norm(row) * weight**2 for row, weight in zip(grad, weights, strict=True)]
+            ).sum()
+            for grad in grads
+        ]
+    factor = weights[0] ** 2 if weights else 1.0
+    return [squared_norm(grad) * factor for grad in grads]

@@ -1,4 +1,4 @@
-"""The environments since the last step: who adds to them, and what they become."""
+"""The pending step: the environments since the last step, and the state of the step."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .rules import Rule
 
 
 class State(enum.Enum):
-    """What has happened since the last step."""
+    """The state of the pending step."""
 
-    IDLE = "no environment has come"
+    IDLE = "no environment has been added"
     OPEN = "a context is taking gradients"
     PENDING = "environments are complete; more may come"
     WRITTEN = "the aggregated gradients are in .grad, and the step will use them"
-    BROKEN = "a context raised when it had begun to add; the moments are of no use"
+    BROKEN = "a context raised after it had added to the moments, which are now invalid"
 
 
 class Group(NamedTuple):
@@ -34,41 +34,41 @@ class Group(NamedTuple):
 
 
 class Context(Protocol):
-    """What takes gradients while it is open."""
+    """A context that receives gradients while it is open."""
 
     grad_scaler: torch.amp.GradScaler | None
 
     def receive(self, param: Tensor) -> None:
-        """Take the gradient that a backward pass has just completed in ``param.grad``."""
+        """Process ``param.grad``, which a backward pass has just completed."""
 
 
 class Owner(Protocol):
-    """Whose step it is: an optimizer, or an Agreement with a rule."""
+    """The owner of a step: an optimizer, or an Agreement with a rule."""
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
-        """Return the parameters and the rule of each group, as they are now."""
+        """Return the current parameters and rule of each group."""
 
 
 class Observer:
-    """Looks at the moments of all environments of a step, just before they become an update."""
+    """Reads the moments of a step just before they are aggregated."""
 
     def begin(self) -> bool:
-        """Return whether squared norms are to be tracked in the step that begins."""
+        """Return whether the step that begins must track squared norms."""
         return False
 
     def end(self, groups: Sequence[Group]) -> None:
-        """Look at the moments of each group."""
+        """Read the moments of each group."""
 
 
 class Exchange(Protocol):
-    """Turns moments of this process into those of all processes."""
+    """Replaces the moments of this process by those of all processes."""
 
     def __call__(self, groups: Sequence[Group]) -> int:
-        """Change the moments in place; return the number of environments in all processes."""
+        """Change the moments in place. Return the number of environments in all processes."""
 
 
 class Hook:
-    """Hands a complete gradient to the context that is open, if one is.
+    """Passes a complete gradient to the open context, if there is one.
 
     It holds no strong reference to the step. A copied or pickled hook does nothing.
     """
@@ -86,26 +86,26 @@ class Hook:
 
 
 class PendingStep:
-    """The one owner of the moments of a step, and of the state that the step is in.
+    """The moments of a step and the state of the step. Only this class writes its fields.
 
-    A context calls :meth:`open`, adds to the moments, and calls :meth:`add_environments` and
-    :meth:`close`; or :meth:`abandon` if something raised. The owner
-    then calls :meth:`complete`, makes updates of the groups, and calls :meth:`finish`. Nobody else
-    writes the fields.
+    A context calls :meth:`open`, adds to the moments, and then calls :meth:`add_environments` and
+    :meth:`close`. If something raised, it calls :meth:`abandon` instead. The owner then calls
+    :meth:`complete`, aggregates the groups, and calls :meth:`finish`.
 
     Args:
-        owner: says which parameters and rules there are; held weakly.
-        clears_grads: whether gradients arrive in ``.grad``, one environment after the other: hooks
-            watch the parameters, and ``.grad`` must be empty. (An optimizer's step.)
+        owner: provides the parameters and rules. Only a weak reference is kept.
+        clears_grads: whether gradients arrive in ``.grad``, one environment after the other, as for
+            an optimizer. Then hooks are attached to the parameters, and ``.grad`` must be empty.
 
     Attributes:
         state: see :class:`State`.
-        environments: how many have been added since the last step.
-        context: the context that is open.
+        environments: the number of environments since the last step.
+        context: the open context, or None.
         moments: one object for each group.
-        slots: where a parameter is, by its id: the number of its group, and its index there.
-        exchange: called once for each step, before the observers see the moments; None: the
-            environments of this process are all there are.
+        slots: the number of the group of each parameter and its index there, by the id of the
+            parameter.
+        exchange: called once per step, before the observers see the moments. None: there is only
+            this process.
     """
 
     def __init__(self, owner: Owner, *, clears_grads: bool) -> None:
@@ -121,17 +121,17 @@ class PendingStep:
         self.slots: dict[int, tuple[int, int]] = {}
         self._hooks: dict[int, Any] = {}
         self._scaler: torch.amp.GradScaler | None = None
-        self._holds_grads = False  # .grad of the parameters was put there by us
-        self._shown: list[tuple[Tensor, int]] = []  # to the scaler, in .grad; and their versions
+        self._holds_grads = False  # whether this object wrote .grad
+        self._shown: list[tuple[Tensor, int]] = []  # .grad for GradScaler, and its version
 
     # ---- observers ----
 
     def add_observer(self, observer: Observer) -> None:
-        """Let an observer look at every step from the next one on."""
+        """Add an observer of every step, from the next step on."""
         self._observers.append(observer)
 
     def remove_observer(self, observer: Observer) -> None:
-        """Let go of an observer, if it is there."""
+        """Remove an observer, if it was added."""
         if observer in self._observers:
             self._observers.remove(observer)
 
@@ -142,21 +142,21 @@ class PendingStep:
 
         Raises:
             RuntimeError: another context is open, the step is broken or its gradients are written,
-                the scaler is another one, or a parameter has a ``.grad`` that is not ours.
+                the scaler has changed, or a parameter has a ``.grad`` from outside.
         """
         self._require_open_to_more()
         if self.environments:
             if self._clears_grads and self._scaler is not context.grad_scaler:
                 raise RuntimeError("environment: expected the same grad_scaler in all environments")
             self.require_untouched("environment")
+        self._prepare()
         if self._clears_grads:
             self._clear_grads()
-        self._prepare()
         self._scaler = context.grad_scaler if self._clears_grads else None
         self.context, self.state = context, State.OPEN
 
     def add_environments(self, count: int) -> None:
-        """End environments whose gradients have been added to the moments."""
+        """Count environments whose gradients have been added to the moments."""
         for moments in self.moments:
             moments._end_environments(count)
         self.environments += count
@@ -166,8 +166,8 @@ class PendingStep:
         self.context, self.state = None, State.PENDING
         if self._scaler is None:
             return
-        # GradScaler looks for overflow in .grad; it sees the sums, where every one shows. A sum
-        # may be beyond float16 where the mean is not: of it, only whether it is finite.
+        # GradScaler looks for overflow in .grad. The sum of all environments shows any overflow.
+        # A finite sum may overflow in float16, so 0 * sum is written: it is 0 or NaN.
         self._shown = []
         for params, moments, _ in self.groups():
             for param, total in zip(params, moments.sum, strict=True):
@@ -178,7 +178,7 @@ class PendingStep:
         self._holds_grads = True
 
     def abandon(self, changed: bool) -> None:
-        """End the context: it has raised.
+        """End the context after an error.
 
         Args:
             changed: whether it may have added anything to the moments.
@@ -195,11 +195,10 @@ class PendingStep:
         """Raise unless there are environments, all of them complete.
 
         Args:
-            caller: what the message begins with.
-            expected: how many there must be; None: any number.
+            caller: the beginning of the message.
+            expected: the expected number of environments; None: any number.
         """
-        if self.state is State.OPEN:
-            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+        self.require_closed(caller)
         self._require_whole(caller)
         if self.environments == 0:
             raise RuntimeError(
@@ -213,8 +212,13 @@ class PendingStep:
                 "them)"
             )
 
+    def require_closed(self, caller: str) -> None:
+        """Raise if a context is open."""
+        if self.state is State.OPEN:
+            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+
     def require_untouched(self, caller: str) -> None:
-        """Raise unless the sums that GradScaler sees in .grad are what the environments made."""
+        """Raise if ``.grad``, which GradScaler reads, has changed since the last environment."""
         states = getattr(self._scaler, "_per_optimizer_states", {})
         stage = states.get(id(self._owner()), {}).get("stage")
         unscaled = getattr(stage, "name", None) == "UNSCALED"
@@ -227,7 +231,7 @@ class PendingStep:
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
-        """The scaler that the losses of this step went through."""
+        """The scaler of the losses of this step, or None."""
         return self._scaler
 
     def groups(self) -> list[Group]:
@@ -240,10 +244,10 @@ class PendingStep:
         ]
 
     def complete(self) -> list[Group]:
-        """Return the groups, once the moments are those of all processes."""
+        """Run the exchange, if there is one, and return the groups."""
         groups = self.groups()
         if self.exchange is not None and not self._exchanged:
-            state, self.state = self.state, State.BROKEN  # should it raise
+            state, self.state = self.state, State.BROKEN  # if it raises
             self.environments = self.exchange(groups)
             for moments in self.moments:
                 moments.count = self.environments
@@ -256,11 +260,11 @@ class PendingStep:
             observer.end(groups)
 
     def wrote_grads(self) -> None:
-        """Take note that the owner has written the aggregated gradients to ``.grad``."""
+        """Record that the owner has written the aggregated gradients to ``.grad``."""
         self.state, self._holds_grads = State.WRITTEN, True
 
     def finish(self, *, keep_moments: bool = False) -> None:
-        """Forget the environments; keep memory and hooks.
+        """Drop the environments, but keep memory and hooks.
 
         Args:
             keep_moments: leave the moments as they are until the next context opens.
@@ -272,13 +276,13 @@ class PendingStep:
         self._scaler, self._shown = None, []
 
     def drop(self) -> bool:
-        """Forget the environments; return whether ``.grad`` of the parameters was put by us."""
+        """Drop the environments. Return whether this object wrote ``.grad``."""
         self.finish()
         held, self._holds_grads = self._holds_grads, False
         return held
 
     def replace_moments(self) -> None:
-        """Forget everything, and make moments anew when they are needed next."""
+        """Drop the environments and the moments, which the next context creates again."""
         self.drop()
         self.moments = []
 
@@ -297,7 +301,7 @@ class PendingStep:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over environments that were saved between two of them."""
+        """Load environments that :meth:`state_dict` saved between two environments."""
         self._prepare()
         for moments, saved in zip(self.moments, state["moments"], strict=True):
             moments.load_state_dict(saved)
@@ -323,10 +327,8 @@ class PendingStep:
             )
 
     def _clear_grads(self) -> None:
-        owner = self._owner()
-        assert owner is not None
-        for params, _ in owner._rules():
-            for index, param in enumerate(params):
+        for moments in self.moments:
+            for index, param in enumerate(moments._params):
                 if param.grad is not None:
                     if not self._holds_grads:
                         raise RuntimeError(
@@ -337,7 +339,7 @@ class PendingStep:
         self._holds_grads = False
 
     def _prepare(self) -> None:
-        """Make moments and hooks for the groups as they are now."""
+        """Create moments and hooks for the current groups."""
         if self.environments == 0:
             owner = self._owner()
             assert owner is not None

@@ -1,4 +1,4 @@
-"""Moments: the few sums over environments that a rule needs."""
+"""Moments: the sums over environments that a rule needs."""
 
 from __future__ import annotations
 
@@ -12,39 +12,38 @@ from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
 from ._dtypes import dtype_name
 from ._memory import KINDS, Memory
-from ._norms import squared_norm
+from ._norms import squared_norms_over_environments
 
 __all__ = ["Moments"]
 
 
 class Moments:
-    r"""Sums over environments for a list of parameters, in memory that does not grow with them.
+    r"""Sums over environments for a list of parameters. Their memory does not grow with d.
 
-    Per parameter, in its shape, device and memory layout:
+    Each parameter has these sums, in its shape, device and memory layout:
 
-    - ``sum``: :math:`\sum_e g_e`, float32 (float64 for float64 parameters); always kept;
+    - ``sum``: :math:`\sum_e g_e`, float32 (float64 for float64 parameters), always kept;
     - ``votes``: :math:`\sum_e \mathrm{sign}(g_e)`, int8 up to 127 environments, int16 up to 32767,
-      int32 beyond: widened before they could overflow;
-    - ``squares``: :math:`\sum_e (g_e - \bar g)^2`, the squared deviations from the mean. They are
-      updated as the mean moves, so that nothing cancels where the mean is far larger than the
-      spread;
-    - ``logs``: :math:`\sum_e \log(|g_e| + 10^{-10})`.
+      then int32;
+    - ``squares``: :math:`\sum_e (g_e - \bar g)^2`, updated with the running mean, so a mean far
+      above the spread cancels no digits; float32 or float64 as ``sum``;
+    - ``logs``: :math:`\sum_e \log(|g_e| + 10^{-10})`, float32 or float64 as ``sum``.
 
-    With ``"norms"`` among the kinds also one number per parameter, ``squared_norms``:
+    The kind ``"norms"`` adds one float64 number per parameter, ``squared_norms``:
     :math:`\sum_e \|g_e\|^2`, for :func:`andmask_ext.metrics.coherence`.
 
-    ``count`` is the number of environments. An environment without a gradient for a parameter has
-    gradient zero there: it counts, and votes for neither sign. The entry of a parameter that no
-    environment has touched is None.
+    ``count`` is the number d of environments. If an environment has no gradient for a parameter, it
+    counts with gradient zero and votes for neither sign. The sums of a parameter are None until an
+    environment has a gradient for it.
 
     Args:
         params: the parameters (or any tensors of their shape, dtype, device and layout).
-        kinds: the moments to keep beside the sum, some of ``"votes"``, ``"squares"``, ``"logs"``
-            and ``"norms"``; for a rule, its ``rule.moments``.
+        kinds: the moments to keep in addition to the sum: a subset of ``"votes"``, ``"squares"``,
+            ``"logs"`` and ``"norms"``. For a rule pass ``rule.moments``.
 
     Raises:
         TypeError: a parameter is not a floating-point tensor.
-        ValueError: a kind is not known.
+        ValueError: a kind is unknown.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -74,7 +73,7 @@ class Moments:
         self.kinds: tuple[str, ...] = tuple(kind for kind in known if kind in wanted)
         self.count = 0
         self._memory = Memory(self._params, self.kinds)
-        self._open: set[int] = set()  # touched in the environment that is being added
+        self._open: set[int] = set()  # parameters already added to in this environment
         self._observed = False  # an observer wants norms in this step
         self._norms: list[Tensor | None] | None = None
 
@@ -96,24 +95,24 @@ class Moments:
 
     @property
     def votes(self) -> list[Tensor | None]:
-        """Sums of their signs."""
+        """Sums of the signs of the gradients."""
         return self._get("votes")
 
     @property
     def squares(self) -> list[Tensor | None]:
-        """Sums of their squared deviations from the mean."""
+        """Sums of the squared deviations of the gradients from their mean."""
         return self._get("squares")
 
     @property
     def logs(self) -> list[Tensor | None]:
-        """Sums of the logarithms of their magnitudes (plus 1e-10)."""
+        """Sums of the logarithms of the magnitudes of the gradients (plus 1e-10)."""
         return self._get("logs")
 
     @property
     def squared_norms(self) -> list[Tensor | None] | None:
         """Sums of the squared norms of the gradients, 0-dim float64; None: they are not tracked.
 
-        They belong neither to :meth:`state_dict` nor, unless both have them, to :meth:`merge`.
+        :meth:`state_dict` does not save them. :meth:`merge` keeps them only if both sides track.
         """
         if self._norms is None or self.count == 0:
             return None
@@ -124,7 +123,7 @@ class Moments:
 
     @property
     def _tracks_norms(self) -> bool:
-        """Whether squared norms are tracked, for the user or for an observer."""
+        """Whether squared norms are tracked for the user or for an observer."""
         return self._observed or "norms" in self.kinds
 
     @property
@@ -139,13 +138,13 @@ class Moments:
 
         Args:
             grads: its gradients, one per parameter; None is zero.
-            weight: multiplies them, as it would the environment's loss; positive. It does not
-                change their votes. (The pooled loss of environments of n_e examples, N in all, has
-                weights d * n_e / N.)
+            weight: positive factor of the gradients, like a factor of the loss. It does not change
+                votes. With n_e examples in environment e and N in all, the pooled loss has the
+                weights ``d * n_e / N``.
 
         Raises:
-            TypeError: a gradient is sparse or of another dtype than its parameter.
-            ValueError: another number of gradients, another shape, or a weight that is not
+            TypeError: a gradient is sparse, or its dtype differs from that of its parameter.
+            ValueError: the number or the shapes of gradients are wrong, or ``weight`` is not
                 positive and finite.
         """
         check_weight(weight)
@@ -163,12 +162,12 @@ class Moments:
         """Add several environments at once.
 
         Args:
-            grads: one tensor ``[c, *shape]`` per parameter; None is zero in all of them.
+            grads: one tensor ``[c, *shape]`` per parameter, for c environments; None is zero.
             weights: one positive factor per environment; see :meth:`add`.
 
         Raises:
             TypeError: as :meth:`add`.
-            ValueError: as :meth:`add`, or the number of environments differs or is zero.
+            ValueError: as :meth:`add`, or c is zero or differs between parameters.
         """
         self._check_length(grads)
         given = [i for i, grad in enumerate(grads) if grad is not None]
@@ -190,7 +189,7 @@ class Moments:
         for index, grad in zip(given, chosen, strict=True):
             self._check_grad(index, grad, (environments, *self._params[index].shape))
         if not set(given).issuperset(self._touched):
-            for row in range(environments):  # some parameters have zeros: one at a time
+            for row in range(environments):  # some parameters are None: add one by one
                 self.add(
                     [None if grad is None else grad[row] for grad in grads],
                     1.0 if weights is None else weights[row],
@@ -202,9 +201,9 @@ class Moments:
     # ---- producers of this package ----
 
     def _add_some(self, indices: Sequence[int], grads: Sequence[Tensor], weight: float) -> None:
-        """Add gradients of some parameters to an environment; ``_end_environments`` ends it.
+        """Add gradients of some parameters to an environment. ``_end_environments`` ends it.
 
-        For producers that see gradients one after the other. Each parameter at most once for each
+        This is for producers that get gradients one by one. Each parameter may come once per
         environment.
         """
         for index, grad in zip(indices, grads, strict=True):
@@ -215,10 +214,10 @@ class Moments:
         self._open.update(indices)
 
     def _open_memory(self, indices: Sequence[int], environments: int) -> list[list[Any]]:
-        """Return the moments of some parameters, with room for more environments.
+        """Return the moments of some parameters, wide enough for more environments.
 
-        For producers that add several environments to a parameter themselves, before
-        ``_end_environments``. With ``count`` 0 the moments hold nothing that counts.
+        This is for producers that add several environments themselves, before
+        ``_end_environments``. If ``count`` is 0, the tensors are uninitialised.
         """
         if not self._open.isdisjoint(indices):
             raise RuntimeError("expected each parameter once in an environment, but got one twice")
@@ -229,13 +228,15 @@ class Moments:
         return self._lists(indices)
 
     def _end_environments(self, environments: int) -> None:
-        """End environments that were added together: what has not come is zero in all of them."""
-        for _ in range(environments):
-            if self._counts_zeros:
-                missing = [index for index in self._touched if index not in self._open]
-                zeros = [torch.zeros_like(self._params[index].detach()) for index in missing]
+        """Count environments. Parameters without a gradient have gradient zero in all of them."""
+        if self._counts_zeros:
+            missing = [index for index in self._touched if index not in self._open]
+            zeros = [torch.zeros_like(self._params[index].detach()) for index in missing]
+            for _ in range(environments):
                 self._accumulate(missing, zeros, [], 0)
-            self.count += 1
+                self.count += 1
+        else:
+            self.count += environments
         self._open.clear()
 
     def _accumulate(
@@ -248,7 +249,7 @@ class Moments:
             for index in indices:
                 self._touch(index)
             if self._norms is not None:
-                squared = _squared_norms(grads, weights, stacked > 0)
+                squared = squared_norms_over_environments(grads, weights, stacked > 0)
                 for index, norm in zip(indices, squared, strict=True):
                     self._add_squared_norm(index, norm)
             for places in by_device([self._params[index] for index in indices]):
@@ -264,7 +265,7 @@ class Moments:
     def _add_squared_norm(self, index: int, squared_norm: Tensor) -> None:
         """Add to the squared norms of a parameter, if they are tracked.
 
-        For producers that write to ``_open_memory``.
+        This is for producers that write to the tensors of ``_open_memory``.
         """
         if self._norms is None:
             return
@@ -272,7 +273,7 @@ class Moments:
         self._norms[index] = squared_norm if before is None else before + squared_norm
 
     def _touch(self, index: int) -> None:
-        # The environments before were zero here, and so were their norms.
+        # Earlier environments had gradient zero here, so their norms are zero.
         if self._tracks_norms and not self._touched:
             self._norms = [None] * len(self._params)
         self._memory.touch(index, self.count)
@@ -289,24 +290,24 @@ class Moments:
         return self._memory.lists(indices)
 
     def _release_sums(self) -> None:
-        """Start anew, and leave the sums to whoever has taken them."""
+        """Drop all environments, and leave the sums to their new owner."""
         self._memory.release_sums()
         self.reset()
 
     # ---- bookkeeping ----
 
     def reset(self) -> None:
-        """Forget all environments, and keep the memory for the next ones."""
+        """Drop all environments, but keep the memory for reuse."""
         self.count = 0
         self._memory.reset()
         self._open.clear()
         self._norms = None
 
     def merge(self, other: Moments) -> None:
-        """Add all environments of other moments (of the same parameters, on another machine, say).
+        """Add all environments of other moments of the same parameters, e.g. of another process.
 
         Raises:
-            ValueError: they keep other kinds, or have parameters of other shapes.
+            ValueError: ``other`` has different kinds, or parameters of different shapes.
         """
         mine, theirs = ([p.shape for p in m._params] for m in (self, other))
         if self._memory.kinds != other._memory.kinds or mine != theirs:
@@ -333,17 +334,17 @@ class Moments:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that :meth:`load_state_dict` needs to go on to the same bits.
+        """Return the state for :meth:`load_state_dict`. Resuming from it gives identical bits.
 
-        Like those of modules and optimizers it holds the tensors themselves, not copies.
+        It holds the tensors themselves, not copies, as the state of modules and optimizers.
         """
         return {"count": self.count, **{kind: self._get(kind) for kind in self._memory.kinds}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state of moments of the same kinds and parameters; tensors are copied.
+        """Load a state of moments with the same kinds and parameters. Tensors are copied.
 
         Raises:
-            ValueError: the state has other kinds, or tensors of other shapes.
+            ValueError: the state has different kinds, or tensors of different shapes.
         """
         kinds = [kind for kind in state if kind != "count"]
         if sorted(kinds) != sorted(self._memory.kinds):
@@ -385,16 +386,3 @@ class Moments:
                 f"grads[{index}]: expected dtype {dtype_name(param.dtype)}, "
                 f"but got {dtype_name(grad.dtype)}"
             )
-
-
-def _squared_norms(grads: Sequence[Tensor], weights: list[float], stacked: bool) -> list[Tensor]:
-    """Return the sum over environments of the squared norm of each gradient, 0-dim float64."""
-    if stacked and len(weights) > 1:
-        return [
-            torch.stack(
-                [squared_norm(row) * weight**2 for row, weight in zip(grad, weights, strict=True)]
-            ).sum()
-            for grad in grads
-        ]
-    factor = weights[0] ** 2 if weights else 1.0
-    return [squared_norm(grad) * factor for grad in grads]

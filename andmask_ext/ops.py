@@ -1,9 +1,9 @@
-"""The operators as functions; ``torch.ops.andmask`` holds the same ones.
+"""The operators as functions. ``torch.ops.andmask`` has the same operators.
 
-These raise ValueError and TypeError where those raise RuntimeError, and they also work inside
-``torch.func`` transforms and forward-mode differentiation.
+The functions raise ValueError or TypeError where the ops raise RuntimeError. The functions also
+work inside ``torch.func`` transforms and forward-mode differentiation.
 
-Under autocast the ops do not cast: they compute in, and return, the dtype of ``grads``.
+Autocast does not affect the ops: they return the dtype of ``grads``.
 """
 
 from __future__ import annotations
@@ -24,29 +24,30 @@ def _check(grads: Tensor, tau: float, rescale: bool) -> None:
 
 
 def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
-    r"""Mean gradient over environments, zeroed where their signs do not agree (the AND-mask).
+    r"""Return the mean gradient over environments, zeroed where their signs do not agree.
 
-    Coordinate j is kept iff :math:`|\sum_e \mathrm{sign}(g_{ej})| \ge \tau d`. The comparison is
-    exact for every :math:`\tau = k/d`: it is made on integers. A zero (of either sign) or NaN
-    casts no vote. Sums are taken in float32 (float64 for float64) over groups of environments and
-    in float64 beyond. The mask multiplies, so NaN and infinities are never hidden: where any
-    environment holds one, the result is not finite, kept or not.
+    This is the AND-mask. Coordinate j is kept iff
+    :math:`|\sum_e \mathrm{sign}(g_{ej})| \ge \tau d`. The comparison is made on integers, so it is
+    exact for every :math:`\tau = k/d`. Zeros and NaN cast no vote. Small groups of environments are
+    summed in float32 (float64 for float64), and these sums are added in float64. The mask
+    multiplies the mean. So the result is not finite where the gradient of any environment is not
+    finite, even at masked coordinates.
 
     Args:
-        grads: stacked gradients; dim 0 is the environment. float16, bfloat16, float32 or float64,
-            any strides. No copy is made where each environment's gradient is contiguous.
+        grads: stacked gradients ``[d, *shape]`` of d environments: float16, bfloat16, float32 or
+            float64, any strides. If each environment's gradient is contiguous, no copy is made.
         tau: agreement threshold in [0, 1]. 0 keeps all (the plain mean), 1 asks for unanimity.
-        rescale: divide by the share of kept coordinates (plus 1e-10) of this tensor, as the
+        rescale: divide by the share of kept coordinates of this tensor (plus 1e-10), as the
             authors' code does, so that masking does not shrink the step.
 
     Returns:
-        The masked mean, dtype of ``grads``, contiguous. Differentiable: the gradient with respect
-        to every environment is ``grad * mask / d`` (mask and rescale factor held constant, which
-        they are almost everywhere).
+        The masked mean ``[*shape]``, contiguous, in the dtype of ``grads``. It is differentiable:
+        the gradient with respect to every environment is ``grad * mask / d``. The mask and the
+        rescale factor are constant almost everywhere, so they have no derivative.
 
     Raises:
-        TypeError: ``grads`` is not a dense floating-point tensor, ``tau`` not a number, or
-            ``rescale`` not a bool.
+        TypeError: ``grads`` is not a dense floating-point tensor, ``tau`` is not a number, or
+            ``rescale`` is not a bool.
         ValueError: ``grads`` has no environment, or ``tau`` lies outside [0, 1].
 
     Shape:
@@ -80,8 +81,8 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
         rescale: divide the mask by its mean (plus 1e-10).
 
     Returns:
-        The mask in float32 (float64 for float64): the factor of ``rescale`` may be beyond float16.
-        It never requires grad.
+        The mask ``[*shape]`` in float32 (float64 for float64), as the rescale factor may exceed the
+        range of float16. It never requires grad.
 
     Raises:
         TypeError: as :func:`masked_mean`.
@@ -105,19 +106,19 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
 
 
 def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Count coordinates by how many environments agree, and add up the squares of their sums.
+    r"""Count coordinates by the number of environments that agree, and sum their squared sums.
 
-    For k = 0 ... d: of the coordinates with :math:`|\sum_e \mathrm{sign}(g_{ej})| = k` their number
-    and :math:`\sum_j (\sum_e g_{ej})^2`. From these follow the share of kept coordinates and the
-    norm of the masked mean for *every* tau at once
-    (:func:`andmask_ext.metrics.tau_curve`). One pass over the gradients. NaN casts no vote, and
-    shows in the squares.
+    For each k = 0 ... d it takes the coordinates j with
+    :math:`|\sum_e \mathrm{sign}(g_{ej})| = k`. It returns their number and
+    :math:`\sum_j (\sum_e g_{ej})^2`. From these follow the share of kept coordinates and the norm
+    of the masked mean for *every* tau (:func:`andmask_ext.metrics.tau_curve`). It makes one pass
+    over the gradients. NaN casts no vote, but makes the squares NaN.
 
     Args:
         grads: as for :func:`masked_mean`.
 
     Returns:
-        Counts, int64, and squares, float64. They never require grad.
+        Counts, int64 ``[d + 1]``, and squares, float64 ``[d + 1]``. They never require grad.
 
     Raises:
         TypeError: ``grads`` is not a dense floating-point tensor.

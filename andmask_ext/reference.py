@@ -1,8 +1,7 @@
-"""The specification: every op again, in float64 and plain PyTorch, written to be read.
+"""Specification of every op in plain PyTorch and float64.
 
-Tests compare the native ops with these functions. They return float64. No other module of the
-package imports them, not even for the threshold: an oracle that the product computes with would
-prove itself.
+Tests compare the native ops with these functions, which return float64. No other module of the
+package imports this one. If the package used its own specification, the tests would prove nothing.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
@@ -54,8 +53,8 @@ def votes(grads: Tensor) -> Tensor:
 def vote_threshold(tau: float, environments: int) -> int:
     """Return the smallest ``|votes|`` that keeps a coordinate.
 
-    ``tau * environments`` is rounded up; the 1e-6 forgives the rounding of ``tau = k / d``, so
-    that exactly k votes of d are kept for every k.
+    ``tau * environments`` is rounded up. The tolerance of 1e-6 allows for the rounding of
+    ``tau = k / d``, so k votes of d are kept for every k.
     """
     return max(0, math.ceil(tau * environments - 1e-6))
 
@@ -69,12 +68,12 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
 
 
 def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
-    """Multiply the mean over environments by the mask: NaN and infinities come through."""
+    """Multiply the mean over environments by the mask. NaN and infinities are not hidden."""
     return agreement_mask(grads, tau, rescale) * grads.double().mean(0)
 
 
 def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
-    """Count coordinates by ``|votes|``, and add up the squares of their sums: ``[d + 1]`` each."""
+    """Count coordinates by ``|votes|``, and sum the squares of their sums: ``[d + 1]`` each."""
     agreement = votes(grads).abs().flatten()
     squares = grads.double().sum(0).square().flatten()
     bins = grads.shape[0] + 1
@@ -82,11 +81,11 @@ def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
     return counts, squares.new_zeros(bins).index_add_(0, agreement, squares)
 
 
-# ---- the rules, by the names of the native library ----
+# ---- the rules, under their names in the native library ----
 
 
 def nan_if_not_finite(grads: Tensor) -> Tensor:
-    """Return 0, or NaN where any environment is not finite; added so that no rule hides it."""
+    """Return 0, or NaN where any environment is not finite. Rules add it, to hide no NaN."""
     return (grads.double() * 0).sum(0)
 
 
@@ -96,7 +95,7 @@ def mean(grads: Tensor) -> Tensor:
 
 
 def and_mask(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
-    """Do what :func:`masked_mean` does."""
+    """Return :func:`masked_mean`."""
     return masked_mean(grads, tau, rescale)
 
 
@@ -108,7 +107,7 @@ def geometric_mean(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
 
 
 def smooth_mask(grads: Tensor, tau: float, k: float) -> Tensor:
-    """Return tanh of the agreement beyond tau, times k, over the variance; what is NaN is 1e-17."""
+    """Return ``tanh(k * (agreement - tau) / variance)``, at least 0; NaN becomes 1e-17."""
     grads = grads.double()
     environments = grads.shape[0]
     agreement = votes(grads).abs().double() / environments
@@ -118,7 +117,7 @@ def smooth_mask(grads: Tensor, tau: float, k: float) -> Tensor:
 
 
 def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Tensor:
-    """Multiply the mean by the smooth mask, divided by its own mean if ``rescale``."""
+    """Multiply the mean by the smooth mask. With ``rescale``, divide the mask by its mean."""
     mask = smooth_mask(grads, tau, k)
     if rescale and mask.numel() > 0:
         mask = mask / (1e-10 + mask.mean())
@@ -126,7 +125,7 @@ def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Ten
 
 
 def masked_average(grads: Tensor, tau: float) -> Tensor:
-    """Weight the mean by the agreement where that is below tau."""
+    """Multiply the mean by the agreement where the agreement is below tau."""
     agreement = votes(grads).abs().double() / grads.shape[0]
     kept = agreement_mask(grads, tau) == 1
     return torch.where(kept, 1.0, agreement) * grads.double().mean(0)
@@ -138,7 +137,7 @@ def agreement_sum(grads: Tensor) -> Tensor:
 
 
 def agreement_random(grads: Tensor, noise: Tensor) -> Tensor:
-    """Sum where all environments agree; elsewhere noise times the mean size of those sums."""
+    """Sum where all environments agree. Elsewhere: noise times the mean magnitude of the sums."""
     total = grads.double().sum(0)
     kept = agreement_mask(grads, 1.0) == 1
     size = total[kept].abs().mean() if kept.any() else 0.0
@@ -146,7 +145,7 @@ def agreement_random(grads: Tensor, noise: Tensor) -> Tensor:
 
 
 def sign_dropout(grads: Tensor, noise: Tensor) -> Tensor:
-    """Sum the gradients of one sign: the positive ones where their share is above the noise."""
+    """Sum the gradients of one sign: positive if their share is above the noise, else negative."""
     grads, noise = grads.double(), noise.double()
     positive = (1 + grads.sum(0) / grads.abs().sum(0)) / 2
     kept = (positive > noise) * (grads > 0) + (positive < noise) * (grads < 0)
@@ -154,7 +153,7 @@ def sign_dropout(grads: Tensor, noise: Tensor) -> Tensor:
 
 
 def median(grads: Tensor) -> Tensor:
-    """Take the value in the middle, or the mean of the two."""
+    """Return the middle value, or the mean of the two middle values."""
     ranked = grads.double().sort(0).values
     last = grads.shape[0] - 1
     return (ranked[last // 2] + ranked[last - last // 2]) / 2 + nan_if_not_finite(grads)
@@ -167,7 +166,7 @@ def trimmed_mean(grads: Tensor, b: float) -> Tensor:
 
 
 def winsorized_mean(grads: Tensor, c: float) -> Tensor:
-    """Average what is clipped to the percentiles c and 100 - c, with linear interpolation."""
+    """Clip to the percentiles c and 100 - c, with linear interpolation, and average."""
     ranked = grads.double().sort(0).values
     last = grads.shape[0] - 1
     position = c / 100 * last
@@ -185,7 +184,7 @@ def median_of_three(grads: Tensor) -> Tensor:
 
 
 def fed_ilc(grads: Tensor, tau: float) -> Tensor:
-    """Mask the difference of the two signs' geometric means, each weighted by how many it is of."""
+    """Mask the difference of the geometric means of both signs, weighted by their counts."""
     grads = grads.double()
     sides = []
     for side in (grads, -grads):
@@ -199,7 +198,7 @@ def fed_ilc(grads: Tensor, tau: float) -> Tensor:
 
 
 class Moments(NamedTuple):
-    """What rules are functions of, and what ``accumulate_`` and its like add to."""
+    """The sums over environments that rules are computed from."""
 
     sum: Tensor
     votes: Tensor
@@ -208,7 +207,7 @@ class Moments(NamedTuple):
 
 
 def moments(grads: Tensor, weights: Sequence[float] = ()) -> Moments:
-    """Return the moments of stacked gradients; weights multiply all but the votes."""
+    """Return the moments of stacked gradients. Weights multiply gradients but not votes."""
     factors = grads.new_tensor(weights or [1.0], dtype=torch.float64).expand(grads.shape[0])
     weighted = grads.double() * factors.view(-1, *[1] * (grads.dim() - 1))
     deviations = weighted - weighted.mean(0)
@@ -217,7 +216,7 @@ def moments(grads: Tensor, weights: Sequence[float] = ()) -> Moments:
 
 
 def environments(order: Tensor | None, offsets: Tensor | None, examples: int) -> Iterator[Tensor]:
-    """Yield the examples of each environment; by default each example is one of its own."""
+    """Yield the examples of each environment. By default each example is an environment."""
     order = torch.arange(examples) if order is None else order
     offsets = torch.arange(examples + 1) if offsets is None else offsets
     for begin, end in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
@@ -253,11 +252,11 @@ def convolution_gradients(
 ) -> Tensor:
     """Stack the weight gradients of a convolution: ``[environments, outputs, channels, *kernel]``.
 
-    The gradient at a tap of the kernel is the product of the gradients of the outputs with what
-    the tap sees of the padded input.
+    The gradient at an element of the kernel is the product of the output gradients and the part of
+    the padded input that meets this element.
     """
     a, d = activations.double(), grad_outputs.double()
-    for size in padding:  # puts zeros around the first spatial dim, and makes it the last
+    for size in padding:  # pads the first spatial dim with zeros, and moves it to the end
         zeros = a.new_zeros(*a.shape[:2], size, *a.shape[3:])
         a = torch.cat([zeros, a, zeros], 2).movedim(2, -1)
     a = a.unflatten(1, (groups, -1))
@@ -279,10 +278,10 @@ def convolution_gradients(
 
 
 def accumulate_outer(*args: Any, weights: Sequence[float] = ()) -> Moments:
-    """Take the moments of :func:`outer_gradients`."""
+    """Return the moments of :func:`outer_gradients`."""
     return moments(outer_gradients(*args), weights)
 
 
 def accumulate_convolution(*args: Any, weights: Sequence[float] = ()) -> Moments:
-    """Take the moments of :func:`convolution_gradients`."""
+    """Return the moments of :func:`convolution_gradients`."""
     return moments(convolution_gradients(*args), weights)

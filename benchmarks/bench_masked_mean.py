@@ -1,7 +1,7 @@
 """masked_mean against the eager formula, torch.compile, the authors' code, and one read pass.
 
     python -m benchmarks.bench_masked_mean --quick
-    python -m benchmarks.bench_masked_mean --save before     # also runs/before.md and before.png
+    python -m benchmarks.bench_masked_mean --save before     # writes benchmarks/runs/before.*
     python -m benchmarks.bench_masked_mean --compare before
 
 The yardstick (ratio 1.00) is the floor: `torch.sum` over all of the input, one read pass. What no

@@ -76,11 +76,12 @@ def kept(name: str) -> list[Row]:
 def table(rows: Sequence[Row]) -> str:
     """Return the rows of one case as aligned text."""
     memory = any(row.megabytes is not None for row in rows)
+    process = any(row.process_ratio is not None for row in rows)
     speed = any(row.gigabytes_per_second for row in rows)
     lines = [f"  {'':26}{'median':>12}{'IQR':>10}{'min':>12}"]
     lines[0] += f"{'GB/s':>8}" * speed + f"{'ratio':>9}"
     if memory:
-        lines[0] += f"{'MiB':>9}{'ratio':>9}{'process':>9}"
+        lines[0] += f"{'MiB':>9}{'ratio':>9}" + f"{'process':>9}" * process
     for row in rows:
         line = f"  {row.contestant:26}"
         if row.median:

@@ -7,6 +7,7 @@ them alike. Read ratios, not milliseconds.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import resource
 import statistics
@@ -73,7 +74,7 @@ def measure(
 
     A call is repeated until it fills ``seconds_per_round``; what takes more than ``patience`` has
     three rounds at most. What is in ``prepare`` is done before each call of that contestant, and
-    is not timed.
+    is not timed; calls are then timed one by one, of all contestants.
 
     Example:
         >>> rows = measure(
@@ -86,13 +87,16 @@ def measure(
     prepare = prepare or {}
 
     def seconds(name: str, repeats: int) -> list[float]:
-        if name not in prepare:
+        if not prepare:
             timer = Timer("f()", globals={"f": contestants[name]}, num_threads=threads)
             return [timer.timeit(repeats).median]
         times = []
         for _ in range(repeats):
-            prepare[name]()
+            if name in prepare:
+                prepare[name]()
+            gc.disable()  # as the timer does
             times.append(seconds_of(contestants[name]))
+            gc.enable()
         return times
 
     threads = torch.get_num_threads()

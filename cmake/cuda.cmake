@@ -58,9 +58,7 @@ if(NOT architectures)
   endif()
 endif()
 
-list(TRANSFORM cuda_sources PREPEND csrc/cuda/ OUTPUT_VARIABLE cuda_files)
-list(TRANSFORM cuda_files APPEND .cu)
-add_library(andmask_cuda SHARED csrc/cuda/device.cpp ${cuda_files})
+add_library(andmask_cuda SHARED csrc/cuda/device.cpp ${cuda_sources})
 # The runtime is torch's own: the loader asks for the same major version.
 set_target_properties(andmask_cuda PROPERTIES CUDA_ARCHITECTURES "${architectures}"
                                               CUDA_RUNTIME_LIBRARY Shared)

@@ -1,4 +1,4 @@
-// Every schema of the library, and what it knows about itself.
+// Every schema of the library, and the ops without tensors.
 // Autograd formulas, fake kernels and vmap rules are registered in Python (andmask_ext/_*.py).
 #include <torch/csrc/stable/library.h>
 #include <torch/headeronly/version.h>
@@ -19,6 +19,12 @@ std::string native_info() {
          andmask::name(andmask::best_isa());
 }
 
+// Lets the fake kernel of _aggregate raise as the real one does.
+void check_aggregate(std::string rule, std::vector<double> arguments, int64_t environments,
+                     bool rescale, bool noise) {
+  andmask::check_aggregate(rule, arguments, environments, rescale, noise);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(andmask, m) {
@@ -28,30 +34,31 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def(
       "_accumulate_(Tensor(a!)[] sum, Tensor(b!)[] votes, Tensor(c!)[] squares, Tensor(d!)[] logs, "
       "Tensor[] grads, int count, float[] weights=[], bool stacked=False) -> ()");
-  // Moments of weight gradients W_e = sum of d a^T over the rows of environment e, which are not
-  // given, but the activations a and the gradients d of the outputs. Environment e has examples
+  // Moments of weight gradients W_e = sum of d a^T over the rows of environment e, from the
+  // activations a and the gradients d of the outputs. Environment e has the examples
   // order[offsets[e]:offsets[e + 1]]; None: 0, 1, 2, ...
   m.def(
-      "_accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, Tensor(d!)? logs, "
-      "Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, int count, "
-      "float[] weights=[]) -> ()");
+      "_accumulate_outer_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
+      "Tensor(d!)? logs, Tensor activations, Tensor grad_outputs, Tensor? order, "
+      "Tensor? offsets, int count, float[] weights=[]) -> ()");
   m.def(
       "_accumulate_convolution_(Tensor(a!) sum, Tensor(b!)? votes, Tensor(c!)? squares, "
       "Tensor(d!)? logs, Tensor activations, Tensor grad_outputs, Tensor? order, Tensor? offsets, "
       "int count, int[] stride, int[] padding, int[] dilation, int groups, "
       "float[] weights=[]) -> ()");
   m.def(
-      "_resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
-      "float[] arguments, bool rescale=False) -> Tensor[]");
+      "_resolve(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
+      "str rule, float[] arguments, bool rescale=False) -> Tensor[]");
   m.def(  // the same, written over the sums
       "_resolve_(Tensor(a!)[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
       "str rule, float[] arguments, bool rescale=False) -> ()");
-  // One optimizer step on the gradients that a rule makes of moments, in one pass over memory.
+  // One optimizer step on the update that a rule makes of moments, in one pass over memory.
   m.def(
-      "_sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, Tensor[] votes, "
-      "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
-      "float lr, float momentum, float dampening, float weight_decay, "
-      "bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) -> ()");
+      "_sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, "
+      "Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
+      "float[] arguments, bool rescale, *, float lr, float momentum, float dampening, "
+      "float weight_decay, bool decoupled_weight_decay, bool nesterov, bool maximize, "
+      "bool first_step) -> ()");
   m.def(
       "_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] sum, Tensor[] votes, "
@@ -70,14 +77,18 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   // sums, float64; [d + 1], or [tensors, d + 1] of moments.
   m.def("vote_histogram(Tensor grads) -> (Tensor counts, Tensor squares)");
   m.def(
-      "_vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> (Tensor counts, Tensor "
-      "squares)");
+      "_vote_histograms(Tensor[] sum, Tensor[] votes, int count) -> "
+      "(Tensor counts, Tensor squares)");
+  m.def(
+      "_check_aggregate(str rule, float[] arguments, int environments, bool rescale, bool noise) "
+      "-> ()");
   m.def("_rule_table() -> str");
   m.def("_native_info() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(andmask, CompositeExplicitAutograd, m) {
   m.impl("_native_info", TORCH_BOX(&native_info));
+  m.impl("_check_aggregate", TORCH_BOX(&check_aggregate));
   m.impl("_rule_table", TORCH_BOX(&andmask::rule_table));
 }
 

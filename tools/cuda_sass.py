@@ -48,17 +48,17 @@ def demangle(symbol: str) -> str:
 
 
 def short_name(demangled: str) -> str:
-    """Make "MaskedMean<float, 4>" of "void andmask::run<andmask::MaskedMeanBody<float, 4> >()"."""
+    """Make "MaskedMean<float, 4>" of "void andmask::run_body<andmask::MaskedMeanBody<...> >()"."""
     name = re.sub(r"\(anonymous namespace\)::|andmask::|^void ", "", demangled)
     name = re.sub(r"\((?:int|long|bool)\)(?=-?\d)", "", name)
-    if not name.startswith("run<"):
+    if not name.startswith("run_body<"):
         return name.split("(")[0].replace(" >", ">")
     depth = 0
-    for end in range(len("run"), len(name)):
+    for end in range(len("run_body"), len(name)):
         depth += {"<": 1, ">": -1}.get(name[end], 0)
         if depth == 0:
             break
-    name = name[len("run<") : end].strip().replace(" >", ">")
+    name = name[len("run_body<") : end].strip().replace(" >", ">")
     return re.sub(r"^(\w+?)Body\b", r"\1", name)
 
 

@@ -1,4 +1,4 @@
-"""Draw the figures of docs/metrics.md: python tools/figures_metrics.py.
+"""Draw the figures of docs/metrics.md: python -m tools.figures_metrics.
 
 Trains a small network on the spirals for some of them (half a minute), and writes PNG files into
 docs/figures.

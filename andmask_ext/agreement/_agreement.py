@@ -1,4 +1,4 @@
-"""One backward pass for all environments."""
+"""The class Agreement: one backward pass for all environments."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_dtype
+from .._checks import check_bool
 from .._pending import PendingStep, State
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
-from ..optim._base import check_rule
 from ..rules import AndMask, Rule
-from ._backward_pass import BackwardPass, Setup
+from ._arguments import check_optimizer_or_rule, check_params, refuse_early_decay
+from ._backward_pass import BackwardPass
 from ._current import activate
 from ._groups import Environments, check_environments
 from ._mode import BackwardMode
 from ._report import Report, make_report
+from ._setup import Setup
 from ._verify import Verification, compare, sample, take, undisturbed
 
 __all__ = ["Agreement"]
@@ -29,42 +30,45 @@ __all__ = ["Agreement"]
 class Agreement:
     r"""Aggregate the gradients of all environments of a batch in one ordinary backward pass.
 
-    Inside the context, write a plain training step: one forward pass for the whole batch, one
-    ``loss.backward()``. The gradient of a parameter is then that of ``rule`` over the environments
-    :math:`L_e`, the mean losses of their examples, as if each had had a backward pass of its own.
-    No gradient per environment is kept: sums and votes are taken while the backward pass runs.
+    Inside the context, write a plain training step: one forward pass for the whole batch and one
+    ``loss.backward()``. The loss :math:`L_e` of an environment is the mean loss of its examples.
+    The rule aggregates the gradients of all :math:`L_e`, as if each had its own backward pass. No
+    gradient per environment is kept: sums and votes are computed while the backward pass runs.
 
-    How it is done: ``backward`` inside the context reads the autograd graph and finds every node
-    that joins a parameter with data. The backward pass runs without computing gradients of
-    parameters; when the gradient of such a node's output arrives, the votes of the node's
-    parameters are computed from it and from what the node has saved. No module is wrapped, and no
-    use of a parameter can be missed. At the first pass of each structure three more, in which the
-    gradients of each environment are multiplied by a power of two of its own, prove that
-    environments do not mix, and show where in each tensor the batch lies.
+    How it works: ``backward`` inside the context reads the autograd graph and finds every node
+    that joins a parameter with data. The backward pass does not compute gradients of parameters.
+    When the gradient of such a node's output arrives, the votes of the node's parameters are
+    computed from it and from the tensors that the node has saved. No module is wrapped, and no
+    use of a parameter can be missed.
+
+    The first pass over each graph structure is preceded by a few more, the mixing check. It
+    multiplies the gradients of each environment by a different power of two. If all gradients
+    scale with their environment, environments do not mix. The check also finds the batch axis of
+    each tensor.
 
     Args:
         model: the model that is called inside the context.
-        optimizer_or_rule: an optimizer of :mod:`andmask_ext.optim` on the same parameters: its
-            rules are used, and its ``step()`` aggregates and updates in one pass. Or a rule on
-            moments, as ``AndMask(tau=0.8)``: ``.grad`` holds the aggregated gradient after the
-            context.
-        params: the parameters to aggregate; None: all of ``model`` that require gradients (for an
-            optimizer, all of its own). Others get their plain gradients.
-        batch_dim: which dimension of the model's inputs and outputs is the batch.
-        loss_reduction: ``"mean"`` or ``"sum"``: whether the loss is the mean over the examples of
-            the batch or their sum. The result is the same: that of :math:`L_e`.
-        check_mixing: ``"auto"``: prove that environments do not mix, at the first backward pass of
-            each structure, and again where indices pick other rows; refuse a model for which there
-            is no proof (one that returns only its loss, say). ``"once"``: not again for other
-            indices. ``"always"``: at each backward pass. ``"never"``: no proof; accept what can be
-            treated in one way only.
-        keep_moments: keep the moments of the last context, for metrics, instead of writing the
-            gradients over them. (With an optimizer they are kept until its step.)
+        optimizer_or_rule: an optimizer of :mod:`andmask_ext.optim` on the same parameters, or a
+            rule on moments such as ``AndMask(tau=0.8)``. With an optimizer, its rules are used, and
+            its ``step()`` aggregates and updates in one pass. With a rule, ``.grad`` holds the
+            aggregated gradient after the context.
+        params: the parameters to aggregate. None: all that require gradients of ``model``, or all
+            of the optimizer. Other parameters get their plain gradients.
+        batch_dim: the batch dimension of the model's inputs and outputs.
+        loss_reduction: ``"mean"`` if the loss is the mean over the examples of the batch,
+            ``"sum"`` if it is their sum. The result is that of :math:`L_e` in both cases.
+        check_mixing: when to check that environments do not mix. ``"auto"``: at the first backward
+            pass of each graph structure, and again if indices pick other rows. A model that cannot
+            be checked is refused, such as one that returns only its loss. ``"once"``: as
+            ``"auto"``, but not again for other indices. ``"always"``: at each backward pass.
+            ``"never"``: no check; a tensor whose batch axis is ambiguous is refused.
+        keep_moments: keep the moments of the last context, for metrics. Otherwise a rule writes
+            the gradients over them. An optimizer keeps them until its step in any case.
 
     Raises:
-        TypeError: an argument has another type, or the rule needs the gradients of all environments
-            at once.
-        ValueError: there is no parameter, or an option has another value.
+        TypeError: an argument has the wrong type, or the rule needs the gradients of all
+            environments at once.
+        ValueError: there is no parameter, or an option has an unknown value.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -107,18 +111,18 @@ class Agreement:
         self._optimizer: EnvironmentOptimizer | None = None
         self._rule: Rule | None = None
         if isinstance(rule, EnvironmentOptimizer):
-            _refuse_early_decay(rule)
+            refuse_early_decay(rule)
             self._optimizer, self._pending = rule, rule._pending
             own = [param for group in rule.param_groups for param in group["params"]]
             if params is not None and {id(p) for p in params} != {id(p) for p in own}:
                 raise ValueError(
                     "params: expected None or the parameters of the optimizer, but got others"
                 )
-            chosen = _check_params(own, given=params is not None)
+            chosen = check_params(own, given=params is not None)
         else:
-            _check_rule(rule)
+            check_optimizer_or_rule(rule)
             self._rule, self._pending = rule, PendingStep(self, clears_grads=False)
-            chosen = _check_params(
+            chosen = check_params(
                 model.parameters() if params is None else params, given=params is not None
             )
         self._setup: Setup | None = Setup(
@@ -136,7 +140,7 @@ class Agreement:
         self._gram: dict[str, Tensor] | None = None
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
-        """Return parameters and rule, for the step that this object owns if it has a rule."""
+        """Return parameters and rule, for the pending step that this object owns with a rule."""
         assert self._setup is not None
         assert self._rule is not None
         return [(self._setup.params, self._rule)]
@@ -154,27 +158,28 @@ class Agreement:
     ) -> Iterator[None]:
         """Return the context of a training step.
 
-        Each backward pass inside adds the environments of one batch. With a rule, ``.grad`` is
-        written (added to what was there) at the end of the context; until then it is None.
-        If anything raises inside, gradients are left as they were.
+        Each backward pass inside adds the environments of one batch. With a rule, the aggregated
+        gradient is added to ``.grad`` at the end of the context. If anything raises inside,
+        ``.grad`` has not changed.
 
         Args:
             environments: None: each example of the batch is an environment. An int d: d equal
                 groups of consecutive examples. An int64 tensor ``[batch]``: the environment of each
-                example, numbered from 0 without gaps; they may have different sizes.
-            write_grads: False: leave ``.grad`` as it is, and let the next context add to the same
-                environments: for micro-batches that each hold whole environments. If one of them
-                raises, the environments of all are dropped. With an optimizer environments add up
-                until ``step()`` in any case.
-            grad_scaler: the :class:`torch.amp.GradScaler` whose ``scale`` the loss goes through.
-            gram: also take the scalar products of the gradients of all pairs of environments: see
-                :attr:`gram` and :func:`andmask_ext.metrics.gradient_cosines`. One backward pass.
+                example, numbered from 0 without gaps. Sizes may differ.
+            write_grads: False, with a rule: do not write ``.grad`` yet. The next context then adds
+                to the same environments. This is for micro-batches that each hold whole
+                environments. If one of them raises, the environments of all are dropped. With an
+                optimizer, environments accumulate until ``step()`` in any case.
+            grad_scaler: the :class:`torch.amp.GradScaler` that scaled the loss.
+            gram: also compute the scalar products of the gradients of all pairs of environments.
+                See :attr:`gram` and :func:`andmask_ext.metrics.gradient_cosines`. The context may
+                then hold only one backward pass.
 
         Raises:
-            RuntimeError: at ``backward``: environments mix, or the model is compiled; at the end:
-                there was no backward pass, or one that was not seen.
-            TypeError: ``environments`` has another type.
-            ValueError: examples cannot be split like that, or an environment has none.
+            RuntimeError: at ``backward``: environments mix, or the model is compiled. At the end:
+                there was no backward pass, or one ran outside of the context's control.
+            TypeError: ``environments`` has the wrong type.
+            ValueError: the examples cannot be split like that, or an environment is empty.
         """
         check_environments(environments)
         check_bool("gram", gram)
@@ -199,6 +204,7 @@ class Agreement:
             with BackwardMode(run), activate(environments), run.recorder:
                 yield
             run.require_complete(before)
+            self._pending.close()
             complete = True
         finally:
             self._run = None
@@ -207,7 +213,6 @@ class Agreement:
                     leaf.grad = grad
                 self._abandon(run)
             run.close()
-        self._pending.close()
         if run.products is not None and gram:
             self._gram = {
                 setup.name(setup.params[number]): products
@@ -217,12 +222,12 @@ class Agreement:
             self._write_grads(run.scale)
 
     def _abandon(self, run: BackwardPass) -> None:
-        """Forget the environments of this context, as it has raised."""
+        """Drop the environments of this context after an error."""
         pending = self._pending
         pending.abandon(changed=run.started)
         earlier = self._optimizer is not None and pending.environments > 0
         if pending.state is State.BROKEN and not earlier:
-            pending.finish()  # nothing is lost but what has just raised
+            pending.finish()  # no earlier environments are lost
 
     def _write_grads(self, scale: float) -> None:
         groups = self._pending.complete()
@@ -249,7 +254,8 @@ class Agreement:
         """The moments of the last context: one object, or one for each group of the optimizer.
 
         Raises:
-            RuntimeError: with a rule and ``keep_moments=False`` they became the gradients.
+            RuntimeError: with a rule and ``keep_moments=False``, the gradients have been written
+                over them.
         """
         self._require_setup("moments")
         idle = self._pending.state is State.IDLE
@@ -261,14 +267,15 @@ class Agreement:
 
     @property
     def gram(self) -> dict[str, Tensor]:
-        """Scalar products of the gradients of all pairs of environments, of each parameter.
+        """Scalar products of the gradients of all pairs of environments, per parameter.
 
-        Of the last context, which must have had ``gram=True``: by name, float64 ``[d, d]``.
-        Parameters that were not used are not there. They are computed in float32 (float64 for
-        float64), for a layer with few rows from its inputs and output gradients alone.
+        A dict from the parameter's name to a float64 tensor ``[d, d]``, for the last context, which
+        must have had ``gram=True``. Parameters that were not used are missing. The products are
+        computed in float32, or in float64 for float64. For a layer with few rows they are computed
+        from its inputs and output gradients, without its gradients.
 
         Raises:
-            RuntimeError: the last context had not ``gram=True``, or raised.
+            RuntimeError: the last context did not have ``gram=True``, or it raised.
         """
         if self._gram is None:
             raise RuntimeError(
@@ -278,10 +285,10 @@ class Agreement:
         return self._gram
 
     def report(self) -> Report:
-        """Return how each parameter was treated in the last context. Print it.
+        """Return how each parameter was treated in the last context. ``print`` shows a table.
 
         Raises:
-            RuntimeError: after :meth:`detach`.
+            RuntimeError: it is called after :meth:`detach`.
         """
         setup = self._require_setup("report")
         named = [(setup.name(param), param) for param in setup.params]
@@ -298,23 +305,24 @@ class Agreement:
     ) -> Verification:
         """Compare with the exact loop, one forward and backward pass per environment.
 
-        The first thing to do with a new model. Gradients, buffers and modes of the model are left
-        as they were, and so are the moments; dropout is switched off meanwhile.
+        Do this first with a new model. Gradients, buffers and modes of the model and the moments
+        do not change. Dropout is off during the comparison.
 
         Args:
-            batch: what ``loss_fn`` takes: a tensor, or tensors in tuples, lists and dicts. Every
-                tensor in it whose dimension ``batch_dim`` has the size of the batch is split.
-            loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch (with
-                ``loss_reduction="sum"`` their sum).
+            batch: the second argument of ``loss_fn``: a tensor, or tensors in tuples, lists and
+                dicts. Every tensor in it whose dimension ``batch_dim`` has the batch size is split.
+            loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch, or with
+                ``loss_reduction="sum"`` the sum.
             environments: as for the context.
-            most: how many of the environments to compare: the first ones.
-            tolerance: what rounding may change, as a share of the largest gradient; None: by the
-                dtype of the parameters. Under autocast say 0.05.
+            most: compare at most this many environments, the first ones.
+            tolerance: the allowed difference, as a share of the largest gradient. None: a value
+                for the dtype of the parameters. Under autocast pass 0.05.
 
         Returns:
-            The deviation of each parameter; ``.passed`` says whether all agree up to rounding.
+            The deviation of each parameter. ``.passed`` tells whether all agree up to rounding.
 
         Raises:
+            RuntimeError: it is called inside the context, or after :meth:`detach`.
             ValueError: ``batch`` holds no tensors, or cannot be split into the environments.
         """
         check_environments(environments)
@@ -339,7 +347,7 @@ class Agreement:
         with undisturbed(model, params), torch.enable_grad():
             with trial(groups.ids):
                 loss_fn(model, chosen).backward()
-            if not setup.treatments:  # no step yet: show what was done here
+            if not setup.treatments:  # no step yet: report this comparison
                 numbers = {id(param): number for number, param in enumerate(setup.params)}
                 for number, treatment in trial._setup.treatments.items():
                     setup.treatments[numbers[id(params[number])]] = treatment
@@ -347,55 +355,17 @@ class Agreement:
             return compare(names, params, trial.moments[0], losses(), tolerance)
 
     def detach(self) -> None:
-        """Let go of the model, the memory of the moments and all that was learnt of the model."""
+        """Release the model, the moments and all plans. The object cannot be used afterwards.
+
+        Raises:
+            RuntimeError: it is called inside the context.
+        """
         if self._run is not None:
             raise RuntimeError("detach: expected to be called outside of the context")
         if self._rule is not None:
             self._pending.replace_moments()
         self._setup, self._optimizer, self._gram = None, None, None
         self._leaves = []
-
-
-def _check_rule(rule: object) -> None:
-    if not isinstance(rule, Rule):
-        got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
-        raise TypeError(
-            "optimizer_or_rule: expected an optimizer of andmask_ext.optim that takes "
-            f"environments, or a rule such as andmask_ext.AndMask(tau=0.8), but got {got}"
-        )
-    check_rule(rule)
-
-
-def _refuse_early_decay(optimizer: EnvironmentOptimizer) -> None:
-    for group in optimizer.param_groups:
-        if group.get("weight_decay") and group.get("weight_decay_mode") == "before_mask":
-            raise ValueError(
-                "optimizer_or_rule: expected an optimizer whose weight decay comes after the mask "
-                "or is decoupled, but got weight_decay_mode='before_mask', which changes the "
-                "gradient of each environment; use optimizer.environment()"
-            )
-
-
-def _check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
-    """Return the parameters to aggregate, each once.
-
-    Args:
-        params: candidates.
-        given: whether the caller has named them; otherwise those that cannot be are passed over.
-    """
-    chosen: dict[int, Tensor] = {}
-    for index, param in enumerate(params):
-        if not isinstance(param, Tensor):
-            raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
-        if not given and not (param.requires_grad or param.is_floating_point()):
-            continue  # quantized, and frozen for good
-        check_dtype(f"params[{index}]", param)
-        if given and not (param.is_leaf and param.requires_grad):
-            raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
-        chosen[id(param)] = param
-    if not chosen:
-        raise ValueError("params: expected at least one parameter, but got none")
-    return list(chosen.values())
 
 
 def _scaled_loss(

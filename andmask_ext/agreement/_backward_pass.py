@@ -1,90 +1,47 @@
-"""What happens to backward passes inside the context."""
+"""Execution of the backward passes inside the context."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from .._pending import PendingStep
-from ._accumulator import GradientAccumulator, Target, Treatment
+from ._accumulator import GradientAccumulator, Target
 from ._constants import Constants, storage
-from ._formulas import NodeGradient, make_contribution
+from ._formulas import make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
-from ._groups import Environments, Groups, make_groups
+from ._groups import Environments, Groups
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
+from ._node_gradient import NodeGradient
 from ._nodes import leaf
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
+from ._setup import Setup
 
 _MOST_PLANS = 128
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What an Agreement knows of its model, and has learnt of it in earlier contexts.
-
-    Attributes:
-        model: the model.
-        members: the ids of its modules.
-        params: the parameters whose gradients are aggregated.
-        names: names of parameters, by id.
-        batch_dim: which dimension of the model's inputs and outputs is the batch.
-        reduction: ``"mean"`` or ``"sum"``: of the loss.
-        check_mixing: as Agreement takes it.
-        plans: what to do with graphs that have been seen.
-        treatments: how each parameter was treated in the last context, by its number.
-        partitions: the last partition of a batch into equal groups, by what described it.
-    """
-
-    model: nn.Module
-    members: set[int]
-    params: list[Tensor]
-    names: dict[int, str]
-    batch_dim: int
-    reduction: str
-    check_mixing: str
-    plans: dict[Any, Plan] = field(default_factory=dict)
-    treatments: dict[int, Treatment] = field(default_factory=dict)
-    partitions: dict[Any, Groups] = field(default_factory=dict)
-
-    def name(self, param: Tensor) -> str:
-        """Return the name of a parameter, or what else tells it from others."""
-        return self.names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
-
-    def groups(self, environments: Environments, examples: int) -> Groups:
-        """Return the partition of a batch; that into equal groups is kept for the next one."""
-        if isinstance(environments, Tensor):
-            return make_groups(environments, examples)
-        key = (environments, examples)
-        if key not in self.partitions:
-            groups = make_groups(environments, examples)
-            self.partitions.clear()
-            self.partitions[key] = groups
-        return self.partitions[key]
 
 
 class BackwardPass:
     """The backward passes of one context.
 
     Args:
-        setup: what is known of the model.
+        setup: the model and what is known about it.
         pending: the step that the environments belong to.
         environments: as given to the context.
-        grad_scaler: the scaler that the loss goes through.
+        grad_scaler: the scaler that scaled the loss.
         gram: whether scalar products of all pairs of environments are wanted.
 
     Attributes:
         grad_scaler: as above.
-        scale: of the gradient scaler.
-        started: whether any moments may have been changed.
-        recorder: sees the calls of the model.
+        scale: the scale of the gradient scaler; 1 without one.
+        started: whether any moments may have changed.
+        recorder: records the calls of the model.
         products: the scalar products, after the backward pass.
     """
 
@@ -116,10 +73,10 @@ class BackwardPass:
         self._outer: Any = None  # the key of the plan of the outer one
         self._groups: Groups | None = None
         self._passes = 0
-        self._dropping = 0  # plain gradients of parameters arrive, and are not wanted
+        self._dropping = 0  # > 0: plain gradients that arrive are discarded
 
     def open(self) -> None:
-        """Find the moments of each parameter, once the step is open to this context."""
+        """Find the moments of each parameter. The step must be open to this context."""
         places = [self._pending.slots[id(param)] for param in self._setup.params]
         self._targets = [
             Target(param, self._pending.moments[group], index)
@@ -127,7 +84,7 @@ class BackwardPass:
         ]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release the graph, the moments and the hooks."""
         self.constants.forget()
         del self.mode, self._mixing
 
@@ -141,10 +98,10 @@ class BackwardPass:
         )
 
     def require_complete(self, before: Sequence[tuple[Tensor, Tensor | None, int]]) -> None:
-        """Raise unless there was a backward pass, and none that was not seen.
+        """Raise unless there was a backward pass, and none outside of this context's control.
 
         Args:
-            before: all leaves, with their gradients before the context and the versions of these.
+            before: all leaves, their gradients before the context, and the versions of these.
         """
         if self._passes == 0:
             raise RuntimeError(
@@ -160,11 +117,11 @@ class BackwardPass:
     # ---- one backward pass ----
 
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
-        """Run a backward pass: plain gradients for what is not tracked, moments for the rest."""
+        """Run a backward pass: moments for tracked parameters, plain gradients for others."""
         graph = Graph([_node(root) for root in roots], self._tracked)
         if self._mixing.running:
             self._mixing.inner_pass(graph, roots, grads)
-        elif self._accumulator is not None:  # inside another: reentrant checkpointing
+        elif self._accumulator is not None:  # inside another pass: reentrant checkpointing
             self._inner += 1
             plan = self._plan(graph, self._inner)
             self._pass(graph, plan, roots, grads, retain_graph, self._accumulator)
@@ -274,11 +231,11 @@ class BackwardPass:
         return [factor / size for size in groups.sizes.tolist()]
 
     def _plan(self, graph: Graph, inner: int = 0) -> Plan:
-        """Return what to do with a graph, after probes if it is new.
+        """Return the plan for a graph. A new graph is checked for mixing first.
 
         Args:
-            graph: of a backward pass.
-            inner: 0, or its number among the backward passes inside this one.
+            graph: the graph of a backward pass.
+            inner: 0 for the outer pass, else the number of the backward pass inside it.
         """
         groups, check_mixing = self._groups, self._setup.check_mixing
         assert groups is not None
@@ -291,8 +248,8 @@ class BackwardPass:
             if not inner:
                 self._outer = structure, sizes
             return plan
-        # Where functions run backward passes of their own, there must be proofs for the graphs of
-        # those by then, which are not seen yet.
+        # Functions under reentrant checkpointing run their own backward passes. Their graphs are
+        # not known yet, so the mixing check must run again.
         plan = None if CHECKPOINT in graph.names else known.get(structure)
         plan = None if plan is None else plan.at(graph, groups.examples)
         if plan is None:
@@ -374,8 +331,8 @@ class BackwardPass:
             if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
                 raise RuntimeError(
                     f"Agreement: {consumer.name} has a gradient that does not come through the "
-                    "outputs of the model, so that it cannot be proved that environments do not "
-                    "mix there; return what the loss is made of from the model"
+                    "outputs of the model, so it cannot be checked that environments do not mix "
+                    "there; let the model return the tensors that the loss is computed from"
                 )
             for operand in consumer.operands:
                 use = None if none else make_contribution(at, consumer.name, operand)
@@ -394,9 +351,9 @@ class BackwardPass:
         if CHECKPOINT not in graph.names:
             torch.autograd.backward(roots, grads, retain_graph, inputs=inputs)
             return
-        # Reentrant checkpointing allows no `inputs`: plain gradients are computed as well, and
-        # dropped. Its function runs a backward pass of its own, which the mode leads to us. The
-        # graph is kept: uses wait until the pass is over.
+        # Reentrant checkpointing forbids `inputs`, so plain gradients are computed too, and
+        # dropped. The checkpointed function runs a backward pass, which BackwardMode sends to this
+        # object. The graph is kept, as contributions wait until the pass is over.
         keep = {id(one) for one in inputs if isinstance(one, Tensor)}
         leaves = [leaf(node) for node, name in zip(graph.nodes, graph.names, strict=True)
                   if isinstance(name, tuple)]  # fmt: skip

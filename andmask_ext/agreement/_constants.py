@@ -1,4 +1,4 @@
-"""Which tensors hold nothing of the batch."""
+"""Tensors that hold no data of the batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def storage(tensor: Tensor) -> int:
     """Return the address of the memory that a tensor is a view of."""
     try:
         return tensor.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # it has none, as inside torch.vmap
+    except (NotImplementedError, RuntimeError):  # no storage, as inside torch.vmap
         return -1
 
 
@@ -28,35 +28,35 @@ _RANDOM = (
 
 
 class Constants:
-    """Parameters, buffers, and what functions have made of these or of no tensors.
+    """Parameters, buffers, and tensors that were computed from constants only.
 
-    Seen function by function while the model runs; whatever else there is may be data.
+    Functions are recorded one by one while the model runs. Any other tensor may be data.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.data: set[int] = set()  # where the inputs of the model lie
+        self.data: set[int] = set()  # storages of the inputs of the model
         self._known: set[int] | None = None
-        self._kept: list[Tensor] = []  # alive, so that nothing else comes to lie there
+        self._kept: list[Tensor] = []  # kept alive so that the address is not reused
 
-    def watch(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
-        """Take note of a call of the function ``name``."""
+    def note(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
+        """Record a call of the function ``name``."""
         if name == "__setitem__":
             result = args[0]
         tensors = [result] if isinstance(result, Tensor) else result
-        made = [one for one in tensors if isinstance(one, Tensor) and not one.requires_grad]
+        made = [t for t in tensors if isinstance(t, Tensor) and not t.requires_grad]
         if not made:
             return
         taken = list(tensors_in((args, kwargs)))
-        known = all(one in self for one in taken) if taken else name in _FACTORIES
+        known = all(tensor in self for tensor in taken) if taken else name in _FACTORIES
         if known and not name.startswith(_RANDOM) and storage(made[0]) != -1:
             self._kept += made
-            self._memory.update(storage(one) for one in made)
-        elif taken:  # in place, perhaps: what was constant is no more
-            self._memory.difference_update(storage(one) for one in made)
+            self._memory.update(storage(tensor) for tensor in made)
+        elif taken:  # perhaps in place: the tensor is no longer constant
+            self._memory.difference_update(storage(tensor) for tensor in made)
 
     def forget(self) -> None:
-        """Let go of all but parameters and buffers."""
+        """Forget all tensors but parameters and buffers."""
         self._kept = []
         self._known = None
 

@@ -1,7 +1,7 @@
-"""What one use of a parameter adds to the gradient of each environment.
+"""Contributions of one use of a parameter to the gradients of the environments.
 
-A use is made when the gradient of a node's output arrives. It holds the factors of the parameter's
-gradient, and makes gradients of environments only when asked for them.
+A contribution is created when the gradient of a node's output arrives. It holds the factors of the
+parameter's gradient, and computes gradients of environments only on request.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ._layout import Layout
 
 
 class Contribution:
-    """Base. ``shape`` is that of the operand that the gradient belongs to."""
+    """Base class. ``shape`` is the shape of the operand that the gradient belongs to."""
 
     path: str
     shape: tuple[int, ...]
 
     def stacked(self, begin: int, end: int) -> Tensor:
-        """Return the gradients of some environments, ``[end - begin, *shape]``."""
+        """Return the gradients of environments [begin, end), ``[end - begin, *shape]``."""
         raise NotImplementedError
 
 
@@ -35,7 +35,7 @@ class Outer(Contribution):
     Attributes:
         activations: ``[examples, rows of each, I]``.
         grads: ``[examples, rows of each, O]``.
-        shape: of the operand, O x I elements in that order.
+        shape: the shape of the operand, which has O x I elements in that order.
     """
 
     activations: Tensor
@@ -45,11 +45,11 @@ class Outer(Contribution):
 
     @property
     def path(self) -> str:  # type: ignore[override]
-        one = self.groups.size == 1 and self.activations.shape[1] == 1
-        return f"outer products, {'one row' if one else 'several rows'} per environment"
+        single = self.groups.size == 1 and self.activations.shape[1] == 1
+        return f"outer products, {'one row' if single else 'several rows'} per environment"
 
     def transposed(self) -> Outer:
-        """Return the same use of the transposed operand."""
+        """Return the contribution to the transposed operand."""
         return Outer(self.grads, self.activations, self.groups, self.shape[::-1])
 
     def stacked(self, begin: int, end: int) -> Tensor:
@@ -99,12 +99,12 @@ class OuterBatch(Contribution):
 
 @dataclass
 class Convolution(Contribution):
-    """Gradients of the weight of a convolution with zero padding.
+    """Gradients of the weight of a convolution with zero padding, unfolded by the native op.
 
     Attributes:
         images: ``[images, C, *spatial]``.
         grads: ``[images, O, *positions]``.
-        groups: the environments, of images.
+        groups: the environments as groups of images.
         shape: ``[O, C / channel_groups, *kernel]``.
     """
 
@@ -138,7 +138,7 @@ class Convolution(Contribution):
 
 @dataclass
 class Stacked(Contribution):
-    """Gradients of all environments at once, ``[environments, *shape]``: they are small."""
+    """Gradients of all environments, ``[environments, *shape]``, for small operands."""
 
     grads: Tensor
     shape: tuple[int, ...]
@@ -150,13 +150,13 @@ class Stacked(Contribution):
 
 @dataclass
 class Lookup(Contribution):
-    """Gradients of a table of which each row has used one line.
+    """Gradients of a table in which each row looks up one line.
 
     Attributes:
         rows: ``[rows, columns]``, the gradients of the rows.
-        lines: ``[rows]``, int64, the line of the table.
-        environments: ``[rows]``, int64.
-        shape: of the table.
+        lines: ``[rows]``, int64, the line of the table that each row looks up.
+        environments: ``[rows]``, int64, the environment of each row.
+        shape: the shape of the table.
     """
 
     rows: Tensor
@@ -168,22 +168,23 @@ class Lookup(Contribution):
 
     def stacked(self, begin: int, end: int) -> Tensor:
         wide = wide_dtype(self.rows)
-        mine = (self.environments >= begin) & (self.environments < end)
+        chosen = (self.environments >= begin) & (self.environments < end)
         table = self.rows.new_zeros((end - begin) * self.shape[0], self.shape[1], dtype=wide)
-        at = (self.environments[mine] - begin) * self.shape[0] + self.lines[mine]
-        return table.index_add_(0, at, self.rows[mine].to(wide)).view(end - begin, *self.shape)
+        line = (self.environments[chosen] - begin) * self.shape[0] + self.lines[chosen]
+        return table.index_add_(0, line, self.rows[chosen].to(wide)).view(end - begin, *self.shape)
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the gradients of all lines used in an environment, the lines, the environments."""
-        keys, at = torch.unique(self.environments * self.shape[0] + self.lines, return_inverse=True)
+        """Return one gradient per line and environment that uses it, the lines, environments."""
+        every = self.environments * self.shape[0] + self.lines
+        keys, segment = torch.unique(every, return_inverse=True)
         sums = self.rows.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.rows))
-        sums.index_add_(0, at, self.rows.to(sums.dtype))
+        sums.index_add_(0, segment, self.rows.to(sums.dtype))
         return sums, keys % self.shape[0], keys // self.shape[0]
 
 
 @dataclass
 class OneByOne(Contribution):
-    """Any function: its backward formula, called once for each environment."""
+    """Gradients of any function: its backward formula is called once per environment."""
 
     gradients: Callable[[int, int], list[Tensor]]
     shape: tuple[int, ...]
@@ -194,7 +195,7 @@ class OneByOne(Contribution):
 
 
 def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
-    """Return the partition of all entries along an axis; several may belong to one example."""
+    """Return the partition of the entries along an axis. An example may have several."""
     if layout.before == layout.after == 1:
         return groups
     if groups.size is not None and layout.before == 1:
@@ -207,9 +208,9 @@ def ids_of_axis(groups: Groups, layout: Layout) -> Tensor:
     return layout.spread(groups.ids)
 
 
-def add_up(uses: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:
-    """Return the sum of what several uses give to some environments."""
-    total = uses[0](begin, end)
-    for use in uses[1:]:
-        total = total + use(begin, end)
+def add_up(parts: Sequence[Callable[[int, int], Tensor]], begin: int, end: int) -> Tensor:
+    """Return the sum of several parts for environments [begin, end)."""
+    total = parts[0](begin, end)
+    for part in parts[1:]:
+        total = total + part(begin, end)
     return total

@@ -1,4 +1,4 @@
-"""The environments of the context that is open, for layers that take statistics in each."""
+"""The environments of the open context, for layers that take statistics per environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _active: ContextVar[Environments | str] = ContextVar("environments", default="no
 
 @contextmanager
 def activate(environments: Environments) -> Iterator[None]:
-    """Make layers with statistics per environment see the argument ``environments``."""
+    """Show the argument ``environments`` to layers that take statistics per environment."""
     token = _active.set(environments)
     try:
         yield
@@ -22,10 +22,10 @@ def activate(environments: Environments) -> Iterator[None]:
 
 
 def current_groups(examples: int) -> Groups | None:
-    """Return the partition of a batch in the context that is active; None: there is none."""
+    """Return the partition of a batch in the open context; None: no context is open."""
     environments = _active.get()
     return None if isinstance(environments, str) else make_groups(environments, examples)
 
 
 class PerEnvironment:
-    """Mixed into layers whose statistics are taken in each environment (see current_groups)."""
+    """Mixin of layers that take their statistics per environment (see current_groups)."""

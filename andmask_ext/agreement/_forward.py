@@ -1,4 +1,4 @@
-"""Watching calls of the model: how large the batch is, and which tensors came out."""
+"""Records the calls of the model: the batch sizes, inputs and outputs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._current import PerEnvironment
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Go through all tensors in nested lists, tuples, dicts and dataclass-like objects."""
+    """Yield all tensors in nested lists, tuples, dicts and dataclass-like objects."""
     seen: set[int] = set()
     stack = [value]
     while stack:
@@ -37,7 +37,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             stack += value[::-1]
         elif hasattr(value, "__dict__"):
             kinds = (Tensor, list, tuple, dict)
-            stack += [one for one in vars(value).values() if isinstance(one, kinds)][::-1]
+            stack += [item for item in vars(value).values() if isinstance(item, kinds)][::-1]
 
 
 def uses_batch(module: _BatchNorm) -> bool:
@@ -48,17 +48,17 @@ def uses_batch(module: _BatchNorm) -> bool:
 
 
 class ForwardRecorder:
-    """Hooks on all modules while the context is open; nothing is attached to the model itself.
+    """Global hooks on all modules while the context is open. The model itself gets no hooks.
 
     Args:
-        members: the ids of the model's modules, itself among them.
-        batch_dim: which dimension of inputs and outputs is the batch.
+        members: the ids of the model's modules, including the model.
+        batch_dim: the batch dimension of inputs and outputs.
 
     Attributes:
-        sizes: those of the batch in calls of the model, or of parts of it that were called from
-            outside, since :meth:`clear`.
-        batch_norms: the modules that took statistics of the batch since :meth:`clear`.
-        inputs: the tensors that these calls took.
+        sizes: the batch sizes of calls from outside since :meth:`clear`, of the model or of its
+            modules.
+        batch_norms: the modules that took batch statistics since :meth:`clear`.
+        inputs: the input tensors of these calls.
     """
 
     def __init__(self, members: set[int], batch_dim: int) -> None:
@@ -66,7 +66,7 @@ class ForwardRecorder:
         self.batch_dim = batch_dim
         self._depth = 0
         self._stale = False  # a backward pass has been run since
-        self.paused = False  # while a backward pass runs, which may call modules
+        self.paused = False  # during a backward pass, which may call modules
         self._handles: list[Any] = []
         self.sizes: set[int] = set()
         self.batch_norms: list[nn.Module] = []
@@ -92,16 +92,16 @@ class ForwardRecorder:
         self.clear()
 
     def passed(self) -> None:
-        """Make the next call of the model the first of another forward pass.
+        """Mark a backward pass as done: the next call of the model begins a new forward pass.
 
-        Until then there may be another backward pass, if the outputs are still held elsewhere.
+        The records stay until then, as another backward pass may use the same outputs.
         """
         self._stale = True
-        self._held = [weakref.ref(one) for one in self.outputs()]
+        self._held = [weakref.ref(tensor) for tensor in self.outputs()]
         self._outputs = []
 
     def clear(self) -> None:
-        """Forget what was seen."""
+        """Forget all records."""
         self._stale = False
         self.batch_norms = []
         self.sizes = set()
@@ -116,7 +116,7 @@ class ForwardRecorder:
                 self.batch_norms.append(module)
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
-        """Take note of what a module took and returned (only that, if it has raised)."""
+        """Record the inputs and outputs of a module. If it raised, only note that it ended."""
         if id(module) not in self._members or self.paused:
             return
         self._depth -= 1
@@ -129,18 +129,18 @@ class ForwardRecorder:
                 self.sizes.add(tensor.shape[self.batch_dim])
                 break
         self.inputs += inputs
-        self._outputs += [one for one in tensors_in(output) if one.grad_fn is not None]
+        self._outputs += [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
 
     def outputs(self) -> list[Tensor]:
-        """Return the tensors that the calls since :meth:`clear` have returned."""
-        return self._outputs + [one for ref in self._held if (one := ref()) is not None]
+        """Return the output tensors of the calls since :meth:`clear`."""
+        return self._outputs + [tensor for ref in self._held if (tensor := ref()) is not None]
 
     def anchors(self, examples: int) -> list[Tensor]:
         """Return the outputs that hold the batch."""
         return [
-            one
-            for one in self.outputs()
-            if one.dim() > self.batch_dim
-            and one.shape[self.batch_dim] == examples
-            and one.is_floating_point()
+            tensor
+            for tensor in self.outputs()
+            if tensor.dim() > self.batch_dim
+            and tensor.shape[self.batch_dim] == examples
+            and tensor.is_floating_point()
         ]

@@ -1,4 +1,4 @@
-"""Scalar products of the gradients of environments, without the gradients where that is cheaper."""
+"""Scalar products of gradients of environments, computed without the gradients if cheaper."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .._norms import squared_norms
 from ._contributions import Outer, add_up
 from ._groups import Groups
 
-# Of one parameter, the gradients of so many environments are held at once as fit into this. More
-# have to be made again for every other part, and then it is the time that grows.
+# Scratch memory for one parameter. If the gradients of all environments do not fit, they are
+# recomputed block by block. That takes more time but no more memory.
 SCRATCH_BYTES = 256 << 20
 
 _COLUMNS = 1 << 16
@@ -22,10 +22,11 @@ Part = Callable[[int, int], Tensor]  # gradients of environments [begin, end) of
 
 
 class Gramian:
-    """Of one backward pass.
+    """Scalar products of the gradients of one backward pass.
 
     Args:
-        pairs: of all pairs of environments, ``[d, d]``; else of each with itself, ``[d]``.
+        pairs: True: products of all pairs of environments, ``[d, d]``. False: squared norms,
+            ``[d]``.
         groups: the environments.
         weights: a factor for the gradient of each environment, or one for all.
     """
@@ -38,59 +39,62 @@ class Gramian:
         self._weights = weights
         self._factors: dict[torch.device, Tensor] = {}
 
-    def of_factors(self, param: int, use: Outer) -> bool:
-        """Take the products from the factors of outer products, if that is cheaper.
+    def of_factors(self, param: int, outer: Outer) -> bool:
+        """Compute the products from the factors of outer products, if that is cheaper.
 
-        With ``G_e`` the sum of ``d a^T`` over the rows of e, the scalar product of two of them is
-        the sum of ``(a . a')(d . d')`` over pairs of rows.
+        ``G_e`` is the sum of ``d a^T`` over the rows of e. The scalar product of ``G_e`` and
+        ``G_f`` is the sum of ``(a . a')(d . d')`` over pairs of rows.
+
+        Returns:
+            Whether the products were computed.
         """
         environments = self._groups.environments
-        examples, each = use.activations.shape[:2]
+        examples, each = outer.activations.shape[:2]
         rows = examples * each
         partners = rows if self.pairs else rows // environments  # of each row
-        if use.groups.environments != environments or rows * partners * 4 > SCRATCH_BYTES:
+        if outer.groups.environments != environments or rows * partners * 4 > SCRATCH_BYTES:
             return False
-        if not self.pairs and (use.groups.size is None or partners > 1):
+        if not self.pairs and (outer.groups.size is None or partners > 1):
             return False
-        columns = use.activations.shape[2], use.grads.shape[2]
+        columns = outer.activations.shape[2], outer.grads.shape[2]
         gradients = columns[0] * columns[1]
-        products = environments**2 * gradients if self.pairs else 0
-        if rows * partners * sum(columns) > rows * gradients + products:
+        pairs = environments**2 * gradients if self.pairs else 0
+        if rows * partners * sum(columns) > rows * gradients + pairs:
             return False
-        factors = [_rows(factor) for factor in (use.activations, use.grads)]
+        factors = [_rows(factor) for factor in (outer.activations, outer.grads)]
         if self.pairs:
             with exact(factors[0]):
-                found = _product(factors[0]) * _product(factors[1])
-            if use.groups.size != 1 or each != 1:
-                ids = use.groups.ids.repeat_interleave(each).to(found.device)
-                half = found.new_zeros(environments, rows).index_add_(0, ids, found)
-                found = half.new_zeros(environments, environments).index_add_(1, ids, half)
+                products = _gram(factors[0]) * _gram(factors[1])
+            if outer.groups.size != 1 or each != 1:
+                ids = outer.groups.ids.repeat_interleave(each).to(products.device)
+                half = products.new_zeros(environments, rows).index_add_(0, ids, products)
+                products = half.new_zeros(environments, environments).index_add_(1, ids, half)
         else:
-            found = squared_norms(factors[0]) * squared_norms(factors[1])
-        self._keep(param, found)
+            products = squared_norms(factors[0]) * squared_norms(factors[1])
+        self._keep(param, products)
         return True
 
     def of_gradients(self, param: int, parts: Sequence[Part], like: Tensor) -> None:
-        """Take the products from gradients of as many environments as may be held."""
+        """Compute the products from gradients, in blocks of environments that fit the memory."""
         count = self._groups.environments
         step = max(1, SCRATCH_BYTES // max(1, 2 * like.numel() * max(4, like.element_size())))
         blocks = [(begin, min(begin + step, count)) for begin in range(0, count, step)]
-        found: Tensor | None = None
+        products: Tensor | None = None
         for number, (begin, end) in enumerate(blocks):
             grads = _flat(add_up(parts, begin, end))
-            if found is None:
+            if products is None:
                 shape = (count, count) if self.pairs else (count,)
-                found = grads.new_zeros(shape, dtype=torch.float64)
+                products = grads.new_zeros(shape, dtype=torch.float64)
             if not self.pairs:
-                found[begin:end] = squared_norms(grads)
+                products[begin:end] = squared_norms(grads)
                 continue
             for first, last in blocks[number:]:
-                others = grads if first == begin else _flat(add_up(parts, first, last))
-                corner = _scalar_products(grads, others)
-                found[begin:end, first:last] = corner
-                found[first:last, begin:end] = corner.t()
-        assert found is not None
-        self._keep(param, found)
+                block = grads if first == begin else _flat(add_up(parts, first, last))
+                corner = _scalar_products(grads, block)
+                products[begin:end, first:last] = corner
+                products[first:last, begin:end] = corner.t()
+        assert products is not None
+        self._keep(param, products)
 
     def _keep(self, param: int, products: Tensor) -> None:
         products = products.double()
@@ -119,13 +123,16 @@ def _rows(factor: Tensor) -> Tensor:
     return factor.to(wide_dtype(factor)).flatten(0, 1)
 
 
-def _product(rows: Tensor) -> Tensor:
+def _gram(rows: Tensor) -> Tensor:
     return _scalar_products(rows, rows)
 
 
-def _scalar_products(rows: Tensor, others: Tensor) -> Tensor:
-    """Return them in float64, of parts that are added up in the precision of the rows."""
-    total = rows.new_zeros(len(rows), len(others), dtype=torch.float64)
-    for part, other in zip(rows.split(_COLUMNS, 1), others.split(_COLUMNS, 1), strict=True):
-        total += part @ other.t()
+def _scalar_products(first: Tensor, second: Tensor) -> Tensor:
+    """Return the scalar products of all pairs of rows, float64 ``[n, m]``.
+
+    Blocks of columns are multiplied in the precision of the rows and added up in float64.
+    """
+    total = first.new_zeros(len(first), len(second), dtype=torch.float64)
+    for a, b in zip(first.split(_COLUMNS, 1), second.split(_COLUMNS, 1), strict=True):
+        total += a @ b.t()
     return total

@@ -1,4 +1,4 @@
-"""The autograd graph of a backward pass, and what of it depends on parameters only."""
+"""The autograd graph of a backward pass, and its parts that depend on parameters only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._views import VIEWS, View, view_through
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
-# Nodes that read data which autograd does not see as an input (indices), or make new rows.
+# Nodes that read data which is no input for autograd (indices), or that create new rows.
 LOOKUPS = (
     "EmbeddingBackward0",
     "EmbeddingBagBackward0",
@@ -31,15 +31,15 @@ HIDDEN_DATA = (
 
 @dataclass(frozen=True)
 class Operand:
-    """An input of a node that is made of parameters only.
+    """An input of a node that is computed from parameters only.
 
     Attributes:
-        edge: which of the node's inputs.
-        root: the index of the node that made it.
-        output: which of that node's outputs.
-        shape: of the input.
-        view: if it is a view of one parameter, where its elements lie in that.
-        params: the parameters (their numbers among those tracked).
+        edge: the number of the input of the node.
+        root: the index of the node that computed it.
+        output: the number of the output of that node.
+        shape: the shape of the input.
+        view: the position of its elements in the parameter, if it is a view of one; else None.
+        params: the numbers of the parameters among those tracked.
     """
 
     edge: int
@@ -51,13 +51,13 @@ class Operand:
 
 
 class Graph:
-    """All nodes between some roots and the leaves, in an order that depends on structure only.
+    """All nodes between the roots and the leaves. Their order depends on the structure only.
 
     Attributes:
         nodes: the nodes.
         roots: the indices of the roots.
         edges: for each node, one entry per input: None, or (index of a node, its output).
-        names: for each node, its type; for a leaf that is tracked, with the parameter's number.
+        names: for each node its type; for a tracked leaf also the parameter's number.
     """
 
     def __init__(self, roots: Iterable[Node], tracked: Mapping[int, int]) -> None:
@@ -87,11 +87,11 @@ class Graph:
         ]
 
     def structure(self, examples: int, contents: bool) -> Any:
-        """Return what tells graphs apart that have to be treated differently.
+        """Return a key. Graphs with the same key have the same plan.
 
-        Which nodes there are and how they are joined; the arguments of views; in which dimensions
-        of reshaped tensors a batch of ``examples`` fits; and, with ``contents``, which rows are
-        picked by indices. Sizes and the values of data are not in it.
+        The key holds the nodes and their edges, the arguments of views, and the dimensions of
+        reshaped tensors into which a batch of ``examples`` fits. With ``contents`` it also holds
+        the rows that indices pick. It does not hold sizes or values of data.
         """
         tokens = [
             _token(node, examples, contents and not self._is_lookup(index))
@@ -102,7 +102,7 @@ class Graph:
         return tuple(self.names), tuple(self.edges), tuple(tokens)
 
     def _is_lookup(self, index: int) -> bool:
-        """Return whether a node reads from a view of a parameter, and not from data."""
+        """Return whether a node looks up in a view of a parameter, not in data."""
         entry = self.edges[index][0] if self.edges[index] else None
         while entry is not None:
             name = self.names[entry[0]]
@@ -114,7 +114,7 @@ class Graph:
         return False
 
     def param(self, index: int) -> int | None:
-        """Return the number of the tracked parameter that a node is the leaf of."""
+        """Return the number of the tracked parameter if the node is its leaf, else None."""
         name = self.names[index]
         return name[1] if isinstance(name, tuple) else None
 
@@ -124,7 +124,7 @@ class Graph:
         return isinstance(name, tuple) and name[1] is None
 
     def is_table(self, index: int) -> bool:
-        """Return whether a node's output is only looked up in."""
+        """Return whether a node's output is used for look-ups only."""
         users = [
             user
             for user, edges in enumerate(self.edges)
@@ -152,14 +152,14 @@ class Graph:
         return order
 
     def may_carry_batch(self, index: int) -> bool:
-        """Return whether data may enter a node beside its inputs that require gradients."""
+        """Return whether data may enter a node other than by inputs that require gradients."""
         name = self.names[index]
         if isinstance(name, tuple) or name in VIEWS:
             return False
         return name in HIDDEN_DATA or None in self.edges[index]
 
     def operand(self, index: int, edge: int) -> Operand:
-        """Describe the input of a node that is made of parameters only."""
+        """Describe an input of a node that is computed from parameters only."""
         entry = self.edges[index][edge]
         assert entry is not None
         root, output = entry
@@ -194,10 +194,10 @@ def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int |
     return (name, tracked.get(id(leaf(node)))) if name == ACCUMULATE else name
 
 
-# Arguments that say what a node does to the order of its elements.
+# Arguments that determine how a node orders its elements.
 _STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "offset", "shifts", "start",
            "step", "training")  # fmt: skip
-# Indices by which rows are picked or put.
+# Indices of the rows that a node reads or writes.
 _CONTENTS = ("index", "indices", "mask")
 _PICKING = (
     "GatherBackward0", "IndexAddBackward0", "IndexBackward0", "IndexCopyBackward0",
@@ -210,7 +210,7 @@ _PICKING = (
 _ORDERING = _PICKING[_PICKING.index("SortBackward0") :]
 _RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
 
-# By the type of a node: the names of its arguments that belong to the structure; types without.
+# Per type of node: its arguments that belong to the structure. Types without such arguments.
 _TOKENS: dict[type, tuple[str, ...]] = {}
 _PLAIN: set[type] = set()
 
@@ -218,8 +218,8 @@ _PLAIN: set[type] = set()
 def _token(node: Node, examples: int, contents: bool) -> Any:
     kind, name = type(node), node.name()
     if kind not in _TOKENS:
-        present = [one for one in _STATIC if hasattr(kind, f"_saved_{one}")]
-        present += [one for one in _CONTENTS if name in _PICKING and hasattr(kind, f"_saved_{one}")]
+        arguments = (*_STATIC, *_CONTENTS) if name in _PICKING else _STATIC
+        present = [argument for argument in arguments if hasattr(kind, f"_saved_{argument}")]
         if not present and name not in _RESHAPES:
             _PLAIN.add(kind)
             return None
@@ -229,14 +229,14 @@ def _token(node: Node, examples: int, contents: bool) -> Any:
             "batch" if size == examples else size % examples == 0 for size in shape_of(node)
         )
     values = []
-    if name in _ORDERING:  # only where it may reorder the batch
+    if name in _ORDERING:  # only if it may reorder the batch
         dim, shape = saved(node, "dim"), getattr(node, "_saved_self_sym_sizes", None)
         sizes = shape if shape is not None else node._saved_self.shape  # type: ignore[attr-defined]
         dim = dim if dim < 2**63 else dim - 2**64
         contents = contents and len(sizes) > 0 and sizes[dim] % examples == 0
-    for one in _TOKENS[kind]:
-        value = saved(node, one)
-        if name in _PICKING and one in _CONTENTS:
+    for argument in _TOKENS[kind]:
+        value = saved(node, argument)
+        if name in _PICKING and argument in _CONTENTS:
             tensors = value if isinstance(value, (tuple, list)) else [value]
             values += [_content(tensor) if contents else None for tensor in tensors]
         elif isinstance(value, (int, tuple)):

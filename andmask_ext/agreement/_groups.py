@@ -1,4 +1,4 @@
-"""Which examples of a batch belong to which environment."""
+"""The partition of a batch into environments."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Groups:
     """A partition of the examples of a batch into environments.
 
     Attributes:
-        examples: how many there are.
-        environments: how many there are.
-        size: the number of examples of each environment, where all have as many and each has its
-            own consecutive ones; else None.
+        examples: the number of examples.
+        environments: the number of environments.
+        size: the number of examples of each environment, if all have the same number and each
+            consists of consecutive examples; else None.
         ids: the environment of each example, int64 ``[examples]``, on the CPU.
     """
 
@@ -32,7 +32,7 @@ class Groups:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """Examples sorted by environment, int64 ``[examples]``; None: they are."""
+        """Examples sorted by environment, int64 ``[examples]``; None: already sorted."""
         if self.size is not None or bool((self.ids.diff() >= 0).all()):
             return None
         return torch.argsort(self.ids, stable=True)
@@ -44,13 +44,13 @@ class Groups:
 
     @cached_property
     def offsets(self) -> Tensor | None:
-        """Where environments begin and end in ``order``, int64; None: each example is one."""
+        """Begin and end of each environment in ``order``, int64; None: each has one example."""
         if self.size == 1:
             return None
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)])
 
     def part(self, environment: int) -> slice | Tensor:
-        """Return what picks the examples of an environment: where they lie together, no copy."""
+        """Return an index of the examples of an environment: a slice if consecutive, else ids."""
         if self.size is None:
             return self.members(environment)
         return slice(environment * self.size, (environment + 1) * self.size)

@@ -1,4 +1,4 @@
-"""Where the examples of a batch lie in a tensor, and how that is found out."""
+"""The position of a batch in a tensor, and the evidence from which it is found."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ._groups import Groups
 
 @dataclass(frozen=True)
 class Layout:
-    """One axis of a tensor is [before, examples, after] in one, in row-major order.
+    """The batch axis of a tensor. It is [before, examples, after], flattened in row-major order.
 
-    Rows [batch, tokens] flattened have before = 1, after = tokens; rows [tokens, batch] have
-    before = tokens, after = 1.
+    Flattened rows [batch, tokens] have before = 1 and after = tokens. Flattened rows
+    [tokens, batch] have before = tokens and after = 1.
     """
 
     axis: int
@@ -26,14 +26,14 @@ class Layout:
     after: int
 
     def split(self, tensor: Tensor, examples: int) -> Tensor:
-        """Return a view in which ``axis`` is three: before, examples, after."""
+        """Return a view in which ``axis`` is split into three: before, examples, after."""
         shape = tensor.shape
         return tensor.reshape(
             *shape[: self.axis], self.before, examples, self.after, *shape[self.axis + 1 :]
         )
 
     def spread(self, by_example: Tensor) -> Tensor:
-        """Return for each entry along ``axis`` the value of its example."""
+        """Return the value of its example for each entry along ``axis``."""
         return by_example.repeat_interleave(self.after).repeat(self.before)
 
     def rows(self, matrix: Tensor, examples: int) -> Tensor:
@@ -45,45 +45,45 @@ class Layout:
 
 
 def candidates(shape: Sequence[int], examples: int, axes: Sequence[int] | None) -> list[Layout]:
-    """Return all places where a batch may lie, the most usual ones first."""
-    found = []
+    """Return all possible layouts of a batch, the most usual ones first."""
+    layouts = []
     for axis in range(len(shape)) if axes is None else axes:
         if axis >= len(shape) or shape[axis] == 0 or shape[axis] % examples:
             continue
         factor = shape[axis] // examples
         befores = [b for b in range(1, factor + 1) if factor % b == 0]
         befores = [1, *befores[:0:-1]] if len(befores) > 1 else befores
-        found += [Layout(axis, before, factor // before) for before in befores]
-    return found
+        layouts += [Layout(axis, before, factor // before) for before in befores]
+    return layouts
 
 
 class Evidence:
-    """Candidates for the layout of one node's output, and which of them its gradients leave.
+    """The possible layouts of a node's output that agree with its gradients in all probes.
 
-    In probes after the first, the cotangents of each environment are multiplied by a power of two
-    of its own. Where environments do not mix, that multiplies all gradients that belong to them by
-    the same power, exactly; where they do, it does not.
+    A probe is a backward pass of :class:`MixingCheck`. After the first probe, the cotangents of
+    each environment are multiplied by a different power of two. If environments do not mix, all
+    gradients of an environment are multiplied by exactly its power.
     """
 
     def __init__(self, shape: Sequence[int], examples: int, axes: Sequence[int] | None) -> None:
         self.left = candidates(shape, examples, axes)
-        self.seen = False  # any gradient that is not zero
+        self.seen = False  # whether any gradient was not zero
         self._examples = examples
-        self._first: dict[int, Tensor] = {}  # by axis: the magnitudes of the first probe
+        self._first: dict[int, Tensor] = {}  # per axis: the magnitudes in the first probe
 
     def add(self, delta: Tensor, factors: Tensor | None) -> None:
-        """Take note of the gradient of one probe.
+        """Use the gradient of one probe: drop the layouts that disagree with it.
 
         Args:
             delta: the gradient.
-            factors: of each example; None: this is the first probe.
+            factors: the factor of each example; None in the first probe.
         """
         for axis in {layout.axis for layout in self.left}:
             other = [dim for dim in range(delta.dim()) if dim != axis]
             magnitudes = delta.detach()
             if magnitudes.is_complex():
                 magnitudes = magnitudes.abs()
-            if other:  # no copy of the tensor is made
+            if other:  # vector_norm makes no copy of the tensor
                 wide = wide_dtype(magnitudes)
                 magnitudes = torch.linalg.vector_norm(magnitudes, 1, other, dtype=wide)
             magnitudes = magnitudes.abs().double().cpu()
@@ -101,17 +101,17 @@ class Evidence:
             ]
 
 
-def _equal(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+def _equal(values: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Compare up to rounding.
 
-    Powers of two are exact, but libraries choose their order of sums by where a tensor lies.
+    Powers of two are exact. But libraries choose the order of sums by the address of a tensor.
     """
     relative, absolute = _TOLERANCE[dtype.to_real()]
-    peak = float(other.nan_to_num(0.0, 0.0, 0.0).abs().max()) if other.numel() else 0.0
-    return torch.allclose(one, other, rtol=relative, atol=absolute * peak, equal_nan=True)
+    peak = float(expected.nan_to_num(0.0, 0.0, 0.0).abs().max()) if expected.numel() else 0.0
+    return torch.allclose(values, expected, rtol=relative, atol=absolute * peak, equal_nan=True)
 
 
-_TOLERANCE = {  # relative; and of the largest
+_TOLERANCE = {  # relative, and as a share of the largest value
     torch.float64: (1e-6, 1e-11),
     torch.float32: (1e-4, 1e-6),
     torch.bfloat16: (0.05, 1e-3),
@@ -122,17 +122,17 @@ _TOLERANCE = {  # relative; and of the largest
 def environment_sum(
     tensor: Tensor, layout: Layout, groups: Groups, shape: Sequence[int]
 ) -> Tensor | None:
-    """Sum a tensor over everything but environments and the dimensions of a broadcast operand.
+    """Sum a tensor per environment over the dimensions along which an operand was broadcast.
 
     Args:
-        tensor: of the shape of the result of a broadcast.
-        layout: where the batch lies in it.
+        tensor: it has the shape of the result of the broadcast.
+        layout: the batch axis of the tensor.
         groups: the environments.
-        shape: of the operand that was broadcast to the tensor's shape.
+        shape: the shape of the operand before the broadcast.
 
     Returns:
-        ``[environments, *shape]`` in the dtype that sums are taken in; None where the operand
-        varies along the axis of the batch.
+        ``[environments, *shape]`` in the dtype of sums; None if the operand varies along the batch
+        axis.
     """
     if layout.axis == 0 and groups.size == len(tensor) // groups.examples == 1:
         if tensor.shape[1:] == torch.Size(shape):
@@ -145,12 +145,12 @@ def environment_sum(
     sizes: list[int] = []
     kept = [1]
     environment = 0
-    for axis, (full, own) in enumerate(zip(tensor.shape, aligned, strict=True)):
+    for axis, (full, operand_size) in enumerate(zip(tensor.shape, aligned, strict=True)):
         if axis == layout.axis:
             environment = len(sizes) + 1
             sizes += [layout.before, count, size * layout.after]
             continue
-        if own != 1:
+        if operand_size != 1:
             kept.append(len(sizes))
         sizes.append(full)
     kept[0] = environment
@@ -158,7 +158,7 @@ def environment_sum(
     summed = [dim for dim in range(split.dim()) if dim not in kept and sizes[dim] != 1]
     if summed:
         split = split.sum(summed, keepdim=True, dtype=wide_dtype(tensor))
-    # What is left beside the environment are the operand's own dimensions, in its order.
+    # Apart from the environment, only the operand's dimensions are left, in its order.
     result = split.movedim(environment, 0).reshape(count, *shape)
     return result if equal else sum_by_id(result, groups)
 
@@ -177,25 +177,25 @@ def pick(
     axes: Sequence[int] | None,
     trivial: bool,
 ) -> tuple[Layout | None, bool]:
-    """Return the layout of a tensor, None if there is none, and whether it is the only one.
+    """Return the layout of a tensor (None if there is none) and whether it is the only one.
 
     Args:
-        evidence: what probes have shown of it; None: there were none.
-        shape: of the tensor.
-        examples: in the batch.
-        axes: where the batch can be at all, for a node of this type.
-        trivial: there is one environment only: any layout will do.
+        evidence: the layouts that probes have left; None: there were no probes.
+        shape: the shape of the tensor.
+        examples: the number of examples in the batch.
+        axes: the possible batch axes for a node of this type; None: any.
+        trivial: there is only one environment, so any layout is correct.
     """
     left = candidates(shape, examples, axes)
     if evidence is not None and not trivial:
         left = [layout for layout in left if layout in evidence.left]
     if not left:
         return None, True
-    # Where the gradients of a graph leave several, these have no gradients that they would treat
-    # differently; another graph of the same structure might.
+    # If the probes leave several layouts, all of them treat the gradients of this graph alike.
+    # For another graph of the same structure they may differ.
     different = {
-        (math.prod(shape[: one.axis]) * one.before, math.prod(shape[one.axis + 1 :]) * one.after)
-        for one in left
+        (math.prod(shape[: at.axis]) * at.before, math.prod(shape[at.axis + 1 :]) * at.after)
+        for at in left
     }
     alone = len(different) == 1
     return (left[0] if trivial or alone or evidence is not None else None), trivial or alone

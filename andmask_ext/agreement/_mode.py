@@ -1,4 +1,4 @@
-"""Leading backward passes inside the context to us."""
+"""Redirection of the backward passes inside the context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._constants import Constants
 
 
 class Backward(Protocol):
-    """What takes the place of ``torch.autograd.backward``."""
+    """The replacement of ``torch.autograd.backward``."""
 
     constants: Constants
     mode: BackwardMode
@@ -42,12 +42,12 @@ def _without_fused_kernels() -> Iterator[None]:
 
 
 class BackwardMode(TorchFunctionMode):
-    """Leads backward passes to a run."""
+    """Redirects ``torch.autograd.backward`` to its replacement."""
 
-    def __init__(self, run: Backward) -> None:
+    def __init__(self, backward_pass: Backward) -> None:
         super().__init__()
-        self._run = run
-        run.mode = self
+        self._backward_pass = backward_pass
+        backward_pass.mode = self
 
     def __torch_function__(
         self,
@@ -57,19 +57,19 @@ class BackwardMode(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _BACKWARDS:
-            return _call_backward(self._run, *args, **(kwargs or {}))
+            return _call_backward(self._backward_pass, *args, **(kwargs or {}))
         if func in _RECURRENT:
             with _without_fused_kernels():
                 return func(*args, **(kwargs or {}))
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, (Tensor, tuple)) or func is _SETITEM:
             name = getattr(func, "__name__", "")
-            self._run.constants.watch(name, result, args, kwargs)
+            self._backward_pass.constants.note(name, result, args, kwargs)
         return result
 
 
 def _call_backward(
-    run: Backward,
+    backward_pass: Backward,
     tensors: Tensor | Sequence[Tensor],
     grad_tensors: Tensor | Sequence[Tensor | None] | None = None,
     retain_graph: bool | None = None,
@@ -85,8 +85,8 @@ def _call_backward(
             "create_graph, inputs or grad_variables"
         )
     roots = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    given = gradient if gradient is not None else grad_tensors
-    grads = [given] if given is None or isinstance(given, Tensor) else list(given)
+    starts = gradient if gradient is not None else grad_tensors
+    grads = [starts] if starts is None or isinstance(starts, Tensor) else list(starts)
     if len(grads) == 1 and grads[0] is None:
         grads = [None] * len(roots)
     for root, grad in zip(roots, grads, strict=True):
@@ -95,8 +95,11 @@ def _call_backward(
                 "Agreement: expected a scalar loss, or its gradient, but got an output of shape "
                 f"{tuple(root.shape)}"
             )
-    starts = [torch.ones_like(r) if g is None else g for r, g in zip(roots, grads, strict=True)]
-    live = [(r, g) for r, g in zip(roots, starts, strict=True) if r.requires_grad]
+    live = [
+        (root, torch.ones_like(root) if grad is None else grad.detach())
+        for root, grad in zip(roots, grads, strict=True)
+        if root.requires_grad
+    ]
     if not live:
         raise RuntimeError("Agreement: expected a loss that requires gradients, but none does")
-    run.backward([r for r, _ in live], [g.detach() for _, g in live], bool(retain_graph))
+    backward_pass.backward([r for r, _ in live], [g for _, g in live], bool(retain_graph))

@@ -1,4 +1,4 @@
-"""What single nodes of an autograd graph tell."""
+"""Access to single nodes of an autograd graph."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils import checkpoint
 
 
 def leaf(node: Node) -> Tensor:
-    """Return the tensor that an AccumulateGrad node is of."""
+    """Return the tensor of an AccumulateGrad node."""
     variable: Tensor = node.variable  # type: ignore[attr-defined]
     return variable
 
@@ -23,7 +23,7 @@ def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
 
 
 class _KeepHandles(dict[int, Any]):
-    """The handles of a checkpointed tensor: it can be unpacked by us and by its node."""
+    """The handles of a checkpointed tensor, which its node and this package both unpack."""
 
     def __setitem__(self, task: int, handle: Any) -> None:
         if handle is not None:
@@ -38,35 +38,35 @@ def saved(node: Node, name: str) -> Any:
 
 
 def keep_checkpoints(node: Node, name: str) -> None:
-    """Let a saved tensor be unpacked more than once where it is checkpointed."""
+    """Allow a checkpointed saved tensor to be unpacked more than once."""
     raw = getattr(node, f"_raw_saved_{name}", None)
-    for one in raw if isinstance(raw, (tuple, list)) else (raw,):
-        if one is not None and isinstance(one.data, checkpoint._Holder):
-            one.data.handles = _KeepHandles(one.data.handles)
+    for tensor in raw if isinstance(raw, (tuple, list)) else (raw,):
+        if tensor is not None and isinstance(tensor.data, checkpoint._Holder):
+            tensor.data.handles = _KeepHandles(tensor.data.handles)
 
 
 def saved_tensors(node: Node) -> list[Tensor]:
     """Return all tensors that a node of a native function has saved."""
-    found = []
+    tensors = []
     for name in dir(node):
         if name.startswith("_saved_"):
             keep_checkpoints(node, name.removeprefix("_saved_"))
             value = getattr(node, name)
-            for one in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(one, Tensor):
-                    found.append(one)
-    return found
+            for item in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(item, Tensor):
+                    tensors.append(item)
+    return tensors
 
 
 def call_node(node: Node, edge: int, deltas: Sequence[Tensor | None]) -> Tensor | None:
-    """Return the gradient of one of a node's inputs, from those of its outputs.
+    """Return the gradient of one input of a node, given the gradients of its outputs.
 
-    The node is not released: it can be called again. Hooks do not run.
+    The node is not released, so it can be called again. Hooks do not run.
     """
     if not hasattr(node, "apply"):
         gradients: Any = node(*deltas)  # type: ignore[operator]
         return gradients[edge] if isinstance(gradients, tuple) else gradients  # type: ignore[no-any-return]
-    # The node of a Python function: it takes no None for zeros, and returns a gradient for each
+    # The node of a Python function accepts no None for zeros. It returns a gradient for each
     # argument, tensor or not.
     if getattr(node, "materialize_grads", True):
         deltas = [_zeros(node, i) if delta is None else delta for i, delta in enumerate(deltas)]
@@ -83,7 +83,7 @@ def _zeros(node: Node, output: int) -> Tensor:
 
 
 class _Aside(torch.autograd.Function):
-    """Runs something in a backward pass of its own."""
+    """Runs a function inside a separate backward pass."""
 
     @staticmethod
     def forward(ctx: Any, start: Tensor, body: Callable[[], None]) -> Tensor:
@@ -97,9 +97,10 @@ class _Aside(torch.autograd.Function):
 
 
 def aside(body: Callable[[], None]) -> None:
-    """BackwardPass ``body`` where nodes that are called compute the gradients of all their inputs.
+    """Run ``body`` in a separate backward pass, so that nodes compute all gradients.
 
-    Inside a backward pass with ``inputs`` they compute only those that it needs.
+    In a backward pass with ``inputs``, a node that is called computes only the gradients that this
+    pass needs.
     """
     with torch.enable_grad():
         end: Tensor = _Aside.apply(  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Which nodes of a backward pass use parameters, and how each is treated."""
+"""The plan of a backward pass: the nodes that use parameters, and their batch axes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBa
 CHECKPOINT = "CheckpointFunctionBackward"
 _COMPILED = "CompiledFunctionBackward"
 
-# By the index of a node: what probes have shown of each of its outputs.
+# By the index of a node: the evidence on each of its outputs.
 Evidences = Mapping[int, list[Evidence]]
 
 
@@ -28,11 +28,11 @@ class Consumer:
     """A node that joins parameters with data.
 
     Attributes:
-        index: of the node.
+        index: the index of the node.
         name: its type.
-        operands: its inputs that are made of parameters only.
-        layouts: where the batch lies in each of its outputs; None: nowhere.
-        unseen: no probe has seen a gradient here; there must be none.
+        operands: its inputs that are computed from parameters only.
+        layouts: the batch axis of each of its outputs; None: it has none.
+        unseen: no probe had a gradient here, so a gradient is an error.
     """
 
     index: int
@@ -42,7 +42,7 @@ class Consumer:
     unseen: bool = False
 
     def at(self, graph: Graph, examples: int) -> Consumer | None:
-        """Return this consumer in a graph of other sizes; None: it has to be found anew."""
+        """Return this consumer for a graph of other sizes; None: the plan must be made again."""
         node = graph.nodes[self.index]
         now: list[Layout | None] = []
         for output, layout in enumerate(self.layouts):
@@ -58,19 +58,19 @@ class Consumer:
                         else Layout(layout.axis, factor, 1)
                     )
             now.append(layout)
-        operands = tuple(graph.operand(self.index, one.edge) for one in self.operands)
+        operands = tuple(graph.operand(self.index, operand.edge) for operand in self.operands)
         return replace(self, operands=operands, layouts=tuple(now))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do with a graph.
+    """The treatment of a graph.
 
     Attributes:
         consumers: the nodes that use tracked parameters.
-        leaves: the indices of the leaves that are not tracked: they get plain gradients.
-        deferred: functions in the graph run backward passes of their own (checkpointing).
-        certain: whether another backward pass of the same structure can be treated alike.
+        leaves: the indices of the untracked leaves, which get plain gradients.
+        deferred: functions in the graph run backward passes (reentrant checkpointing).
+        certain: whether the plan holds for any backward pass of the same structure.
     """
 
     consumers: tuple[Consumer, ...]
@@ -92,10 +92,10 @@ class Plan:
         return True
 
     def at(self, graph: Graph, examples: int) -> Plan | None:
-        """Return this plan for a graph of other sizes; None: it has to be made anew."""
-        consumers = [one.at(graph, examples) for one in self.consumers]
-        found = tuple(one for one in consumers if one is not None)
-        return replace(self, consumers=found) if len(found) == len(consumers) else None
+        """Return this plan for a graph of other sizes; None: it must be made again."""
+        consumers = [consumer.at(graph, examples) for consumer in self.consumers]
+        resized = tuple(consumer for consumer in consumers if consumer is not None)
+        return replace(self, consumers=resized) if len(resized) == len(consumers) else None
 
 
 def _takes_statistics(node: Node) -> bool:
@@ -103,10 +103,10 @@ def _takes_statistics(node: Node) -> bool:
 
 
 def suspects(graph: Graph) -> list[int]:
-    """Return the nodes of which it has to be known where the batch lies in their outputs."""
-    possible = [False] * len(graph.nodes)  # made of parameters only, if no data enters
-    certain = [False] * len(graph.nodes)  # made of parameters only
-    found = []
+    """Return the nodes whose batch axis must be known."""
+    possible = [False] * len(graph.nodes)  # computed from parameters only, if no data enters
+    certain = [False] * len(graph.nodes)  # computed from parameters only
+    indices = []
     for index in graph.children_first():
         if graph.param(index) is not None:
             possible[index] = certain[index] = True
@@ -119,8 +119,8 @@ def suspects(graph: Graph) -> list[int]:
             and not graph.may_carry_batch(index)
         )
         if not certain[index] and any(possible[child] for child in below):
-            found.append(index)
-    return found
+            indices.append(index)
+    return indices
 
 
 def make_plan(
@@ -130,17 +130,17 @@ def make_plan(
     constants: Constants,
     check_mixing: bool,
 ) -> Plan:
-    """Decide what each node of a graph is.
+    """Make the plan of a graph.
 
     Args:
-        graph: of a backward pass.
+        graph: the graph of a backward pass.
         groups: the environments.
-        evidences: what probes have shown.
-        constants: what is known not to be data.
-        check_mixing: refuse what no probe has reached.
+        evidences: the results of the mixing check.
+        constants: the tensors that are known to hold no data.
+        check_mixing: refuse nodes that no probe has reached.
 
     Raises:
-        RuntimeError: it cannot be done exactly.
+        RuntimeError: the gradients of the environments cannot be computed exactly.
     """
     weight = [False] * len(graph.nodes)
     consumers, leaves = [], []
@@ -183,7 +183,7 @@ def make_plan(
             for edge, entry in enumerate(graph.edges[index])
             if entry and weight[entry[0]]
         )
-        unseen = evidence is not None and not any(one.seen for one in evidence)
+        unseen = evidence is not None and not any(output.seen for output in evidence)
         consumers.append(Consumer(index, name, operands, layouts, unseen and not trivial))
     for root in graph.roots:
         if weight[root]:
@@ -203,11 +203,11 @@ def _refuse_hooks(node: Node, name: str, output: int) -> None:
 
 
 def refuse_compiled(graph: Graph) -> None:
-    """Raise if a part of a graph was compiled."""
+    """Raise RuntimeError if a part of the graph was compiled."""
     if _COMPILED in graph.names:
         raise RuntimeError(
-            "Agreement: the model, or a part of it, was compiled with torch.compile: what its "
-            "backward pass does to parameters cannot be seen; call the module that was compiled "
+            "Agreement: the model, or a part of it, was compiled with torch.compile, which "
+            "hides the uses of parameters in its backward pass; call the original module "
             "(model._orig_mod) inside the context, or use andmask_ext.backward"
         )
 
@@ -223,7 +223,7 @@ def _is_weight(
     evidence: list[Evidence] | None,
     constants: Constants,
 ) -> bool:
-    """Return whether a node makes something of parameters that carries no batch."""
+    """Return whether a node's output depends on parameters only and has no batch axis."""
     node, name = graph.nodes[index], graph.names[index]
     assert isinstance(name, str)
     shapes = _shapes(node)
@@ -232,12 +232,12 @@ def _is_weight(
     constant = _is_constant(graph, index, shapes[0], constants)
     if name in HIDDEN_DATA and graph.is_table(index):
         return True
-    if evidence is None or not any(one.seen for one in evidence):
+    if evidence is None or not any(output.seen for output in evidence):
         return constant and name not in LOOKUPS
-    if not any(one.left for one in evidence if one.seen):
+    if not any(output.left for output in evidence if output.seen):
         return constant
-    # Its gradients look like rows of the batch. What looks up constant lines may be rows (token
-    # types, say); arithmetic with a constant cannot.
+    # The gradients look like rows of the batch. Look-ups of constant lines may be such rows, for
+    # example of token types. Arithmetic with a constant cannot.
     return constant and name in _KEEPING
 
 
@@ -250,7 +250,7 @@ _FILLING = frozenset(("MaskedFillBackward0", "MaskedFillBackward1", "WhereBackwa
 
 
 def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], constants: Constants) -> bool:
-    """Return whether what enters a node beside parameters is known not to be the batch."""
+    """Return whether all inputs of a node other than parameters are known to hold no data."""
     name, node = graph.names[index], graph.nodes[index]
     if name in ("ExpandBackward0", "RepeatBackward0"):
         return True
@@ -260,7 +260,8 @@ def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], constants: Co
     if not (whole or (name in _FILLING and None not in graph.edges[index])):
         return False
     return all(
-        one.requires_grad or one.dim() == 0 or one in constants for one in saved_tensors(node)
+        tensor.requires_grad or tensor.dim() == 0 or tensor in constants
+        for tensor in saved_tensors(node)
     )
 
 
@@ -272,7 +273,7 @@ def _layouts(
     evidence: list[Evidence] | None,
     check_mixing: bool,
 ) -> tuple[tuple[Layout | None, ...], bool]:
-    """Return where the batch lies in each output, and whether that holds for other gradients."""
+    """Return the batch axis of each output, and whether it holds for other gradients too."""
     name, node = graph.names[index], graph.nodes[index]
     assert isinstance(name, str)
     trivial = groups.environments == 1
@@ -289,15 +290,15 @@ def _layouts(
         if output > 0 and (seen is None or not seen.seen):
             continue  # not used
         if trivial:
-            continue  # all that there is belongs to the one environment
+            continue  # the only environment owns everything
         certain &= alone and (seen is None or seen.seen)
         if layout is None and seen is not None and candidates(shape, groups.examples, None):
             raise RuntimeError(
                 f"Agreement: environments mix in the model: the gradient at {name} (output of "
                 f"shape {shape}) depends on examples of other environments, or its rows are not "
                 f"those of the batch of {groups.examples}; use andmask_ext.backward, with one "
-                "forward pass per environment (if it is a constant that a parameter is joined with "
-                "here, register it as a buffer)"
+                "forward pass per environment (if a parameter is combined with a constant here, "
+                "register the constant as a buffer)"
             )
         if layout is None and math.prod(shape) == 1:
             raise RuntimeError(
@@ -309,8 +310,8 @@ def _layouts(
             raise RuntimeError(
                 f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
                 f"output of {name}, of shape {shape}; expected a model that is called inside the "
-                "context and returns what the loss is made of, with the batch in dimension "
-                "batch_dim; or say check_mixing='never' if environments do not mix and shapes "
-                "leave one possibility; or use andmask_ext.backward"
+                "context and returns the tensors that the loss is computed from, with the batch in "
+                "dimension batch_dim; or pass check_mixing='never' if environments do not mix and "
+                "shapes leave one possibility; or use andmask_ext.backward"
             )
     return tuple(layouts), certain

@@ -1,4 +1,4 @@
-"""How each parameter was treated."""
+"""The report on how each parameter was treated."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._accumulator import Treatment
 
 @dataclass(frozen=True)
 class ParameterReport:
-    """One parameter: its name, shape, how often it was used, and by which path."""
+    """The name, the shape, the number of uses and the path of one parameter."""
 
     name: str
     shape: tuple[int, ...]
@@ -21,11 +21,11 @@ class ParameterReport:
 
 
 class Report(tuple[ParameterReport, ...]):
-    """One :class:`ParameterReport` per parameter; printed as a table."""
+    """One :class:`ParameterReport` per parameter. ``print`` shows it as a table."""
 
     def __str__(self) -> str:
         rows = [("parameter", "shape", "uses", "path")]
-        rows += [(one.name, str(one.shape), str(one.uses), one.path) for one in self]
+        rows += [(line.name, str(line.shape), str(line.uses), line.path) for line in self]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         return "\n".join(
             "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[3]])
@@ -34,7 +34,7 @@ class Report(tuple[ParameterReport, ...]):
 
 
 def make_report(params: Sequence[tuple[str, Tensor]], records: Mapping[int, Treatment]) -> Report:
-    """Return the report on parameters, by their names."""
+    """Return the report on named parameters. ``records`` are by the parameter's number."""
     lines = []
     for number, (name, param) in enumerate(params):
         record = records.get(number)

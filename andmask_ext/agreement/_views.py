@@ -15,15 +15,15 @@ from ._nodes import saved, shape_of
 
 @dataclass(frozen=True)
 class View:
-    """Where the elements of a view lie in a contiguous parameter.
+    """The position of a view in a contiguous parameter.
 
     Attributes:
-        size: of the view.
-        stride: from one element of it to the next, in each dimension.
-        offset: of its first element.
+        size: the size of the view.
+        stride: its stride.
+        offset: the offset of its first element.
         full: whether it has all elements of the parameter.
-        order: "same" if it has them in the parameter's order, "transposed" if it is its transpose,
-            else None.
+        order: "same" if it has all elements in the parameter's order, "transposed" if it is the
+            transpose of the parameter, else None.
     """
 
     size: tuple[int, ...]
@@ -33,7 +33,7 @@ class View:
     order: str | None
 
     def of(self, memory: Tensor, lead: int = 0) -> Tensor:
-        """Return this view of contiguous memory; the first ``lead`` dimensions are kept."""
+        """Return this view of contiguous memory, whose first ``lead`` dimensions are kept."""
         if lead == 0 and self.order == "same":
             return memory.view(self.size)
         return memory.as_strided(
@@ -44,7 +44,7 @@ class View:
 
     @property
     def interval(self) -> tuple[int, int] | None:
-        """The elements [begin, end) of the parameter that it consists of, if it is a block."""
+        """The elements [begin, end) of the parameter, if the view is one block; else None."""
         dims = sorted((s, n) for s, n in zip(self.stride, self.size, strict=True) if n != 1)
         expected = 1
         for stride, size in dims:
@@ -63,7 +63,7 @@ def _reshaped(tensor: Tensor, node: Node, output: int) -> Tensor:
 
 
 def _signed(tensor: Tensor, dim: int) -> int:
-    return int(dim) if dim < 2**63 else int(dim) - 2**64  # nodes keep dimensions unsigned
+    return int(dim) if dim < 2**63 else int(dim) - 2**64  # nodes save dimensions as unsigned
 
 
 def _transposed(tensor: Tensor, node: Node, output: int) -> Tensor:
@@ -102,7 +102,7 @@ def _unbound(tensor: Tensor, node: Node, output: int) -> Tensor:
     return tensor.unbind(_signed(tensor, saved(node, "dim")))[output]
 
 
-# What these nodes make of parameters carries no batch: nothing but their input enters them.
+# No data can enter these nodes, as they have one input. Views of parameters hold no batch.
 VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
     "AliasBackward0": _plain,
     "CloneBackward0": _plain,
@@ -128,11 +128,11 @@ VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
 
 
 def view_through(chain: Sequence[tuple[Node, int]], shape: Sequence[int]) -> View | None:
-    """Return what a chain of nodes makes of a parameter, if it is a view.
+    """Return the view of a parameter that a chain of nodes computes; None: it is no view.
 
     Args:
-        chain: the nodes from the parameter's side on, each with the output that is used.
-        shape: of the parameter.
+        chain: the nodes, the one next to the parameter first, each with the output that is used.
+        shape: the shape of the parameter.
     """
     tensor = torch.empty(shape, device="meta")
     for node, output in chain:
@@ -141,7 +141,7 @@ def view_through(chain: Sequence[tuple[Node, int]], shape: Sequence[int]) -> Vie
             return None
         try:
             tensor = replay(tensor, node, output)
-        except (AttributeError, RuntimeError):  # nothing saved to replay it from, or a copy
+        except (AttributeError, RuntimeError):  # its arguments are not saved, or it is a copy
             return None
         if tuple(tensor.shape) != shape_of(node, output):
             return None

@@ -1,9 +1,9 @@
-"""Consistency metrics: what environments agree on, and how far.
+"""Consistency metrics: how far environments agree.
 
-Metrics of gradients take those of environments, stacked as ``[d, *shape]``, in a tensor, a dict or
-a list, or :class:`andmask_ext.Moments`; and return 0-dim tensors or small frozen dataclasses.
-Nothing waits for a GPU. Metrics of solutions (inconsistency score, invariant learning consistency)
-take losses and parameters.
+Metrics of gradients take stacked gradients ``[d, *shape]`` of d environments, as a tensor, a dict
+or a list, or :class:`andmask_ext.Moments`. They return tensors or frozen dataclasses, and they do
+not wait for a GPU. Metrics of solutions (inconsistency score, invariant learning consistency) take
+losses and parameters.
 """
 
 from ._alignment import GradientCorrelation, gradient_correlation, gradient_cosines

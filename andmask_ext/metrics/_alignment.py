@@ -1,4 +1,4 @@
-"""Metrics of pairs: of environments, and of a gradient with the signals in it."""
+"""Cosines of pairs of environments, and correlations of a gradient with signals."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, withou
 
 __all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]
 
-# Columns are widened a few at a time.
+# The number of columns that are widened together.
 _CHUNK_BYTES = 8 << 20
 
 
@@ -23,22 +23,23 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
     r"""Return the cosine of the angle between the gradients of each pair of environments.
 
     The gradient of an environment is that of all parameters together. Scalar products are added up
-    parameter by parameter, so that no copy of all gradients is made.
+    parameter by parameter, so no copy of all gradients is made.
 
     Args:
-        grads: gradients of d environments: a tensor ``[d, *shape]`` or a dict or list of them; or
-            an :class:`andmask_ext.Agreement` after ``with agreement(gram=True)``: one backward pass
-            has then given all pairs, and gradients were held of one parameter at a time at most.
+        grads: gradients of d environments: a tensor ``[d, *shape]``, or a dict or list of them. Or
+            an :class:`andmask_ext.Agreement` after ``with agreement(gram=True)``, which needs only
+            one backward pass and holds the gradients of at most one parameter.
 
     Returns:
-        float64 ``[d, d]``, symmetric, with ones on the diagonal. Zero for an environment whose
-        gradient is zero (as :func:`torch.nn.functional.cosine_similarity`), NaN for one that is not
-        finite.
+        Cosines, float64 ``[d, d]``, symmetric with ones on the diagonal. As in
+        :func:`torch.nn.functional.cosine_similarity`, they are zero for an environment whose
+        gradient is zero. They are NaN for one whose gradient is not finite.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype; moments do not keep single environments.
+        TypeError: ``grads`` has the wrong form or dtype, or is :class:`andmask_ext.Moments`, which
+            do not keep single environments.
         ValueError: there is no environment.
-        RuntimeError: the last context of the agreement had not ``gram=True``.
+        RuntimeError: the last context of the agreement did not have ``gram=True``.
 
     Shape:
         - grads: :math:`(d, *)`
@@ -64,18 +65,18 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
     total = products[0].clone()
     for product in products[1:]:
         total += product.to(device)
-    total = (total + total.t()) / 2  # a matrix product need not be symmetric to the last bit
+    total = (total + total.t()) / 2  # a matrix product may not be symmetric to the last bit
     norms = total.diagonal().sqrt()
     sizes = norms[:, None] * norms
     cosines = torch.where(sizes == 0, 0.0, total / sizes).clamp(-1, 1)
-    exact = torch.where(norms > 0, 1.0, norms * 0)  # 0 of zero, NaN of NaN
+    exact = torch.where(norms > 0, 1.0, norms * 0)  # 0 for a zero norm, NaN for NaN
     finite = torch.where(torch.isfinite(norms), exact, torch.nan)
     cosines.diagonal().copy_(finite)
     return cosines
 
 
 def _gram(grads: Tensor) -> Tensor:
-    """Return scalar products of all pairs, float64 ``[d, d]``."""
+    """Return the scalar products of all pairs, float64 ``[d, d]``."""
     environments = grads.shape[0]
     flat = grads.reshape(environments, -1)
     total = flat.new_zeros(environments, environments, dtype=torch.float64)
@@ -88,13 +89,13 @@ def _gram(grads: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class GradientCorrelation:
-    """How the update correlates with signals in it, over the threshold.
+    """Correlations of the update with signals, as functions of the threshold.
 
     Attributes:
-        tau: float64 ``[t]``, thresholds.
-        correlations: of each signal, float64 ``[t]``; NaN where fewer than two coordinates are
-            left, or one of the two does not vary on them.
-        coordinates: of each signal, int64 ``[t]``: how many entered.
+        tau: the thresholds, float64 ``[t]``.
+        correlations: the correlations with each signal by its name, float64 ``[t]``. NaN if fewer
+            than two coordinates are left, or if the update or the signal is constant on them.
+        coordinates: the number of coordinates used for each signal by its name, int64 ``[t]``.
     """
 
     tau: Tensor
@@ -110,28 +111,34 @@ def gradient_correlation(
     mask_signals: bool = True,
     xor: bool = False,
 ) -> GradientCorrelation:
-    r"""Correlate the masked mean gradient with those of data in which one cause alone is left.
+    r"""Correlate the masked mean gradient with gradients on data that keep only one signal.
 
-    The paper's analysis of the synthetic task: gradients on the data as they are, beside gradients
-    on data whose shortcut inputs are permuted over examples (what is left is the *mechanism*), and
-    on data whose mechanism inputs are permuted (what is left is the *shortcut*). As tau grows, the
-    correlation with the shortcut should vanish, and that with the mechanism remain.
+    This is the paper's analysis of the synthetic task. It compares the gradient on the unchanged
+    data with gradients on permuted data. If the shortcut inputs are permuted over examples, only
+    the *mechanism* is left. If the mechanism inputs are permuted, only the *shortcut* is left. As
+    tau grows, the correlation with the shortcut should vanish, and that with the mechanism should
+    remain.
 
-    Pearson's correlation over coordinates of all parameters, without those where either gradient is
-    zero, as masked ones are.
+    Pearson's correlation is taken over the coordinates of all parameters. Coordinates where either
+    gradient is zero, such as masked ones, are excluded.
 
     Args:
-        grads: gradients of d environments on the data as they are: a tensor ``[d, *shape]``, a dict
+        grads: gradients of d environments on the unchanged data: a tensor ``[d, *shape]``, a dict
             or list of them, or :class:`andmask_ext.Moments` with votes.
-        signals: by name, gradients for the same parameters on permuted data.
+        signals: a dict from the name of a signal to gradients of the same parameters on permuted
+            data.
         taus: thresholds in [0, 1].
-        mask_signals: mask the mean gradient of a signal by the votes of its own environments;
-            False: compare with its plain mean.
-        xor: for control, keep only coordinates that the AND-mask masks.
+        mask_signals: mask the mean gradient of each signal by the votes of its environments. False:
+            use its plain mean.
+        xor: as a control, keep only the coordinates that the AND-mask masks.
+
+    Returns:
+        The correlations and the numbers of coordinates, for each threshold.
 
     Raises:
-        TypeError: an argument has another type.
-        ValueError: a signal has other parameters, or a threshold lies outside [0, 1].
+        TypeError: an argument has the wrong type.
+        ValueError: a signal has different parameters, a threshold lies outside [0, 1], or there is
+            no threshold.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -201,7 +208,7 @@ class _Means:
     votes: list[Tensor]
 
     def masked(self, tau: float, xor: bool) -> list[Tensor]:
-        """Return masked means; the mask multiplies."""
+        """Return the masked means. The mask multiplies, so NaN is not hidden."""
         threshold = vote_threshold(tau, self.environments)
         return [
             mean * ((votes.abs() >= threshold) != xor)
@@ -216,7 +223,7 @@ def _means_and_votes(entries: Entries) -> _Means:
 
 
 def _pearson(first: list[Tensor], second: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the correlation over coordinates where neither is zero, and how many there are."""
+    """Return the correlation over coordinates where neither is zero, and their number."""
     device = first[0].device
     x, y = (torch.cat([part.flatten().to(device) for part in side]) for side in (first, second))
     both = (x != 0) & (y != 0)

@@ -1,4 +1,4 @@
-"""What metrics take: gradients of environments, stacked or as moments, one tensor or many."""
+"""The arguments of metrics: stacked gradients or moments, of one or several parameters."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Entries:
     """The gradients of some parameters.
 
     Attributes:
-        environments: how many there are.
-        stacked: ``[environments, *shape]`` of each parameter; None: there are moments.
-        moments: in the place of that.
-        keys: the names of a dict's entries, or the numbers of those of a list or of moments.
-        like: puts one value for each entry into the form in which the gradients came. Moments
-            become a list, with None for parameters that no environment has touched.
+        environments: the number of environments.
+        stacked: ``[environments, *shape]`` for each parameter; None if moments are given.
+        moments: moments; None if stacked gradients are given.
+        keys: the keys of a dict, or the indices of a list or of moments.
+        like: puts one value per entry into the form of the argument: a tensor, dict or list. For
+            moments it is a list, with None for parameters without a gradient.
     """
 
     environments: int
@@ -37,10 +37,10 @@ class Entries:
     like: Callable[[Sequence[Any]], Any]
 
     def with_kinds(self, *kinds: str) -> Moments:
-        """Return moments of the entries; of stacked gradients they are computed, in one pass."""
+        """Return moments with these kinds. Stacked gradients need one pass to compute them."""
         if self.moments is None:
             assert self.stacked is not None
-            # The gradient of one environment stands in for the parameter.
+            # The gradient of one environment has the shape and dtype of the parameter.
             moments = Moments([grads[0] for grads in self.stacked], kinds)
             moments.add_stacked(self.stacked)
             return moments
@@ -48,7 +48,7 @@ class Entries:
             if kind not in self.moments.kinds:
                 raise ValueError(
                     f"grads: expected moments with {kind}, but got {self.moments}; make them with "
-                    f"kinds=(..., {kind!r}), or let a rule that needs {kind} be the optimizer's"
+                    f"kinds=(..., {kind!r}), or give the optimizer a rule that needs {kind}"
                 )
         return self.moments
 
@@ -66,12 +66,12 @@ class Entries:
 
 
 def without_none(values: Sequence[Tensor | None]) -> list[Tensor]:
-    """Leave out the parameters that no environment has touched."""
+    """Return the tensors that are not None: those of parameters with a gradient."""
     return [value for value in values if value is not None]
 
 
 def vote_histograms(sums: list[Tensor], votes: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """Call the op on lists that may lie on several devices; the results lie on the first one."""
+    """Call the op on lists of tensors on several devices. The results are on the first device."""
     groups = by_device(sums)
     if len(groups) == 1:
         pair: tuple[Tensor, Tensor] = torch.ops.andmask._vote_histograms.default(sums, votes, count)
@@ -92,13 +92,13 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
     """Check gradients of any form, and return them as a list.
 
     Raises:
-        TypeError: they are none of these forms, or hold what is not a floating-point tensor.
-        ValueError: there are none, or entries differ in the number of environments.
+        TypeError: they have the wrong form, or an entry is not a dense floating-point tensor.
+        ValueError: there is no entry, or entries differ in the number of environments.
     """
     if isinstance(grads, Moments):
         if grads.count == 0 or not grads._touched:
             raise ValueError(
-                f"{name}: expected moments of at least 1 environment that has touched a parameter, "
+                f"{name}: expected moments of at least 1 environment with gradients, "
                 f"but got {grads}"
             )
         places = grads._touched
@@ -138,7 +138,7 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
 
 
 def stacked_of(grads: object, name: str = "grads") -> list[Tensor]:
-    """Return stacked gradients as a list, where moments would not do."""
+    """Return stacked gradients as a list. Raise TypeError for moments."""
     if isinstance(grads, Moments):
         raise TypeError(
             f"{name}: expected the stacked gradients of all environments, but got Moments, which "

@@ -1,4 +1,4 @@
-"""Metrics of a training run, while it runs."""
+"""The Monitor: metrics of every parameter during training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_tau
+from .._checks import check_bool, check_count, check_tau
 from .._pending import Group, Observer
 from ..agreement import Agreement
 from ..optim import EnvironmentOptimizer, TemporalAndMaskAdam
@@ -17,47 +17,47 @@ from ._record import METRICS, make_record
 
 __all__ = ["Monitor"]
 
-_ALL = "all"  # in the place of a parameter's name
+_ALL = "all"  # used instead of a parameter's name
 
 
 class SummaryWriter(Protocol):
-    """What :meth:`Monitor.write` needs of ``torch.utils.tensorboard.SummaryWriter``."""
+    """The part of ``torch.utils.tensorboard.SummaryWriter`` that :meth:`Monitor.write` needs."""
 
     def add_scalar(self, tag: str, scalar_value: Any, global_step: int) -> Any:
-        """Take one value of a curve."""
+        """Write one value of a curve."""
 
 
 class Monitor(Observer):
-    r"""Record what the environments agree on, parameter by parameter, while a model trains.
+    r"""Record how far the environments agree, for each parameter, while a model trains.
 
-    Every so many steps, just before the moments become an update:
+    Every ``every`` steps, just before the moments are aggregated, it records these metrics:
 
     - ``sign_agreement``: mean of :math:`|\mathrm{votes}| / d` over coordinates;
-    - ``kept_fraction``: share of coordinates with :math:`|\mathrm{votes}| \ge \tau d`, and
-      ``noise_kept_fraction``, that of pure noise;
-    - ``norm``, ``masked_norm``: of the mean gradient, and of its kept coordinates;
+    - ``kept_fraction``: share of coordinates with :math:`|\mathrm{votes}| \ge \tau d`;
+    - ``noise_kept_fraction``: the share expected for pure noise;
+    - ``norm``, ``masked_norm``: norms of the mean gradient and of its kept coordinates;
     - ``coherence``: see :func:`andmask_ext.metrics.coherence`.
 
-    In the steps between nothing is done. In those recorded, one pass is made over sums and votes,
-    and the squared norm of each environment's gradient is taken (``coherence=False``: not). Results
-    stay on the device of the parameters: nothing waits for it. The source keeps its monitor, until
-    :meth:`detach`.
+    A recorded step makes one more pass over sums and votes. With ``coherence=True`` it also
+    computes the squared norm of each environment's gradient. Other steps cost nothing. Results
+    stay on the device of the parameters, so no step waits for the device. The source keeps the
+    monitor until :meth:`detach`.
 
-    To watch plain training, train with ``AndMask(tau=0.0)``, which is the mean, and say what would
-    be kept: ``Monitor(optimizer, tau=0.8)``.
+    To monitor plain training, train with ``AndMask(tau=0.0)``, which is the mean.
+    ``Monitor(optimizer, tau=0.8)`` then records what a threshold of 0.8 would keep.
 
     Args:
         source: an optimizer of :mod:`andmask_ext.optim` that takes environments, or an
             :class:`andmask_ext.Agreement`.
-        tau: threshold of ``kept_fraction``; None: that of each group's rule.
-        every: record each so many steps, the first one included.
-        coherence: also take the norms of environments' gradients.
-        names: names of the parameters, as ``model.named_parameters()``, or a dict. None: those
-            the source knows, else numbers of group and parameter.
+        tau: threshold of ``kept_fraction``. None: the threshold of each group's rule.
+        every: the number of steps from one record to the next. The first step is recorded.
+        coherence: whether to record the coherence.
+        names: names of the parameters: ``model.named_parameters()`` or a dict. None: the names that
+            the source knows, else the numbers of group and parameter.
 
     Raises:
-        TypeError: ``source`` is something else (``TemporalAndMaskAdam`` has one environment in each
-            step), or an option has another type.
+        TypeError: ``source`` is neither of these, such as ``TemporalAndMaskAdam``, which has one
+            environment per step; or an option has the wrong type.
         ValueError: ``tau`` lies outside [0, 1], or ``every`` is not positive.
 
     Example:
@@ -88,10 +88,7 @@ class Monitor(Observer):
     ) -> None:
         if tau is not None:
             check_tau(tau)
-        if not isinstance(every, int) or isinstance(every, bool):
-            raise TypeError(f"every: expected an int, but got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every: expected a positive number, but got {every}")
+        check_count("every", every, 1)
         check_bool("coherence", coherence)
         known: dict[int, str] = {}
         if isinstance(source, Agreement):
@@ -104,7 +101,7 @@ class Monitor(Observer):
                 f"Agreement, but got {type(source).__name__}"
                 + (", which sees one in each step" * isinstance(source, TemporalAndMaskAdam))
             )
-        # The source holds the monitor: a cycle would keep both alive.
+        # The source holds the monitor. A strong reference back would make a cycle.
         self._source = weakref.ref(source)
         self._tau = tau
         self._every = every
@@ -114,7 +111,7 @@ class Monitor(Observer):
         self._written = 0
         self.steps: list[int] = []
         self.names: list[str] = []
-        # Of each record: metric -> one value for each parameter, and one for all.
+        # Each record: metric -> one value per parameter, and one for all parameters.
         self._records: list[dict[str, Tensor]] = []
         source._pending.add_observer(self)
 
@@ -125,7 +122,7 @@ class Monitor(Observer):
         )
 
     def detach(self) -> None:
-        """Stop recording. What has been recorded stays."""
+        """Stop recording. The records stay."""
         source = self._source()
         if source is not None:
             source._pending.remove_observer(self)
@@ -148,9 +145,9 @@ class Monitor(Observer):
         self.steps.append(step)
 
     def _rename(self, names: list[str]) -> None:
-        """Bring earlier records into a new list of parameters: NaN for those that were not there.
+        """Convert earlier records to a new list of parameters. New ones get NaN.
 
-        A group may be added to an optimizer while it is watched.
+        A group may be added to a monitored optimizer.
         """
         before = {name: place for place, name in enumerate(self.names)}
         for record in self._records:
@@ -175,7 +172,7 @@ class Monitor(Observer):
         """The last record: 0-dim float64 tensors by ``"metric/parameter"`` and ``"metric/all"``.
 
         Raises:
-            RuntimeError: nothing has been recorded.
+            RuntimeError: there is no record.
         """
         if not self._records:
             raise RuntimeError("latest: expected a step before, but nothing has been recorded")
@@ -189,21 +186,31 @@ class Monitor(Observer):
         }
 
     def series(self, metric: str) -> Tensor:
-        """Return a metric of each parameter over time: float64 ``[records, parameters]``.
+        """Return a metric of each parameter over time.
 
-        NaN where no environment touched the parameter, where its rule keeps no votes, and for the
-        coherence of gradients that are all zero.
+        Args:
+            metric: the name of a metric of :class:`Monitor`.
+
+        Returns:
+            float64 ``[records, parameters]``. NaN if the parameter had no gradient, if its rule
+            keeps no votes, and for the coherence of gradients that are all zero.
 
         Raises:
-            ValueError: ``metric`` is none of those above.
+            ValueError: ``metric`` is unknown.
         """
         return self._stacked(metric)[:, :-1]
 
     def total(self, metric: str) -> Tensor:
-        """Return a metric of all parameters together over time: float64 ``[records]``.
+        """Return a metric of all parameters together over time.
+
+        Args:
+            metric: the name of a metric of :class:`Monitor`.
+
+        Returns:
+            float64 ``[records]``.
 
         Raises:
-            ValueError: ``metric`` is none of those above.
+            ValueError: ``metric`` is unknown.
         """
         return self._stacked(metric)[:, -1]
 
@@ -212,16 +219,17 @@ class Monitor(Observer):
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, but got {metric!r}")
         if not self._records:
             return torch.zeros(0, len(self.names) + 1, dtype=torch.float64)
-        device = self._records[-1][metric].device  # a loaded record may lie elsewhere
+        device = self._records[-1][metric].device  # a loaded record may be on another device
         return torch.stack([record[metric].to(device) for record in self._records])
 
     def write(self, writer: SummaryWriter) -> None:
-        """Write all records that have not been written yet to TensorBoard.
+        """Write all new records to TensorBoard.
 
-        Call it as often as you like: after each epoch, or at the end.
+        It may be called repeatedly, for example after each epoch.
 
         Args:
-            writer: a ``torch.utils.tensorboard.SummaryWriter``, or what has its ``add_scalar``.
+            writer: a ``torch.utils.tensorboard.SummaryWriter``, or an object with its
+                ``add_scalar``.
         """
         for record in range(self._written, len(self._records)):
             for metric, values in self._records[record].items():
@@ -232,8 +240,8 @@ class Monitor(Observer):
     def to_dataframe(self) -> Any:
         """Return all records as a ``pandas.DataFrame``.
 
-        A row for each record and parameter (and ``"all"``), columns ``step``, ``parameter`` and the
-        metrics.
+        There is a row for each record and parameter, and one for ``"all"``. The columns are
+        ``step``, ``parameter`` and the metrics.
 
         Raises:
             ImportError: pandas is not installed.
@@ -254,7 +262,7 @@ class Monitor(Observer):
         return pandas.DataFrame(columns)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything that :meth:`load_state_dict` needs to go on recording."""
+        """Return the state for :meth:`load_state_dict`."""
         return {
             "step": self._step,
             "written": self._written,
@@ -264,10 +272,10 @@ class Monitor(Observer):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the records of a run that is resumed.
+        """Load the records of an interrupted training run.
 
         Raises:
-            ValueError: they are of other parameters.
+            ValueError: the records have different parameters.
         """
         source = self._source()
         groups = [] if source is None else source._rules()

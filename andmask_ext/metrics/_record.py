@@ -1,4 +1,4 @@
-"""One record of a :class:`Monitor`: the metrics of each parameter, and of all together."""
+"""One record of a :class:`Monitor`: the metrics of each parameter and of all together."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ METRICS = (
     "coherence",
 )
 
-# Sums over coordinates, of which the metrics are ratios: those of all parameters are sums, too.
+# Sums over coordinates. Metrics are ratios of them, also for all parameters together.
 _SUMS = (
     "coordinates",
     "agreement",
     "kept",
-    "noise",  # coordinates that noise would keep
+    "noise",  # coordinates that the mask would keep of noise
     "squared_mean",
     "squared_masked_mean",
-    "norm_of_sum",  # squared, as the next
+    "norm_of_sum",  # squared, as the next one
     "sum_of_norms",
 )
 
 
 def make_record(groups: Sequence[Group], tau: float | None, coherence: bool) -> dict[str, Tensor]:
-    """Return each metric as float64 ``[parameters + 1]``; the last is that of all parameters.
+    """Return each metric as float64 ``[parameters + 1]``. The last value is for all parameters.
 
     Args:
         groups: parameters, moments and rule of each param group.
-        tau: threshold; None: that of each group's rule.
-        coherence: whether to take the coherence, which needs norms or squares.
+        tau: threshold; None: the threshold of each group's rule.
+        coherence: whether to compute the coherence, which needs norms or squares.
     """
     measured = [
         _measure(moments, _tau_of(rule) if tau is None else tau, coherence)
@@ -63,7 +63,7 @@ def make_record(groups: Sequence[Group], tau: float | None, coherence: bool) -> 
 
 
 def _measure(moments: Moments, tau: float, coherence: bool) -> dict[str, Tensor]:
-    """Return sums over the coordinates of each touched parameter, as far as they are known."""
+    """Return sums over the coordinates of each touched parameter, if they are known."""
     count = moments.count
     totals = without_none(moments.sum)
     sums: dict[str, Tensor] = {}
@@ -76,7 +76,7 @@ def _measure(moments: Moments, tau: float, coherence: bool) -> dict[str, Tensor]
         sums["agreement"] = counts.double() @ (steps / count)
         sums["kept"] = counts[:, threshold:].sum(1).double()
         sums["noise"] = sums["coordinates"] * noise_kept_probability(count, tau)
-        # The mask multiplies: what is not finite shows under it too.
+        # The mask multiplies, so values that are not finite show even if masked.
         masked = squares[:, threshold:].sum(1) + norm_of_sum * 0
         sums["squared_masked_mean"] = masked / count**2
     else:
@@ -84,7 +84,7 @@ def _measure(moments: Moments, tau: float, coherence: bool) -> dict[str, Tensor]
     sums["squared_mean"] = norm_of_sum / count**2
     if coherence:
         sum_of_norms = sums_of_squared_norms(moments, norm_of_sum.unbind())
-        if sum_of_norms is not None:  # None: a state from elsewhere was loaded half-way
+        if sum_of_norms is not None:  # None: a state without norms was loaded
             sums["norm_of_sum"] = norm_of_sum
             sums["sum_of_norms"] = _stack(sum_of_norms, norm_of_sum.device)
     return sums
@@ -93,7 +93,7 @@ def _measure(moments: Moments, tau: float, coherence: bool) -> dict[str, Tensor]
 def _with_totals(
     groups: Sequence[Group], measured: Sequence[dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Return the sums of each parameter, NaN where there are none, and those of all that have."""
+    """Return the sums of each parameter (NaN if unknown), and of all parameters with sums."""
     devices = [sums["squared_mean"].device for sums in measured if sums]
     device = devices[0] if devices else groups[0][0][0].device
     nothing = torch.full((1,), torch.nan, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Metrics of the spread of environments' gradients about their mean."""
+"""Metrics of the spread of gradients of environments around their mean."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def signal_to_noise(grads: Gradients, *, correction: int = 1) -> Any:
 
     .. math:: \bar g^2 / \mathrm{Var}_e(g_e)
 
-    High where environments agree in sign *and* size; the sample mean of pure noise has about 1/d.
+    It is high where environments agree in sign *and* size. For pure noise it is about 1/d.
 
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
             :class:`andmask_ext.Moments` with squares.
-        correction: the variance is divided by ``d - correction``: 1 for environments that are a
-            sample, 0 for all there are (as :func:`torch.var`).
+        correction: the variance is divided by ``d - correction``, as in :func:`torch.var`. Use 1 if
+            the environments are a sample, 0 if they are all environments.
 
     Returns:
-        One tensor ``[*shape]`` for each parameter, in the form in which gradients came (of moments
-        a list, with None for untouched parameters); float32, float64 for float64 gradients. Zero
-        where the mean is zero; infinite where all environments have the same other gradient.
+        One tensor ``[*shape]`` per parameter, float32, or float64 for float64 gradients. The form
+        is that of ``grads``. For moments it is a list, with None for parameters without a gradient.
+        It is zero where the mean is zero, and else infinite where the variance is zero.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype, or ``correction`` is not an int.
-        ValueError: there are not more than ``correction`` environments, or moments keep no squares.
+        TypeError: ``grads`` has the wrong form or dtype, or ``correction`` is not an int.
+        ValueError: there are ``correction`` or fewer environments, or moments keep no squares.
 
     Shape:
         - grads: :math:`(d, *)`
@@ -70,24 +70,24 @@ def signal_to_noise(grads: Gradients, *, correction: int = 1) -> Any:
 
 
 def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
-    r"""Return how far gradients of environments add up: their m-coherence.
+    r"""Return the m-coherence of the environments: how far their gradients add up.
 
     .. math:: \|\sum_e g_e\|^2 / \sum_e \|g_e\|^2
 
-    d if all are the same, 1 if they are orthogonal, 0 if they cancel: as many environments as a
-    step on one of them helps, on average.
+    It is d if all gradients are equal, 1 if they are orthogonal, and 0 if they cancel. On average,
+    a step on one environment helps this many environments.
 
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
-            :class:`andmask_ext.Moments` with squares, or with ``"norms"`` among its kinds.
+            :class:`andmask_ext.Moments` with squares or norms.
         per_parameter: return one value for each parameter instead of one for all.
 
     Returns:
-        A 0-dim float64 tensor; or 0-dim tensors in the form in which gradients came. NaN where all
-        gradients are zero.
+        A 0-dim float64 tensor. With ``per_parameter``, one per parameter in the form of ``grads``.
+        NaN if all gradients are zero.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype.
+        TypeError: ``grads`` has the wrong form or dtype.
         ValueError: there is no environment, or moments keep neither squares nor norms.
 
     Example:
@@ -108,16 +108,16 @@ def coherence(grads: Gradients, *, per_parameter: bool = False) -> Any:
 
 
 def squared_norms_of(tensors: list[Tensor]) -> list[Tensor]:
-    """Return squared norms that only float64 itself limits, one 0-dim tensor for each."""
+    """Return the squared norm of each tensor, 0-dim float64, with the range of float64."""
     return [squared_norm(tensor, torch.float64) for tensor in tensors]
 
 
 def sums_of_squared_norms(moments: Moments, norm_of_sum: Sequence[Tensor]) -> list[Tensor] | None:
-    """Return ``sum_e |g_e|^2`` of each touched parameter; None: moments do not know it.
+    """Return ``sum_e |g_e|^2`` of each touched parameter; None if the moments do not have it.
 
     Args:
-        moments: with norms, or with squares.
-        norm_of_sum: ``|sum_e g_e|^2`` of each.
+        moments: moments, with norms or squares if possible.
+        norm_of_sum: ``|sum_e g_e|^2`` of each touched parameter.
     """
     if moments.squared_norms is not None:
         return without_none(moments.squared_norms)

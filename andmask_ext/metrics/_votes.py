@@ -1,4 +1,4 @@
-"""Metrics of votes: how many environments agree on the sign of each coordinate."""
+"""Metrics of votes: the agreement of environments on the sign of each coordinate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_tau
+from .._checks import check_bool, check_count, check_tau
 from ..rules._threshold import vote_threshold
 from ._inputs import Gradients, Stacked, entries_of, stacked_of, without_none
 
@@ -32,19 +32,19 @@ def sign_agreement(grads: Gradients) -> Any:
 
     .. math:: |\sum_e \mathrm{sign}(g_e)| / d
 
-    1: all agree; 0: as many point one way as the other. The AND-mask keeps a coordinate where this
-    is at least tau. Of noise it is about :math:`\sqrt{2 / (\pi d)}` on average.
+    It is 1 if all agree, and 0 if half of them point each way. The AND-mask keeps a coordinate if
+    its agreement is at least tau. For noise the average is about :math:`\sqrt{2 / (\pi d)}`.
 
     Args:
         grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
             :class:`andmask_ext.Moments` with votes.
 
     Returns:
-        One tensor ``[*shape]`` for each parameter, in the form in which gradients came (of moments
-        a list, with None for untouched parameters); float32, float64 for float64 gradients.
+        One tensor ``[*shape]`` per parameter, float32, or float64 for float64 gradients. The form
+        is that of ``grads``. For moments it is a list, with None for parameters without a gradient.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype.
+        TypeError: ``grads`` has the wrong form or dtype.
         ValueError: there is no environment, or moments keep no votes.
 
     Shape:
@@ -70,7 +70,7 @@ def sign_agreement(grads: Gradients) -> Any:
 def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) -> Any:
     r"""Return the share of coordinates that the AND-mask keeps.
 
-    Compare it with :func:`noise_kept_fraction`: what is kept if the signs are noise.
+    Compare it with :func:`noise_kept_fraction`, the share that is kept if the signs are noise.
 
     Args:
         grads: as for :func:`sign_agreement`.
@@ -78,11 +78,11 @@ def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) 
         per_parameter: return one share for each parameter instead of one for all coordinates.
 
     Returns:
-        A 0-dim float64 tensor; or 0-dim tensors in the form in which gradients came. NaN where
-        there are no coordinates.
+        A 0-dim float64 tensor. With ``per_parameter``, one per parameter in the form of ``grads``.
+        NaN if there are no coordinates.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype, or ``tau`` is not a number.
+        TypeError: ``grads`` has the wrong form or dtype, or ``tau`` is not a number.
         ValueError: there is no environment, moments keep no votes, or ``tau`` lies outside [0, 1].
 
     Example:
@@ -106,14 +106,17 @@ def kept_fraction(grads: Gradients, tau: float, *, per_parameter: bool = False) 
 def noise_kept_probability(environments: int, tau: float) -> float:
     r"""Return the probability that the AND-mask keeps a coordinate of pure noise.
 
-    Signs that are independent and fair make votes binomial: the chance that
-    :math:`|\mathrm{votes}| \ge \tau d`. Exact up to rounding. A measured :func:`kept_fraction` has
-    to stand out from this level; it decays exponentially with the environments.
+    This is the probability of :math:`|\mathrm{votes}| \ge \tau d` if signs are independent and
+    fair, so that votes are binomial. It is exact up to rounding, and decays exponentially with d.
+    A measured :func:`kept_fraction` is evidence of agreement only if it is clearly larger.
 
     Args:
-        environments: their number d, each with a gradient that is not zero. Where some are zero,
-            see :func:`noise_kept_fraction`.
+        environments: the number d of environments, each with a gradient that is not zero. If some
+            are zero, use :func:`noise_kept_fraction`.
         tau: agreement threshold in [0, 1].
+
+    Returns:
+        The probability, a float.
 
     Raises:
         TypeError: ``environments`` is not an int, or ``tau`` not a number.
@@ -126,21 +129,21 @@ def noise_kept_probability(environments: int, tau: float) -> float:
 
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021,
-        proposition 2 (appendix A.3), of which this is the probability.
+        proposition 2 (appendix A.3).
     """
     check_tau(tau)
-    _check_environments(environments)
+    check_count("environments", environments, 1)
     return _noise_level(environments, vote_threshold(tau, environments))
 
 
 def noise_kept_fraction(grads: Stacked, tau: float) -> Tensor:
     """Return the share of coordinates that the AND-mask would keep if all signs were noise.
 
-    It is the average if the sign of each gradient that is not zero were drawn anew.
+    It is the expected share if the sign of each nonzero gradient were random.
 
-    Environments whose gradient is exactly zero cast no vote but count in d. Where there are many,
-    as in a layer before or after a ReLU with one example in each environment, noise is kept far
-    less often than :func:`noise_kept_probability` of d environments says.
+    Environments whose gradient is exactly zero cast no vote but count in d. There are many of them
+    next to a ReLU if each environment has one example. Noise is then kept far less often than
+    :func:`noise_kept_probability` of d environments.
 
     Args:
         grads: stacked gradients of d environments: a tensor ``[d, *shape]``, or a dict or list of
@@ -148,10 +151,11 @@ def noise_kept_fraction(grads: Stacked, tau: float) -> Tensor:
         tau: agreement threshold in [0, 1].
 
     Returns:
-        A 0-dim float64 tensor, NaN where there are no coordinates.
+        A 0-dim float64 tensor, NaN if there are no coordinates.
 
     Raises:
-        TypeError: an argument has another type; moments do not know which gradients are zero.
+        TypeError: an argument has the wrong type. Moments are refused, as they do not tell which
+            gradients are zero.
         ValueError: there is no environment, or ``tau`` lies outside [0, 1].
 
     Example:
@@ -171,7 +175,7 @@ def noise_kept_fraction(grads: Stacked, tau: float) -> Tensor:
     count, device = len(stacked[0]), stacked[0].device
     voters = torch.zeros(count + 1, dtype=torch.int64, device=device)
     for param_grads in stacked:
-        # Those that are not zero agree on the sign of their magnitude.
+        # The votes of the magnitudes are the number of nonzero gradients.
         voters += torch.ops.andmask.vote_histogram.default(param_grads.abs())[0].to(device)
     levels = torch.tensor(
         _noise_levels(count, vote_threshold(tau, count)), dtype=torch.float64, device=device
@@ -183,7 +187,10 @@ def noise_votes(environments: int) -> Tensor:
     """Return the distribution of ``|votes|`` under pure noise: float64 ``[environments + 1]``.
 
     Args:
-        environments: their number d.
+        environments: the number d of environments.
+
+    Returns:
+        The probability of each ``|votes|`` from 0 to d, float64 ``[d + 1]``.
 
     Raises:
         TypeError: ``environments`` is not an int.
@@ -194,18 +201,18 @@ def noise_votes(environments: int) -> Tensor:
         >>> am.metrics.noise_votes(4)
         tensor([0.3750, 0.0000, 0.5000, 0.0000, 0.1250], dtype=torch.float64)
     """
-    _check_environments(environments)
+    check_count("environments", environments, 1)
     return torch.tensor(_noise(environments), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class VoteHistogram:
-    """How many coordinates have how many votes.
+    """The number of coordinates for each number of votes.
 
     Attributes:
-        environments: their number d.
-        counts: int64 ``[d + 1]``, of coordinates with ``|votes|`` = k.
-        squares: float64 ``[d + 1]``, the squared norm of the mean gradient on these coordinates.
+        environments: the number d of environments.
+        counts: the number of coordinates with ``|votes|`` = k, int64 ``[d + 1]``.
+        squares: the squared norm of the mean gradient on these coordinates, float64 ``[d + 1]``.
     """
 
     environments: int
@@ -223,7 +230,7 @@ class VoteHistogram:
 
     @property
     def noise(self) -> Tensor:
-        """The shares expected of pure noise without zeros, float64 ``[d + 1]``."""
+        """The shares expected for pure noise without zeros, float64 ``[d + 1]``."""
         return torch.tensor(
             _noise(self.environments), dtype=torch.float64, device=self.counts.device
         )
@@ -242,22 +249,22 @@ class VoteHistogram:
             tau=steps / self.environments,
             kept_fraction=kept,
             noise_kept_fraction=_at_least(self.noise),
-            # The mask multiplies: what is not finite shows under it too.
+            # The mask multiplies, so values that are not finite show even if masked.
             norm=(_at_least(self.squares) + total * 0).sqrt(),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class TauCurve:
-    """What the AND-mask keeps, over its threshold. All float64 ``[d + 1]``.
+    """What the AND-mask keeps, as a function of its threshold. All are float64 ``[d + 1]``.
 
-    The mask of any threshold in ``(tau[k - 1], tau[k]]`` is that of ``tau[k]``.
+    All thresholds in ``(tau[k - 1], tau[k]]`` have the mask of ``tau[k]``.
 
     Attributes:
-        tau: 0, 1/d, ..., 1.
-        kept_fraction: share of coordinates that are kept.
-        noise_kept_fraction: the same of pure noise.
-        norm: of the masked mean gradient.
+        tau: the thresholds 0, 1/d, ..., 1.
+        kept_fraction: the share of coordinates that are kept.
+        noise_kept_fraction: the share expected for pure noise.
+        norm: the norm of the masked mean gradient.
     """
 
     tau: Tensor
@@ -273,7 +280,7 @@ def vote_histogram(grads: Gradients) -> VoteHistogram:
         grads: as for :func:`sign_agreement`.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype.
+        TypeError: ``grads`` has the wrong form or dtype.
         ValueError: there is no environment, or moments keep no votes.
 
     Example:
@@ -292,13 +299,13 @@ def vote_histogram(grads: Gradients) -> VoteHistogram:
 def tau_curve(grads: Gradients) -> TauCurve:
     r"""Return the share of kept coordinates and the norm of the masked mean for *every* tau.
 
-    One pass over the gradients gives the whole curve: it is a function of the histogram of votes.
+    The curve is a function of the histogram of votes, so one pass over the gradients is enough.
 
     Args:
         grads: as for :func:`sign_agreement`.
 
     Raises:
-        TypeError: ``grads`` has another form or dtype.
+        TypeError: ``grads`` has the wrong form or dtype.
         ValueError: there is no environment, or moments keep no votes.
 
     Example:
@@ -321,21 +328,14 @@ def tau_curve(grads: Gradients) -> TauCurve:
 
 
 def _at_least(values: Tensor) -> Tensor:
-    """Return sums over k, k + 1, ..., along the last dimension."""
+    """Return the sum over k, k + 1, ... for each k, along the last dimension."""
     return values.flip(-1).cumsum(-1).flip(-1)
 
 
 def _kept(counts: Tensor, tau: float) -> Tensor:
-    """Return the shares of kept coordinates, from counts ``[..., d + 1]``."""
+    """Return the shares of kept coordinates, given counts ``[..., d + 1]``."""
     threshold = vote_threshold(tau, counts.shape[-1] - 1)
     return counts[..., threshold:].sum(-1) / counts.sum(-1).double()
-
-
-def _check_environments(environments: object) -> None:
-    if not isinstance(environments, int) or isinstance(environments, bool):
-        raise TypeError(f"environments: expected an int, but got {type(environments).__name__}")
-    if environments < 1:
-        raise ValueError(f"environments: expected a positive number, but got {environments}")
 
 
 def _noise_level(environments: int, threshold: int) -> float:
@@ -344,7 +344,7 @@ def _noise_level(environments: int, threshold: int) -> float:
 
 @lru_cache(maxsize=64)
 def _noise_levels(environments: int, threshold: int) -> list[float]:
-    """Return the level of 0, 1, ..., d voters; to be read only."""
+    """Return the noise level for 0, 1, ..., d voters. Do not change the list: it is cached."""
     return [
         _noise_level(voters, threshold) if voters else float(threshold == 0)
         for voters in range(environments + 1)
@@ -353,11 +353,11 @@ def _noise_levels(environments: int, threshold: int) -> list[float]:
 
 @lru_cache(maxsize=16)
 def _noise(environments: int) -> list[float]:
-    """Return the distribution of ``|votes|``; to be read only.
+    """Return the distribution of ``|votes|``. Do not change the list: it is cached.
 
-    From the most probable number of votes outwards each probability follows from the one before
-    by a factor, and in the end they are divided by their sum: no factorial is ever formed. Numbers,
-    not a tensor: what is kept must not depend on the device or mode of its first use.
+    It starts at the most probable number of votes. Each further probability is the last one times a
+    factor, so no factorial is needed. In the end all are divided by their sum. The cache holds
+    numbers, not a tensor, so it does not depend on the device or mode of the first call.
     """
     probabilities = [0.0] * (environments + 1)
     share = 1.0

@@ -1,4 +1,4 @@
-"""Layers for models whose batch holds several environments."""
+"""Layers for batches with several environments."""
 
 from ._batchnorm import (
     EnvironmentBatchNorm1d,

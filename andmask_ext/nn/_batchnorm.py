@@ -1,4 +1,4 @@
-"""Batch norm whose statistics are those of each environment."""
+"""Batch norm with separate statistics for each environment."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class _PerEnvironment(PerEnvironment, _BatchNorm):
-    """What the layers of all dimensions share.
+    """Base class of the layers of all dimensions.
 
-    Weight and bias are applied by themselves, so that autograd's graph shows each of them with one
-    gradient per example.
+    Weight and bias are applied after the normalisation, as separate nodes of the autograd graph.
+    There the gradient of each example is visible.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class _PerEnvironment(PerEnvironment, _BatchNorm):
     def _scale_and_shift(self, normal: Tensor, dtype: torch.dtype) -> Tensor:
         shape = (1, -1, *[1] * (normal.dim() - 2))
         if self.weight is None:
-            return normal.to(dtype, copy=True)  # autograd keeps the other: it must stay as it is
+            return normal.to(dtype, copy=True)  # a copy, as autograd has saved normal
         output = normal * self.weight.view(shape)
         if self.bias is not None:
             output.add_(self.bias.view(shape))
@@ -74,7 +74,7 @@ class _PerEnvironment(PerEnvironment, _BatchNorm):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, variance: Tensor) -> None:
-        """Update the running statistics as one forward pass after the other would."""
+        """Update the running statistics as separate forward passes would, one per environment."""
         environments = len(mean)
         tracked = self.num_batches_tracked
         if tracked is not None:
@@ -90,21 +90,21 @@ class _PerEnvironment(PerEnvironment, _BatchNorm):
         else:
             return
         shares = shares.to(mean.device)
-        for running, found in ((self.running_mean, mean), (self.running_var, variance)):
+        for running, values in ((self.running_mean, mean), (self.running_var, variance)):
             if running is not None:
-                running.copy_(rest * running.double() + shares @ found.double())
+                running.copy_(rest * running.double() + shares @ values.double())
 
 
 class EnvironmentBatchNorm1d(_PerEnvironment, nn.BatchNorm1d):
-    """:class:`torch.nn.BatchNorm1d` by environment; see :func:`convert_batchnorm`."""
+    """:class:`torch.nn.BatchNorm1d` per environment; see :func:`convert_batchnorm`."""
 
 
 class EnvironmentBatchNorm2d(_PerEnvironment, nn.BatchNorm2d):
-    """:class:`torch.nn.BatchNorm2d` by environment; see :func:`convert_batchnorm`."""
+    """:class:`torch.nn.BatchNorm2d` per environment; see :func:`convert_batchnorm`."""
 
 
 class EnvironmentBatchNorm3d(_PerEnvironment, nn.BatchNorm3d):
-    """:class:`torch.nn.BatchNorm3d` by environment; see :func:`convert_batchnorm`."""
+    """:class:`torch.nn.BatchNorm3d` per environment; see :func:`convert_batchnorm`."""
 
 
 _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
@@ -115,28 +115,27 @@ _COUNTERPARTS: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def convert_batchnorm(model: Model) -> Model:
-    """Make the batch norm layers of a model normalise each environment by itself.
+    """Make the batch norm layers of a model normalise each environment separately.
 
-    In training mode :class:`torch.nn.BatchNorm2d` mixes all examples of a forward pass. Where one
-    forward pass holds several environments, each must have its own mean and variance, or the
-    gradient of one environment depends on the others. While an
-    :class:`andmask_ext.Agreement` is entered, the converted layers give what one forward
-    pass for each environment would give: the same outputs, the same gradients, and running
-    statistics that have seen one environment after the other. At all other times they are what they
-    were.
+    In training mode :class:`torch.nn.BatchNorm2d` mixes all examples of a forward pass. If one
+    forward pass holds several environments, the gradient of one environment then depends on the
+    others. So each environment must have its own mean and variance.
 
-    Layers are converted in place: they stay the same objects with the same parameters, buffers,
-    hooks and ``state_dict``, remain instances of :class:`torch.nn.BatchNorm1d`, ``2d`` or ``3d``,
-    and copy and pickle as before. A layer in evaluation mode uses its running statistics as always;
-    one without running statistics uses those of each environment.
+    Inside the context of :class:`andmask_ext.Agreement`, a converted layer gives the result of one
+    forward pass per environment. It has the same outputs, the same gradients, and the running
+    statistics of one environment after the other. Outside of the context the layer does not change.
 
-    Dimension 0 of what a layer gets must be the examples of the batch. An environment needs more
-    than one value per channel, so with every example an environment this is for layers
-    that see several positions, as in images. There it amounts to instance norm: consider whether
-    that is the network you want.
+    Layers are converted in place. They stay the same objects with the same parameters, buffers,
+    hooks and ``state_dict``. They remain instances of :class:`torch.nn.BatchNorm1d`, ``2d`` or
+    ``3d``, and can be copied and pickled. In evaluation mode a layer uses its running statistics. A
+    layer without running statistics uses those of each environment.
+
+    Dimension 0 of a layer's input must be the examples of the batch. An environment needs more than
+    one value per channel. If each example is an environment, only layers with several positions, as
+    in images, can work. They then compute instance norm, which may not be the network you want.
 
     Args:
-        model: any module; batch norm itself, too. Layers that are converted already are left alone.
+        model: any module, including a batch norm layer. Converted layers are skipped.
 
     Returns:
         ``model``.
@@ -144,7 +143,7 @@ def convert_batchnorm(model: Model) -> Model:
     Raises:
         TypeError: ``model`` is no module, or a layer in it is :class:`torch.nn.SyncBatchNorm`, is
             lazy and has not seen data yet, or is of a subclass that may compute something else.
-            Nothing has been converted then.
+            Then no layer has been converted.
 
     Shape:
         - Input of the layers: :math:`(N, C)`, :math:`(N, C, L)`, :math:`(N, C, H, W)` or
@@ -165,13 +164,13 @@ def convert_batchnorm(model: Model) -> Model:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
-    found: list[nn.Module] = []
+    layers: list[nn.Module] = []
     for name, layer in model.named_modules():
         if isinstance(layer, _BatchNorm) and not isinstance(layer, _PerEnvironment):
             if type(layer) not in _COUNTERPARTS:
                 raise TypeError(_refusal(name, layer))
-            found.append(layer)
-    for layer in found:
+            layers.append(layer)
+    for layer in layers:
         layer.__class__ = _COUNTERPARTS[type(layer)]
     return model
 

@@ -1,4 +1,4 @@
-"""Normalise the examples of each environment by that environment's own mean and variance."""
+"""Normalisation of the examples of each environment by its mean and variance."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ..agreement._groups import Groups
 
-# So many elements are normalised together, or one environment if it has more: few enough for
-# intermediate results to be in cache.
+# The number of elements that are normalised together, or one environment if it has more. It is
+# small enough for intermediate results to stay in cache.
 _BLOCK = 2**18
 
 
@@ -21,9 +21,9 @@ class Piece:
     """Environments of equal size that are normalised together.
 
     Attributes:
-        rows: their examples, one environment after the other.
-        environments: which they are.
-        count: how many they are.
+        rows: the indices of their examples, one environment after the other.
+        environments: the indices of the environments.
+        count: the number of environments.
     """
 
     rows: slice | Tensor
@@ -55,23 +55,23 @@ def pieces(groups: Groups, x: Tensor) -> Iterator[Piece]:
     assert groups.offsets is not None
     for size in groups.sizes.unique().tolist():
         alike = (groups.sizes == size).nonzero().squeeze(1)
-        for some in alike.split(max(1, _BLOCK // (size * example))):
-            starts = groups.offsets[some]
+        for environments in alike.split(max(1, _BLOCK // (size * example))):
+            starts = groups.offsets[environments]
             chosen = (starts.unsqueeze(1) + torch.arange(size)).flatten()
             if groups.order is not None:
                 chosen = groups.order[chosen]
-            yield Piece(chosen.to(x.device), some.to(x.device), len(some))
+            yield Piece(chosen.to(x.device), environments.to(x.device), len(environments))
 
 
 def normalize(x: Tensor, groups: Groups, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``x`` normalised, and mean and unbiased variance, ``[environments, channels]``."""
+    """Return normalised ``x``, and mean and unbiased variance ``[environments, channels]``."""
     parts = list(pieces(groups, x))
     normal, _, mean, variance = _Normalize.apply(x, groups, parts, eps)  # type: ignore[no-untyped-call]
     return normal, mean, variance
 
 
 class _Normalize(torch.autograd.Function):
-    """Keeps its output for the backward pass, not its input: what follows keeps that, too."""
+    """Normalisation that saves its output, not its input: the next op saves the output anyway."""
 
     @staticmethod
     def forward(x: Tensor, groups: Groups, parts: list[Piece], eps: float) -> tuple[Tensor, ...]:
@@ -80,10 +80,10 @@ class _Normalize(torch.autograd.Function):
         normal = torch.empty_like(x)
         for part in parts:
             taken = part.take(x)
-            one = part.count == 1 and taken.numel() > _BLOCK
-            found = (_normalize_one if one else _normalize_some)(taken, part.count, eps)
-            part.put(normal, found[0])
-            for kept, new in zip((scale, mean, variance), found[1:], strict=True):
+            large = part.count == 1 and taken.numel() > _BLOCK
+            results = (_normalize_one if large else _normalize_some)(taken, part.count, eps)
+            part.put(normal, results[0])
+            for kept, new in zip((scale, mean, variance), results[1:], strict=True):
                 kept[part.environments] = new
         return normal, scale, mean, variance
 
@@ -101,13 +101,13 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         normal, scale = ctx.saved_tensors
         if grad is None or scale_grad is not None or torch.is_grad_enabled():
-            found = _differentiable_input_grad(grad, scale_grad, normal, scale, ctx.groups)
-            return found, None, None, None
+            input_grad = _differentiable_input_grad(grad, scale_grad, normal, scale, ctx.groups)
+            return input_grad, None, None, None
         result = torch.empty_like(normal)
         for part in ctx.parts:
             taken = part.take(normal)
-            one = part.count == 1 and taken.numel() > _BLOCK
-            function = _input_grad_of_one if one else _input_grad_of_some
+            large = part.count == 1 and taken.numel() > _BLOCK
+            function = _input_grad_of_one if large else _input_grad_of_some
             part.put(result, function(part.take(grad), taken, scale[part.environments]))
         return result, None, None, None
 
@@ -136,7 +136,7 @@ def _normalize_some(x: Tensor, count: int, eps: float) -> tuple[Tensor, ...]:
 def _input_grad_of_one(grad: Tensor, normal: Tensor, scale: Tensor) -> Tensor:
     """Return ``scale * (grad - mean(grad) - normal * mean(grad * normal))``.
 
-    That is the gradient of batch norm if its input has mean 0 and variance 1, and its weight is
+    This is the gradient of a batch norm whose input has mean 0 and variance 1, and whose weight is
     ``scale``.
     """
     weight = scale.flatten()
@@ -170,7 +170,7 @@ def _by_channel(x: Tensor, count: int) -> Tensor:
 def _differentiable_input_grad(
     grad: Tensor | None, scale_grad: Tensor | None, normal: Tensor, scale: Tensor, groups: Groups
 ) -> Tensor | None:
-    """Return the gradient of the input in operations that have derivatives themselves."""
+    """Return the gradient of the input, computed by differentiable operations."""
     ids = groups.ids.to(normal.device)
     values = (groups.sizes * normal[0, 0].numel()).to(normal).unsqueeze(1)
 

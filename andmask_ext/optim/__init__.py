@@ -1,7 +1,7 @@
 """Optimizers that take gradients in environments.
 
-One or more backward passes inside ``with optimizer.environment():`` for each environment, then
-``optimizer.step()``. All are :class:`torch.optim.Optimizer` subclasses.
+Run the backward pass of each environment inside ``with optimizer.environment():``. Then call
+``optimizer.step()``. All are subclasses of :class:`torch.optim.Optimizer`.
 """
 
 from ._base import EnvironmentOptimizer

@@ -1,4 +1,4 @@
-"""Settling a step with torch.amp.GradScaler."""
+"""Support for torch.amp.GradScaler in ``step``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from .._pending import PendingStep, State
 
 
 def overflowed(optimizer: Optimizer, pending: PendingStep) -> bool:
-    """Return whether any environment overflowed; undo the scale of gradients that are written.
+    """Return whether any environment overflowed. Unscale ``.grad`` if ``write_grads`` filled it.
 
-    GradScaler leaves ``found_inf`` and ``grad_scale`` on the optimizer while it calls ``step``.
+    GradScaler sets ``found_inf`` and ``grad_scale`` on the optimizer while it calls ``step``.
 
     Raises:
-        RuntimeError: losses were scaled without the scaler's step, or the other way round, or
-            gradients were unscaled before they were written.
+        RuntimeError: losses were scaled but the scaler did not call ``step``; the scaler called
+            ``step`` but losses were not scaled; or gradients were unscaled before
+            ``write_grads``.
     """
     found_inf = getattr(optimizer, "found_inf", None)
     scale = getattr(optimizer, "grad_scale", None)

@@ -1,4 +1,4 @@
-"""What all optimizers here share: environments in, one step out."""
+"""Base class of the optimizers: it collects environments and takes one step with them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def require_one(tau: object, rescale: object, rule: object) -> None:
     """Raise unless there is a threshold or a rule, and not both.
 
     Raises:
-        ValueError: both are given, or neither; or ``rescale`` beside a rule, which has its own.
+        ValueError: both are given, or neither; or ``rescale`` is given together with a rule.
     """
     if tau is None and rule is None:
         raise ValueError(
@@ -34,13 +34,13 @@ def require_one(tau: object, rescale: object, rule: object) -> None:
     if rule is not None and (tau is not None or rescale is True):
         name, value = ("rescale", rescale) if tau is None else ("tau", tau)
         raise ValueError(
-            f"{name}: expected tau (with rescale) or rule, but got {name}={value} beside "
-            f"rule={rule}; say it in the rule: rule=AndMask(tau, rescale)"
+            f"{name}: expected tau (with rescale) or rule, but got {name}={value} and "
+            f"rule={rule}; put it into the rule: rule=AndMask(tau, rescale)"
         )
 
 
 def check_rule(rule: object) -> None:
-    """Raise TypeError unless ``rule`` is a rule that needs no more than moments."""
+    """Raise TypeError unless ``rule`` is a rule that can be computed from moments."""
     if not isinstance(rule, Rule):
         raise TypeError(
             "rule: expected a rule such as andmask_ext.AndMask(tau=0.8), "
@@ -54,9 +54,10 @@ def check_rule(rule: object) -> None:
 
 
 class EnvironmentOptimizer(Optimizer):
-    """Base: gradients come in environments, a rule aggregates them, ``step`` applies the update.
+    """Base class of optimizers that aggregate the gradients of environments by a rule.
 
-    Subclasses say what a step is in ``_step_group``.
+    Each ``environment()`` context adds one gradient per parameter. ``step`` aggregates them and
+    updates the parameters. Subclasses implement the update in ``_step_group``.
     """
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler hands scale and overflow to step()
@@ -89,11 +90,16 @@ class EnvironmentOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as :meth:`torch.optim.Optimizer.add_param_group`.
 
-        A group with a ``"rule"`` of its own does not take ``tau`` and ``rescale`` of the optimizer,
-        and one with its own ``"tau"`` not its rule.
+        A group that has its own ``"rule"`` ignores the optimizer's ``tau`` and ``rescale``. A group
+        that has its own ``"tau"`` ignores the optimizer's ``rule``.
+
+        Args:
+            param_group: ``"params"`` and the options of the group. Other options take their
+                defaults from the optimizer.
 
         Raises:
-            TypeError: a parameter or an option of the group has another type.
+            RuntimeError: there are environments since the last step.
+            TypeError: a parameter or an option of the group has the wrong type.
             ValueError: an option of the group lies outside its range, or it has ``"tau"`` and
                 ``"rule"``.
         """
@@ -109,7 +115,7 @@ class EnvironmentOptimizer(Optimizer):
 
     @staticmethod
     def _override_rule(group: dict[str, Any]) -> None:
-        """Let what a group says of its rule replace all that the defaults say of it."""
+        """Replace the default rule (tau, rescale, rule) by the group's own, if it has one."""
         if group.get("rule") is not None:
             require_one(group.get("tau"), group.get("rescale"), group["rule"])
             group["tau"], group["rescale"] = None, False
@@ -131,7 +137,7 @@ class EnvironmentOptimizer(Optimizer):
         elif group["tau"] is not None:
             check_tau(group["tau"])
             check_bool("rescale", group["rescale"])
-        self._rule(group)  # raises unless there is one of both
+        self._rule(group)  # raises unless exactly one is set
 
     # ---- environments ----
 
@@ -142,28 +148,27 @@ class EnvironmentOptimizer(Optimizer):
         micro_batches: int | None = 1,
         grad_scaler: torch.amp.GradScaler | None = None,
     ) -> Environment:
-        """Return a context: the backward pass inside gives the gradient of one environment.
+        """Return a context. The backward pass inside it gives the gradient of one environment.
 
-        Each parameter's gradient is added to the moments, and freed, as soon as it is complete.
-        Environments accumulate until :meth:`step` or :meth:`zero_grad`. ``.grad`` is None between
-        them.
+        Each gradient is added to the moments and freed as soon as it is complete. Environments
+        accumulate until :meth:`step` or :meth:`zero_grad`. Between contexts ``.grad`` is None.
 
         Args:
-            weight: a factor for the environment's gradient, as if its loss had been multiplied by
-                it; positive.
-            micro_batches: how many backward passes the environment consists of; their gradients add
-                up before they vote. None: any number; gradients are then consumed only at the end
-                of the context.
-            grad_scaler: the :class:`torch.amp.GradScaler` whose ``scale`` the loss goes through.
-                Gradients are unscaled before they vote or enter any sum. Call
-                ``grad_scaler.step(optimizer)`` afterwards.
+            weight: positive factor of the environment's gradient. It acts like a factor of the
+                loss.
+            micro_batches: number of backward passes in the environment. Their gradients are summed
+                before they vote. None allows any number: gradients are then held until the context
+                ends.
+            grad_scaler: the :class:`torch.amp.GradScaler` that scaled the loss. Gradients are
+                unscaled before they vote or enter any sum. Call ``grad_scaler.step(optimizer)``
+                afterwards.
 
         Raises:
-            RuntimeError: inside another environment; after :meth:`write_grads` without
-                :meth:`step`; after an environment that raised; a ``.grad`` from outside an
-                environment is present; a parameter gets more gradients than ``micro_batches``, or
-                none of them gets any.
-            ValueError: ``weight`` is not positive and finite, or ``micro_batches`` not positive.
+            RuntimeError: it is opened inside another environment, after :meth:`write_grads` without
+                :meth:`step`, or after an environment that raised; a parameter has a ``.grad`` from
+                outside; a parameter gets more than ``micro_batches`` gradients; or no parameter
+                gets a gradient.
+            ValueError: ``weight`` is not positive and finite, or ``micro_batches`` is not positive.
             TypeError: a gradient is sparse.
         """
         check_weight(weight)
@@ -179,14 +184,14 @@ class EnvironmentOptimizer(Optimizer):
 
     @torch.no_grad()
     def write_grads(self) -> None:
-        """Write the aggregated gradients to ``.grad``, to be looked at or clipped before step().
+        """Write the aggregated gradients to ``.grad``, so that they can be read or clipped.
 
-        ``step`` then uses ``.grad``. The order is: environments, ``write_grads``, (with a
-        ``GradScaler`` ``grad_scaler.unscale_(optimizer)``, as after any scaled backward pass),
-        clipping, step. A parameter that no environment has touched keeps ``.grad = None``.
+        The next ``step`` uses ``.grad``. The order is: environments, ``write_grads``, clipping,
+        ``step``. With a ``GradScaler``, call ``grad_scaler.unscale_(optimizer)`` before clipping.
+        A parameter that no environment reached keeps ``.grad = None``.
 
         Raises:
-            RuntimeError: there is no environment, or not as many as ``expected_environments``, or
+            RuntimeError: there is no environment, their number is not ``expected_environments``, or
                 one of them raised.
         """
         pending = self._pending
@@ -211,12 +216,15 @@ class EnvironmentOptimizer(Optimizer):
         """Aggregate the environments and update the parameters, in one pass over memory.
 
         Args:
-            closure: runs the environments again and returns a loss, which is returned.
+            closure: runs the environments again and returns a loss.
+
+        Returns:
+            The loss of ``closure``; None without one.
 
         Raises:
-            RuntimeError: there is no environment since the last step, or not as many as
-                ``expected_environments``, or one of them raised, or a ``GradScaler`` was used
-                otherwise than :meth:`environment` says.
+            RuntimeError: there is no environment since the last step, their number is not
+                ``expected_environments``, one of them raised, or a ``GradScaler`` was not used as
+                :meth:`environment` describes.
         """
         loss = None
         if closure is not None:
@@ -227,7 +235,7 @@ class EnvironmentOptimizer(Optimizer):
             pending.require_complete("step", self._expected)
             overflow = overflowed(self, pending)
         except RuntimeError:
-            for name in ("grad_scale", "found_inf"):  # GradScaler would trip over them later
+            for name in ("grad_scale", "found_inf"):  # left here, they break a later step
                 self.__dict__.pop(name, None)
             raise
         if overflow:
@@ -241,7 +249,7 @@ class EnvironmentOptimizer(Optimizer):
         return loss
 
     def _update(self, groups: list[Group]) -> None:
-        """Move the parameters of all groups."""
+        """Update the parameters of all groups."""
         written = self._pending.state is State.WRITTEN
         for options, (params, moments, rule) in zip(self.param_groups, groups, strict=True):
             indices = moments._touched
@@ -261,27 +269,26 @@ class EnvironmentOptimizer(Optimizer):
     def _step_group(
         self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
     ) -> None:
-        """Move parameters by what the rule makes of moments: ``arguments`` of the native ops."""
+        """Update parameters. ``arguments``: moments and rule, in the order of the native ops."""
         raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all environments since the last step, and set ``.grad`` to None.
 
         Args:
-            set_to_none: accepted for compatibility; ``.grad`` is None between environments anyhow.
+            set_to_none: accepted for compatibility and ignored.
         """
-        if self._pending.state is State.OPEN:
-            raise RuntimeError("zero_grad: expected to be called outside of an environment")
+        self._pending.require_closed("zero_grad")
         self._pending.drop()
         super().zero_grad(set_to_none=True)
 
     # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as :meth:`torch.optim.Optimizer.state_dict`.
+        """Return the state, as :meth:`torch.optim.Optimizer.state_dict`.
 
-        Environments since the last step are part of it, so that a run can be resumed between two
-        of them.
+        It includes the environments since the last step, so training can resume between two
+        environments.
         """
         state = super().state_dict()
         if self._pending.environments:
@@ -292,13 +299,14 @@ class EnvironmentOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`.
 
-        States of the corresponding ``torch.optim`` classes load as well; options that they lack
-        keep this optimizer's values. State that is wider than its 16-bit parameter stays so.
+        States of the corresponding ``torch.optim`` classes load as well. Options that they lack
+        keep this optimizer's values. State of 16-bit parameters stays in float32.
         """
         defaults = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.param_groups
         ]
+        self._pending.require_closed("load_state_dict")
         self._pending.drop()
         super().load_state_dict(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):

@@ -42,7 +42,7 @@ def check_betas(betas: Any, count: int) -> None:
 
 
 def check_weight_decay(group: dict[str, Any]) -> None:
-    """Raise unless decay and its mode are known."""
+    """Raise unless the weight decay is in range and its mode is known."""
     check_range("weight_decay", group["weight_decay"], 0.0)
     if group["weight_decay_mode"] not in WEIGHT_DECAYS:
         raise ValueError(
@@ -52,5 +52,5 @@ def check_weight_decay(group: dict[str, Any]) -> None:
 
 
 def decay_after_mask(group: dict[str, Any]) -> float:
-    """Return the decay that the native step applies; that before the mask is in the moments."""
+    """Return the decay that the native step applies: 0 if the moments already include it."""
     return 0.0 if group["weight_decay_mode"] == "before_mask" else group["weight_decay"]

@@ -1,4 +1,4 @@
-"""``with optimizer.environment():``: how gradients find their way into the moments."""
+"""The context ``optimizer.environment()``: it moves gradients from ``.grad`` to the moments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from .._checks import check_dense_grad
 from .._pending import PendingStep
 
-# Gradients are added to the moments together, once they are as large as this: small enough to be
-# in cache still, large enough to make the cost of a call small.
+# Gradients are added to the moments in batches of about this size. They are then still in cache,
+# and the cost of the call is small.
 _FLUSH_BYTES = 2**19
 
 
@@ -21,10 +21,10 @@ class Environment:
 
     Args:
         pending: the step that the environment belongs to.
-        optimizer: whose step it is; weight decay before the mask is read from its groups.
+        optimizer: the owner of the step. Its groups give the weight decay before the mask.
         weight: a factor for the gradient.
-        micro_batches: how many backward passes there are; None: any number.
-        grad_scaler: the scaler that the loss goes through.
+        micro_batches: the number of backward passes; None: any number.
+        grad_scaler: the scaler that scaled the loss.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class Environment:
         self._optimizer = optimizer
         self._weight = weight
         self._micro_batches = micro_batches
-        self._received: dict[int, int] = {}  # id of a parameter -> backward passes
+        self._received: dict[int, int] = {}  # id of a parameter -> number of backward passes
         self._waiting: dict[int, tuple[list[int], list[Tensor], list[Tensor]]] = {}
         self._bytes = 0
 
@@ -61,13 +61,12 @@ class Environment:
         try:
             if kind is None:
                 self._take_all()
+                self._pending.add_environments(1)
+                self._pending.close()
                 complete = True
         finally:
             if not complete:
                 self._pending.abandon(changed=True)
-        if complete:
-            self._pending.add_environments(1)
-            self._pending.close()
 
     def _take_all(self) -> None:
         for group in self._optimizer.param_groups:
@@ -82,7 +81,7 @@ class Environment:
             )
 
     def receive(self, param: Tensor) -> None:
-        """Take note of one backward pass; take the gradient if it was the last."""
+        """Count one backward pass. After the last one, move the gradient to the moments."""
         passes = self._received.get(id(param), 0) + 1
         self._received[id(param)] = passes
         if self._micro_batches is None:
@@ -90,8 +89,8 @@ class Environment:
         if passes > self._micro_batches:
             raise RuntimeError(
                 f"environment: expected {self._micro_batches} backward pass(es) to reach a "
-                f"parameter of shape {tuple(param.shape)}, but got one more; say how many there "
-                "are with environment(micro_batches=...), or None for any number (as with "
+                f"parameter of shape {tuple(param.shape)}, but got one more; pass their number, "
+                "environment(micro_batches=...), or None for any number (as with "
                 "reentrant checkpointing)"
             )
         if passes == self._micro_batches:

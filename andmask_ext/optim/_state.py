@@ -12,10 +12,10 @@ from .._dtypes import wide_dtype
 
 
 def load_wide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Load again what torch has changed, or left elsewhere.
+    """Restore state that ``torch.optim.Optimizer.load_state_dict`` has changed.
 
-    It rounds float32 state of 16-bit parameters to their dtype, and leaves counts of steps on the
-    device that they were saved from.
+    Torch rounds float32 state of 16-bit parameters to the parameter's dtype. It leaves step counts
+    on the device that they were saved from.
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -32,10 +32,10 @@ def load_wide_state(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
 
 
 def no_steps(param: Tensor) -> Tensor:
-    """Return the count of a parameter's steps: on its device, where CUDA kernels count them."""
+    """Return a step count of zero on the parameter's device, where CUDA kernels update it."""
     return torch.zeros((), dtype=torch.float32, device=param.device)
 
 
 def zeros_like_wide(param: Tensor) -> Tensor:
-    """Return state for a parameter: float32, or float64 for float64, in its layout."""
+    """Return zeros in the parameter's shape and layout: float64 for float64, else float32."""
     return torch.zeros_like(param.detach(), dtype=wide_dtype(param))

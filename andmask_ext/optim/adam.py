@@ -1,4 +1,4 @@
-"""Adam and AdamW on aggregated gradients."""
+"""Adam and AdamW along aggregated gradients."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ __all__ = ["AndMaskAdam", "AndMaskAdamW"]
 
 
 class AndMaskAdam(EnvironmentOptimizer):
-    r"""Adam on what the environments agree on.
+    r"""Adam along the gradient that a rule aggregates over environments.
 
-    The update of :class:`torch.optim.Adam` with the aggregated gradient in the place of the mean
-    one; one pass over memory resolves the moments and updates. The mask precedes Adam's averages,
-    as in the authors' code: a coordinate that is masked now still moves by its momentum.
+    The update is that of :class:`torch.optim.Adam`, with the aggregated gradient instead of the
+    mean gradient. One pass over memory aggregates and updates. The mask comes before Adam's
+    averages, as in the authors' code, so a masked coordinate still moves by its momentum.
 
-    State (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``) is named as in torch.optim and
-    loads from there; it is float32 for 16-bit parameters.
+    State (``step``, ``exp_avg``, ``exp_avg_sq``, ``max_exp_avg_sq``) has the names of torch.optim,
+    and states of torch.optim load. State of 16-bit parameters is float32.
 
     Args:
         params: parameters or dicts of groups.
-        lr: learning rate; a number or a tensor.
-        betas: decay rates of the averages of the gradient and of its square.
+        lr: learning rate, a number or a tensor of one element.
+        betas: decay rates of the averages of the gradient and of its square, in [0, 1).
         eps: added to the denominator.
-        weight_decay: factor of the L2 penalty, or of the decay.
+        weight_decay: factor of the L2 penalty or of the decoupled decay.
         amsgrad: use the largest average of squares so far (Reddi et al. 2018).
-        maximize: ascend.
-        tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. There
-            is no default: with the signs of noise a threshold near 1 freezes the model.
-        rescale: divide each parameter's update by its share of kept coordinates.
+        maximize: maximize the loss instead of minimizing it.
+        tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. It
+            has no default: on noisy gradients a threshold near 1 freezes the model.
+        rescale: divide each parameter's update by the share of its coordinates that are kept.
         rule: a rule on moments, instead of ``tau``. A param group may have its own ``"tau"`` or
-            ``"rule"``: ``rule=andmask_ext.rules.Mean()`` leaves a group of biases or norms out of
-            the vote.
+            ``"rule"``. For example, ``rule=andmask_ext.rules.Mean()`` excludes a group of biases
+            from the vote.
         weight_decay_mode: ``"after_mask"``, ``"before_mask"`` or ``"decoupled"``: see
             :class:`AndMaskSGD`.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
 
     Raises:
-        TypeError: an option has another type, or the rule needs whole columns.
-        ValueError: an option lies outside its range; ``tau`` and ``rule`` are both given, or
-            neither.
+        TypeError: an option has the wrong type, or the rule needs all gradients at once.
+        ValueError: an option lies outside its range, or not exactly one of ``tau`` and ``rule`` is
+            given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -139,13 +139,13 @@ class AndMaskAdam(EnvironmentOptimizer):
 
 
 class AndMaskAdamW(AndMaskAdam):
-    r"""AdamW on what the environments agree on: :class:`AndMaskAdam` with decoupled decay.
+    r"""AdamW along the aggregated gradient: :class:`AndMaskAdam` with decoupled weight decay.
 
-    The update of :class:`torch.optim.AdamW` with the aggregated gradient in the place of the mean
-    one. All parameters, masked or not, shrink by ``lr * weight_decay``.
+    The update is that of :class:`torch.optim.AdamW`, with the aggregated gradient instead of the
+    mean gradient. All coordinates, masked or not, shrink by the factor ``1 - lr * weight_decay``.
 
-    Arguments and errors are those of :class:`AndMaskAdam`; only the defaults ``weight_decay=1e-2``
-    and ``weight_decay_mode="decoupled"`` differ.
+    Arguments and errors are those of :class:`AndMaskAdam`. Only the defaults differ:
+    ``weight_decay=1e-2`` and ``weight_decay_mode="decoupled"``.
 
     Example:
         >>> import torch, andmask_ext as am

@@ -1,9 +1,9 @@
-"""The specification of the optimizers: float64 and plain PyTorch, written to be read.
+"""Specification of the optimizers in plain PyTorch and float64.
 
-Each follows one parameter. ``step`` takes the stacked gradients of its environments
-``[d, *shape]`` (those of :class:`TemporalAndMaskAdam`: one gradient ``[*shape]``) and returns the
-parameter after it. Tests compare the native optimizers with these, step by step; no other module
-of the package imports them.
+Each class updates one parameter. ``step`` takes the stacked gradients ``[d, *shape]`` of d
+environments and returns the new parameter. Only :class:`TemporalAndMaskAdam` takes one gradient
+``[*shape]``. Tests compare the native optimizers with these classes, step by step. No other module
+of the package imports this one.
 
 Reference:
     Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3 and
@@ -23,7 +23,7 @@ __all__ = ["AndMaskAdam", "AndMaskAdamW", "AndMaskSGD", "TemporalAndMaskAdam"]
 
 
 class _EnvironmentOptimizer:
-    """One parameter, its weight decay, and the rule that makes one gradient of several."""
+    """One parameter, its weight decay, and the rule that aggregates its gradients."""
 
     def __init__(
         self,
@@ -44,14 +44,14 @@ class _EnvironmentOptimizer:
         self.rule = rule or (lambda grads: masked_mean(grads, tau, rescale))
 
     def aggregate(self, grads: Tensor) -> Tensor:
-        """Return the gradient to descend along, after the decay that comes with it."""
+        """Return the aggregated gradient, weight decay included. Apply decoupled decay."""
         grads = grads.detach().double()
         if self.maximize:
             grads = -grads
         if self.weight_decay_mode == "before_mask":  # the penalty is in every environment's loss
             return self.rule(grads + self.weight_decay * self.param)
         grad = self.rule(grads)
-        if self.weight_decay_mode == "after_mask":  # the penalty has no environment
+        if self.weight_decay_mode == "after_mask":  # the penalty does not vote
             return grad + self.weight_decay * self.param
         self.param -= self.lr * self.weight_decay * self.param  # "decoupled"
         return grad

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent on aggregated gradients."""
+"""Stochastic gradient descent along aggregated gradients."""
 
 from __future__ import annotations
 
@@ -18,36 +18,37 @@ __all__ = ["AndMaskSGD"]
 
 
 class AndMaskSGD(EnvironmentOptimizer):
-    r"""SGD on what the environments agree on.
+    r"""SGD along the gradient that a rule aggregates over environments.
 
-    The update of :class:`torch.optim.SGD` with the aggregated gradient in the place of the mean
-    one. Options are those of a param group, so each group may have its own.
+    The update is that of :class:`torch.optim.SGD`, with the aggregated gradient instead of the
+    mean gradient. Each param group may have its own options. State (``momentum_buffer``) is float32
+    for 16-bit parameters.
 
     Args:
         params: parameters or dicts of groups.
-        lr: learning rate; a number or a tensor.
+        lr: learning rate, a number or a tensor of one element.
         momentum: factor of the momentum buffer.
-        dampening: for momentum.
-        weight_decay: factor of the L2 penalty, or of the decay.
+        dampening: the momentum buffer adds ``1 - dampening`` times the gradient.
+        weight_decay: factor of the L2 penalty or of the decoupled decay.
         nesterov: Nesterov momentum; needs a momentum and no dampening.
-        maximize: ascend.
-        tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. There
-            is no default: with the signs of noise a threshold near 1 freezes the model.
-        rescale: divide each parameter's update by its share of kept coordinates.
+        maximize: maximize the loss instead of minimizing it.
+        tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. It
+            has no default: on noisy gradients a threshold near 1 freezes the model.
+        rescale: divide each parameter's update by the share of its coordinates that are kept.
         rule: a rule on moments, instead of ``tau``. A param group may have its own ``"tau"`` or
-            ``"rule"``: ``rule=andmask_ext.rules.Mean()`` leaves a group of biases or norms out of
-            the vote.
+            ``"rule"``. For example, ``rule=andmask_ext.rules.Mean()`` excludes a group of biases
+            from the vote.
         weight_decay_mode: ``"after_mask"`` adds ``weight_decay * param`` to the aggregated
-            gradient, so coordinates without agreement shrink too (as the paper's authors advise);
-            ``"before_mask"`` adds it to the gradient of each environment, where it takes part in
-            the vote; ``"decoupled"`` shrinks the parameter itself by ``lr * weight_decay``.
+            gradient, so coordinates without agreement shrink too, as the paper's authors advise.
+            ``"before_mask"`` adds it to the gradient of each environment, so it takes part in the
+            vote. ``"decoupled"`` multiplies the parameter by ``1 - lr * weight_decay``.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
 
     Raises:
-        TypeError: an option has another type, or the rule needs whole columns.
-        ValueError: an option lies outside its range; ``tau`` and ``rule`` are both given, or
-            neither.
+        TypeError: an option has the wrong type, or the rule needs all gradients at once.
+        ValueError: an option lies outside its range, or not exactly one of ``tau`` and ``rule`` is
+            given.
 
     Example:
         >>> import torch, andmask_ext as am

@@ -20,31 +20,32 @@ __all__ = ["TemporalAndMaskAdam"]
 class TemporalAndMaskAdam(Optimizer):
     r"""Adam that moves a coordinate only while the signs of its recent gradients agree.
 
-    An ordinary loop with one backward pass per step, each on another environment (or batch). With
-    gradient g: :math:`m \leftarrow \beta_1 m + (1-\beta_1) g`,
+    Use it in an ordinary loop with one backward pass per step, each on another environment or
+    batch. With gradient g: :math:`m \leftarrow \beta_1 m + (1-\beta_1) g`,
     :math:`v \leftarrow \beta_2 v + (1-\beta_2) g^2`,
     :math:`a \leftarrow \beta_3 a + (1-\beta_3)\,\mathrm{sign}(g)`,
     :math:`b = 1[|a| \ge \tau]`, :math:`\theta \leftarrow \theta - \alpha\,(m \odot b) /
-    (\sqrt v + \epsilon)`. As printed in the paper, there is no bias correction by default: a starts
-    at zero, so with a large :math:`\beta_3` nothing moves in the first steps. The comparison
-    forgives rounding of 1e-6. A zero gradient votes for neither sign.
+    (\sqrt v + \epsilon)`. As in the paper, there is no bias correction by default. The average a
+    starts at zero, so with a large :math:`\beta_3` nothing moves in the first steps. The comparison
+    with tau has a tolerance of 1e-6. A zero gradient votes for neither sign.
 
-    The paper's best setting on CoinRun: lr .0078, beta1 .21, beta3 .79, tau .36, weight decay .057.
+    The paper's best setting on CoinRun is lr 0.0078, beta1 0.21, beta3 0.79, tau 0.36 and weight
+    decay 0.057.
 
     Args:
         params: parameters or dicts of groups.
-        lr: learning rate; a number or a tensor.
-        betas: (beta1, beta2, beta3).
+        lr: learning rate, a number or a tensor of one element.
+        betas: (beta1, beta2, beta3): decay rates of m, v and a, in [0, 1).
         eps: added to the denominator.
-        weight_decay: factor of the L2 penalty, or of the decay.
+        weight_decay: factor of the L2 penalty or of the decoupled decay.
         tau: agreement threshold in [0, 1]. It has no default: 1 freezes the model.
-        weight_decay_mode: ``"after_mask"`` adds the L2 penalty to the averages of the gradient, not
-            to the vote; ``"decoupled"`` shrinks all parameters by ``lr * weight_decay``, as AdamW.
+        weight_decay_mode: ``"after_mask"`` adds the L2 penalty to m and v, not to the vote.
+            ``"decoupled"`` multiplies all parameters by ``1 - lr * weight_decay``, as AdamW does.
         bias_correction: divide m, v and a by ``1 - beta^step`` each. With ``tau=0`` this is Adam.
-        maximize: ascend.
+        maximize: maximize the loss instead of minimizing it.
 
     Raises:
-        TypeError: an option has another type, or a gradient is sparse.
+        TypeError: an option has the wrong type, or a gradient is sparse.
         ValueError: an option lies outside its range.
 
     Example:
@@ -92,7 +93,7 @@ class TemporalAndMaskAdam(Optimizer):
         """Add a group of parameters, as :meth:`torch.optim.Optimizer.add_param_group`.
 
         Raises:
-            TypeError: a parameter or an option of the group has another type.
+            TypeError: a parameter or an option of the group has the wrong type.
             ValueError: an option of the group lies outside its range.
         """
         super().add_param_group(param_group)
@@ -124,7 +125,13 @@ class TemporalAndMaskAdam(Optimizer):
         """Update the parameters by their ``.grad``.
 
         Args:
-            closure: computes the gradients again and returns a loss, which is returned.
+            closure: computes the gradients again and returns a loss.
+
+        Returns:
+            The loss of ``closure``; None without one.
+
+        Raises:
+            TypeError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
@@ -173,7 +180,7 @@ class TemporalAndMaskAdam(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`.
 
-        State that is wider than its 16-bit parameter stays so.
+        State of 16-bit parameters stays in float32.
         """
         super().load_state_dict(state_dict)
         load_wide_state(self, state_dict)

@@ -1,4 +1,4 @@
-"""Any torch optimizer on aggregated gradients."""
+"""A wrapper that gives any torch optimizer aggregated gradients."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ __all__ = ["EnvironmentWrapper"]
 
 
 class EnvironmentWrapper(EnvironmentOptimizer):
-    """Wrap any torch optimizer so that a rule over environments makes its gradients.
+    """Wrap any torch optimizer so that it steps along aggregated gradients.
 
-    The wrapped optimizer's param groups and state are shared: learning rate schedulers may be given
-    either of the two. Its ``step`` must not need a closure.
+    The wrapper and the wrapped optimizer share param groups and state, so a learning rate scheduler
+    may take either of them. The ``step`` of the wrapped optimizer must not need a closure.
 
     Args:
         optimizer: an optimizer over dense floating-point parameters.
-        rule: a rule on moments; a param group may have its own, under the key ``"rule"``.
-        tau: instead of a rule, the agreement threshold of ``AndMask(tau, rescale)``.
-        rescale: see ``tau``.
+        rule: a rule on moments. A param group may have its own, under the key ``"rule"``.
+        tau: agreement threshold in [0, 1], instead of ``rule``: short for
+            ``rule=AndMask(tau, rescale)``.
+        rescale: an option of ``AndMask``, with ``tau`` only.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, ``rule`` is no rule, or one that needs whole
-            columns.
-        ValueError: ``tau`` lies outside [0, 1]; ``tau`` and ``rule`` are both given, or neither.
+        TypeError: ``optimizer`` is no optimizer, ``rule`` is no rule, or the rule needs all
+            gradients at once.
+        ValueError: ``tau`` lies outside [0, 1], or not exactly one of ``tau`` and ``rule`` is
+            given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -95,8 +97,12 @@ class EnvironmentWrapper(EnvironmentOptimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer.
 
+        Args:
+            param_group: ``"params"`` and the options of the group.
+
         Raises:
-            TypeError: a parameter has another dtype, or the rule is none on moments.
+            RuntimeError: there are environments since the last step.
+            TypeError: a parameter has an unsupported dtype, or the rule is not a rule on moments.
         """
         building = not hasattr(self, "param_groups") or (
             self.param_groups is not self.optimizer.param_groups
@@ -121,6 +127,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`."""
+        self._pending.require_closed("load_state_dict")
         self._pending.drop()
         rules = [group["rule"] for group in self.param_groups]
         self.optimizer.load_state_dict(state_dict)

@@ -1,13 +1,13 @@
-"""Figures of metrics; needs matplotlib: ``pip install andmask_ext[plots]``.
+"""Figures of metrics. They need matplotlib: ``pip install andmask_ext[plots]``.
 
-Every function takes matplotlib axes as ``ax``, or opens a figure that fits a README, and returns
-the axes: one, or a list of them where there are several panels (the figure is ``axes.figure``, or
-``axes[0].figure``). Nothing is shown or saved, and matplotlib's settings are left as they were.
-``palette`` and ``style`` hold the colours and the look, for figures of your own.
+Every function draws into matplotlib axes ``ax``, or opens a figure that fits a README. It returns
+the axes, or a list of axes if there are several panels. The figure is ``axes.figure`` or
+``axes[0].figure``. Nothing is shown or saved, and matplotlib's settings do not change.
+``palette`` and ``style`` hold the colours and the look, which other figures can use too.
 """
 
 try:
-    import matplotlib as _matplotlib  # noqa: F401  # only to tell what is missing
+    import matplotlib as _matplotlib  # noqa: F401  # only to report that it is missing
 except ImportError as error:
     raise ImportError(
         "andmask_ext.plots needs matplotlib: pip install 'andmask_ext[plots]'"

@@ -1,4 +1,4 @@
-"""What the figures of this package share: axes, checks of arguments, words."""
+"""Shared parts of the figures: axes, checks of arguments, labels."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import palette
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# Vermilion is conflict, blue is agreement; blue ends darker, so that the ends differ in grey, too.
+# Vermilion is conflict, blue is agreement. Blue ends darker, so the ends also differ in grey.
 DIVERGING: Final = LinearSegmentedColormap.from_list(
     "conflict", [palette.VERMILION, "#F3C9A5", "#FFFFFF", "#8DBFE0", "#00456F"]
 ).with_extremes(bad="#BBBBBB")
@@ -34,7 +34,7 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
 def panels_or_new(
     ax: Sequence[Axes] | None, count: int, rows: int, size: tuple[float, float], **options: Any
 ) -> list[Axes]:
-    """Return the ``count`` panels ``ax``, or those of a new figure; surplus panels are removed."""
+    """Return the ``count`` panels ``ax``, or panels of a new figure without surplus ones."""
     if ax is None:
         columns = -(-count // rows)
         figure, grid = plt.subplots(
@@ -43,16 +43,16 @@ def panels_or_new(
         for spare in grid.flat[count:]:
             figure.delaxes(spare)
         return list(grid.flat[:count])
-    given = list(ax.flat if isinstance(ax, np.ndarray) else ax) if np.iterable(ax) else [ax]
-    if not all(isinstance(one, Axes) for one in given):
+    panels = list(ax.flat if isinstance(ax, np.ndarray) else ax) if np.iterable(ax) else [ax]
+    if not all(isinstance(panel, Axes) for panel in panels):
         raise TypeError("ax: expected a sequence of matplotlib Axes")
-    if len(given) != count:
-        raise ValueError(f"ax: expected {count} axes, one for each panel, but got {len(given)}")
-    return given
+    if len(panels) != count:
+        raise ValueError(f"ax: expected {count} axes, one for each panel, but got {len(panels)}")
+    return panels
 
 
 def environment_names(count: int, labels: Sequence[str] | None) -> list[str]:
-    """Return ``labels``, or A, B, C and so on; numbers where letters do not suffice."""
+    """Return ``labels``. Default: A, B, C and so on, or numbers if there are too few letters."""
     if labels is None:
         letters = count <= len(string.ascii_uppercase)
         return list(string.ascii_uppercase[:count]) if letters else [str(i) for i in range(count)]
@@ -62,13 +62,13 @@ def environment_names(count: int, labels: Sequence[str] | None) -> list[str]:
 
 
 def check_has(name: str, value: object, attributes: tuple[str, ...], maker: str) -> None:
-    """Raise unless ``value`` is what some function of the metrics returns."""
+    """Raise unless ``value`` has the attributes of the result of a metric."""
     if not all(hasattr(value, attribute) for attribute in attributes):
         raise TypeError(f"{name}: expected {maker}, but got {type(value).__name__}")
 
 
 def as_array(name: str, value: object, dims: int) -> Array:
-    """Return a tensor's values as a float64 array, wherever they lie."""
+    """Return a tensor on any device as a float64 array."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a Tensor, but got {type(value).__name__}")
     if value.dim() != dims:
@@ -80,9 +80,9 @@ def as_array(name: str, value: object, dims: int) -> Array:
 
 
 def percent(share: float) -> str:
-    """Write a share for people: two digits that count, and ``<`` rather than a long fraction."""
+    """Format a share with two significant digits. A tiny share becomes ``<`` and a limit."""
     if share == 0 or share >= 0.9995:
         return f"{100 * share:.0f} %"
     if share < 1e-5:
-        return "< .001 %"
+        return "< 0.001 %"
     return f"{100 * share:.2g} %" if share < 0.0995 else f"{100 * share:.1f} %"

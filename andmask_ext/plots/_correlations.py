@@ -1,4 +1,4 @@
-"""Cosines between environments' gradients, and correlations of the update with signals."""
+"""Figures of cosines between gradients, and of correlations of the update with signals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .style import LINES, WIDTH, style
 
 __all__ = ["gradient_correlation", "gradient_cosines"]
 
-_WRITTEN = 12  # environments up to which the values are written into the cells
-_NAMED = 24  # environments up to which each has its name at the axes
+_WRITTEN = 12  # largest number of environments with values in the cells
+_NAMED = 24  # largest number of environments with a name for each
 
 
 def gradient_cosines(
@@ -25,18 +25,20 @@ def gradient_cosines(
 ) -> Axes:
     """Draw the cosines between the gradients of every two environments.
 
+    Blue cells point the same way, vermilion cells point against each other, white cells are
+    orthogonal, and grey cells are NaN. With up to 12 environments, the cells show the values.
+
     Args:
         matrix: cosines in [-1, 1], as :func:`andmask_ext.metrics.gradient_cosines` returns them.
-        labels: names of the environments; numbers by default.
-        ax: where to draw.
+        labels: names of the environments; default: numbers.
+        ax: the axes to draw into; default: a new figure.
 
     Returns:
-        The axes: blue points the same way, vermilion against it, white is orthogonal, and grey is
-        not a number. Up to 12 environments, values are written into the cells.
+        The axes.
 
     Raises:
         TypeError: ``matrix`` is not a tensor.
-        ValueError: it is not square, or ``labels`` are not as many as environments.
+        ValueError: ``matrix`` is not square, or there is not one label per environment.
 
     Shape:
         - matrix: :math:`(d, d)`
@@ -93,15 +95,16 @@ def gradient_cosines(
 
 
 def gradient_correlation(result: Correlations, *, ax: Axes | None = None) -> Axes:
-    """Draw how the masked gradient correlates with signals, over the threshold.
+    """Draw the correlation of the masked gradient with each signal, as a function of the threshold.
+
+    There is a line for each signal. It has gaps where nothing is kept.
 
     Args:
-        result: as :func:`andmask_ext.metrics.gradient_correlation` returns it.
-        ax: where to draw.
+        result: the result of :func:`andmask_ext.metrics.gradient_correlation`.
+        ax: the axes to draw into; default: a new figure.
 
     Returns:
-        The axes, with a line for each signal; where nothing is kept there is no correlation, and
-        lines have gaps.
+        The axes.
 
     Raises:
         TypeError: a part of the result is not a tensor.

@@ -1,4 +1,4 @@
-"""What the figures read of the metrics."""
+"""The attributes of metrics that the figures read."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class Votes(Protocol):
-    """A histogram of votes, as of :func:`andmask_ext.metrics.vote_histogram`."""
+    """The result of :func:`andmask_ext.metrics.vote_histogram`."""
 
     @property
     def environments(self) -> int:
-        """Their number d."""
+        """The number d of environments."""
 
     @property
     def counts(self) -> Tensor:
@@ -21,15 +21,15 @@ class Votes(Protocol):
 
     @property
     def noise(self) -> Tensor:
-        """Shares expected of pure noise, ``[d + 1]``."""
+        """Shares expected for pure noise, ``[d + 1]``."""
 
 
 class Curve(Protocol):
-    """What the AND-mask keeps over its threshold, as of :func:`andmask_ext.metrics.tau_curve`."""
+    """The result of :func:`andmask_ext.metrics.tau_curve`."""
 
     @property
     def tau(self) -> Tensor:
-        """0, 1/d, ..., 1."""
+        """The thresholds 0, 1/d, ..., 1."""
 
     @property
     def kept_fraction(self) -> Tensor:
@@ -37,7 +37,7 @@ class Curve(Protocol):
 
     @property
     def noise_kept_fraction(self) -> Tensor:
-        """The same of pure noise, ``[d + 1]``."""
+        """Share of kept coordinates expected for pure noise, ``[d + 1]``."""
 
     @property
     def norm(self) -> Tensor:
@@ -45,7 +45,7 @@ class Curve(Protocol):
 
 
 class Records(Protocol):
-    """Metrics per parameter over training steps, as of :class:`andmask_ext.metrics.Monitor`."""
+    """Metrics per parameter and training step, as in :class:`andmask_ext.metrics.Monitor`."""
 
     @property
     def steps(self) -> Sequence[int]:
@@ -56,11 +56,11 @@ class Records(Protocol):
         """The parameters, in the model's order."""
 
     def series(self, metric: str) -> Tensor:
-        """Return a metric's values, ``[records, parameters]``."""
+        """Return the values of a metric, ``[records, parameters]``."""
 
 
 class Correlations(Protocol):
-    """Correlations with signals, as of :func:`andmask_ext.metrics.gradient_correlation`."""
+    """The result of :func:`andmask_ext.metrics.gradient_correlation`."""
 
     @property
     def tau(self) -> Tensor:
@@ -68,4 +68,4 @@ class Correlations(Protocol):
 
     @property
     def correlations(self) -> Mapping[str, Tensor]:
-        """For each signal, ``[t]``."""
+        """Correlations with each signal, ``[t]``."""

@@ -1,4 +1,4 @@
-"""Kept coordinates of every parameter over training."""
+"""The figure of kept coordinates of every parameter during training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .style import WIDTH, style
 
 __all__ = ["kept_fraction"]
 
-_LETTERS = 30  # of a parameter's name
-_ROWS = 40  # with a name each; of more parameters some are named
+_LETTERS = 30  # the longest name of a parameter
+_ROWS = 40  # the largest number of parameters with a name for each
 
 
 def kept_fraction(
@@ -29,21 +29,23 @@ def kept_fraction(
 ) -> Axes:
     """Draw a heat map of the share of coordinates that the AND-mask keeps, by parameter and step.
 
+    The first parameter is the top row. Long names are cut in the middle. NaN is hatched.
+
     Args:
-        monitor: as :class:`andmask_ext.metrics.Monitor` recorded it.
-        relative: draw shares as multiples of what is kept of pure noise, logarithmically: white is
-            noise, blue more than that, vermilion less.
-        limits: lowest and highest value of the colours; by default 0, or as far below noise as
-            above it, up to the highest value there is.
-        ax: where to draw.
+        monitor: a :class:`andmask_ext.metrics.Monitor` with records.
+        relative: divide shares by the share expected for noise, and use a logarithmic scale. White
+            is noise, blue is more, and vermilion is less.
+        limits: lowest and highest value of the colours. Default: from 0 to the highest value; with
+            ``relative``, as far below noise as the highest value is above it.
+        ax: the axes to draw into; default: a new figure.
 
     Returns:
-        The axes: the first parameter is the top row; long names are cut in the middle. What is
-        not a number is hatched.
+        The axes.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: there is no record or no parameter, shapes differ, or ``limits`` do not rise.
+        ValueError: there is no record or no parameter, shapes differ, or ``limits`` do not
+            increase.
 
     Example:
         >>> import torch
@@ -68,7 +70,7 @@ def kept_fraction(
         with np.errstate(divide="ignore", invalid="ignore"):
             values = values / noise
     low, high = _limits(values, relative, limits)
-    if relative:  # a logarithmic scale has no place for 0, which belongs at its low end
+    if relative:  # a logarithmic scale has no 0: draw it at the low end
         values = np.where(values <= 0, low, np.where(np.isposinf(values), high, values))
     with style():
         axes = axes_or_new(ax, (WIDTH, 1.3 + min(max(0.21 * len(names), 1.2), 7)))
@@ -80,7 +82,7 @@ def kept_fraction(
             norm=LogNorm(low, high) if relative else Normalize(low, high),
             rasterized=True,
         )
-        # Grey alone would look like the middle of the colours.
+        # Grey alone looks like the middle of the colours.
         axes.patch.set(facecolor="white", hatch="/////", edgecolor="#777777", linewidth=0)
         axes.set_ylim(len(names) - 0.5, -0.5)
         shown = range(0, len(names), -(-len(names) // _ROWS))
@@ -135,7 +137,7 @@ def _limits(
 
 
 def _edges(steps: Array) -> Array:
-    """Return borders half-way between the steps."""
+    """Return cell edges half-way between the steps."""
     if len(steps) == 1:
         return np.array([steps[0] - 0.5, steps[0] + 0.5])
     middle = (steps[:-1] + steps[1:]) / 2
@@ -143,7 +145,7 @@ def _edges(steps: Array) -> Array:
 
 
 def _elided(name: str) -> str:
-    """Cut a long name in its middle: what tells parameters apart stands at both ends."""
+    """Cut a long name in the middle, as both ends are needed to distinguish parameters."""
     if len(name) <= _LETTERS:
         return name
     head = _LETTERS // 3

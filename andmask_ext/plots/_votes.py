@@ -1,4 +1,4 @@
-"""Votes: their histogram, and what a threshold keeps of them."""
+"""Figures of the histogram of votes, and of what a threshold keeps."""
 
 from __future__ import annotations
 
@@ -17,27 +17,29 @@ from .style import SMALL, WIDTH, style
 
 __all__ = ["tau_curve", "vote_histogram"]
 
-_DOTS = 33  # steps that are told apart
-_BARS = 64  # more numbers of votes than this are merged
+_DOTS = 33  # largest number of steps with a dot for each
+_BARS = 64  # largest number of bars; more numbers of votes share bars
 
 
 def vote_histogram(
     histogram: Votes, tau: float | None = None, *, log: bool = False, ax: Axes | None = None
 ) -> Axes:
-    """Draw how many coordinates have how much agreement, beside what pure noise would have.
+    """Draw the distribution of agreement over coordinates, and that of pure noise.
 
-    Signs of d environments add up to d, d - 2, ...: these numbers of votes have bars. A coordinate
-    where gradients are exactly 0 can lie in between, and is drawn with the number below. With more
-    than 64 numbers neighbours share a bar.
+    Bars are shares of coordinates, and the outline is noise. Signs of d environments add up to d,
+    d - 2 and so on. These numbers of votes have bars. A coordinate with zero gradients can have a
+    number in between, and counts for the bar below. With more than 64 numbers, neighbours share a
+    bar.
 
     Args:
-        histogram: as :func:`andmask_ext.metrics.vote_histogram` returns it.
-        tau: mark this threshold, and say what it keeps; the share is counted, not read off bars.
-        log: logarithmic shares.
-        ax: where to draw.
+        histogram: the result of :func:`andmask_ext.metrics.vote_histogram`.
+        tau: mark this threshold and the share that it keeps. The share is exact even if numbers
+            share bars.
+        log: use a logarithmic scale for shares.
+        ax: the axes to draw into; default: a new figure.
 
     Returns:
-        The axes: bars are shares of coordinates, the outline is noise.
+        The axes.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -117,15 +119,15 @@ def vote_histogram(
 
 
 def _bars(environments: int, with_zero: bool) -> tuple[Array, Array]:
-    """Return of each bar its first number of votes, and the edges of all bars, in votes."""
+    """Return the first number of votes of each bar, and the edges of all bars in votes."""
     possible = np.arange(environments % 2, environments + 1, 2)
     least = -(-len(possible) // _BARS)
-    # Bars are filled from unanimity downwards, with the size that leaves the lowest one fullest.
+    # Bars are filled from unanimity downwards. The size is chosen so that the lowest is fullest.
     size = min(range(least, 3 * least // 2 + 1), key=lambda n: (-len(possible) % n / n, n))
     lowest = len(possible) % size
     starts = np.append(possible[:1] if lowest else [], possible[lowest::size]).astype(int)
     edges = np.append(starts - 1.0, environments + 1.0)
-    if with_zero and environments % 2 and size == 1:  # no votes, out of an odd number: a bar more
+    if with_zero and environments % 2 and size == 1:  # odd d has no bar for 0 votes: add one
         return np.append(0, starts), np.append(-1.0, edges)
     starts[0] = 0
     return starts, edges
@@ -134,9 +136,9 @@ def _bars(environments: int, with_zero: bool) -> tuple[Array, Array]:
 def _mark_threshold(
     axes: Axes, tau: float, least: int, environments: int, shares: Array, noise: Array
 ) -> bool:
-    """Draw a line left of what the threshold keeps, and say how much; return if the text is right.
+    """Draw a line left of what the threshold keeps, with the share. Return if the text is right.
 
-    The line is the border between bars, or in the middle of one that stands for many.
+    The line is at the border between bars, or in the middle of a bar that merges several numbers.
     """
     place = (least - (environments - least + 1) % 2) / environments
     axes.axvline(place, color=palette.VERMILION, linewidth=1.6, label="_threshold")
@@ -166,22 +168,22 @@ def _mark_threshold(
 
 
 def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = None) -> list[Axes]:
-    """Draw what the AND-mask keeps over its threshold: share of coordinates, norm of the update.
+    """Draw the share of kept coordinates and the norm of the update as functions of the threshold.
 
-    Both are steps: between two thresholds k / d nothing changes.
+    Both are step functions, as nothing changes between two thresholds k / d. Values that are not
+    finite are left out, and a note in the figure counts them.
 
     Args:
-        curve: as :func:`andmask_ext.metrics.tau_curve` returns it.
-        log: logarithmic shares; the noise falls exponentially.
-        ax: two axes, where to draw.
+        curve: the result of :func:`andmask_ext.metrics.tau_curve`.
+        log: use a logarithmic scale for shares, as noise falls exponentially.
+        ax: two axes to draw into; default: a new figure.
 
     Returns:
-        The axes of shares, and those of norms. Values that are not finite are left out, and the
-        axes say so.
+        The axes of shares and the axes of norms.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the parts of the curve differ in length, or ``ax`` are not two.
+        ValueError: the parts of the curve differ in length, or ``ax`` does not hold two axes.
 
     Example:
         >>> import torch
@@ -251,6 +253,6 @@ def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = No
 
 
 def _ends(values: Array) -> dict[str, Any]:
-    """Mark where steps end: up to tau = k / d, and there, the mask is that of k / d."""
+    """Return markers for the ends of steps: a step ends at tau = k / d, which belongs to it."""
     last = np.flatnonzero(np.append(np.diff(values) != 0, True))
     return {"markevery": last.tolist() if len(last) <= _DOTS else []}

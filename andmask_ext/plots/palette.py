@@ -1,7 +1,7 @@
 """The colours of every figure.
 
-Okabe and Ito's palette, which colour-blind readers can tell apart. Where several curves share axes
-their line styles differ too, for readers without any colour.
+This is the palette of Okabe and Ito, which colour-blind readers can distinguish. Curves that share
+axes also differ in line style, for readers without colour.
 """
 
 from __future__ import annotations

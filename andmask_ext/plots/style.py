@@ -1,8 +1,8 @@
-"""The look of every figure: fonts, sizes and lines. Draw your own figures under it, too.
+"""The look of every figure: fonts, sizes and lines. Other figures can use it too.
 
-``style()`` is a context: what is drawn inside has the fonts of this package's figures. A figure of
-``WIDTH`` inches fills a README's column. ``LINES`` are the looks of curves that share axes, which
-differ without colour, too; ``SMALL`` is the font size of notes and legends.
+``style()`` is a context. Figures that are drawn inside have the fonts of this package. A figure of
+``WIDTH`` inches fills the column of a README. ``LINES`` are looks of curves that share axes. They
+also differ without colour. ``SMALL`` is the font size of notes and legends.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from . import palette
 
 __all__ = ["LINES", "SMALL", "WIDTH", "Line", "style"]
 
-WIDTH: Final = 8.3  # inches: a README's column of some 830 pixels, at 100 dots an inch
+WIDTH: Final = 8.3  # inches: the column of a README, about 830 pixels at 100 per inch
 SMALL: Final = 8.5  # points
 
 
 class Line(NamedTuple):
-    """How a curve looks that shares axes with others: ``axes.plot(x, y, **line._asdict())``."""
+    """The look of a curve that shares axes: ``axes.plot(x, y, **line._asdict())``."""
 
     color: str
     linestyle: Any
@@ -41,7 +41,7 @@ LINES: Final = (
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Apply the settings of all figures for a while: what is drawn under it keeps them.
+    """Return a context with the settings of all figures. Figures drawn inside keep them.
 
     Example:
         >>> from matplotlib.figure import Figure

@@ -1,4 +1,8 @@
-"""Rules: how the gradients of the environments become one update."""
+"""Rules: functions that aggregate the gradients of the environments to one update.
+
+Importing this module registers the rules by :func:`torch.serialization.add_safe_globals`. So
+checkpoints of optimizers load with ``torch.load(weights_only=True)``.
+"""
 
 from __future__ import annotations
 
@@ -28,5 +32,5 @@ __all__ = [
 
 for _name in __all__:
     _class = globals()[_name]
-    _class.__module__ = __name__  # pickles name the public place, wherever the class is written
+    _class.__module__ = __name__  # pickles store the public path of the class
     torch.serialization.add_safe_globals([_class])

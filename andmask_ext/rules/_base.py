@@ -1,4 +1,4 @@
-"""What rules have in common."""
+"""Base class of rules."""
 
 from __future__ import annotations
 
@@ -15,21 +15,31 @@ from ..moments import Moments
 
 
 class Rule:
-    """How the gradients of several environments become one update.
+    """Base class: a rule aggregates the gradients of several environments to one update.
 
-    Rules are immutable values: compare them, hash them, pickle them, share them between threads. A
-    checkpoint that holds one loads with ``torch.load(weights_only=True)``.
+    Rules are immutable values. They can be compared, hashed, pickled and shared between threads. A
+    checkpoint with rules loads with ``torch.load(weights_only=True)``.
 
-    To write a rule of your own, derive from this class and give it ``__call__``; everything in
-    this package that takes a rule takes it, and hands it the gradients of all environments. (A
-    plain function from ``[d, *shape]`` to ``[*shape]`` will do for :func:`andmask_ext.backward`.)
+    To write a rule, derive from this class and define ``__call__``. Such a rule needs the gradients
+    of all environments at once, so :func:`andmask_ext.backward` takes it, and optimizers do not.
+    (:func:`andmask_ext.backward` also takes a function from ``[d, *shape]`` to ``[*shape]``.)
+
+    The constructor checks the arguments of a rule. A call checks the gradients.
 
     Attributes:
-        name: of the rule in the native library.
-        moments: what the rule needs beside the sum of the gradients: a subset of ``"votes"``,
-            ``"squares"``, ``"logs"`` (see :class:`andmask_ext.Moments`). None: it needs the
-            gradients of all environments at once, and cannot be streamed.
+        name: the name of the rule in the native library.
+        moments: the moments that the rule needs in addition to the sum: a subset of ``"votes"``,
+            ``"squares"`` and ``"logs"`` (see :class:`andmask_ext.Moments`). None: it needs the
+            gradients of all environments at once.
         rescale: whether the update of a parameter is divided by the mean of its mask.
+
+    Raises:
+        TypeError: an argument of the rule has the wrong type.
+        ValueError: an argument of the rule lies outside its range.
+
+    Shape:
+        - grads: :math:`(d, *)`, stacked gradients
+        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext as am
@@ -49,19 +59,20 @@ class Rule:
 
     @property
     def arguments(self) -> list[float]:
-        """What the native rule takes, in its order."""
+        """The arguments of the native rule, in its order."""
         return []
 
     def __call__(self, grads: Tensor) -> Tensor:
         """Aggregate stacked gradients.
 
         Args:
-            grads: ``[d, *shape]``, dim 0 is the environment; float16, bfloat16, float32 or
-                float64, any strides.
+            grads: ``[d, *shape]`` for d environments: float16, bfloat16, float32 or float64, any
+                strides.
 
         Returns:
-            The update ``[*shape]``, dtype of ``grads``, contiguous. It is not differentiable: a
-            backward pass through it raises NotImplementedError (:class:`AndMask` is the exception).
+            The update ``[*shape]``, contiguous, in the dtype of ``grads``. Only that of
+            :class:`AndMask` is differentiable. A backward pass through others raises
+            NotImplementedError.
 
         Raises:
             TypeError: ``grads`` is not a dense floating-point tensor.
@@ -76,24 +87,25 @@ class Rule:
         return update
 
     def update(self, moments: Moments) -> list[Tensor | None]:
-        """Return the update of each parameter, None for those that no environment touched.
+        """Return the update of each parameter.
 
-        The moments stay as they are: several rules, or values of ``tau``, may be tried on them.
+        The moments do not change, so several rules or values of ``tau`` can be tried on them.
 
         Args:
-            moments: they keep every kind that ``self.moments`` names.
+            moments: moments with all kinds of ``self.moments``.
 
         Returns:
-            One tensor per parameter, in its shape, dtype, device and layout.
+            One tensor per parameter, in its shape, dtype, device and layout. None for a parameter
+            that no environment has a gradient for.
 
         Raises:
             TypeError: the rule needs the gradients of all environments at once.
-            ValueError: no environment has been added, or the rule needs a moment that is not kept.
+            ValueError: there is no environment, or the moments lack a kind that the rule needs.
         """
         return self._apply(moments, torch.ops.andmask._resolve.default)
 
     def _update_in_place(self, moments: Moments) -> list[Tensor | None]:
-        """Return what :meth:`update` returns, in the memory of the sums; the moments start anew."""
+        """Return the result of :meth:`update` in the memory of the sums. Reset the moments."""
 
         def resolve(*arguments: Any) -> list[Tensor]:
             torch.ops.andmask._resolve_.default(*arguments)
@@ -106,7 +118,7 @@ class Rule:
 
     def _apply(self, moments: Moments, op: Callable[..., list[Tensor]]) -> list[Tensor | None]:
         touched, params = moments._touched, moments._params
-        self._native_arguments(moments, touched)  # raises, even if there is nothing to do
+        self._native_arguments(moments, touched)  # checks, even if no parameter was touched
         updates: list[Tensor | None] = [None] * len(params)
         for places in by_device([params[index] for index in touched]):
             indices = [touched[place] for place in places]
@@ -117,7 +129,7 @@ class Rule:
         return updates
 
     def _native_arguments(self, moments: Moments, indices: Sequence[int]) -> tuple[Any, ...]:
-        """Return what the native consumers take: moments of some parameters, count and rule."""
+        """Return the arguments of native ops: moments of some parameters, count and rule."""
         if self.moments is None:
             raise TypeError(
                 f"{self} needs the gradients of all environments at once: use rule(grads)"
@@ -133,8 +145,8 @@ class Rule:
         return (*moments._lists(indices), moments.count, self.name, self.arguments, self.rescale)
 
     def _check_environments(self, environments: int) -> None:
-        """Raise ValueError if there are too few of them."""
+        """Raise ValueError if there are too few environments for the rule."""
 
     def _noise(self, grads: Tensor) -> Tensor | None:
-        """Draw what the rule needs of random numbers, from torch's global generator."""
+        """Draw the random numbers of the rule from torch's global generator; None: it has none."""
         return None

@@ -1,4 +1,4 @@
-"""Rules for gradients in conflict that sum rather than average, two of them at random."""
+"""Rules for conflicting gradients that sum instead of average. Two of them are random."""
 
 from __future__ import annotations
 
@@ -19,10 +19,6 @@ class AgreementSum(Rule):
 
     This is :class:`AndMask` with ``tau=1`` times the number of environments.
 
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
-
     Example:
         >>> import torch, andmask_ext
         >>> andmask_ext.rules.AgreementSum()(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
@@ -38,14 +34,10 @@ class AgreementSum(Rule):
 
 @dataclass(frozen=True)
 class AgreementRandom(Rule):
-    r"""The sum where all environments agree in sign; elsewhere normal noise of the sums' size.
+    r"""The sum of the gradients where all environments agree in sign, else normal noise.
 
-    The noise of a parameter is scaled by the mean of :math:`|\sum_e g_e|` over its coordinates
-    that agree, and is 0 if none do. It comes from torch's global generator.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+    The standard deviation of a parameter's noise is the mean of :math:`|\sum_e g_e|` over the
+    coordinates that agree, and 0 if none agree. The noise comes from torch's global generator.
 
     Example:
         >>> import torch, andmask_ext
@@ -65,17 +57,13 @@ class AgreementRandom(Rule):
 
 @dataclass(frozen=True)
 class SignDropout(Rule):
-    r"""GradDrop: keep the gradients of one sign, drawn with the probability of its share.
+    r"""GradDrop: keep the gradients of one sign, drawn in proportion to its share.
 
     .. math:: \sum_e g_e \left(\mathbb{1}[P > U] \mathbb{1}[g_e > 0] +
         \mathbb{1}[P < U] \mathbb{1}[g_e < 0]\right), \quad
         P = \tfrac12 \left(1 + \frac{\sum_e g_e}{\sum_e |g_e|}\right)
 
-    U is uniform in [0, 1), from torch's global generator, for each coordinate anew.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+    U is uniform in [0, 1) and is drawn for each coordinate from torch's global generator.
 
     Example:
         >>> import torch, andmask_ext

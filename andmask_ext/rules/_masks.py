@@ -1,4 +1,4 @@
-"""Rules that mask: where the environments disagree, the update is zero or small."""
+"""Rules with a mask: the update is zero or small where the environments disagree."""
 
 from __future__ import annotations
 
@@ -34,17 +34,9 @@ class AndMask(_Tau):
     .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| \ge \tau d] \cdot \bar g
 
     Args:
-        tau: agreement threshold in [0, 1]: a coordinate is kept iff the absolute sum of signs is at
-            least ``tau`` times the number of environments. 0 is plain averaging, 1 unanimity.
-        rescale: divide each parameter's update by its share of kept coordinates.
-
-    Raises:
-        TypeError: ``tau`` is not a number, or ``rescale`` not a bool.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+        tau: agreement threshold in [0, 1]. A coordinate is kept iff the absolute sum of signs is at
+            least ``tau`` times the number of environments. 0 averages, 1 asks for unanimity.
+        rescale: divide each parameter's update by the share of its coordinates that are kept.
 
     Example:
         >>> import torch, andmask_ext
@@ -76,20 +68,12 @@ class GeometricMean(_Tau):
     .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| \ge \tau d] \cdot \mathrm{sign}(\bar g)
         \exp\left(\tfrac1d \sum_e \log(|g_e| + 10^{-10})\right)
 
-    One environment with a small gradient is enough to make the update small. The authors found it
-    better than :class:`AndMask` where gradients are noisy and environments few.
+    One environment with a small gradient is enough to make the update small. The authors found this
+    rule better than :class:`AndMask` for noisy gradients and few environments.
 
     Args:
         tau: agreement threshold in [0, 1], as for :class:`AndMask`.
-        rescale: divide each parameter's update by its share of kept coordinates.
-
-    Raises:
-        TypeError: ``tau`` is not a number, or ``rescale`` not a bool.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+        rescale: divide each parameter's update by the share of its coordinates that are kept.
 
     Example:
         >>> import torch, andmask_ext
@@ -110,28 +94,20 @@ class GeometricMean(_Tau):
 
 @dataclass(frozen=True)
 class SandMask(_Tau):
-    r"""The smoothed AND-mask: agreement beyond tau counts the more, the less magnitudes vary.
+    r"""The smoothed AND-mask: a soft mask that is larger where magnitudes vary less.
 
     .. math:: m \cdot \bar g \Big/ \overline{m}, \quad
         m = \max\left(0, \tanh\frac{k (A - \tau)}{\mathrm{Var}_e\, g_e}\right), \quad
         A = \left|\tfrac1d \sum_e \mathrm{sign}(g_e)\right|
 
-    The variance is the unbiased one; what is not a number in it or in m becomes 1e-17, as in the
-    authors' code. Gradients are divided by nothing: their scale decides how sharp the mask is.
+    The variance is unbiased. A NaN in the variance or in m becomes 1e-17, as in the authors' code.
+    The mask depends on the scale of the gradients: smaller gradients give a sharper mask.
 
     Args:
-        tau: agreement threshold in [0, 1). At 1 no agreement is beyond it: the mask is 0
-            everywhere, and a warning says so.
+        tau: agreement threshold in [0, 1). 1 is allowed, but then the mask is 0 everywhere, and the
+            constructor warns.
         k: sharpness, positive.
         rescale: divide each parameter's update by the mean of its mask.
-
-    Raises:
-        TypeError: ``tau`` or ``k`` is not a number, or ``rescale`` not a bool.
-        ValueError: ``tau`` lies outside [0, 1], or ``k`` is not positive and finite.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext
@@ -167,21 +143,13 @@ class SandMask(_Tau):
 
 @dataclass(frozen=True)
 class MaskedAverage(_Tau):
-    r"""Gradient masked averaging: where agreement is too low, the mean is weighted by it.
+    r"""Gradient masked averaging: low agreement multiplies the mean instead of masking it.
 
     .. math:: \bar g \cdot \begin{cases} 1 & A \ge \tau \\ A & \text{else} \end{cases}, \quad
         A = \left|\tfrac1d \sum_e \mathrm{sign}(g_e)\right|
 
     Args:
-        tau: agreement threshold in [0, 1]. 0 is plain averaging.
-
-    Raises:
-        TypeError: ``tau`` is not a number.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+        tau: agreement threshold in [0, 1]. 0 averages.
 
     Example:
         >>> import torch, andmask_ext
@@ -206,18 +174,10 @@ class FedILC(_Tau):
     .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| \ge \tau d] \left(
         \tfrac{n_+}{d} \mathrm{GM}(g_e > 0) - \tfrac{n_-}{d} \mathrm{GM}(|g_e| : g_e < 0)\right)
 
-    GM is the geometric mean, :math:`n_\pm` how many it is of; a side with none is 0.
+    GM is the geometric mean and :math:`n_\pm` the number of its gradients. GM of none is 0.
 
     Args:
         tau: agreement threshold in [0, 1], as for :class:`AndMask`.
-
-    Raises:
-        TypeError: ``tau`` is not a number.
-        ValueError: ``tau`` lies outside [0, 1].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext

@@ -1,4 +1,4 @@
-"""Means that some environments cannot pull away: ranks decide which gradients count."""
+"""The mean, and robust means that a few outlying environments cannot move far."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._checks import check_grads, check_number
+from .._checks import check_count, check_grads, check_number
 from ._base import Rule
 
 
 @dataclass(frozen=True)
 class Mean(Rule):
-    r"""The plain mean over environments :math:`\bar g`: what training on the pooled data does.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+    r"""The plain mean over environments :math:`\bar g`, as in training on the pooled data.
 
     Example:
         >>> import torch, andmask_ext
@@ -31,11 +27,7 @@ class Mean(Rule):
 
 @dataclass(frozen=True)
 class Median(Rule):
-    """The median of each coordinate; of an even number of environments, the middle two's mean.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+    """The median of each coordinate. For even d it is the mean of the two middle values.
 
     Example:
         >>> import torch, andmask_ext
@@ -51,17 +43,13 @@ class Median(Rule):
 
 @dataclass(frozen=True)
 class MedianOfThree(Rule):
-    """The median of three means: of the first, the second and the last third of the environments.
+    """The median of the means of the first, second and last third of the environments.
 
-    Where three does not divide their number, the first groups are larger by one. Less noisy than
-    :class:`Median`, and fast; one environment that has gone astray spoils one group only.
+    If 3 does not divide the number of environments, the first groups have one more. The rule is
+    fast and less noisy than :class:`Median`. One outlying environment affects only one group.
 
     Raises:
-        ValueError: on call, if there are fewer than three environments.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+        ValueError: when called with fewer than three environments.
 
     Example:
         >>> import torch, andmask_ext
@@ -83,24 +71,19 @@ class MedianOfThree(Rule):
                 f"grads: MedianOfThree expected at least 3 environments, but got {grads.shape[0]}"
             )
         mean = Mean()
-        # Rounding of the means to 16 bits changes nothing: it keeps their order.
+        # Rounding the means to 16 bits keeps their order, so it does not change the median.
         return super().__call__(torch.stack([mean(part) for part in grads.tensor_split(3)]))
 
 
 @dataclass(frozen=True)
 class TrimmedMean(Rule):
-    """Drop the b largest and the b smallest gradients of each coordinate; average the rest.
+    """Drop the b largest and the b smallest gradients of each coordinate, and average the rest.
 
     Args:
-        b: how many to drop at each end; fewer than half the environments. 0 is the plain mean.
+        b: number of gradients to drop at each end, an int >= 0. 0 is the plain mean.
 
     Raises:
-        TypeError: ``b`` is not an int.
-        ValueError: ``b`` is negative; on call, if there are no more than ``2 * b`` environments.
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
+        ValueError: when called with ``2 * b`` or fewer environments.
 
     Example:
         >>> import torch, andmask_ext
@@ -118,10 +101,7 @@ class TrimmedMean(Rule):
     name = "trimmed_mean"
 
     def __post_init__(self) -> None:
-        if isinstance(self.b, bool) or not isinstance(self.b, int):
-            raise TypeError(f"b: expected an int, but got {type(self.b).__name__}")
-        if self.b < 0:
-            raise ValueError(f"b: expected an int of at least 0, but got {self.b}")
+        check_count("b", self.b, 0)
 
     @property
     def arguments(self) -> list[float]:
@@ -137,20 +117,12 @@ class TrimmedMean(Rule):
 
 @dataclass(frozen=True)
 class WinsorizedMean(Rule):
-    """Clip each coordinate to its percentiles c and 100 - c over environments; then average.
+    """Clip each coordinate to its percentiles c and 100 - c over environments, then average.
 
-    Percentiles lie between the values of two environments, linearly, as in ``numpy.percentile``.
+    Percentiles are interpolated linearly, as in ``numpy.percentile``.
 
     Args:
         c: per cent, in [0, 50]. 0 is the plain mean, 50 the median.
-
-    Raises:
-        TypeError: ``c`` is not a number.
-        ValueError: ``c`` lies outside [0, 50].
-
-    Shape:
-        - grads: :math:`(d, *)`, stacked gradients
-        - output: :math:`(*)`
 
     Example:
         >>> import torch, andmask_ext

@@ -2,7 +2,8 @@
 #include <atomic>
 #include <stdexcept>
 
-#include "../ops/lists.h"
+#include "../errors.h"
+#include "../tasks/aggregate.h"
 #include "device.h"
 #include "kernels/columns.h"
 #include "kernels/masked_mean.h"
@@ -13,10 +14,11 @@
 namespace andmask {
 namespace {
 
-// Columns of a moment rule at once: all their sums fit on the stack of any thread.
+// The number of columns that a rule on moments takes at once: their sums fit on the stack of any
+// thread.
 constexpr int64_t kMomentBlock = 256;
 
-// What is known of a column rule before it runs.
+// Facts about a column rule that are needed before it runs.
 struct ColumnFacts {
   bool fills;
   Ranking (*rank)(const double* arguments, int64_t environments);
@@ -24,7 +26,7 @@ struct ColumnFacts {
 
 template <typename... Rules>
 ColumnFacts column_facts(int rule, RuleList<Rules...>) {
-  constexpr ColumnFacts facts[] = {{Rules::kFills, make_ranking<Rules>}...};
+  constexpr ColumnFacts facts[] = {{Rules::kFillsMissing, make_ranking<Rules>}...};
   return facts[rule];
 }
 
@@ -35,7 +37,7 @@ void scale(const AggregateTask& call, const Units& units, double factor) {
   });
 }
 
-// The environments of a block of columns join their moments, and those become the update.
+// Accumulates the moments of a block of columns, and turns them into the update.
 template <typename F>
 void run_moments(const AggregateTask& call) {
   constexpr int64_t kTypes = static_cast<int64_t>(sizeof(F) == sizeof(double));
@@ -44,7 +46,7 @@ void run_moments(const AggregateTask& call) {
   const auto resolve = kernels.resolve[kTypes][call.moment_rule];
   const auto total_factor = kernels.total_factor[kTypes][call.moment_rule];
   const auto store = step_kernels(active_isa()).store[static_cast<int>(call.dtype)];
-  const unsigned moments = rule_info(call.moment_rule).moments;
+  const unsigned moments = moments_of(call.moment_rule, MomentRules());
   const Units units({call.columns});
   std::vector<double> totals(units.count());
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
@@ -56,18 +58,22 @@ void run_moments(const AggregateTask& call) {
     const MomentArrays arrays{sum, moments & kVotes ? votes : nullptr, sizeof(int32_t),
                               moments & kSquares ? squares : nullptr,
                               moments & kLogs ? logs : nullptr};
-    const ResolveTask task{arrays, sizeof(F) == sizeof(double) ? Dtype::float64 : Dtype::float32,
-                           call.arguments, call.environments};
+    const Update rule{.moments = arrays,
+                      .sum_dtype = sizeof(F) == sizeof(double) ? Dtype::float64 : Dtype::float32,
+                      .arguments = call.arguments,
+                      .count = call.environments};
     for (int64_t first = begin; first < end; first += kMomentBlock) {
       const int64_t columns = std::min(kMomentBlock, end - first);
       const void* const grads =
           static_cast<const char*>(call.grads) + first * item_size(call.dtype);
-      accumulate({grads, call.environments, call.stride, nullptr, 0, arrays}, 0, columns);
+      accumulate(
+          {.grads = grads, .rows = call.environments, .stride = call.stride, .moments = arrays}, 0,
+          columns);
       if (call.rescale) {
-        totals[unit] += total_factor(task, 0, columns);
-        resolve(task, 1, 0, columns, static_cast<F*>(call.wide) + first);
+        totals[unit] += total_factor(rule, 0, columns);
+        resolve(rule, 1, 0, columns, static_cast<F*>(call.wide) + first);
       } else {
-        resolve(task, 1, 0, columns, update);
+        resolve(rule, 1, 0, columns, update);
         store(update, call.out, first, first + columns);
       }
     }
@@ -78,7 +84,7 @@ void run_moments(const AggregateTask& call) {
   scale(call, units, inverse_density(total, static_cast<double>(call.columns)));
 }
 
-void run_columns(const AggregateTask& call) {
+void run_columns(const Cpu& cpu, const AggregateTask& call) {
   const ColumnFacts facts = column_facts(call.column_rule, ColumnRules());
   ColumnTask task{};
   task.grads = call.grads;
@@ -97,8 +103,7 @@ void run_columns(const AggregateTask& call) {
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
     if (!aggregate(task, begin, end, &kept[unit])) enough_memory = false;
   });
-  check(enough_memory, "andmask::aggregate", "out of memory for columns of ", call.environments,
-        " environments");
+  check(enough_memory, cpu.op, "out of memory for columns of ", call.environments, " environments");
   if (!facts.fills) return;
   Kept all{};
   for (const Kept& unit : kept) {
@@ -114,9 +119,9 @@ void run_columns(const AggregateTask& call) {
 
 }  // namespace
 
-void Cpu::aggregate(const AggregateTask& task) const {
+void run(const Cpu& cpu, const AggregateTask& task) {
   if (task.moment_rule < 0) {
-    run_columns(task);
+    run_columns(cpu, task);
   } else if (task.dtype == Dtype::float64) {
     run_moments<double>(task);
   } else {

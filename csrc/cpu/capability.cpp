@@ -27,8 +27,8 @@ static bool has_f16c() {
 
 Isa best_isa() {
 #if defined(ANDMASK_X86_LEVELS)
-  // Every CPU with these has the rest of its level (LZCNT, MOVBE) too, and the builtin also asks
-  // whether the operating system saves the wide registers. Not every compiler's knows F16C.
+  // Every CPU with these features has the rest of its level (LZCNT, MOVBE) too. The builtin also
+  // asks whether the operating system saves the wide registers. Some compilers' builtin lacks F16C.
   __builtin_cpu_init();
   const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && has_f16c();

@@ -1,4 +1,4 @@
-// Which instruction set the CPU kernels use.
+// The instruction set of the CPU kernels.
 #pragma once
 
 namespace andmask {
@@ -9,11 +9,11 @@ enum class Isa { baseline, v3, v4 };
 
 const char* name(Isa isa);
 
-// The best that this machine can run and that this library was compiled with.
+// The best instruction set of this machine for which this library was compiled.
 Isa best_isa();
 
-// best_isa(), lowered by ATEN_CPU_CAPABILITY (default, avx2, avx512: torch's own switch).
-// Read once, at the first call.
+// best_isa(), lowered by ATEN_CPU_CAPABILITY (default, avx2, avx512: torch's own switch). The
+// variable is read at the first call.
 Isa active_isa();
 
 }  // namespace andmask

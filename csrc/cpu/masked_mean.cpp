@@ -9,7 +9,7 @@
 namespace andmask {
 namespace {
 
-// Columns are shared out in whole cache lines of output.
+// Threads get columns in whole cache lines of output.
 constexpr int64_t kColumnUnit = 64;
 
 template <typename F>
@@ -23,19 +23,20 @@ void parallel_columns(int64_t columns, int64_t work_per_column, const F& f) {
 
 }  // namespace
 
-void Cpu::masked_mean(const MaskedMeanTask& task, Dtype dtype, int64_t columns,
-                      void* scaled) const {
+void run(const Cpu&, const MaskedMeanTask& task) {
   const MaskedMeanKernels& kernels = masked_mean_kernels(active_isa());
-  const auto reduce = kernels.reduce[static_cast<int>(dtype)];
+  const auto reduce = kernels.reduce[static_cast<int>(task.dtype)];
   std::atomic<int64_t> kept{0};
-  parallel_columns(columns, task.environments,
+  parallel_columns(task.columns, task.environments,
                    [&](int64_t begin, int64_t end) { kept += reduce(task, begin, end); });
-  if (!scaled) return;
-  const bool wide_mask = task.output == Output::mask && is_narrow(dtype);
-  const auto scale = kernels.scale[static_cast<int>(wide_mask ? Dtype::float32 : dtype)];
-  const double factor = inverse_density(static_cast<double>(kept), static_cast<double>(columns));
-  parallel_columns(
-      columns, 1, [&](int64_t begin, int64_t end) { scale(task.out, factor, scaled, begin, end); });
+  if (!task.scaled) return;
+  const bool wide_mask = task.output == Output::mask && is_narrow(task.dtype);
+  const auto scale = kernels.scale[static_cast<int>(wide_mask ? Dtype::float32 : task.dtype)];
+  const double factor =
+      inverse_density(static_cast<double>(kept), static_cast<double>(task.columns));
+  parallel_columns(task.columns, 1, [&](int64_t begin, int64_t end) {
+    scale(task.out, factor, task.scaled, begin, end);
+  });
 }
 
 }  // namespace andmask

@@ -1,4 +1,4 @@
-// Lists of moments on the CPU: accumulate_, resolve and the optimizer steps.
+// Moments of lists of tensors on the CPU: accumulate_, resolve and the optimizer steps.
 #include "kernels/moments.h"
 
 #include "../math/agreement.h"
@@ -13,84 +13,89 @@ int width(Dtype dtype) {
   return static_cast<int>(dtype == Dtype::float64 ? Width::float64 : Width::float32);
 }
 
-// The factor of every tensor.
-std::vector<double> scales(const UpdateList& list, const Units& units) {
-  std::vector<double> scales(list.tasks.size(), 1.0);
-  if (!list.rescale) return scales;
+std::vector<int64_t> sizes_of(const std::vector<Update>& updates) {
+  std::vector<int64_t> sizes;
+  for (const Update& update : updates) sizes.push_back(update.columns);
+  return sizes;
+}
+
+// The factor by which each update is scaled.
+std::vector<double> scales(const std::vector<Update>& updates, const Units& units) {
+  std::vector<double> scales(updates.size(), 1.0);
+  if (updates.empty() || !updates[0].rescale) return scales;
   const MomentKernels& kernels = moment_kernels(active_isa());
   std::vector<double> totals(units.count());
   units.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
-    const auto total_factor = kernels.total_factor[width(list.tasks[index].sum_dtype)][list.rule];
-    totals[unit] = total_factor(list.tasks[index], begin, end);
+    const Update& update = updates[index];
+    totals[unit] = kernels.total_factor[width(update.sum_dtype)][update.rule](update, begin, end);
   });
   for (size_t i = 0; i < scales.size(); ++i) {
     double total = 0;
     for (int64_t unit = units.first(i); unit < units.first(i + 1); ++unit) total += totals[unit];
-    scales[i] = inverse_density(total, static_cast<double>(list.sizes[i]));
+    scales[i] = inverse_density(total, static_cast<double>(updates[i].columns));
   }
   return scales;
 }
 
-// consume(index, begin, end, update): `update` holds columns [begin, end) in the wide type and is
-// in L1. Block by block, moments are read before anything is written over them.
-template <typename Consume>
-void for_updates(const UpdateList& list, const Consume& consume) {
-  const Units units(list.sizes);
-  const std::vector<double> scales = andmask::scales(list, units);
+// Calls consume(task, update, begin, end) for all blocks of all tasks. `update` holds the update of
+// columns [begin, end) in the wide type, in L1. The moments of a block are read before consume may
+// overwrite them.
+template <typename Task, typename Consume>
+void for_updates(const std::vector<Task>& tasks, const Consume& consume) {
+  std::vector<Update> updates;
+  for (const Task& task : tasks) updates.push_back(task.update);
+  const Units units(sizes_of(updates));
+  const std::vector<double> scales = andmask::scales(updates, units);
   const MomentKernels& kernels = moment_kernels(active_isa());
   units.parallel(1, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
-    alignas(64) unsigned char update[kUpdateBlock * sizeof(double)];
-    const ResolveTask& task = list.tasks[index];
-    const auto resolve = kernels.resolve[width(task.sum_dtype)][list.rule];
+    alignas(64) unsigned char block_update[kUpdateBlock * sizeof(double)];
+    const Update& update = updates[index];
+    const auto resolve = kernels.resolve[width(update.sum_dtype)][update.rule];
     for (int64_t block = begin; block < end; block += kUpdateBlock) {
       const int64_t stop = std::min(block + kUpdateBlock, end);
-      resolve(task, scales[index], block, stop, update);
-      consume(index, block, stop, static_cast<const void*>(update));
+      resolve(update, scales[index], block, stop, block_update);
+      consume(tasks[index], static_cast<const void*>(block_update), block, stop);
     }
   });
 }
 
-// Runs kernels[dtype](tasks[i], ...) over all parameters.
 template <typename Task>
-void run_step(const UpdateList& list, const std::vector<Task>& tasks,
-              const std::vector<Dtype>& dtypes,
-              void (*const (&kernels)[kDtypes])(const Task&, const void*, int64_t, int64_t)) {
-  for_updates(list, [&](int64_t index, int64_t begin, int64_t end, const void* update) {
-    kernels[static_cast<int>(dtypes[index])](tasks[index], update, begin, end);
+void run_steps(const std::vector<Task>& tasks,
+               void (*const (&kernels)[kDtypes])(const Task&, const void*, int64_t, int64_t)) {
+  for_updates(tasks, [&](const Task& task, const void* update, int64_t begin, int64_t end) {
+    kernels[static_cast<int>(task.dtype)](task, update, begin, end);
   });
 }
 
 }  // namespace
 
-void Cpu::accumulate(const AccumulateList& list) const {
-  if (list.tasks.empty()) return;
+void run(const Cpu&, const std::vector<AccumulateTask>& tasks) {
+  if (tasks.empty()) return;
   const MomentKernels& kernels = moment_kernels(active_isa());
-  const auto add = [&](int64_t index, int64_t, int64_t begin, int64_t end) {
-    kernels.accumulate[static_cast<int>(list.dtypes[index])](list.tasks[index], begin, end);
-  };
-  Units(list.sizes).parallel(list.tasks[0].rows, add);
-}
-
-void Cpu::resolve(const UpdateList& list, const std::vector<void*>& out) const {
-  const StepKernels& kernels = step_kernels(active_isa());
-  for_updates(list, [&](int64_t index, int64_t begin, int64_t end, const void* update) {
-    kernels.store[static_cast<int>(list.tasks[index].sum_dtype)](update, out[index], begin, end);
+  std::vector<int64_t> sizes;
+  for (const AccumulateTask& task : tasks) sizes.push_back(task.columns);
+  Units(sizes).parallel(tasks[0].rows, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
+    kernels.accumulate[static_cast<int>(tasks[index].dtype)](tasks[index], begin, end);
   });
 }
 
-void Cpu::sgd(const UpdateList& list, const std::vector<SgdTask>& tasks,
-              const std::vector<Dtype>& dtypes) const {
-  run_step(list, tasks, dtypes, step_kernels(active_isa()).sgd);
+void run(const Cpu&, const std::vector<ResolveTask>& tasks) {
+  const StepKernels& kernels = step_kernels(active_isa());
+  for_updates(tasks, [&](const ResolveTask& task, const void* update, int64_t begin, int64_t end) {
+    kernels.store[static_cast<int>(task.update.sum_dtype)](update, task.out, begin, end);
+  });
 }
 
-void Cpu::adam(const UpdateList& list, const std::vector<AdamTask>& tasks,
-               const std::vector<Dtype>& dtypes) const {
-  run_step(list, tasks, dtypes, step_kernels(active_isa()).adam);
+void run(const Cpu&, const std::vector<SgdTask>& tasks) {
+  run_steps(tasks, step_kernels(active_isa()).sgd);
 }
 
-void Cpu::temporal_adam(const UpdateList& list, const std::vector<TemporalAdamTask>& tasks,
-                        const std::vector<Dtype>& dtypes) const {
-  run_step(list, tasks, dtypes, step_kernels(active_isa()).temporal_adam);
+void run(const Cpu&, const std::vector<AdamTask>& tasks) {
+  run_steps(tasks, step_kernels(active_isa()).adam);
+}
+
+void run(const Cpu&, const std::vector<TemporalAdamTask>& tasks) {
+  run_steps(tasks, step_kernels(active_isa()).temporal_adam);
 }
 
 }  // namespace andmask

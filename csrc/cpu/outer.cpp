@@ -1,10 +1,10 @@
-// Moments of weight gradients W_e = sum of d_r a_r^T over the rows of environment e: which way to
-// take.
+// Moments of weight gradients W_e = sum of d_r a_r^T over the rows of environment e: the choice of
+// an algorithm.
 #include <algorithm>
 
 #include "device.h"
-#include "outer_signs.h"
-#include "outer_tiles.h"
+#include "outer/sign_outer.h"
+#include "outer/tiles.h"
 #include "units.h"
 
 namespace andmask {
@@ -14,22 +14,22 @@ namespace {
 // of an EPYC (Zen 5), x86-64-v4:
 //
 //   rows in all                              32    128    512
-//   signs, 1 row per environment           1.12    .75    .63
+//   signs, 1 row per environment           1.12   0.75   0.63
 //   tiles, 1 row per environment           2.20   2.12   1.98
 //   tiles, 2                               1.71   1.14   1.17
-//   tiles, 4                               1.52    .91    .83
-//   tiles, 16                              1.46    .81    .62
+//   tiles, 4                               1.52   0.91   0.83
+//   tiles, 16                              1.46   0.81   0.62
 //
-// So signs wherever they serve. The library's product, one environment after the other, costs 1
-// for the products alone, and much more where environments are small.
+// So signs are used wherever they can be. torch.mm, one environment after the other, costs 1 for
+// the products alone, and much more for small environments.
 auto choose_path(const OuterTask& task) {
   const bool signs = has_single_rows(task) && !task.moments.squares && !task.moments.logs;
-  return signs ? accumulate_outer_signs : accumulate_outer_tiles;
+  return signs ? accumulate_sign_outer : accumulate_outer_tiles;
 }
 
 }  // namespace
 
-void Cpu::accumulate_outer(const OuterTask& task) const {
+void run(const Cpu&, const OuterTask& task) {
   const int64_t rows = task.offsets[task.environments] * task.activations.rows();
   const int64_t elements = task.groups * task.grad_outputs.channels * task.activations.channels *
                            task.activations.taps();

@@ -1,4 +1,4 @@
-// What a ranked rule asks of its kernel: weights of ranks, and the comparators that they need.
+// The ranking of a rule on ranked values: weights of ranks, and the comparators that they need.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ struct Ranking {
   double total = 0;
   std::vector<Comparator> comparators;
 
-  // Longer networks are not kept as a list: it would be larger than the columns that it sorts.
+  // Longer networks are not listed: the list would be larger than the columns that it sorts.
   static constexpr int64_t kListedRows = 512;
 
   void describe(ColumnTask& task) const {
@@ -25,7 +25,7 @@ struct Ranking {
   }
 };
 
-// Those that merge sorted runs and have a say in what ends in a rank that weighs something.
+// The comparators that merge sorted runs and that can change a rank with a weight.
 inline std::vector<Comparator> needed_comparators(const std::vector<double>& weights,
                                                   int64_t environments) {
   std::vector<Comparator> all;
@@ -45,7 +45,7 @@ inline std::vector<Comparator> needed_comparators(const std::vector<double>& wei
   return needed;
 }
 
-// Nothing for a rule that is not ranked.
+// The ranking is empty for a rule that is not ranked.
 template <typename Rule>
 Ranking make_ranking(const double* arguments, int64_t environments) {
   Ranking ranking;

@@ -1,4 +1,4 @@
-// How the threads of the CPU share work.
+// Units of work, which the threads of the CPU share.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,11 +9,11 @@
 
 namespace andmask {
 
-// Elements that one thread should have before a second one is worth waking.
+// The number of elements of one thread from which on a second thread is worth waking.
 constexpr int64_t kGrain = 32768;
 
-// Work on a list of tensors is cut into units of at most so many elements, numbered through the
-// list. The cut does not depend on the number of threads, so sums per unit do not either.
+// Cuts work on a list of tensors into units of at most `unit` elements, numbered through the list.
+// The cut does not depend on the number of threads, so that sums per unit do not either.
 class Units {
  public:
   static constexpr int64_t kUnit = 16384;
@@ -34,7 +34,7 @@ class Units {
   // The units of tensor `index` are [first(index), first(index + 1)).
   int64_t first(int64_t index) const { return first_[index]; }
 
-  // f(tensor, unit, begin, end), the last two in elements of the tensor.
+  // Calls f(tensor, unit, begin, end); the last two are elements of the tensor.
   template <typename F>
   void parallel(int64_t work_per_element, const F& f) const {
     if (count() == 0) return;

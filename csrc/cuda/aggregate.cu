@@ -5,13 +5,12 @@
 #include "kernels/masked_mean.h"
 #include "kernels/ranked.h"
 #include "launch.h"
-#include "launchers.h"
 #include "types.h"
 
 namespace andmask {
 namespace {
 
-// f(Type<Rule>()) for the rule of this index.
+// Calls f(Type<Rule>()) for the rule of this index.
 template <typename... Rules, typename F>
 void with_rule(RuleList<Rules...>, int wanted, const F& f) {
   int index = 0;
@@ -29,8 +28,8 @@ ColumnGrads column_grads(const AggregateTask& task) {
   return {task.grads, task.environments, task.stride, task.columns, packed};
 }
 
-// Blocks that leave totals: the same number on all devices, because the order in which totals are
-// added is part of the result.
+// The number of blocks of a kernel with totals. It is the same on all devices, because the order in
+// which totals are added is part of the result.
 int64_t blocks_with_totals(int64_t columns, int64_t columns_per_block) {
   constexpr int64_t kMostBlocks = 2048;
   return std::min((columns + columns_per_block - 1) / columns_per_block, kMostBlocks);
@@ -46,7 +45,7 @@ void moment_rule(const Stream& stream, const AggregateTask& task, const RuleCall
   if (!task.rescale) return;
   double* const factor = stream.scratch<double>(1);
   launch(stream, 1, DensityBody{parts, blocks, static_cast<double>(task.columns), factor});
-  // Element by element: this pass is short beside the one over all environments.
+  // This pass goes element by element: it is short beside the one over all environments.
   using Scale = ScaleBody<T, 1>;
   launch(stream, blocks_for(stream, task.columns, Scale::kThreads),
          Scale{task.wide, factor, task.out, task.columns});
@@ -56,11 +55,11 @@ template <typename T, typename Rule>
 void term_rule(const Stream& stream, const AggregateTask& task) {
   using Body = TermRuleBody<T, Rule>;
   const int64_t blocks = blocks_with_totals(task.columns, Body::kThreads * Body::kWidth);
-  KeptTotal* const parts = Rule::kFills ? stream.scratch<KeptTotal>(blocks) : nullptr;
+  KeptTotal* const parts = Rule::kFillsMissing ? stream.scratch<KeptTotal>(blocks) : nullptr;
   launch(stream, blocks,
          Body{column_grads<T>(task), Rule(task.arguments, task.environments), task.noise,
-              Rule::kFills ? task.wide : task.out, parts});
-  if constexpr (Rule::kFills) {
+              Rule::kFillsMissing ? task.wide : task.out, parts});
+  if constexpr (Rule::kFillsMissing) {
     using Fill = FillBody<T>;
     double* const size = stream.scratch<double>(1);
     launch(stream, 1, MeanSizeBody{parts, blocks, size});
@@ -109,18 +108,18 @@ void ranked_rule(const Stream& stream, const AggregateTask& task, const Rule& ru
 
 }  // namespace
 
-void launch_aggregate(const Stream& stream, const AggregateTask& task) {
+void run(const Stream& stream, const AggregateTask& task) {
   with_type(task.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    with_rule(MomentRules(), task.moment_rule, [&](auto found) {
-      using Rule = typename decltype(found)::type;
+    with_rule(MomentRules(), task.moment_rule, [&](auto rule) {
+      using Rule = typename decltype(rule)::type;
       double arguments[kMostArguments] = {};
       std::copy_n(task.arguments, Rule::kArguments, arguments);
       moment_rule<T, kFurther<Rule>>(stream, task,
                                      RuleCall(arguments, task.environments, task.moment_rule));
     });
-    with_rule(ColumnRules(), task.column_rule, [&](auto found) {
-      using Rule = typename decltype(found)::type;
+    with_rule(ColumnRules(), task.column_rule, [&](auto rule) {
+      using Rule = typename decltype(rule)::type;
       if constexpr (Rule::kRanked) {
         ranked_rule<T>(stream, task, Rule(task.arguments, task.environments));
       } else {

@@ -5,7 +5,7 @@
 namespace andmask {
 namespace {
 
-std::string place(const Tensor& tensor) {
+std::string device_text(const Tensor& tensor) {
   if (tensor.is_cpu()) return "the CPU";
   if (tensor.is_cuda()) return "cuda:" + std::to_string(tensor.get_device_index());
   return "another device";
@@ -22,8 +22,9 @@ void* current_stream([[maybe_unused]] const Tensor& tensor) {
 
 }  // namespace
 
-Cuda::Cuda(const char*, const Tensor& first)
-    : first_(first),
+Cuda::Cuda(const char* op, const Tensor& first)
+    : op_(op),
+      first_(first),
 #if !defined(ANDMASK_ON_HOST)
       guard_(first.get_device_index()),
 #endif
@@ -34,18 +35,18 @@ Cuda::Cuda(const char*, const Tensor& first)
   };
 }
 
-void Cuda::check_here(const char* op, const char* name, int64_t index, const Tensor& tensor) const {
+void Cuda::check_here(const char* name, int64_t index, const Tensor& tensor) const {
   if (tensor.is_cpu() == first_.is_cpu() && tensor.is_cuda() == first_.is_cuda() &&
       tensor.get_device_index() == first_.get_device_index()) {
     return;
   }
-  fail(op, "expected ", argument(name, index), " on ", place(first_),
-       ", as the other tensors are, but got it on ", place(tensor));
+  fail(op_, "expected ", argument(name, index), " on ", device_text(first_),
+       ", as the other tensors are, but got it on ", device_text(tensor));
 }
 
 }  // namespace andmask
 
-// In tests the kernels run on the host, and take the place of the CPU's.
+// In tests the kernels run on the host, instead of the CPU's.
 #if defined(ANDMASK_ON_HOST)
 STABLE_TORCH_LIBRARY_IMPL(andmask, CPU, m) {
 #else

@@ -1,5 +1,5 @@
-// Putting kernels on a stream. Compiled by a host compiler, as in the test harness, the same calls
-// run every thread of every block one after the other.
+// Puts kernels on a stream. Compiled by a host compiler, as in the test harness, the same calls run
+// every thread of every block one after the other.
 #pragma once
 
 #include <algorithm>
@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/together.h"
+#include "kernels/block_ops.h"
 #include "stream.h"
 
 #if defined(__CUDACC__)
@@ -16,17 +16,18 @@
 
 namespace andmask {
 
-// Blocks of a kernel whose threads stride through `items`: enough to fill the device several times.
+// The number of blocks of a kernel whose threads stride through `items`: enough to fill the device
+// several times.
 inline int64_t blocks_for(const Stream& stream, int64_t items, int64_t threads) {
   return std::min((items + threads - 1) / threads, stream.multiprocessors * 16);
 }
 
-// Of a body that has a type Total every thread returns one; finish(block, total) gets the sum of
-// each block, in one thread.
+// Every thread of a body with a type Total returns one. One thread of each block calls
+// finish(block, total) with the sum.
 template <typename Body>
 concept Summing = requires { typename Body::Total; };
 
-// A body whose threads work together takes them all at once, and memory that they share.
+// A body with a type Shared takes all threads of a block, and memory that they share.
 template <typename Body>
 concept Cooperating = requires { typename Body::Shared; };
 
@@ -38,8 +39,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
                            " failed: " + cudaGetErrorString(error));
 }
 
-// A copy in device memory of what the host holds, for the time of the op. A graph cannot be
-// captured with it: it would read this memory again at every replay.
+// Copies host memory to device memory, for the time of the op. A graph cannot capture this: it
+// would read the host memory again at every replay.
 template <typename T>
 const T* upload(const Stream& stream, const T* from, int64_t count) {
   const auto handle = static_cast<cudaStream_t>(stream.handle);
@@ -57,8 +58,8 @@ const T* upload(const Stream& stream, const T* from, int64_t count) {
   return to;
 }
 
-// Blocks that a multiprocessor must be able to hold at once. Without a number ptxas aims at more,
-// and spills registers, or takes loads one after the other, to get there.
+// The number of blocks that a multiprocessor must be able to hold at once. Without it ptxas aims at
+// more, for which it spills registers or makes loads wait for each other.
 template <typename Body>
 constexpr int kMinBlocks = [] {
   if constexpr (requires { Body::kMinBlocks; }) {
@@ -70,25 +71,25 @@ constexpr int kMinBlocks = [] {
 
 template <typename Body>
 __global__ void __launch_bounds__(Body::kThreads, kMinBlocks<Body>)
-    run(const __grid_constant__ Body body) {
-  const Place place{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
+    run_body(const __grid_constant__ Body body) {
+  const ThreadIndex index{blockIdx.x, gridDim.x, static_cast<int>(threadIdx.x)};
   if constexpr (Summing<Body>) {
-    const auto total = block_sum<Body::kThreads>(body(place));
-    if (threadIdx.x == 0) body.finish(place.block, total);
+    const auto total = block_sum<Body::kThreads>(body(index));
+    if (threadIdx.x == 0) body.finish(index.block, total);
   } else if constexpr (Cooperating<Body>) {
     __shared__ typename Body::Shared shared;
-    Crew<typename Body::State, Body::kThreads> crew;
-    body(crew, shared, place);
+    ThreadBlock<typename Body::State, Body::kThreads> threads;
+    body(threads, shared, index);
   } else {
-    body(place);
+    body(index);
   }
 }
 
 template <typename Body>
 void launch(const Stream& stream, int64_t blocks, const Body& body) {
   if (blocks == 0) return;
-  run<Body><<<static_cast<unsigned>(blocks), Body::kThreads, 0,
-              static_cast<cudaStream_t>(stream.handle)>>>(body);
+  run_body<Body><<<static_cast<unsigned>(blocks), Body::kThreads, 0,
+                   static_cast<cudaStream_t>(stream.handle)>>>(body);
   check_cuda(cudaGetLastError(), "a kernel launch");
 }
 
@@ -107,15 +108,16 @@ void launch(const Stream&, int64_t blocks, const Body& body) {
     if constexpr (Summing<Body>) {
       std::vector<typename Body::Total> totals;
       for (int thread = 0; thread < Body::kThreads; ++thread) {
-        totals.push_back(body(Place{block, blocks, thread}));
+        totals.push_back(body(ThreadIndex{block, blocks, thread}));
       }
       body.finish(block, block_sum(totals));
     } else if constexpr (Cooperating<Body>) {
       const auto shared = std::make_unique<typename Body::Shared>();
-      Crew<typename Body::State, Body::kThreads> crew;
-      body(crew, *shared, Place{block, blocks, 0});
+      ThreadBlock<typename Body::State, Body::kThreads> threads;
+      body(threads, *shared, ThreadIndex{block, blocks, 0});
     } else {
-      for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
+      for (int thread = 0; thread < Body::kThreads; ++thread)
+        body(ThreadIndex{block, blocks, thread});
     }
   }
 }

@@ -2,37 +2,36 @@
 
 #include "kernels/density.h"
 #include "launch.h"
-#include "launchers.h"
 #include "types.h"
 
 namespace andmask {
 namespace {
 
-// Columns that lie in packs at aligned addresses, in every row, are moved 16 bytes at a time.
+// True if columns can be moved 16 bytes at a time, because the packs of every row are aligned.
 template <typename T>
-bool in_packs(const MaskedMeanTask& task, int64_t columns) {
+bool in_packs(const MaskedMeanTask& task) {
   constexpr int64_t size = kPackSize<T>;
-  return columns >= size && task.stride % size == 0 && aligned_for(task.grads, size, sizeof(T)) &&
+  return task.columns >= size && task.stride % size == 0 &&
+         aligned_for(task.grads, size, sizeof(T)) &&
          aligned_for(task.out, size, kVectorBytes / size);
 }
 
 template <typename T, int width>
-void reduce(const Stream& stream, const MaskedMeanTask& task, int64_t columns, double** kept,
-            int64_t* blocks) {
+void reduce(const Stream& stream, const MaskedMeanTask& task, double** kept, int64_t* blocks) {
   using Whole = MaskedMeanBody<T, width>;
   using Groups = GroupSumsBody<T, width>;
-  const int64_t items = pack_items(columns, width);
+  const int64_t items = pack_items(task.columns, width);
   const int64_t groups = sum_groups(task.environments);
   const bool split = groups > 1 && items < stream.multiprocessors * Whole::kThreads;
-  *blocks = blocks_for(stream, split ? columns : items, Whole::kThreads);
+  *blocks = blocks_for(stream, split ? task.columns : items, Whole::kThreads);
   if (kept) *kept = stream.scratch<double>(*blocks);
   double* const parts = kept ? *kept : nullptr;
-  if (!split) return launch(stream, *blocks, Whole{task, columns, parts});
-  auto* const sums = stream.scratch<accumulate_t<T>>(groups * columns);
-  auto* const votes = stream.scratch<int8_t>(groups * columns);
+  if (!split) return launch(stream, *blocks, Whole{task, parts});
+  auto* const sums = stream.scratch<accumulate_t<T>>(groups * task.columns);
+  auto* const votes = stream.scratch<int8_t>(groups * task.columns);
   const int64_t per_group = blocks_for(stream, items, Groups::kThreads);
-  launch(stream, groups * per_group, Groups{task, columns, per_group, sums, votes});
-  launch(stream, *blocks, JoinGroupsBody<T>{task, columns, sums, votes, parts});
+  launch(stream, groups * per_group, Groups{task, per_group, sums, votes});
+  launch(stream, *blocks, JoinGroupsBody<T>{task, sums, votes, parts});
 }
 
 template <typename T>
@@ -51,25 +50,24 @@ void scale(const Stream& stream, const void* wide, const double* factor, void* o
 
 }  // namespace
 
-void launch_masked_mean(const Stream& stream, const MaskedMeanTask& task, Dtype dtype,
-                        int64_t columns, void* scaled) {
-  with_type(dtype, [&](auto type) {
+void run(const Stream& stream, const MaskedMeanTask& task) {
+  with_type(task.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     double* kept = nullptr;
     int64_t blocks = 0;
-    double** const wanted = scaled ? &kept : nullptr;
-    if (in_packs<T>(task, columns)) {
-      reduce<T, kPackSize<T>>(stream, task, columns, wanted, &blocks);
+    double** const wanted = task.scaled ? &kept : nullptr;
+    if (in_packs<T>(task)) {
+      reduce<T, kPackSize<T>>(stream, task, wanted, &blocks);
     } else {
-      reduce<T, 1>(stream, task, columns, wanted, &blocks);
+      reduce<T, 1>(stream, task, wanted, &blocks);
     }
-    if (!scaled) return;
+    if (!task.scaled) return;
     double* const factor = stream.scratch<double>(1);
-    launch(stream, 1, DensityBody{kept, blocks, static_cast<double>(columns), factor});
+    launch(stream, 1, DensityBody{kept, blocks, static_cast<double>(task.columns), factor});
     if (task.output == Output::mask) {
-      scale<accumulate_t<T>>(stream, task.out, factor, scaled, columns);
+      scale<accumulate_t<T>>(stream, task.out, factor, task.scaled, task.columns);
     } else {
-      scale<T>(stream, task.out, factor, scaled, columns);
+      scale<T>(stream, task.out, factor, task.scaled, task.columns);
     }
   });
 }

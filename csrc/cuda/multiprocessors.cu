@@ -1,5 +1,4 @@
 #include "launch.h"
-#include "launchers.h"
 
 namespace andmask {
 

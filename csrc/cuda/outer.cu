@@ -1,51 +1,51 @@
 #include <algorithm>
 #include <vector>
 
-#include "kernels/outer_tile.h"
 #include "launch.h"
-#include "launchers.h"
+#include "outer/tile.h"
 #include "types.h"
 
 namespace andmask {
 namespace {
 
-// So many blocks are wanted, whatever the device: the order in which parts are added, and so the
-// bits of the result, do not depend on it. Twice the multiprocessors of a large one.
+// The number of blocks to aim at: twice the multiprocessors of a large device. It is the same for
+// all devices, so that the order in which parts are added, and the bits of the result, are the same
+// too.
 constexpr int64_t kBlocks = 264;
-// Rows that a part should have before another one is worth its place in scratch.
+// The least rows of a part: a smaller one is not worth its scratch.
 constexpr int64_t kRowsOfPart = 64;
 
 bool all_same(const double* values, int64_t count) {
   return std::all_of(values, values + count, [&](double value) { return value == values[0]; });
 }
 
-// How the elements of a stage are shared by threads. `size`: elements of a pack.
+// Describes an operand, and chooses how threads read it. `size`: elements of a pack.
 OuterOperand operand(const RowSource& source, const int64_t* positions, int64_t size) {
-  OuterOperand made{};
-  made.source = source;
-  made.columns = source.channels * source.taps();
-  made.group_stride = source.channels * source.channel_stride;
-  bool packs = source.taps() == 1 && source.channel_stride == 1 && made.columns % size == 0 &&
-               made.group_stride % size == 0 && source.example_stride % size == 0 &&
+  OuterOperand operand{};
+  operand.source = source;
+  operand.columns = source.channels * source.taps();
+  operand.group_stride = source.channels * source.channel_stride;
+  bool packs = source.taps() == 1 && source.channel_stride == 1 && operand.columns % size == 0 &&
+               operand.group_stride % size == 0 && source.example_stride % size == 0 &&
                aligned_for(source.data, size, item_size(source.dtype));
   for (int axis = 0; axis < kWindowAxes; ++axis) {
     const WindowAxis& window = source.axes[axis];
     const int64_t farthest =
         (positions[axis] - 1) * window.step - window.padding + (window.taps - 1) * window.dilation;
-    made.checked[axis] = window.padding > 0 || farthest >= window.size;
-    packs = packs && !made.checked[axis] && (positions[axis] == 1 || window.stride % size == 0);
+    operand.checked[axis] = window.padding > 0 || farthest >= window.size;
+    packs = packs && !operand.checked[axis] && (positions[axis] == 1 || window.stride % size == 0);
   }
   const WindowAxis& last = source.axes[kWindowAxes - 1];
-  made.reading = packs ? OuterReading::packs
-                 : source.channel_stride != 1 && last.stride * last.step < source.channel_stride
-                     ? OuterReading::rows
-                     : OuterReading::columns;
-  return made;
+  operand.reading = packs ? OuterReading::packs
+                    : source.channel_stride != 1 && last.stride * last.step < source.channel_stride
+                        ? OuterReading::rows
+                        : OuterReading::columns;
+  return operand;
 }
 
 struct Request {
   const OuterTask& task;
-  const int64_t* order;       // in device memory, as are the next three
+  const int64_t* order;       // in device memory, like the next three
   const int64_t* offsets;     // null: environments of `size` examples
   const double* weights;      // of environments; null: `weight`
   const double* row_weights;  // of examples
@@ -55,12 +55,12 @@ struct Request {
 };
 
 template <typename Multiplier, bool extras>
-void run(const Stream& stream, const Request& request) {
+void launch_tiles(const Stream& stream, const Request& request) {
   using F = accumulate_t<typename Multiplier::Element>;
   const OuterTask& task = request.task;
   OuterArguments args{};
   for (int axis = 0; axis < kWindowAxes; ++axis) {
-    // Without rows there are no positions to count, and nothing is read.
+    // Without rows nothing is read, but positions must be countable.
     args.positions[axis] = std::max<int64_t>(1, task.activations.axes[axis].positions);
   }
   constexpr int64_t pack = OuterFetch<Multiplier>::kPack;
@@ -103,14 +103,14 @@ void run(const Stream& stream, const Request& request) {
 template <typename T>
 void run_sums(const Stream& stream, const Request& request) {
   if constexpr (sizeof(T) == 2) {
-    if (!request.row_weights) return run<HalfMultiplier<T>, false>(stream, request);
+    if (!request.row_weights) return launch_tiles<HalfMultiplier<T>, false>(stream, request);
   }
-  run<SimpleMultiplier<T>, false>(stream, request);
+  launch_tiles<SimpleMultiplier<T>, false>(stream, request);
 }
 
-// One row for each environment: the sums are one product of all rows, which may be split anywhere,
-// and the votes are a product of signs. Neither depends on the order of the environments, only on
-// whose weight is whose.
+// With one row for each environment, the sums are one product of all rows, which may be split
+// anywhere, and the votes are a product of signs. The order of the environments does not matter,
+// except that each must meet its own weight.
 template <typename T>
 void run_single_rows(const Stream& stream, Request request) {
   const OuterTask& task = request.task;
@@ -131,7 +131,7 @@ void run_single_rows(const Stream& stream, Request request) {
   request.row_weights = nullptr;
   request.sums = false;
   request.votes = true;
-  run<SignMultiplier<T>, false>(stream, request);
+  launch_tiles<SignMultiplier<T>, false>(stream, request);
 }
 
 template <typename T>
@@ -150,7 +150,7 @@ void run_environments(const Stream& stream, Request request) {
   }
   request.sums = request.votes = true;
   if (task.moments.squares || task.moments.logs) {
-    run<SimpleMultiplier<T>, true>(stream, request);
+    launch_tiles<SimpleMultiplier<T>, true>(stream, request);
   } else {
     run_sums<T>(stream, request);
   }
@@ -158,7 +158,7 @@ void run_environments(const Stream& stream, Request request) {
 
 }  // namespace
 
-void launch_accumulate_outer(const Stream& stream, const OuterTask& task) {
+void run(const Stream& stream, const OuterTask& task) {
   Request request{task, nullptr, nullptr, nullptr, nullptr, 0, 0, 1, false, false};
   if (task.weights && all_same(task.weights, task.environments)) request.weight = task.weights[0];
   const bool single = has_single_rows(task) && !task.moments.squares && !task.moments.logs;

@@ -1,7 +1,9 @@
 #include "kernels/steps.h"
 
-#include "launchers.h"
-#include "lists.h"
+#include <array>
+#include <vector>
+
+#include "fill_tables.h"
 #include "types.h"
 
 namespace andmask {
@@ -9,172 +11,156 @@ namespace {
 
 using Indices = std::vector<int64_t>;
 
-// Tensors whose targets have this type.
-Indices of_type(const std::vector<Dtype>& dtypes, Dtype wanted) {
-  Indices found;
-  for (size_t i = 0; i < dtypes.size(); ++i) {
-    if (dtypes[i] == wanted) found.push_back(static_cast<int64_t>(i));
-  }
-  return found;
-}
-
-RuleCall rule_call(const UpdateList& list) {
-  const ResolveTask& first = list.tasks[0];
+RuleCall rule_call(const Update& update) {
   double arguments[kMostArguments] = {};
-  std::copy_n(first.arguments, rule_arguments(list.rule, MomentRules()), arguments);
-  return RuleCall(arguments, first.count, list.rule);
+  std::copy_n(update.arguments, rule_arguments(update.rule, MomentRules()), arguments);
+  return RuleCall(arguments, update.count, update.rule);
 }
 
-bool packs_source(const ResolveTask& task, int width) {
-  const MomentArrays& moments = task.moments;
-  const int64_t wide = task.sum_dtype == Dtype::float64 ? 8 : 4;
-  return packs(moments.sum, width, item_size(task.sum_dtype)) &&
+bool packs_source(const Update& update, int width) {
+  const MomentArrays& moments = update.moments;
+  const int64_t wide = update.sum_dtype == Dtype::float64 ? 8 : 4;
+  return packs(moments.sum, width, item_size(update.sum_dtype)) &&
          packs(moments.squares, width, wide) && packs(moments.logs, width, wide) &&
          packs(moments.votes, width, moments.vote_bytes);
 }
 
-// The scales of the chosen tensors, by their number in `list`, in device memory; null: all are 1.
-template <typename F>
-const double* scales(const Stream& stream, const UpdateList& list, const RuleCall& call,
+// Returns the scales of the chosen tensors in device memory, by their number in `tasks`. Null: all
+// are 1.
+template <typename F, typename Task>
+const double* scales(const Stream& stream, const std::vector<Task>& tasks, const RuleCall& call,
                      const Indices& chosen, double* memory) {
-  if (!list.rescale) return nullptr;
+  if (!tasks[0].update.rescale) return nullptr;
   std::vector<FactorItem> items;
   int64_t chunks = 0;
   for (int64_t i : chosen) {
-    const ResolveTask& task = list.tasks[i];
-    items.push_back({{task.moments, task.sum_dtype},
-                     list.sizes[i],
+    const Update& update = tasks[i].update;
+    items.push_back({{update.moments, update.sum_dtype},
+                     update.columns,
                      i,
-                     packs_source(task, FactorBody<F>::kWidth)});
-    chunks += chunks_of(list.sizes[i]);
+                     packs_source(update, FactorBody<F>::kWidth)});
+    chunks += chunks_of(update.columns);
   }
   double* const parts = stream.scratch<double>(chunks);
-  for_lists(items, [&](const List<FactorItem>& some) {
-    launch(stream, some.chunks(), FactorBody<F>{some, call, parts});
-    launch(stream, some.count, ListDensityBody<FactorItem>{some, parts, memory});
+  for_tables(items, [&](const KernelTable<FactorItem>& table) {
+    launch(stream, table.chunks(), FactorBody<F>{table, call, parts});
+    launch(stream, table.count, TableDensityBody<FactorItem>{table, parts, memory});
   });
   return memory;
 }
 
-// Launches a step for all targets of one type. make(F(), indices) gives what becomes of updates;
-// item(index) the target and the state of a tensor.
-template <typename MakeSteps, typename MakeItem>
-void run(const Stream& stream, const UpdateList& list, const std::vector<Dtype>& dtypes,
-         const MakeSteps& make_steps, const MakeItem& make_item) {
-  if (list.tasks.empty()) return;
-  const RuleCall call = rule_call(list);
+// The target of a task and its type.
+void* target_of(const ResolveTask& task) { return task.out; }
+Dtype dtype_of(const ResolveTask& task) { return task.update.sum_dtype; }
+template <typename Task>
+void* target_of(const Task& task) {
+  return task.param;
+}
+template <typename Task>
+Dtype dtype_of(const Task& task) {
+  return task.dtype;
+}
+
+// Launches the steps of all tasks, type by type. make_steps(F(), indices) returns the Steps of some
+// tasks (kernels/steps.h), and states_of(task) the state of one tensor.
+template <typename Task, typename MakeSteps, typename StatesOf>
+void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeSteps& make_steps,
+               const StatesOf& states_of) {
+  if (tasks.empty()) return;
+  const Update& first = tasks[0].update;
+  const RuleCall call = rule_call(first);
   double* const memory =
-      list.rescale ? stream.scratch<double>(static_cast<int64_t>(list.tasks.size())) : nullptr;
+      first.rescale ? stream.scratch<double>(static_cast<int64_t>(tasks.size())) : nullptr;
   for (int kind = 0; kind < kDtypes; ++kind) {
     with_type(static_cast<Dtype>(kind), [&](auto type) {
       using T = typename decltype(type)::type;
       using F = accumulate_t<T>;
-      const Indices chosen = of_type(dtypes, static_cast<Dtype>(kind));
+      Indices chosen;
+      for (size_t i = 0; i < tasks.size(); ++i) {
+        if (static_cast<int>(dtype_of(tasks[i])) == kind) chosen.push_back(static_cast<int64_t>(i));
+      }
       if (chosen.empty()) return;
-      const double* const scale = scales<F>(stream, list, call, chosen, memory);
+      const double* const scale = scales<F>(stream, tasks, call, chosen, memory);
       const auto steps = make_steps(F(), chosen);
       using Body = StepBody<T, std::remove_const_t<decltype(steps)>>;
       constexpr int width = Body::kWidth;
       std::vector<StepItem> items;
       for (int64_t i : chosen) {
-        StepItem item = make_item(i);
-        item.source = {list.tasks[i].moments, list.tasks[i].sum_dtype};
+        const Update& update = tasks[i].update;
+        StepItem item{};
+        item.source = {update.moments, update.sum_dtype};
+        item.target = target_of(tasks[i]);
         item.number = i;
-        item.size = list.sizes[i];
-        item.packed = packs_source(list.tasks[i], width) && packs(item.target, width, sizeof(T));
-        for (const void* state : item.state) {
+        item.size = update.columns;
+        item.packed = packs_source(update, width) && packs(item.target, width, sizeof(T));
+        int k = 0;
+        for (void* state : states_of(tasks[i])) {
+          item.state[k++] = state;
           item.packed = item.packed && packs(state, width, sizeof(F));
         }
         items.push_back(item);
       }
-      for_lists(items, [&](const List<StepItem>& some) {
-        launch(stream, some.chunks(), Body{some, call, scale, steps});
+      for_tables(items, [&](const KernelTable<StepItem>& table) {
+        launch(stream, table.chunks(), Body{table, call, scale, steps});
       });
     });
   }
 }
 
-const AdamTask& adam_part(const AdamTask& task) { return task; }
-const AdamTask& adam_part(const TemporalAdamTask& task) { return task.adam; }
-
-// Counts a step of each chosen tensor, and leaves the constants of its rule in device memory.
+// Counts a step of each chosen tensor, and computes the constants of its rule in device memory.
 template <typename F, typename Task>
 auto* count_steps(const Stream& stream, const std::vector<Task>& tasks, const Indices& chosen) {
   using Rule = decltype(rule_of(tasks[0], F()));
   Rule* const rules = stream.scratch<Rule>(static_cast<int64_t>(tasks.size()));
   std::vector<CountItem> items;
-  for (int64_t i : chosen) items.push_back({adam_part(tasks[i]).step, i});
-  for_lists(items, [&](const List<CountItem>& some) {
+  for (int64_t i : chosen) items.push_back({tasks[i].step, i});
+  for_tables(items, [&](const KernelTable<CountItem>& table) {
     using Body = CountBody<Task, Rule, F>;
-    launch(stream, (some.count + Body::kThreads - 1) / Body::kThreads, Body{some, tasks[0], rules});
+    launch(stream, (table.count + Body::kThreads - 1) / Body::kThreads,
+           Body{table, tasks[0], rules});
   });
   return rules;
 }
 
 }  // namespace
 
-void launch_resolve(const Stream& stream, const UpdateList& list, const std::vector<void*>& out) {
-  std::vector<Dtype> dtypes;
-  for (const ResolveTask& task : list.tasks) dtypes.push_back(task.sum_dtype);
-  run(
-      stream, list, dtypes, [](auto, const Indices&) { return StoreUpdates(); },
-      [&](int64_t i) {
-        StepItem item{};
-        item.target = out[i];
-        return item;
-      });
+void run(const Stream& stream, const std::vector<ResolveTask>& tasks) {
+  run_steps(
+      stream, tasks, [](auto, const Indices&) { return StoreUpdates(); },
+      [](const ResolveTask&) { return std::array<void*, 0>(); });
 }
 
-void launch_sgd(const Stream& stream, const UpdateList& list, const std::vector<SgdTask>& tasks,
-                const std::vector<Dtype>& dtypes) {
-  run(
-      stream, list, dtypes,
+void run(const Stream& stream, const std::vector<SgdTask>& tasks) {
+  run_steps(
+      stream, tasks,
       [&](auto wide, const Indices&) {
         using F = decltype(wide);
         return SgdSteps<F>{sgd_of<F>(tasks[0]), tasks[0].first};
       },
-      [&](int64_t i) {
-        StepItem item{};
-        item.target = tasks[i].param;
-        item.state[0] = tasks[i].momentum_buffer;
-        return item;
-      });
+      [](const SgdTask& task) { return std::array{task.momentum_buffer}; });
 }
 
-void launch_adam(const Stream& stream, const UpdateList& list, const std::vector<AdamTask>& tasks,
-                 const std::vector<Dtype>& dtypes) {
-  run(
-      stream, list, dtypes,
+void run(const Stream& stream, const std::vector<AdamTask>& tasks) {
+  run_steps(
+      stream, tasks,
       [&](auto wide, const Indices& chosen) {
         using F = decltype(wide);
         return AdamSteps<F>{count_steps<F>(stream, tasks, chosen)};
       },
-      [&](int64_t i) {
-        StepItem item{};
-        item.target = tasks[i].param;
-        item.state[0] = tasks[i].exp_avg;
-        item.state[1] = tasks[i].exp_avg_sq;
-        item.state[2] = tasks[i].max_exp_avg_sq;
-        return item;
+      [](const AdamTask& task) {
+        return std::array{task.exp_avg, task.exp_avg_sq, task.max_exp_avg_sq};
       });
 }
 
-void launch_temporal_adam(const Stream& stream, const UpdateList& list,
-                          const std::vector<TemporalAdamTask>& tasks,
-                          const std::vector<Dtype>& dtypes) {
-  run(
-      stream, list, dtypes,
+void run(const Stream& stream, const std::vector<TemporalAdamTask>& tasks) {
+  run_steps(
+      stream, tasks,
       [&](auto wide, const Indices& chosen) {
         using F = decltype(wide);
         return TemporalAdamSteps<F>{count_steps<F>(stream, tasks, chosen)};
       },
-      [&](int64_t i) {
-        StepItem item{};
-        item.target = tasks[i].adam.param;
-        item.state[0] = tasks[i].adam.exp_avg;
-        item.state[1] = tasks[i].adam.exp_avg_sq;
-        item.state[2] = tasks[i].sign_avg;
-        return item;
+      [](const TemporalAdamTask& task) {
+        return std::array{task.exp_avg, task.exp_avg_sq, task.sign_avg};
       });
 }
 

@@ -1,4 +1,4 @@
-// What kernels are put on.
+// A CUDA stream: a device that tasks run on.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace andmask {
 struct Stream {
   void* handle = nullptr;  // cudaStream_t
   int64_t multiprocessors = 1;
-  // Device memory that lives till the op ends, aligned to 256 bytes. Not initialised.
+  // Returns device memory for the time of the op, aligned to 256 bytes and not initialised.
   std::function<void*(int64_t bytes)> memory;
 
   template <typename T>
@@ -17,5 +17,7 @@ struct Stream {
     return static_cast<T*>(memory(count * static_cast<int64_t>(sizeof(T))));
   }
 };
+
+int64_t multiprocessor_count(int32_t device);
 
 }  // namespace andmask

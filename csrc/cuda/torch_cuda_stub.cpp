@@ -1,5 +1,5 @@
-// Stands in for torch's libtorch_cuda.so while linking, and is not installed. So the CUDA library
-// is the same whether the torch at hand has CUDA or not: it names libtorch_cuda.so, and finds the
+// Replaces torch's libtorch_cuda.so for the linker, and is not installed. So the CUDA library is
+// the same whether the installed torch has CUDA or not: it names libtorch_cuda.so, and finds the
 // real one at run time.
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// From a dtype that is known when an op is called to a type.
+// Turns a dtype, known at run time, into a type.
 #pragma once
 
 #include "../math/scalar.h"
@@ -11,7 +11,7 @@ struct Type {
   using type = T;
 };
 
-// f(Type<T>()) for the element type T of `dtype`.
+// Calls f(Type<T>()) for the element type T of `dtype`.
 template <typename F>
 void with_type(Dtype dtype, const F& f) {
   switch (dtype) {

@@ -16,30 +16,25 @@ namespace py = pybind11;
 namespace andmask {
 namespace {
 
-struct Found {
-  int index;
-  bool fills;
+struct RankedFacts {
+  bool fills_missing;
   Ranking (*rank)(const double* arguments, int64_t environments);
 };
 
 template <typename... Rules>
-Found find(const std::string& wanted, RuleList<Rules...>) {
-  const std::vector<std::string> names = {Rules::kName...};
-  const std::vector<Found> all = {{0, Rules::kFills, make_ranking<Rules>}...};
-  for (size_t index = 0; index < names.size(); ++index) {
-    if (names[index] == wanted) {
-      return {static_cast<int>(index), all[index].fills, all[index].rank};
-    }
-  }
-  throw std::invalid_argument("rule: there is no " + wanted);
+RankedFacts facts_of(int rule, RuleList<Rules...>) {
+  const RankedFacts facts[] = {{Rules::kFillsMissing, make_ranking<Rules>}...};
+  return facts[rule];
 }
 
-// Columns [0, splits[0]), [splits[0], splits[1]), ... in calls of their own, as threads would make.
+// Takes columns [0, splits[0]), [splits[0], splits[1]), ... in separate calls, as threads do.
 py::array aggregate(const std::string& isa, const py::array& grads, const std::string& name,
                     const std::vector<double>& arguments, const std::optional<py::array>& noise,
                     const std::vector<int64_t>& splits) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
-  const Found rule = find(name, ColumnRules());
+  const int index = find_rule(name, ColumnRules());
+  if (index < 0) throw std::invalid_argument("rule: there is no " + name);
+  const RankedFacts rule = facts_of(index, ColumnRules());
   const int dtype = static_cast<int>(parse_dtype(grads));
   const int64_t columns = grads.shape(1);
   const std::vector<int64_t> shape = {columns};
@@ -53,7 +48,7 @@ py::array aggregate(const std::string& isa, const py::array& grads, const std::s
   task.stride = grads.strides(0) / grads.itemsize();
   task.arguments = arguments.data();
   task.noise = noise ? noise->data() : nullptr;
-  task.out = rule.fills ? wide.mutable_data() : out.mutable_data();
+  task.out = rule.fills_missing ? wide.mutable_data() : out.mutable_data();
   const Ranking ranking = rule.rank(arguments.data(), task.environments);
   ranking.describe(task);
   const ColumnKernels& kernels = column_kernels(parse_isa(isa));
@@ -62,10 +57,10 @@ py::array aggregate(const std::string& isa, const py::array& grads, const std::s
   ends.push_back(columns);
   int64_t begin = 0;
   for (int64_t end : ends) {
-    if (!kernels.aggregate[dtype][rule.index](task, begin, end, &kept)) throw std::bad_alloc();
+    if (!kernels.aggregate[dtype][index](task, begin, end, &kept)) throw std::bad_alloc();
     begin = end;
   }
-  if (rule.fills) {
+  if (rule.fills_missing) {
     kernels.fill[dtype](wide.data(), task.noise, kept.count > 0 ? kept.size / kept.count : 0,
                         out.mutable_data(), 0, columns);
   }
@@ -74,7 +69,7 @@ py::array aggregate(const std::string& isa, const py::array& grads, const std::s
 
 }  // namespace
 
-void bind_aggregate(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("aggregate", &aggregate, py::arg("isa"), py::arg("grads"), py::arg("rule"),
         py::arg("arguments") = std::vector<double>{}, py::arg("noise") = py::none(),
         py::arg("splits") = std::vector<int64_t>{});

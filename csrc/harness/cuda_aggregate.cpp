@@ -10,7 +10,7 @@
 
 #include "../cuda/kernels/columns.h"
 #include "../cuda/kernels/ranked.h"
-#include "../cuda/launchers.h"
+#include "../tasks/aggregate.h"
 #include "bindings.h"
 #include "host_stream.h"
 
@@ -18,15 +18,6 @@ namespace py = pybind11;
 
 namespace andmask {
 namespace {
-
-template <typename... Rules>
-int find(const std::string& wanted, RuleList<Rules...>) {
-  const std::vector<std::string> names = {Rules::kName...};
-  for (size_t index = 0; index < names.size(); ++index) {
-    if (names[index] == wanted) return static_cast<int>(index);
-  }
-  return -1;
-}
 
 // grads: [environments, columns], rows contiguous. `out` and `wide` (which may be `out`) are
 // written.
@@ -36,36 +27,37 @@ void aggregate_stacked(const py::array& grads, const std::string& rule,
                        int64_t multiprocessors) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
   const HostStream stream(multiprocessors);
-  const AggregateTask task{grads.data(),
-                           grads.shape(0),
-                           grads.strides(0) / grads.itemsize(),
-                           grads.shape(1),
-                           parse_dtype(grads),
-                           find(rule, MomentRules()),
-                           find(rule, ColumnRules()),
-                           arguments.data(),
-                           rescale,
-                           noise ? noise->data() : nullptr,
-                           wide.mutable_data(),
-                           out.mutable_data()};
+  const AggregateTask task{.grads = grads.data(),
+                           .environments = grads.shape(0),
+                           .stride = grads.strides(0) / grads.itemsize(),
+                           .columns = grads.shape(1),
+                           .dtype = parse_dtype(grads),
+                           .moment_rule = find_rule(rule, MomentRules()),
+                           .column_rule = find_rule(rule, ColumnRules()),
+                           .arguments = arguments.data(),
+                           .rescale = rescale,
+                           .noise = noise ? noise->data() : nullptr,
+                           .wide = wide.mutable_data(),
+                           .out = out.mutable_data()};
   if (task.moment_rule < 0 && task.column_rule < 0) {
     throw std::invalid_argument("rule: there is no " + rule);
   }
-  launch_aggregate(stream, task);
+  run(stream, task);
 }
 
-// Columns of a body behind `skipped` others, which are not there.
+// Runs a body on columns behind `skipped` others, which are not there.
 template <typename Body>
 void run_behind(int64_t skipped, int64_t columns, int64_t columns_per_block, const Body& body) {
   const int64_t first = skipped / columns_per_block;
   const int64_t blocks = (skipped + columns + columns_per_block - 1) / columns_per_block;
   for (int64_t block = first; block < blocks; ++block) {
-    for (int thread = 0; thread < Body::kThreads; ++thread) body(Place{block, blocks, thread});
+    for (int thread = 0; thread < Body::kThreads; ++thread)
+      body(ThreadIndex{block, blocks, thread});
   }
 }
 
-// A rule of each kind of body, on float32 gradients in columns that lie behind `skipped` others: a
-// multiple of all columns of a block.
+// Runs a rule of each kind of body on float32 gradients in columns behind `skipped` others, a
+// multiple of the columns of a block.
 void aggregate_behind(const py::array_t<float>& grads, const std::string& rule, int64_t skipped,
                       py::array_t<float> out) {
   const int64_t environments = grads.shape(0);
@@ -102,7 +94,7 @@ void aggregate_behind(const py::array_t<float>& grads, const std::string& rule, 
 
 }  // namespace
 
-void bind_cuda_aggregate(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("cuda_aggregate", &aggregate_stacked, py::arg("grads"), py::arg("rule"),
         py::arg("arguments"), py::arg("rescale"), py::arg("noise"), py::arg("wide"), py::arg("out"),
         py::arg("multiprocessors") = 2);

@@ -6,7 +6,7 @@
 #include <optional>
 #include <string>
 
-#include "../cuda/launchers.h"
+#include "../tasks/masked_mean.h"
 #include "bindings.h"
 #include "host_stream.h"
 
@@ -20,21 +20,20 @@ namespace {
 void masked_mean(const py::array& grads, int32_t threshold, const std::string& output,
                  py::array out, std::optional<py::array> scaled, int64_t multiprocessors) {
   const HostStream stream(multiprocessors);
-  const MaskedMeanTask task{grads.data(),
-                            grads.shape(0),
-                            grads.strides(0) / grads.itemsize(),
-                            threshold,
-                            output == "masked_mean"        ? Output::masked_mean
-                            : output == "masked_mean_wide" ? Output::masked_mean_wide
-                                                           : Output::mask,
-                            out.mutable_data()};
-  launch_masked_mean(stream, task, parse_dtype(grads), grads.shape(1),
-                     scaled ? scaled->mutable_data() : nullptr);
+  run(stream, MaskedMeanTask{.grads = grads.data(),
+                             .environments = grads.shape(0),
+                             .stride = grads.strides(0) / grads.itemsize(),
+                             .threshold = threshold,
+                             .output = parse_output(output),
+                             .out = out.mutable_data(),
+                             .columns = grads.shape(1),
+                             .dtype = parse_dtype(grads),
+                             .scaled = scaled ? scaled->mutable_data() : nullptr});
 }
 
 }  // namespace
 
-void bind_cuda_masked_mean(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("cuda_masked_mean", &masked_mean, py::arg("grads"), py::arg("threshold"), py::arg("output"),
         py::arg("out"), py::arg("scaled") = py::none(), py::arg("multiprocessors") = 2);
 }

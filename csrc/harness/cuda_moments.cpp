@@ -6,8 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "../cuda/launchers.h"
-#include "../math/rules.h"
+#include "../tasks/steps.h"
 #include "bindings.h"
 #include "host_stream.h"
 
@@ -44,107 +43,115 @@ Moments moments_of(const py::dict& lists) {
 // grads: arrays [environments, columns], rows contiguous.
 void accumulate(const Arrays& grads, int64_t count, const py::dict& lists, const Numbers& weights) {
   Moments moments = moments_of(lists);
-  AccumulateList list;
+  std::vector<AccumulateTask> tasks;
   for (size_t i = 0; i < grads.size(); ++i) {
-    list.tasks.push_back({grads[i].data(), grads[i].shape(0),
-                          grads[i].strides(0) / grads[i].itemsize(),
-                          weights.empty() ? nullptr : weights.data(), count, moments.of(i)});
-    list.dtypes.push_back(parse_dtype(grads[i]));
-    list.sizes.push_back(grads[i].shape(1));
+    tasks.push_back({.grads = grads[i].data(),
+                     .rows = grads[i].shape(0),
+                     .stride = grads[i].strides(0) / grads[i].itemsize(),
+                     .weights = weights.empty() ? nullptr : weights.data(),
+                     .count = count,
+                     .moments = moments.of(i),
+                     .dtype = parse_dtype(grads[i]),
+                     .columns = grads[i].shape(1)});
   }
-  launch_accumulate(HostStream(2), list);
+  run(HostStream(2), tasks);
 }
 
-template <typename... Rules>
-int rule_index(const std::string& wanted, RuleList<Rules...>) {
-  const std::vector<std::string> names = {Rules::kName...};
-  for (size_t index = 0; index < names.size(); ++index) {
-    if (names[index] == wanted) return static_cast<int>(index);
-  }
-  throw std::invalid_argument("rule: there is no " + wanted);
-}
-
-// A rule on lists of moments.
-struct Updates {
-  Moments moments;
+// A rule on lists of moments. It must outlive the tasks, which point to its arguments.
+struct Rule {
+  int index;
   Numbers arguments;
-  UpdateList list;
+  int64_t count;
+  Moments moments;
+  bool rescale;
 
-  Updates(const std::string& rule, const Numbers& given, int64_t count, const py::dict& lists,
-          bool rescale)
-      : moments(moments_of(lists)), arguments(given) {
-    list.rule = rule_index(rule, MomentRules());
-    list.rescale = rescale;
-    for (size_t i = 0; i < moments.sum.size(); ++i) {
-      list.tasks.push_back({moments.of(i), parse_dtype(moments.sum[i]), arguments.data(), count});
-      list.sizes.push_back(moments.sum[i].shape(0));
-    }
+  Rule(const std::string& name, const Numbers& arguments, int64_t count, const py::dict& lists,
+       bool rescale)
+      : index(moment_rule(name)),
+        arguments(arguments),
+        count(count),
+        moments(moments_of(lists)),
+        rescale(rescale) {}
+  Rule(const Rule&) = delete;
+
+  Update update(size_t i) {
+    return {.moments = moments.of(i),
+            .sum_dtype = parse_dtype(moments.sum[i]),
+            .arguments = arguments.data(),
+            .count = count,
+            .columns = moments.sum[i].shape(0),
+            .rule = index,
+            .rescale = rescale};
   }
-  Updates(const Updates&) = delete;
 };
 
-std::vector<Dtype> dtypes_of(const Arrays& arrays) {
-  std::vector<Dtype> dtypes;
-  for (const py::array& array : arrays) dtypes.push_back(parse_dtype(array));
-  return dtypes;
-}
-
-void resolve(const std::string& rule, const Numbers& arguments, int64_t count,
+void resolve(const std::string& name, const Numbers& arguments, int64_t count,
              const py::dict& lists, bool rescale, Arrays out) {
-  const Updates updates(rule, arguments, count, lists, rescale);
-  std::vector<void*> pointers;
-  for (size_t i = 0; i < out.size(); ++i) pointers.push_back(pointer(out, i));
-  launch_resolve(HostStream(2), updates.list, pointers);
+  Rule rule(name, arguments, count, lists, rescale);
+  std::vector<ResolveTask> tasks;
+  for (size_t i = 0; i < out.size(); ++i) tasks.push_back({rule.update(i), pointer(out, i)});
+  run(HostStream(2), tasks);
 }
 
-void sgd(const std::string& rule, const Numbers& arguments, int64_t count, const py::dict& lists,
+void sgd(const std::string& name, const Numbers& arguments, int64_t count, const py::dict& lists,
          bool rescale, Arrays params, Arrays buffers, double lr, double momentum, double dampening,
          double weight_decay, bool decoupled, bool nesterov, bool maximize, bool first) {
-  const Updates updates(rule, arguments, count, lists, rescale);
+  Rule rule(name, arguments, count, lists, rescale);
   std::vector<SgdTask> tasks;
   for (size_t i = 0; i < params.size(); ++i) {
-    tasks.push_back({pointer(params, i), pointer(buffers, i), lr, momentum, dampening, weight_decay,
-                     decoupled, nesterov, maximize, first});
+    tasks.push_back({.update = rule.update(i),
+                     .param = pointer(params, i),
+                     .dtype = parse_dtype(params[i]),
+                     .momentum_buffer = pointer(buffers, i),
+                     .lr = lr,
+                     .momentum = momentum,
+                     .dampening = dampening,
+                     .weight_decay = weight_decay,
+                     .decoupled_weight_decay = decoupled,
+                     .nesterov = nesterov,
+                     .maximize = maximize,
+                     .first = first});
   }
-  launch_sgd(HostStream(2), updates.list, tasks, dtypes_of(params));
+  run(HostStream(2), tasks);
 }
 
-// With `sign_avgs`: the temporal AND-mask, and `tau` and a third beta count.
-void adam(const std::string& rule, const Numbers& arguments, int64_t count, const py::dict& lists,
+// With `sign_avgs`: the temporal AND-mask, which takes `tau` and a third beta.
+void adam(const std::string& name, const Numbers& arguments, int64_t count, const py::dict& lists,
           bool rescale, Arrays params, Arrays exp_avgs, Arrays exp_avg_sqs, Arrays largest,
           Arrays sign_avgs, Arrays steps, double lr, const Numbers& betas, double eps,
           double weight_decay, bool decoupled, bool maximize, double tau, bool bias_correction) {
-  const Updates updates(rule, arguments, count, lists, rescale);
+  Rule rule(name, arguments, count, lists, rescale);
   std::vector<AdamTask> tasks;
   std::vector<TemporalAdamTask> temporal;
   for (size_t i = 0; i < params.size(); ++i) {
-    AdamTask task{};
-    task.param = pointer(params, i);
-    task.exp_avg = pointer(exp_avgs, i);
-    task.exp_avg_sq = pointer(exp_avg_sqs, i);
-    task.max_exp_avg_sq = pointer(largest, i);
-    task.lr = lr;
-    task.beta1 = betas.at(0);
-    task.beta2 = betas.at(1);
-    task.eps = eps;
-    task.weight_decay = weight_decay;
-    task.decoupled_weight_decay = decoupled;
-    task.maximize = maximize;
-    task.step = static_cast<float*>(pointer(steps, i));
+    const AdamTask task{.update = rule.update(i),
+                        .param = pointer(params, i),
+                        .dtype = parse_dtype(params[i]),
+                        .exp_avg = pointer(exp_avgs, i),
+                        .exp_avg_sq = pointer(exp_avg_sqs, i),
+                        .max_exp_avg_sq = pointer(largest, i),
+                        .lr = lr,
+                        .beta1 = betas.at(0),
+                        .beta2 = betas.at(1),
+                        .eps = eps,
+                        .weight_decay = weight_decay,
+                        .decoupled_weight_decay = decoupled,
+                        .maximize = maximize,
+                        .step = static_cast<float*>(pointer(steps, i))};
     tasks.push_back(task);
     if (sign_avgs.empty()) continue;
-    temporal.push_back({task, pointer(sign_avgs, i), betas.at(2), 0, tau, bias_correction});
+    temporal.push_back({task, pointer(sign_avgs, i), betas.at(2), 1, tau, bias_correction});
   }
   if (sign_avgs.empty()) {
-    launch_adam(HostStream(2), updates.list, tasks, dtypes_of(params));
+    run(HostStream(2), tasks);
   } else {
-    launch_temporal_adam(HostStream(2), updates.list, temporal, dtypes_of(params));
+    run(HostStream(2), temporal);
   }
 }
 
 }  // namespace
 
-void bind_cuda_moments(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("cuda_accumulate", &accumulate, py::arg("grads"), py::arg("count"), py::arg("moments"),
         py::arg("weights") = Numbers());
   m.def("cuda_resolve", &resolve);

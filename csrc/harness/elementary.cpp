@@ -13,7 +13,7 @@ namespace py = pybind11;
 namespace andmask {
 namespace {
 
-// As kernels call them: float32 takes exp and tanh through double.
+// Calls the functions as kernels do: float32 takes exp and tanh through double.
 template <typename T>
 py::array evaluate(const std::string& function, const py::array& array) {
   const py::array_t<T, py::array::c_style | py::array::forcecast> input(array);
@@ -40,8 +40,6 @@ py::array elementary(const std::string& function, const py::array& array) {
 
 }  // namespace
 
-void bind_elementary(py::module_& m) {
-  m.def("elementary", &elementary, py::arg("function"), py::arg("array"));
-}
+ANDMASK_BINDINGS(m) { m.def("elementary", &elementary, py::arg("function"), py::arg("array")); }
 
 }  // namespace andmask

@@ -44,6 +44,18 @@ Dtype parse_dtype(const py::array& array) {
   throw std::invalid_argument("grads: expected float16, float32, float64, or bfloat16 as uint16");
 }
 
+Output parse_output(const std::string& name) {
+  return name == "masked_mean"        ? Output::masked_mean
+         : name == "masked_mean_wide" ? Output::masked_mean_wide
+                                      : Output::mask;
+}
+
+int moment_rule(const std::string& name) {
+  const int rule = find_rule(name, MomentRules());
+  if (rule < 0) throw std::invalid_argument("rule: there is no " + name);
+  return rule;
+}
+
 namespace {
 
 py::array wide_like(const py::array& grads, int64_t columns) {
@@ -51,7 +63,7 @@ py::array wide_like(const py::array& grads, int64_t columns) {
                                               : py::array(py::array_t<float>(columns));
 }
 
-// Columns [0, splits[0]), [splits[0], splits[1]), ... in calls of their own, as threads would make.
+// Takes columns [0, splits[0]), [splits[0], splits[1]), ... in separate calls, as threads do.
 py::tuple masked_mean(const std::string& isa, const py::array& grads, int32_t threshold,
                       const std::string& output, const std::vector<int64_t>& splits) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
@@ -62,16 +74,12 @@ py::tuple masked_mean(const std::string& isa, const py::array& grads, int32_t th
   const bool rounded = output == "masked_mean";
   py::array out =
       rounded ? py::array(grads.dtype(), std::vector<int64_t>{columns}) : wide_like(grads, columns);
-  const MaskedMeanTask task{
-      grads.data(),
-      grads.shape(0),
-      grads.strides(0) / grads.itemsize(),
-      threshold,
-      rounded                        ? Output::masked_mean
-      : output == "masked_mean_wide" ? Output::masked_mean_wide
-                                     : Output::mask,
-      out.mutable_data(),
-  };
+  const MaskedMeanTask task{.grads = grads.data(),
+                            .environments = grads.shape(0),
+                            .stride = grads.strides(0) / grads.itemsize(),
+                            .threshold = threshold,
+                            .output = parse_output(output),
+                            .out = out.mutable_data()};
   const auto reduce =
       masked_mean_kernels(parse_isa(isa)).reduce[static_cast<int>(parse_dtype(grads))];
   int64_t kept = 0;
@@ -95,26 +103,19 @@ py::array scale(const std::string& isa, const py::array& unscaled, double factor
 }
 
 }  // namespace
+
+ANDMASK_BINDINGS(m) {
+  m.def("isas", &isas);
+  m.def("masked_mean", &masked_mean, py::arg("isa"), py::arg("grads"), py::arg("threshold"),
+        py::arg("output") = "masked_mean", py::arg("splits") = std::vector<int64_t>{});
+  m.def("scale", &scale);
+  m.def("vote_threshold",
+        [](double tau, int64_t environments) { return vote_threshold(tau, environments); });
+  m.def("inverse_density", [](double kept, double count) { return inverse_density(kept, count); });
+}
+
 }  // namespace andmask
 
 PYBIND11_MODULE(_harness, m) {
-  m.def("isas", &andmask::isas);
-  m.def("masked_mean", &andmask::masked_mean, py::arg("isa"), py::arg("grads"),
-        py::arg("threshold"), py::arg("output") = "masked_mean",
-        py::arg("splits") = std::vector<int64_t>{});
-  m.def("scale", &andmask::scale);
-  m.def("vote_threshold", [](double tau, int64_t environments) {
-    return andmask::vote_threshold(tau, environments);
-  });
-  m.def("inverse_density",
-        [](double kept, double count) { return andmask::inverse_density(kept, count); });
-  andmask::bind_aggregate(m);
-  andmask::bind_cuda_aggregate(m);
-  andmask::bind_cuda_masked_mean(m);
-  andmask::bind_cuda_moments(m);
-  andmask::bind_elementary(m);
-  andmask::bind_moments(m);
-  andmask::bind_outer(m);
-  andmask::bind_sign_outer(m);
-  andmask::bind_vote_histogram(m);
+  for (const auto add : andmask::Bindings::all()) add(m);
 }

@@ -11,12 +11,12 @@ namespace andmask {
 
 class HostStream {
  public:
-  // As many multiprocessors as the device that is played: launchers size their grids by it.
+  // The size of grids depends on the number of multiprocessors.
   explicit HostStream(int64_t multiprocessors) {
     stream_.multiprocessors = multiprocessors;
     stream_.memory = [this](int64_t bytes) {
-      // Exactly as much as was asked for: the address sanitizer sees what is read or written
-      // beyond.
+      // The memory is exactly as large as requested, so that the address sanitizer sees accesses
+      // beyond it.
       void* memory = nullptr;
       if (posix_memalign(&memory, 256, static_cast<size_t>(bytes > 0 ? bytes : 1)) != 0) abort();
       memory_.emplace_back(memory, free);

@@ -30,16 +30,7 @@ MomentArrays arrays(const py::array& sum, const Array& votes, const Array& squar
           pointer(squares), pointer(logs)};
 }
 
-template <typename... Rules>
-int rule_index(const std::string& wanted, RuleList<Rules...>) {
-  const std::vector<std::string> names = {Rules::kName...};
-  for (size_t index = 0; index < names.size(); ++index) {
-    if (names[index] == wanted) return static_cast<int>(index);
-  }
-  throw std::invalid_argument("rule: there is no " + wanted);
-}
-
-// Calls f(begin, end) for [0, splits[0]), [splits[0], splits[1]), ... as threads would.
+// Calls f(begin, end) for [0, splits[0]), [splits[0], splits[1]), ... as threads do.
 template <typename F>
 void in_parts(const std::vector<int64_t>& splits, int64_t columns, const F& f) {
   int64_t begin = 0;
@@ -55,26 +46,29 @@ void accumulate(const std::string& isa, const py::array& grads, int64_t count, c
                 const Array& votes, const Array& squares, const Array& logs,
                 const std::vector<double>& weights, const std::vector<int64_t>& splits) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
-  const AccumulateTask task{grads.data(),
-                            grads.shape(0),
-                            grads.strides(0) / grads.itemsize(),
-                            weights.empty() ? nullptr : weights.data(),
-                            count,
-                            arrays(sum, votes, squares, logs)};
+  const AccumulateTask task{.grads = grads.data(),
+                            .rows = grads.shape(0),
+                            .stride = grads.strides(0) / grads.itemsize(),
+                            .weights = weights.empty() ? nullptr : weights.data(),
+                            .count = count,
+                            .moments = arrays(sum, votes, squares, logs)};
   const auto kernel =
       moment_kernels(parse_isa(isa)).accumulate[static_cast<int>(parse_dtype(grads))];
   in_parts(splits, grads.shape(1), [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
 }
 
-// The update in the wide type, and the sum of the rule's factors.
+// Returns the update in the wide type, and the sum of the rule's factors.
 py::tuple resolve(const std::string& isa, const std::string& rule,
                   const std::vector<double>& arguments, int64_t count, const py::array& sum,
                   const Array& votes, const Array& squares, const Array& logs, double scale,
                   const std::vector<int64_t>& splits) {
   const Dtype dtype = parse_dtype(sum);
-  const ResolveTask task{arrays(sum, votes, squares, logs), dtype, arguments.data(), count};
+  const Update task{.moments = arrays(sum, votes, squares, logs),
+                    .sum_dtype = dtype,
+                    .arguments = arguments.data(),
+                    .count = count};
   const int width = static_cast<int>(dtype == Dtype::float64 ? Width::float64 : Width::float32);
-  const int index = rule_index(rule, MomentRules());
+  const int index = moment_rule(rule);
   const MomentKernels& kernels = moment_kernels(parse_isa(isa));
   const int64_t columns = sum.shape(0);
   py::array update = dtype == Dtype::float64 ? py::array(py::array_t<double>(columns))
@@ -91,7 +85,7 @@ py::tuple resolve(const std::string& isa, const std::string& rule,
   return py::make_tuple(update, total);
 }
 
-// kernel(update of the block, begin, end), block by block.
+// Calls kernel(update of the block, begin, end), block by block.
 template <typename F>
 void in_blocks(const py::array& update, const F& kernel) {
   const int64_t columns = update.shape(0);
@@ -111,8 +105,16 @@ void store(const std::string& isa, const py::array& update, py::array out) {
 void sgd(const std::string& isa, py::array param, const Array& momentum_buffer,
          const py::array& update, double lr, double momentum, double dampening, double weight_decay,
          bool decoupled_weight_decay, bool nesterov, bool maximize, bool first) {
-  const SgdTask task{param.mutable_data(), pointer(momentum_buffer), lr,       momentum, dampening,
-                     weight_decay,         decoupled_weight_decay,   nesterov, maximize, first};
+  const SgdTask task{.param = param.mutable_data(),
+                     .momentum_buffer = pointer(momentum_buffer),
+                     .lr = lr,
+                     .momentum = momentum,
+                     .dampening = dampening,
+                     .weight_decay = weight_decay,
+                     .decoupled_weight_decay = decoupled_weight_decay,
+                     .nesterov = nesterov,
+                     .maximize = maximize,
+                     .first = first};
   const auto kernel = step_kernels(parse_isa(isa)).sgd[static_cast<int>(parse_dtype(param))];
   in_blocks(update, [&](const void* block, int64_t begin, int64_t end) {
     kernel(task, block, begin, end);
@@ -124,19 +126,19 @@ void adam(const std::string& isa, py::array param, const Array& exp_avg, const A
           const Array& max_exp_avg_sq, const Array& sign_avg, const py::array& update,
           const std::vector<double>& corrections, double lr, const std::vector<double>& betas,
           double eps, double weight_decay, bool decoupled_weight_decay, bool maximize, double tau) {
-  const AdamTask task{param.mutable_data(),
-                      pointer(exp_avg),
-                      pointer(exp_avg_sq),
-                      pointer(max_exp_avg_sq),
-                      corrections.at(0),
-                      corrections.at(1),
-                      lr,
-                      betas.at(0),
-                      betas.at(1),
-                      eps,
-                      weight_decay,
-                      decoupled_weight_decay,
-                      maximize};
+  const AdamTask task{.param = param.mutable_data(),
+                      .exp_avg = pointer(exp_avg),
+                      .exp_avg_sq = pointer(exp_avg_sq),
+                      .max_exp_avg_sq = pointer(max_exp_avg_sq),
+                      .correction1 = corrections.at(0),
+                      .correction2 = corrections.at(1),
+                      .lr = lr,
+                      .beta1 = betas.at(0),
+                      .beta2 = betas.at(1),
+                      .eps = eps,
+                      .weight_decay = weight_decay,
+                      .decoupled_weight_decay = decoupled_weight_decay,
+                      .maximize = maximize};
   const int dtype = static_cast<int>(parse_dtype(param));
   const StepKernels& kernels = step_kernels(parse_isa(isa));
   in_blocks(update, [&](const void* block, int64_t begin, int64_t end) {
@@ -151,7 +153,7 @@ void adam(const std::string& isa, py::array param, const Array& exp_avg, const A
 
 }  // namespace
 
-void bind_moments(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   const std::vector<int64_t> whole;
   m.def("accumulate", &accumulate, py::arg("isa"), py::arg("grads"), py::arg("count"),
         py::arg("sum"), py::arg("votes") = py::none(), py::arg("squares") = py::none(),

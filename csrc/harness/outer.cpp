@@ -8,8 +8,7 @@
 #include <stdexcept>
 #include <vector>
 
-#include "../cpu/outer_tiles.h"
-#include "../cuda/launchers.h"
+#include "../cpu/outer/tiles.h"
 #include "bindings.h"
 #include "host_stream.h"
 
@@ -74,7 +73,7 @@ void outer(const std::string& isa, const py::array& activations, const py::array
                   votes ? static_cast<int>(votes->itemsize()) : 0, pointer(squares), pointer(logs)};
   task.groups = groups;
   if (isa == "cuda") {  // its kernel bodies, thread by thread
-    launch_accumulate_outer(HostStream(2), task);
+    run(HostStream(2), task);
     return;
   }
   accumulate_outer_tiles(task, parse_isa(isa), threads,
@@ -85,7 +84,7 @@ void outer(const std::string& isa, const py::array& activations, const py::array
 
 }  // namespace
 
-void bind_outer(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("outer", &outer, py::arg("isa"), py::arg("activations"), py::arg("grad_outputs"),
         py::arg("offsets"), py::arg("sum"), py::arg("votes") = py::none(),
         py::arg("squares") = py::none(), py::arg("logs") = py::none(),

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../cpu/kernels/sign_outer.h"
+#include "../cpu/outer/kernels/sign_outer.h"
 #include "bindings.h"
 
 namespace py = pybind11;
@@ -17,7 +17,7 @@ int64_t panels_of(const py::array& values) {
   return (values.shape(1) + kSignPanel - 1) / kSignPanel;
 }
 
-std::vector<uint8_t> pack(const SignKernels& kernels, const py::array& values) {
+std::vector<uint8_t> pack(const SignOuterKernels& kernels, const py::array& values) {
   const SignMatrix matrix{values.data(), values.shape(0), values.shape(1),
                           values.strides(0) / values.itemsize(),
                           values.strides(1) / values.itemsize()};
@@ -33,17 +33,17 @@ std::vector<uint8_t> pack(const SignKernels& kernels, const py::array& values) {
 // Adds to `votes` [outputs, inputs], in place; `panels` of inputs in each call.
 void sign_outer(const std::string& isa, const py::array& activations, const py::array& grad_outputs,
                 py::array votes, bool first, int64_t panels) {
-  const SignKernels& kernels = sign_kernels(parse_isa(isa));
+  const SignOuterKernels& kernels = sign_outer_kernels(parse_isa(isa));
   const std::vector<uint8_t> a = pack(kernels, activations), d = pack(kernels, grad_outputs);
-  const SignTask task{a.data(),
-                      d.data(),
-                      activations.shape(0),
-                      activations.shape(1),
-                      grad_outputs.shape(1),
-                      first,
-                      votes.mutable_data(),
-                      static_cast<int>(votes.itemsize()),
-                      votes.strides(0) / votes.itemsize()};
+  const SignOuterTask task{a.data(),
+                           d.data(),
+                           activations.shape(0),
+                           activations.shape(1),
+                           grad_outputs.shape(1),
+                           first,
+                           votes.mutable_data(),
+                           static_cast<int>(votes.itemsize()),
+                           votes.strides(0) / votes.itemsize()};
   for (int64_t row = 0; row < panels_of(grad_outputs); ++row) {
     for (int64_t begin = 0; begin < panels_of(activations); begin += panels) {
       kernels.vote(task, row, begin, std::min(begin + panels, panels_of(activations)));
@@ -53,7 +53,7 @@ void sign_outer(const std::string& isa, const py::array& activations, const py::
 
 }  // namespace
 
-void bind_sign_outer(py::module_& m) {
+ANDMASK_BINDINGS(m) {
   m.def("sign_outer", &sign_outer, py::arg("isa"), py::arg("activations"), py::arg("grad_outputs"),
         py::arg("votes"), py::arg("first") = true, py::arg("panels") = kSignPanels);
 }

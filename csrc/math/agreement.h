@@ -6,8 +6,8 @@
 
 namespace andmask {
 
-// The vote of one environment: +1, -1, or 0 for zeros of either sign and for NaN. It comes in an
-// integer as wide as its argument, so that votes fill the vector lanes that comparisons leave.
+// The vote of one environment: +1, -1, or 0 for zeros of either sign and for NaN. The integer is as
+// wide as the argument, so that votes fill the vector lanes of the comparison.
 ANDMASK_INLINE int32_t sign(float grad) {
   return static_cast<int32_t>(grad > 0) - static_cast<int32_t>(grad < 0);
 }
@@ -16,7 +16,7 @@ ANDMASK_INLINE int64_t sign(double grad) {
   return static_cast<int64_t>(grad > 0) - static_cast<int64_t>(grad < 0);
 }
 
-// The same on the stored bits: what is neither zero nor NaN has a magnitude in [1, infinity].
+// The same for stored bits. A value that is neither zero nor NaN has a magnitude in [1, infinity].
 ANDMASK_INLINE int16_t sign_of_bits(uint16_t bits, uint16_t infinity) {
   const bool positive = static_cast<uint16_t>(bits - 1u) < infinity;
   const bool negative = static_cast<uint16_t>(bits - 0x8001u) < infinity;
@@ -36,7 +36,7 @@ ANDMASK_INLINE int64_t vote_threshold(double tau, int64_t environments) {
   return floor + (static_cast<double>(floor) < bound ? 1 : 0);
 }
 
-// How many environments more point one way than the other: |votes|, for all values of votes.
+// |votes|, for all values of votes: by how many environments the majority wins.
 ANDMASK_INLINE uint32_t agreement(int32_t votes) {
   return votes < 0 ? 0u - static_cast<uint32_t>(votes) : static_cast<uint32_t>(votes);
 }
@@ -45,16 +45,16 @@ ANDMASK_INLINE bool agrees(int32_t votes, int32_t threshold) {
   return (votes < 0 ? -votes : votes) >= threshold;
 }
 
-// How the gradients of a column are summed. So many, one after the other, and then the sums of a
-// group of them, in float32 (float64 for float64); only groups join the float64 total. So a
-// gradient passes at most 18 roundings (3 + 15) to float32, however many environments there are.
-// This order is part of the result: it is the same on all devices, instruction sets and thread
-// counts.
+// The order in which the gradients of a column are summed. kSumRows of them are added one after the
+// other, then the sums of a group of kSumGroup, in float32 (float64 for float64). Only the groups
+// are added in float64. So a gradient is rounded to float32 at most 18 times (3 + 15), however many
+// environments there are. The order is part of the result: it is the same for all devices,
+// instruction sets and numbers of threads.
 constexpr int kSumRows = 4;
 constexpr int64_t kSumGroup = 64;
 
-// The mean as it is stored. Multiplying by the inverse of the count may err by one last place of
-// float64 more than dividing, which the narrower types do not see; float64 itself is divided.
+// The mean as it is stored. Multiplication by the inverse of the count may err by one last place of
+// float64 more than division, which the narrower types do not see; float64 itself is divided.
 // The mask multiplies; it never selects: a NaN or an infinity under a mask of 0 still shows as NaN.
 template <typename Out>
 ANDMASK_INLINE Out masked_mean_of(double sum, double count, double inverse, bool keep) {

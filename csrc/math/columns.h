@@ -18,7 +18,7 @@ enum class Noise { none, uniform, normal };
 struct Ranked {
   static constexpr bool kRanked = true;
   static constexpr Noise kNoise = Noise::none;
-  static constexpr bool kFills = false;
+  static constexpr bool kFillsMissing = false;
 };
 
 // Yin et al. 2018 (arXiv 1803.01498).
@@ -43,7 +43,7 @@ struct TrimmedMean : Ranked {
   double weight(int64_t rank) const { return rank >= first && rank <= last ? 1 : 0; }
 };
 
-// Yang et al. 2020 (arXiv 2003.07422). Of an even number: the mean of the two in the middle.
+// Yang et al. 2020 (arXiv 2003.07422). For an even number: the mean of the two in the middle.
 struct Median : TrimmedMean {
   static constexpr const char* kName = "median";
   static constexpr int kArguments = 0;
@@ -52,8 +52,8 @@ struct Median : TrimmedMean {
   Median(const double*, int64_t environments) : TrimmedMean((environments - 1) / 2, environments) {}
 };
 
-// arXiv 2002.10657. A percentile lies between two ranks, as in numpy.percentile; what is beyond
-// the lower one takes its value, and it is the lowest `rank + 1` values that are.
+// arXiv 2002.10657. A percentile lies between two ranks, as in numpy.percentile. The values beyond
+// it, which are the lowest `rank + 1` (and the highest), are replaced by it.
 struct WinsorizedMean : Ranked {
   static constexpr const char* kName = "winsorized_mean";
   static constexpr int kArguments = 1;  // c
@@ -90,7 +90,7 @@ struct SignDropout {
   static constexpr int kArguments = 0;
   static constexpr bool kRanked = false;
   static constexpr Noise kNoise = Noise::uniform;
-  static constexpr bool kFills = false;
+  static constexpr bool kFillsMissing = false;
   static constexpr int kSums = 2;
   static const char* invalid(const double*, int64_t) { return nullptr; }
 
@@ -114,7 +114,7 @@ struct FedIlc {
   static constexpr int kArguments = 1;  // tau
   static constexpr bool kRanked = false;
   static constexpr Noise kNoise = Noise::none;
-  static constexpr bool kFills = false;
+  static constexpr bool kFillsMissing = false;
   static constexpr int kSums = 4;
   static const char* invalid(const double* args, int64_t) { return invalid_tau(args[0]); }
 
@@ -133,7 +133,7 @@ struct FedIlc {
     term[3] = grad < 0 ? log : 0;
   }
 
-  // `size` of `count` gradients, each replaced by their geometric mean.
+  // The mean over `count` of `size` gradients, each replaced by their geometric mean.
   ANDMASK_METHOD double geometric(double size, double logs) const {
     return size / count * exp_of(logs / (size > 1 ? size : 1));
   }
@@ -145,20 +145,20 @@ struct FedIlc {
   }
 };
 
-// Where noise is to fill in: a NaN that no result is, since those have no payload.
-constexpr uint32_t kHole = 0x7fc0beefu;
+// Marks a coordinate that noise is to fill: a NaN with a payload, which no result has.
+constexpr uint32_t kMissing = 0x7fc0beefu;
 
-ANDMASK_INLINE float hole(float) { return float_of(kHole); }
-ANDMASK_INLINE double hole(double) { return double_of(kHole | uint64_t{0x7ff8} << 48); }
+ANDMASK_INLINE float missing_value(float) { return float_of(kMissing); }
+ANDMASK_INLINE double missing_value(double) { return double_of(kMissing | uint64_t{0x7ff8} << 48); }
 
-// Agr-Rand: Mansilla et al. 2021 (arXiv 2108.01621). Where the signs do not all agree, noise of the
-// mean size of the kept sums of the tensor fills in.
+// Agr-Rand: Mansilla et al. 2021 (arXiv 2108.01621). Where the signs do not all agree, the result
+// is noise of the mean size of the kept sums of the tensor.
 struct AgreementRandom {
   static constexpr const char* kName = "agreement_random";
   static constexpr int kArguments = 0;
   static constexpr bool kRanked = false;
   static constexpr Noise kNoise = Noise::normal;
-  static constexpr bool kFills = true;
+  static constexpr bool kFillsMissing = true;
   static constexpr int kSums = 2;
   static const char* invalid(const double*, int64_t) { return nullptr; }
 

@@ -4,7 +4,7 @@
 // the next. These functions have no branch, call or table, so that loops over them become vector
 // code at any width, and every step is an IEEE operation, so that each width gives the same bits.
 // Polynomials are Taylor series, long enough that a minimax fit would gain no accuracy.
-// float takes exp and tanh through double, as one rounding more.
+// float takes exp and tanh through double, with one rounding more.
 #pragma once
 
 #include "scalar.h"
@@ -23,7 +23,7 @@ ANDMASK_INLINE double double_of(uint64_t bits) {
   return value;
 }
 
-// What differs between the two formats. ln 2 is split so that kLn2Hi times any exponent is exact.
+// The constants of the two formats. ln 2 is split so that kLn2Hi times any exponent is exact.
 template <typename T>
 struct Real;
 
@@ -99,10 +99,10 @@ struct Exponential {
   double p;
 };
 
-// Adding this leaves no bits behind the point: the sum is rounded to the nearest whole number.
+// Adding this rounds to the nearest whole number, because the sum has no bits behind the point.
 constexpr double kRoundToWhole = 0x1.8p52;
 
-// For |x| < 2^50; the ends of the result's range are the caller's to keep.
+// For |x| < 2^50. The caller clamps x to the range of the result.
 ANDMASK_INLINE Exponential reduced_exp(double x) {
   const double k = (x * 0x1.71547652b82fep+0 + kRoundToWhole) - kRoundToWhole;  // of x / ln 2
   const double r = (x - k * Real<double>::kLn2Hi) - k * Real<double>::kLn2Lo;   // |r| <= ln(2) / 2

@@ -1,4 +1,4 @@
-// Rules that need only sums over the environments: one formula each.
+// Rules that need only sums over the environments, one formula each.
 //
 // To add one: a struct with the members of `Mean`, its name in `MomentRules`, a twin in
 // andmask_ext/reference.py, a class in andmask_ext/rules/, a line in the table of
@@ -13,7 +13,7 @@ namespace andmask {
 // The sums that a rule may ask for.
 enum Moment : unsigned { kSum = 1, kVotes = 2, kSquares = 4, kLogs = 8 };
 
-// The sums of one coordinate; those that a rule did not ask for are 0.
+// The sums of one coordinate. Sums that a rule does not need are 0.
 template <typename F>
 struct Sums {
   F sum;          // of the gradients
@@ -45,7 +45,7 @@ struct Aggregate {
   F value;
 };
 
-// What is wrong with the arguments of a rule, or nullptr.
+// Returns what was expected of the arguments of a rule, or nullptr if they are valid.
 ANDMASK_INLINE const char* invalid_tau(double tau) {
   return tau >= 0 && tau <= 1 ? nullptr : "expected tau in [0, 1]";
 }
@@ -170,5 +170,12 @@ struct RuleList {
 };
 
 using MomentRules = RuleList<Mean, AndMask, GeometricMean, SandMask, MaskedAverage, AgreementSum>;
+
+// The moments that the rule of this index needs.
+template <typename... Rules>
+constexpr unsigned moments_of(int rule, RuleList<Rules...>) {
+  constexpr unsigned moments[] = {Rules::kMoments...};
+  return moments[rule];
+}
 
 }  // namespace andmask

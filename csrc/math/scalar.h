@@ -1,7 +1,7 @@
 // Storage types and the exact conversions between them.
 //
 // Everything in csrc/math is plain C++ without torch, so that the CPU kernels, the CUDA kernels and
-// the test harness share one text. All functions have internal linkage: kernel files are compiled
+// the test harness share one source. All functions have internal linkage: kernel files are compiled
 // once per instruction set, and an inline function with external linkage compiled for AVX-512 could
 // otherwise be the copy that the linker keeps for everyone.
 #pragma once

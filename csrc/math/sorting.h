@@ -1,4 +1,4 @@
-// Sorting without branches: a network of comparators, the same for all columns of a block.
+// Sorting without branches, by a network of comparators, which is the same for all columns.
 #pragma once
 
 #include <array>
@@ -33,18 +33,18 @@ ANDMASK_METHOD constexpr void for_comparators(int64_t size, int64_t sorted, cons
   }
 }
 
-// The largest finite number, which makes up values that are missing.
+// The largest finite number, which stands for missing values.
 ANDMASK_INLINE float largest(float) { return float_of(0x7f7fffffu); }
 ANDMASK_INLINE double largest(double) { return double_of(0x7fefffffffffffffu); }
 
-// The comparators of the network, as template arguments: nothing that is found out while a kernel
-// runs may choose a register.
+// The comparators of the network, as template arguments: a value that is known only when a kernel
+// runs cannot choose a register.
 template <int size>
 struct SortingNetwork {
   static constexpr int count() {
-    int found = 0;
-    for_comparators(size, 1, [&](int64_t, int64_t) { ++found; });
-    return found;
+    int comparators = 0;
+    for_comparators(size, 1, [&](int64_t, int64_t) { ++comparators; });
+    return comparators;
   }
 
   static constexpr auto list() {

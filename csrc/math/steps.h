@@ -16,7 +16,7 @@ ANDMASK_INLINE double square_root(double value) { return __builtin_sqrt(value); 
 ANDMASK_INLINE double power(double base, double exponent) { return __builtin_pow(base, exponent); }
 #endif
 
-// What a running mean that began at 0 lacks after so many steps.
+// The bias correction of a running mean that began at zero.
 ANDMASK_INLINE double correction_of(double beta, double steps) { return 1 - power(beta, steps); }
 
 // The constants of one tensor and one step. Decay that is not decoupled adds to the gradient.
@@ -39,10 +39,10 @@ ANDMASK_INLINE Decay<F> decay_of(const Task& task) {
 template <typename F>
 struct Sgd {
   Decay<F> decay;
-  F lr, momentum, fresh;  // fresh = 1 - dampening
+  F lr, momentum, one_minus_dampening;
   bool nesterov;
 
-  // Without momentum.
+  // The step without momentum.
   ANDMASK_METHOD F plain(F param, F grad) const {
     return param * decay.shrink - lr * decay.gradient(grad, param);
   }
@@ -51,7 +51,7 @@ struct Sgd {
   template <bool first>
   ANDMASK_METHOD F step(F param, F grad, F& buffer) const {
     const F gradient = decay.gradient(grad, param);
-    buffer = first ? gradient : momentum * buffer + fresh * gradient;
+    buffer = first ? gradient : momentum * buffer + one_minus_dampening * gradient;
     return param * decay.shrink - lr * (nesterov ? gradient + momentum * buffer : buffer);
   }
 };
@@ -62,36 +62,36 @@ ANDMASK_INLINE Sgd<F> sgd_of(const SgdTask& task) {
           static_cast<F>(1 - task.dampening), task.nesterov};
 }
 
-// Kingma and Ba 2015; decoupled decay: Loshchilov and Hutter 2019; largest: Reddi et al. 2018.
+// Kingma and Ba 2015; decoupled decay: Loshchilov and Hutter 2019; `largest`: Reddi et al. 2018.
 template <typename F>
 struct Adam {
   Decay<F> decay;
-  F fresh1, beta2, fresh2;  // fresh = 1 - beta
-  F size;                   // lr / (1 - beta1^step)
-  F inverse_correction;     // 1 / sqrt(1 - beta2^step)
+  F one_minus_beta1, beta2, one_minus_beta2;
+  F step_size;           // lr / (1 - beta1^step)
+  F inverse_correction;  // 1 / sqrt(1 - beta2^step)
   F eps;
 
-  ANDMASK_METHOD F moved(F param, F exp_avg, F second) const {
+  ANDMASK_METHOD F updated_param(F param, F exp_avg, F second) const {
     return param * decay.shrink -
-           size * (exp_avg / (square_root(second) * inverse_correction + eps));
+           step_size * (exp_avg / (square_root(second) * inverse_correction + eps));
   }
 
   ANDMASK_METHOD void average(F param, F grad, F& exp_avg, F& exp_avg_sq) const {
     const F gradient = decay.gradient(grad, param);
-    exp_avg += fresh1 * (gradient - exp_avg);
-    exp_avg_sq = beta2 * exp_avg_sq + fresh2 * gradient * gradient;
+    exp_avg += one_minus_beta1 * (gradient - exp_avg);
+    exp_avg_sq = beta2 * exp_avg_sq + one_minus_beta2 * gradient * gradient;
   }
 
   ANDMASK_METHOD F step(F param, F grad, F& exp_avg, F& exp_avg_sq) const {
     average(param, grad, exp_avg, exp_avg_sq);
-    return moved(param, exp_avg, exp_avg_sq);
+    return updated_param(param, exp_avg, exp_avg_sq);
   }
 
   ANDMASK_METHOD F step(F param, F grad, F& exp_avg, F& exp_avg_sq, F& largest) const {
     average(param, grad, exp_avg, exp_avg_sq);
-    // Written so that a NaN of this step is taken.
+    // The comparison is written so that a NaN of this step is kept.
     largest = largest > exp_avg_sq ? largest : exp_avg_sq;
-    return moved(param, exp_avg, largest);
+    return updated_param(param, exp_avg, largest);
   }
 };
 
@@ -111,24 +111,24 @@ ANDMASK_INLINE Adam<F> adam_of(const AdamTask& task) {
 template <typename F>
 struct TemporalAdam {
   Adam<F> adam;
-  F fresh3;     // 1 - beta3
+  F one_minus_beta3;
   F threshold;  // (tau - 1e-6), times 1 - beta3^step with bias correction
 
   ANDMASK_METHOD F mask(F grad, F& sign_avg) const {
     const F vote = (grad > 0 ? F(1) : F(0)) - (grad < 0 ? F(1) : F(0));
-    sign_avg += fresh3 * (vote - sign_avg);
+    sign_avg += one_minus_beta3 * (vote - sign_avg);
     return (sign_avg < 0 ? -sign_avg : sign_avg) >= threshold ? F(1) : F(0);
   }
 
   ANDMASK_METHOD F step(F param, F grad, F& exp_avg, F& exp_avg_sq, F& sign_avg) const {
     adam.average(param, grad, exp_avg, exp_avg_sq);
-    return adam.moved(param, exp_avg * mask(grad, sign_avg), exp_avg_sq);
+    return adam.updated_param(param, exp_avg * mask(grad, sign_avg), exp_avg_sq);
   }
 };
 
 template <typename F>
 ANDMASK_INLINE TemporalAdam<F> temporal_adam_of(const TemporalAdamTask& task) {
-  return {adam_of<F>(task.adam), static_cast<F>(1 - task.beta3),
+  return {adam_of<F>(task), static_cast<F>(1 - task.beta3),
           static_cast<F>((task.tau - 1e-6) * task.correction3)};
 }
 

@@ -1,5 +1,5 @@
-// All ops for one device. A device is a class with the members of `Cpu` (csrc/cpu/device.h): it
-// runs tasks, whose arguments the ops have checked.
+// All ops for one device: a class with the members of `Cpu` (csrc/cpu/device.h), for which every
+// task (csrc/tasks) has a `run`.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -1,9 +1,9 @@
-// masked_mean and agreement_mask: checks, and the memory of the results.
+// The ops masked_mean and agreement_mask: checks, and the memory of the results.
 #pragma once
 
 #include "../math/agreement.h"
 #include "../tasks/masked_mean.h"
-#include "tensors.h"
+#include "checks.h"
 
 namespace andmask {
 
@@ -17,9 +17,9 @@ Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool
   const auto out_shape =
       torch::headeronly::IntHeaderOnlyArrayRef(shape.data() + 1, shape.size() - 1);
   const Device device(op, grads);
-  // Rescaling needs the count of kept columns first, and then goes over what the first pass wrote.
-  // Results of the 16-bit types wait for it in float32, so that they are rounded to 16 bits once. A
-  // mask stays in float32: its factor may be beyond float16.
+  // Rescaling needs the number of kept columns, so that it takes a second pass. Until then results
+  // of the 16-bit types are kept in float32, so that they are rounded to 16 bits once. A mask stays
+  // in float32: its factor may be beyond float16.
   const bool wide = is_narrow(dtype) && (rescale || mask_only);
   const Tensor first = wide ? torch::stable::new_empty(grads, out_shape, ScalarType::Float)
                             : torch::stable::new_empty(grads, out_shape);
@@ -29,17 +29,19 @@ Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool
 
   const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
   const int64_t environments = rows.size(0);
-  const MaskedMeanTask task{
-      rows.const_data_ptr(),
-      environments,
-      rows.stride(0),
-      static_cast<int32_t>(vote_threshold(tau, environments)),
-      mask_only ? Output::mask
-      : rescale ? Output::masked_mean_wide
-                : Output::masked_mean,
-      first.mutable_data_ptr(),
-  };
-  device.masked_mean(task, dtype, columns, rescale ? out.mutable_data_ptr() : nullptr);
+  run(device, MaskedMeanTask{
+                  .grads = rows.const_data_ptr(),
+                  .environments = environments,
+                  .stride = rows.stride(0),
+                  .threshold = static_cast<int32_t>(vote_threshold(tau, environments)),
+                  .output = mask_only ? Output::mask
+                            : rescale ? Output::masked_mean_wide
+                                      : Output::masked_mean,
+                  .out = first.mutable_data_ptr(),
+                  .columns = columns,
+                  .dtype = dtype,
+                  .scaled = rescale ? out.mutable_data_ptr() : nullptr,
+              });
   return out;
 }
 

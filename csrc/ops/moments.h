@@ -1,7 +1,7 @@
-// accumulate_, resolve and resolve_: checks and layout.
+// The ops _accumulate_, _resolve and _resolve_: checks and layout.
 #pragma once
 
-#include "lists.h"
+#include "moment_lists.h"
 
 namespace andmask {
 
@@ -13,8 +13,8 @@ inline void check_like_grad(const char* op, const char* name, size_t index, cons
          shape_text(grad));
   }
   if (moment.scalar_type() != wide) {
-    fail(op, "expected ", name, "[", index, "] of dtype ", torch::headeronly::toString(wide),
-         ", but got ", torch::headeronly::toString(moment.scalar_type()));
+    fail(op, "expected ", name, "[", index, "] of dtype ", dtype_text(wide), ", but got ",
+         dtype_text(moment));
   }
   check_writable(op, name, index, moment);
 }
@@ -22,7 +22,7 @@ inline void check_like_grad(const char* op, const char* name, size_t index, cons
 template <typename Device>
 void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tensors grads,
                 int64_t count, std::vector<double> weights, bool stacked) {
-  const char* const op = "andmask::accumulate_";
+  const char* const op = "andmask::_accumulate_";
   const size_t size = grads.size();
   const auto check_size = [&](const char* name, const Tensors& list, bool optional) {
     check(list.size() == size || (optional && list.empty()), op, "expected ", name, " of ", size,
@@ -42,12 +42,12 @@ void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tenso
   check_weights(op, weights, rows);
   const Device device(op, grads[0]);
   check_here(
-      device, op,
+      device,
       {{"grads", grads}, {"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
-  AccumulateList work;
+  std::vector<AccumulateTask> tasks;
   for (size_t i = 0; i < size; ++i) {
-    work.dtypes.push_back(check_dtype(op, "grads", grads[i], i));
-    const ScalarType wide = wide_type(work.dtypes[i]);
+    const Dtype dtype = check_dtype(op, "grads", grads[i], i);
+    const ScalarType wide = wide_type(dtype);
     check_like_grad(op, "sum", i, sum[i], grads[i], skip, wide);
     if (stacked && grads[i].size(0) != rows) {
       fail(op, "expected ", rows, " environments (dim 0), as grads[0] has, in grads[", i,
@@ -59,43 +59,51 @@ void accumulate(Tensors sum, Tensors votes, Tensors squares, Tensors logs, Tenso
     }
     if (!squares.empty()) check_like_grad(op, "squares", i, squares[i], grads[i], skip, wide);
     if (!logs.empty()) check_like_grad(op, "logs", i, logs[i], grads[i], skip, wide);
-    work.sizes.push_back(sum[i].numel());
+    tasks.push_back({.rows = rows,
+                     .weights = weights.empty() ? nullptr : weights.data(),
+                     .count = count,
+                     .dtype = dtype,
+                     .columns = sum[i].numel()});
   }
 
+  MomentLists lists{sum, votes, squares, logs};
   Aligned aligned;
   for (size_t i = 0; i < size; ++i) {
-    std::vector<Tensor*> moments = {&sum[i]};
-    for (Tensors* list : {&votes, &squares, &logs}) {
-      if (!list->empty()) moments.push_back(&(*list)[i]);
-    }
-    aligned.align(moments, {&grads[i]}, skip);
+    aligned.align(lists.tensors(i), {&grads[i]}, skip);
+    tasks[i].grads = grads[i].const_data_ptr();
+    tasks[i].stride = stacked ? grads[i].stride(0) : 0;
+    tasks[i].moments = moment_arrays(lists, i);
   }
-  const MomentLists lists{sum, votes, squares, logs};
-  for (size_t i = 0; i < size; ++i) {
-    work.tasks.push_back({grads[i].const_data_ptr(), rows, stacked ? grads[i].stride(0) : 0,
-                          weights.empty() ? nullptr : weights.data(), count,
-                          moment_arrays(lists, i)});
-  }
-  device.accumulate(work);
+  run(device, tasks);
   aligned.copy_back();
+}
+
+// The tasks of resolve, once all tensors are aligned.
+inline std::vector<ResolveTask> resolve_tasks(std::vector<Update> updates, const MomentLists& lists,
+                                              const Tensors& out) {
+  set_moments(updates, lists);
+  std::vector<ResolveTask> tasks;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    tasks.push_back({updates[i], out[i].mutable_data_ptr()});
+  }
+  return tasks;
 }
 
 template <typename Device>
 Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
                 std::string rule, std::vector<double> arguments, bool rescale) {
-  const char* const op = "andmask::resolve";
+  const char* const op = "andmask::_resolve";
   MomentLists lists{sum, votes, squares, logs};
-  UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
+  const std::vector<Update> updates = check_updates(op, lists, count, rule, arguments, rescale);
   Tensors out;
   if (sum.empty()) return out;
   const Device device(op, sum[0]);
-  check_here(device, op, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  check_here(device, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
   for (const Tensor& total : sum) out.push_back(torch::stable::empty_like(total));
   Tensors written = out;
   Aligned aligned;
   for (size_t i = 0; i < sum.size(); ++i) aligned.align({&written[i]}, lists.tensors(i));
-  set_moments(updates, lists);
-  device.resolve(updates, pointers(written));
+  run(device, resolve_tasks(updates, lists, written));
   aligned.copy_back();
   return out;
 }
@@ -103,12 +111,12 @@ Tensors resolve(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64
 template <typename Device>
 void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
                       std::string rule, std::vector<double> arguments, bool rescale) {
-  const char* const op = "andmask::resolve_";
+  const char* const op = "andmask::_resolve_";
   MomentLists lists{sum, votes, squares, logs};
-  UpdateList updates = update_list(op, lists, count, rule, arguments, rescale);
+  const std::vector<Update> updates = check_updates(op, lists, count, rule, arguments, rescale);
   if (sum.empty()) return;
   const Device device(op, sum[0]);
-  check_here(device, op, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  check_here(device, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
   for (size_t i = 0; i < sum.size(); ++i) check_writable(op, "sum", i, sum[i]);
   Aligned aligned;
   for (size_t i = 0; i < sum.size(); ++i) {
@@ -116,8 +124,7 @@ void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs,
     read.erase(read.begin());
     aligned.align({&lists.sum[i]}, read);
   }
-  set_moments(updates, lists);
-  device.resolve(updates, pointers(lists.sum));
+  run(device, resolve_tasks(updates, lists, lists.sum));
   aligned.copy_back();
 }
 

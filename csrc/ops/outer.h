@@ -1,4 +1,4 @@
-// accumulate_outer_ and accumulate_convolution_: checks and layout.
+// The ops _accumulate_outer_ and _accumulate_convolution_: checks and layout.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "../tasks/outer.h"
-#include "tensors.h"
+#include "checks.h"
 
 namespace andmask {
 
@@ -18,8 +18,8 @@ using Optional = std::optional<Tensor>;
 
 inline const int64_t* check_indices(const char* op, const char* name, Tensor& tensor) {
   if (tensor.scalar_type() != ScalarType::Long || tensor.dim() != 1) {
-    fail(op, "expected ", name, " of dtype int64 and 1 dim, but got ",
-         torch::headeronly::toString(tensor.scalar_type()), " of shape ", shape_text(tensor));
+    fail(op, "expected ", name, " of dtype int64 and 1 dim, but got ", dtype_text(tensor),
+         " of shape ", shape_text(tensor));
   }
   if (!tensor.is_cpu()) {
     fail(op, "expected ", name, " on the CPU, which reads it, but got it on another device");
@@ -28,9 +28,10 @@ inline const int64_t* check_indices(const char* op, const char* name, Tensor& te
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 
-// Fills in the environments of the task. `own_offsets`: for those that are not given.
+// Fills in the environments of the task. Without offsets every example is an environment, and
+// `default_offsets` holds the offsets.
 inline void set_groups(const char* op, int64_t examples, Optional& order, Optional& offsets,
-                       Ints& own_offsets, OuterTask& task) {
+                       Ints& default_offsets, OuterTask& task) {
   check(examples >= 1, op, "expected activations of at least 1 example (dim 0), but got 0");
   if (order) {
     task.order = check_indices(op, "order", *order);
@@ -46,9 +47,9 @@ inline void set_groups(const char* op, int64_t examples, Optional& order, Option
     }
   }
   if (!offsets) {
-    own_offsets.resize(examples + 1);
-    std::iota(own_offsets.begin(), own_offsets.end(), 0);
-    task.offsets = own_offsets.data();
+    default_offsets.resize(examples + 1);
+    std::iota(default_offsets.begin(), default_offsets.end(), 0);
+    task.offsets = default_offsets.data();
     task.environments = examples;
     return;
   }
@@ -69,9 +70,9 @@ inline void set_groups(const char* op, int64_t examples, Optional& order, Option
 
 // ---- moments ----
 
-// The moments of one weight, for the time of one call. Those whose rows are contiguous and that lie
-// alike, as slices of larger parameters do, are written to where they are; for others contiguous
-// copies stand in.
+// The moments of one weight, for the time of one call. They are written in place if their rows are
+// contiguous and their layouts equal, as in slices of larger parameters. Otherwise contiguous
+// copies take their place.
 class OuterMoments {
  public:
   OuterMoments(Tensor& sum, Optional& votes, Optional& squares, Optional& logs)
@@ -80,32 +81,32 @@ class OuterMoments {
   void check(const char* op, const Ints& shape, Dtype dtype, int64_t count,
              int64_t environments) const {
     check_count(op, count, environments);
-    const auto check_one = [&](const char* name, const Tensor& moment, ScalarType expected) {
+    const auto check_moment = [&](const char* name, const Tensor& moment, ScalarType expected) {
       if (Ints(moment.sizes().begin(), moment.sizes().end()) != shape) {
         fail(op, "expected ", name, " of shape ", shape_text(shape), ", but got ",
              shape_text(moment));
       }
       if (moment.scalar_type() != expected) {
-        fail(op, "expected ", name, " of dtype ", torch::headeronly::toString(expected),
-             ", but got ", torch::headeronly::toString(moment.scalar_type()));
+        fail(op, "expected ", name, " of dtype ", dtype_text(expected), ", but got ",
+             dtype_text(moment));
       }
       check_writable(op, name, -1, moment);
     };
-    check_one("sum", sum_, wide_type(dtype));
+    check_moment("sum", sum_, wide_type(dtype));
     if (votes_) {
       check_votes(op, -1, *votes_, count + environments);
-      check_one("votes", *votes_, votes_->scalar_type());
+      check_moment("votes", *votes_, votes_->scalar_type());
     }
-    if (squares_) check_one("squares", *squares_, wide_type(dtype));
-    if (logs_) check_one("logs", *logs_, wide_type(dtype));
+    if (squares_) check_moment("squares", *squares_, wide_type(dtype));
+    if (logs_) check_moment("logs", *logs_, wide_type(dtype));
   }
 
   template <typename Device>
-  void check_here(const Device& device, const char* op) const {
-    device.check_here(op, "sum", -1, sum_);
-    if (votes_) device.check_here(op, "votes", -1, *votes_);
-    if (squares_) device.check_here(op, "squares", -1, *squares_);
-    if (logs_) device.check_here(op, "logs", -1, *logs_);
+  void check_here(const Device& device) const {
+    device.check_here("sum", -1, sum_);
+    if (votes_) device.check_here("votes", -1, *votes_);
+    if (squares_) device.check_here("squares", -1, *squares_);
+    if (logs_) device.check_here("logs", -1, *logs_);
   }
 
   void set(OuterTask& task) {
@@ -161,9 +162,8 @@ class OuterMoments {
 inline Dtype check_operands(const char* op, const Tensor& activations, const Tensor& grad_outputs) {
   const Dtype dtype = check_dtype(op, "activations", activations);
   if (grad_outputs.scalar_type() != activations.scalar_type()) {
-    fail(op, "expected grad_outputs of dtype ",
-         torch::headeronly::toString(activations.scalar_type()), ", as activations has, but got ",
-         torch::headeronly::toString(grad_outputs.scalar_type()));
+    fail(op, "expected grad_outputs of dtype ", dtype_text(activations),
+         ", as activations has, but got ", dtype_text(grad_outputs));
   }
   check(grad_outputs.size(0) == activations.size(0), op, "expected grad_outputs of ",
         activations.size(0), " examples (dim 0), as activations has, but got ",
@@ -175,7 +175,7 @@ template <typename Device>
 void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional logs,
                       Tensor activations, Tensor grad_outputs, Optional order, Optional offsets,
                       int64_t count, Weights weights) {
-  const char* const op = "andmask::accumulate_outer_";
+  const char* const op = "andmask::_accumulate_outer_";
   if (activations.dim() != 3) {
     fail(op, "expected activations of shape (examples, rows, inputs), but got ",
          shape_text(activations));
@@ -188,13 +188,13 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   check(grad_outputs.size(1) == activations.size(1), op, "expected grad_outputs of ",
         activations.size(1), " rows (dim 1), as activations has, but got ", grad_outputs.size(1));
   const Device device(op, activations);
-  device.check_here(op, "grad_outputs", -1, grad_outputs);
+  device.check_here("grad_outputs", -1, grad_outputs);
   OuterTask task;
-  Ints own_offsets;
-  set_groups(op, activations.size(0), order, offsets, own_offsets, task);
+  Ints default_offsets;
+  set_groups(op, activations.size(0), order, offsets, default_offsets, task);
   check_weights(op, weights, task.environments);
   OuterMoments moments(sum, votes, squares, logs);
-  moments.check_here(device, op);
+  moments.check_here(device);
   moments.check(op, {grad_outputs.size(2), activations.size(2)}, dtype, count, task.environments);
   if (sum.numel() == 0) return;
 
@@ -207,11 +207,11 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   task.weights = weights.empty() ? nullptr : weights.data();
   task.count = count;
   moments.set(task);
-  device.accumulate_outer(task);
+  run(device, task);
   moments.copy_back();
 }
 
-// The place of a spatial dimension of a tensor with `dims` dimensions among the axes of a window.
+// The axis of a window that belongs to a spatial dimension of a tensor with `dims` dimensions.
 inline int64_t axis_of(int64_t dim, int64_t dims) { return kWindowAxes - dims + dim; }
 
 // The window that slides over the activations of a convolution.
@@ -253,7 +253,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
                             Tensor activations, Tensor grad_outputs, Optional order,
                             Optional offsets, int64_t count, Ints stride, Ints padding,
                             Ints dilation, int64_t groups, Weights weights) {
-  const char* const op = "andmask::accumulate_convolution_";
+  const char* const op = "andmask::_accumulate_convolution_";
   const int64_t dims = activations.dim();
   if (dims < 3 || dims > 2 + kWindowAxes) {
     fail(op, "expected activations of shape (examples, channels, 1 to 3 spatial dims), but got ",
@@ -272,17 +272,17 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
         "expected groups that divide ", channels, " channels and ", outputs, " outputs, but got ",
         groups);
   const Device device(op, activations);
-  device.check_here(op, "grad_outputs", -1, grad_outputs);
+  device.check_here("grad_outputs", -1, grad_outputs);
   OuterTask task;
   set_window(op, sum, activations, grad_outputs, stride, padding, dilation, task);
-  Ints own_offsets;
-  set_groups(op, activations.size(0), order, offsets, own_offsets, task);
+  Ints default_offsets;
+  set_groups(op, activations.size(0), order, offsets, default_offsets, task);
   check_weights(op, weights, task.environments);
   Ints shape(sum.sizes().begin(), sum.sizes().end());
   shape[0] = outputs;
   shape[1] = channels / groups;
   OuterMoments moments(sum, votes, squares, logs);
-  moments.check_here(device, op);
+  moments.check_here(device);
   moments.check(op, shape, dtype, count, task.environments);
   if (sum.numel() == 0) return;
 
@@ -299,7 +299,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
   task.weights = weights.empty() ? nullptr : weights.data();
   task.count = count;
   moments.set(task);
-  device.accumulate_outer(task);
+  run(device, task);
   moments.copy_back();
 }
 

@@ -2,79 +2,75 @@
 
 #include <sstream>
 
+#include "../errors.h"
+
 namespace andmask {
 namespace {
 
 template <typename... Moments, typename... Columns>
-std::vector<NamedRule> name_rules(RuleList<Moments...>, RuleList<Columns...>) {
+std::vector<RuleInfo> registry(RuleList<Moments...>, RuleList<Columns...>) {
   int index = 0;
-  std::vector<NamedRule> rules = {
-      {Moments::kName, Moments::kArguments, Noise::none, (Moments::kMoments & kVotes) != 0, false,
-       index++, -1,
-       [](const double* arguments, int64_t) { return Moments::invalid(arguments); }}...};
+  std::vector<RuleInfo> rules = {
+      {Moments::kName, Moments::kArguments,
+       [](const double* arguments, int64_t) { return Moments::invalid(arguments); }, index++, -1,
+       Moments::kMoments, Noise::none, false}...};
   index = 0;
-  (rules.push_back({Columns::kName, Columns::kArguments, Columns::kNoise, false, Columns::kFills,
-                    -1, index++, Columns::invalid}),
+  (rules.push_back({Columns::kName, Columns::kArguments, Columns::invalid, -1, index++, 0,
+                    Columns::kNoise, Columns::kFillsMissing}),
    ...);
   return rules;
 }
 
-const std::vector<NamedRule>& all_rules() {
-  static const std::vector<NamedRule> rules = name_rules(MomentRules(), ColumnRules());
+const std::vector<RuleInfo>& all_rules() {
+  static const std::vector<RuleInfo> rules = registry(MomentRules(), ColumnRules());
   return rules;
 }
 
 }  // namespace
 
-const NamedRule& named_rule(const char* op, const std::string& name) {
+const RuleInfo& find_rule(const char* op, const std::string& name,
+                          const std::vector<double>& arguments, int64_t environments,
+                          bool on_moments) {
   std::string names;
-  for (const NamedRule& rule : all_rules()) {
-    if (name == rule.name) return rule;
-    if (!names.empty()) names += ", ";
-    names += rule.name;
+  for (const RuleInfo& rule : all_rules()) {
+    if (on_moments && rule.moment_rule < 0) continue;
+    if (name != rule.name) {
+      names += (names.empty() ? "" : ", ") + std::string(rule.name);
+      continue;
+    }
+    check(arguments.size() == static_cast<size_t>(rule.arguments), op, "expected ", rule.arguments,
+          " argument(s) of rule ", name, ", but got ", arguments.size());
+    if (const char* const invalid = rule.invalid(arguments.data(), environments)) {
+      std::ostringstream values;
+      for (double argument : arguments) values << argument << " and ";
+      fail(op, invalid, " for rule ", name, ", but got ", values.str(), environments,
+           " environment(s)");
+    }
+    return rule;
   }
-  fail(op, "expected rule to be one of ", names, ", but got ", name);
+  fail(op, "expected rule to be one of ", names, on_moments ? " (the rules on moments)" : "",
+       ", but got ", name);
+}
+
+const RuleInfo& check_aggregate(const std::string& name, const std::vector<double>& arguments,
+                                int64_t environments, bool rescale, bool noise) {
+  const char* const op = "andmask::_aggregate";
+  const RuleInfo& rule = find_rule(op, name, arguments, environments, /*on_moments=*/false);
+  check(rule.rescales() || !rescale, op, "expected rescale=False, because rule ", name,
+        " has no mask to rescale by, but got True");
+  check(noise == (rule.noise != Noise::none), op,
+        noise ? "expected no noise for rule " : "expected noise for rule ", name, ", but got ",
+        noise ? "a tensor" : "None");
+  return rule;
 }
 
 std::string rule_table() {
   std::ostringstream lines;
-  for (const NamedRule& rule : all_rules()) {
+  for (const RuleInfo& rule : all_rules()) {
     lines << rule.name << ' ' << rule.arguments << ' ' << (rule.noise != Noise::none) << ' '
-          << rule.rescales << ' ' << rule.fills << '\n';
+          << rule.rescales() << ' ' << rule.fills_missing << '\n';
   }
   return lines.str();
-}
-
-void check_rule(const char* op, const NamedRule& rule, const std::vector<double>& arguments,
-                bool rescale, int64_t environments) {
-  check(arguments.size() == static_cast<size_t>(rule.arguments), op, "expected ", rule.arguments,
-        " argument(s) of rule ", rule.name, ", but got ", arguments.size());
-  if (const char* const invalid = rule.invalid(arguments.data(), environments)) {
-    std::ostringstream got;
-    for (double argument : arguments) got << argument << " and ";
-    fail(op, invalid, " for rule ", rule.name, ", but got ", got.str(), environments,
-         " environment(s)");
-  }
-  check(rule.rescales || !rescale, op, "expected rescale=False, because rule ", rule.name,
-        " has no mask to rescale by, but got True");
-}
-
-void check_noise(const char* op, const NamedRule& rule, const std::optional<Tensor>& noise,
-                 const Tensor& grads) {
-  check(noise.has_value() == (rule.noise != Noise::none), op,
-        noise ? "expected no noise for rule " : "expected noise for rule ", rule.name, ", but got ",
-        noise ? "a tensor" : "None");
-  if (!noise) return;
-  if (!same_shape(grads, *noise, 1)) {
-    fail(op, "expected noise of the shape of one environment of grads ", shape_text(grads),
-         ", but got ", shape_text(*noise));
-  }
-  const ScalarType wide = wide_type(check_dtype(op, "grads", grads));
-  if (noise->scalar_type() != wide) {
-    fail(op, "expected noise of dtype ", torch::headeronly::toString(wide), " for grads of dtype ",
-         torch::headeronly::toString(grads.scalar_type()), ", but got ",
-         torch::headeronly::toString(noise->scalar_type()));
-  }
 }
 
 }  // namespace andmask

@@ -1,36 +1,39 @@
-// The rules of aggregate, by name.
+// The registry of rules, by name: those on moments (math/rules.h) and those on whole columns
+// (math/columns.h).
 #pragma once
 
-#include <optional>
 #include <string>
 #include <vector>
 
 #include "../math/columns.h"
-#include "tensors.h"
 
 namespace andmask {
 
-struct NamedRule {
+struct RuleInfo {
   const char* name;
   int arguments;
-  Noise noise;
-  bool rescales;  // has a mask to rescale by
-  bool fills;
-  int moment;  // index in MomentRules, or -1
-  int column;  // index in ColumnRules, or -1
   const char* (*invalid)(const double* arguments, int64_t environments);
+  int moment_rule;   // index in MomentRules, or -1
+  int column_rule;   // index in ColumnRules, or -1
+  unsigned moments;  // that a rule on moments needs
+  Noise noise;
+  bool fills_missing;
+
+  bool rescales() const { return (moments & kVotes) != 0; }  // by its mask
 };
 
-// Raises where there is none of that name.
-const NamedRule& named_rule(const char* op, const std::string& name);
+// Returns the rule of this name and checks its arguments. `on_moments`: the op takes only the rules
+// on moments.
+const RuleInfo& find_rule(const char* op, const std::string& name,
+                          const std::vector<double>& arguments, int64_t environments,
+                          bool on_moments);
 
-void check_rule(const char* op, const NamedRule& rule, const std::vector<double>& arguments,
-                bool rescale, int64_t environments);
+// Returns the rule of a call of _aggregate and checks all arguments that are no tensors. `noise`:
+// it is given.
+const RuleInfo& check_aggregate(const std::string& name, const std::vector<double>& arguments,
+                                int64_t environments, bool rescale, bool noise);
 
-void check_noise(const char* op, const NamedRule& rule, const std::optional<Tensor>& noise,
-                 const Tensor& grads);
-
-// Lines "name arguments noise rescales per_tensor", for the fake kernel and the vmap rule.
+// Lines "name arguments noise rescales per_tensor", for autograd and the vmap rule.
 std::string rule_table();
 
 }  // namespace andmask

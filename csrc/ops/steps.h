@@ -1,10 +1,10 @@
-// sgd_step_, adam_step_ and temporal_adam_step_: checks and layout.
+// The ops _sgd_step_, _adam_step_ and _temporal_adam_step_: checks and layout.
 #pragma once
 
 #include <optional>
 
 #include "../math/steps.h"
-#include "lists.h"
+#include "moment_lists.h"
 
 namespace andmask {
 
@@ -17,7 +17,7 @@ inline void check_beta(const char* op, const char* name, double value) {
   check_number(op, name, value, value >= 0 && value < 1, "in [0, 1)");
 }
 
-// Parameters, the moments that move them, and their state: checks and aligns them.
+// Checks parameters, their moments and their state, aligns them, and runs a step.
 template <typename Device>
 class Step {
  public:
@@ -26,17 +26,16 @@ class Step {
       : op_(op),
         params_(std::move(params)),
         moments_(std::move(moments)),
-        updates_(update_list(op, moments_, count, rule, arguments, rescale)) {
+        updates_(check_updates(op, moments_, count, rule, arguments, rescale)) {
     check(params_.size() == moments_.sum.size(), op, "expected params of ", moments_.sum.size(),
           " tensors, as sum has, but got ", params_.size());
     if (params_.empty()) return;
     device_.emplace(op, params_[0]);
-    check_here(*device_, op,
-               {{"params", params_},
-                {"sum", moments_.sum},
-                {"votes", moments_.votes},
-                {"squares", moments_.squares},
-                {"logs", moments_.logs}});
+    check_here(*device_, {{"params", params_},
+                          {"sum", moments_.sum},
+                          {"votes", moments_.votes},
+                          {"squares", moments_.squares},
+                          {"logs", moments_.logs}});
     for (size_t i = 0; i < params_.size(); ++i) {
       const Dtype dtype = check_dtype(op, "params", params_[i], i);
       dtypes_.push_back(dtype);
@@ -45,45 +44,43 @@ class Step {
         fail(op, "expected sum[", i, "] of shape ", shape_text(params_[i]), ", as params[", i,
              "] has, but got ", shape_text(moments_.sum[i]));
       }
-      const Dtype sum_dtype = updates_.tasks[i].sum_dtype;
+      const Dtype sum_dtype = updates_[i].sum_dtype;
       if ((dtype == Dtype::float64) != (sum_dtype == Dtype::float64)) {
         fail(op, "expected sum[", i, "] of ", dtype == Dtype::float64 ? "float64" : "float32",
-             " for params[", i, "], but got ",
-             torch::headeronly::toString(moments_.sum[i].scalar_type()));
+             " for params[", i, "], but got ", dtype_text(moments_.sum[i].scalar_type()));
       }
     }
   }
 
-  // State of the wide type; `optional`: the list may be empty.
+  // Adds a list of state in the wide type; `optional`: it may be empty.
   void state(const char* name, Tensors& list, bool optional = false) {
     check(list.size() == params_.size() || (optional && list.empty()), op_, "expected ", name,
           " of ", params_.size(), " tensors, as params has, but got ", list.size());
-    if (!list.empty()) check_here(*device_, op_, {{name, list}});
+    if (!list.empty()) check_here(*device_, {{name, list}});
     for (size_t i = 0; i < list.size(); ++i) {
       if (!same_shape(list[i], params_[i])) {
         fail(op_, "expected ", name, "[", i, "] of shape ", shape_text(params_[i]), ", but got ",
              shape_text(list[i]));
       }
       if (list[i].scalar_type() != wide_type(dtypes_[i])) {
-        fail(op_, "expected ", name, "[", i, "] of dtype ",
-             torch::headeronly::toString(wide_type(dtypes_[i])), ", but got ",
-             torch::headeronly::toString(list[i].scalar_type()));
+        fail(op_, "expected ", name, "[", i, "] of dtype ", dtype_text(wide_type(dtypes_[i])),
+             ", but got ", dtype_text(list[i]));
       }
       check_writable(op_, name, i, list[i]);
     }
     states_.push_back(&list);
   }
 
-  // Counts this step in 0-dim float32 tensors beside the parameters, as torch.optim keeps them. A
-  // device that counts them itself is told where; else `counted` has the counts.
+  // Takes the step counts: 0-dim float32 tensors beside the parameters, as in torch.optim. Counts
+  // this step, unless the device does.
   void count(Tensors& steps) {
     check(steps.size() == params_.size(), op_, "expected steps of ", params_.size(),
           " tensors, as params has, but got ", steps.size());
-    if (!steps.empty()) check_here(*device_, op_, {{"steps", steps}});
+    if (!steps.empty()) check_here(*device_, {{"steps", steps}});
     for (size_t i = 0; i < steps.size(); ++i) {
       if (steps[i].numel() != 1 || steps[i].scalar_type() != ScalarType::Float) {
         fail(op_, "expected steps[", i, "] of one float32, but got shape ", shape_text(steps[i]),
-             " of ", torch::headeronly::toString(steps[i].scalar_type()));
+             " of ", dtype_text(steps[i]));
       }
     }
     for (Tensor& step : steps) {
@@ -92,49 +89,49 @@ class Step {
     }
   }
 
-  // Of the bias: 1 - beta^step.
-  double correction(double beta, int64_t index) const {
+  // The bias correction 1 - beta^step; 1 where the device counts steps, which then computes it.
+  double correction(double beta, size_t index) const {
     if constexpr (Device::kCountsSteps) return 1;
     return correction_of(beta, static_cast<double>(*steps_[index]));
   }
-  float* step(int64_t index) const { return Device::kCountsSteps ? steps_[index] : nullptr; }
+  float* step(size_t index) const { return Device::kCountsSteps ? steps_[index] : nullptr; }
 
-  void align() {
+  // Runs make_task(i) for all parameters; what all steps have in common is filled in here.
+  template <typename MakeTask>
+  void run(const MakeTask& make_task) {
+    if (params_.empty()) return;
+    Aligned aligned;
     for (size_t i = 0; i < params_.size(); ++i) {
       std::vector<Tensor*> written = {&params_[i]};
       for (Tensors* list : states_) {
         if (!list->empty()) written.push_back(&(*list)[i]);
       }
-      aligned_.align(written, moments_.tensors(i));
+      aligned.align(written, moments_.tensors(i));
     }
     set_moments(updates_, moments_);
-  }
-
-  void* param(int64_t index) const { return params_[index].mutable_data_ptr(); }
-
-  int64_t size() const { return static_cast<int64_t>(params_.size()); }
-
-  // run(device, updates, dtypes of the parameters)
-  template <typename Run>
-  void run(const Run& run) {
-    if (params_.empty()) return;
-    run(*device_, updates_, dtypes_);
-    aligned_.copy_back();
+    std::vector<decltype(make_task(size_t{0}))> tasks;
+    for (size_t i = 0; i < params_.size(); ++i) {
+      tasks.push_back(make_task(i));
+      tasks[i].update = updates_[i];
+      tasks[i].param = params_[i].mutable_data_ptr();
+      tasks[i].dtype = dtypes_[i];
+    }
+    andmask::run(*device_, tasks);
+    aligned.copy_back();
   }
 
  private:
   const char* op_;
   Tensors params_;
   MomentLists moments_;
-  UpdateList updates_;
+  std::vector<Update> updates_;
   std::optional<Device> device_;
   std::vector<Dtype> dtypes_;
   std::vector<Tensors*> states_;
   std::vector<float*> steps_;
-  Aligned aligned_;
 };
 
-inline void* pointer(const Tensors& list, int64_t index) {
+inline void* pointer(const Tensors& list, size_t index) {
   return list.empty() ? nullptr : list[index].mutable_data_ptr();
 }
 
@@ -143,17 +140,19 @@ void sgd_step(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors vot
               Tensors logs, int64_t count, std::string rule, std::vector<double> arguments,
               bool rescale, double lr, double momentum, double dampening, double weight_decay,
               bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) {
-  const char* const op = "andmask::sgd_step_";
+  const char* const op = "andmask::_sgd_step_";
   Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
   step.state("momentum_buffers", momentum_buffers, /*optional=*/momentum == 0);
-  step.align();
-  std::vector<SgdTask> tasks;
-  for (int64_t i = 0; i < step.size(); ++i) {
-    tasks.push_back({step.param(i), pointer(momentum_buffers, i), lr, momentum, dampening,
-                     weight_decay, decoupled_weight_decay, nesterov, maximize, first_step});
-  }
-  step.run([&](const Device& device, const UpdateList& updates, const std::vector<Dtype>& dtypes) {
-    device.sgd(updates, tasks, dtypes);
+  step.run([&](size_t i) {
+    return SgdTask{.momentum_buffer = pointer(momentum_buffers, i),
+                   .lr = lr,
+                   .momentum = momentum,
+                   .dampening = dampening,
+                   .weight_decay = weight_decay,
+                   .decoupled_weight_decay = decoupled_weight_decay,
+                   .nesterov = nesterov,
+                   .maximize = maximize,
+                   .first = first_step};
   });
 }
 
@@ -163,7 +162,7 @@ void adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors ma
                int64_t count, std::string rule, std::vector<double> arguments, bool rescale,
                double lr, double beta1, double beta2, double eps, double weight_decay,
                bool decoupled_weight_decay, bool maximize) {
-  const char* const op = "andmask::adam_step_";
+  const char* const op = "andmask::_adam_step_";
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);
   Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
@@ -171,28 +170,20 @@ void adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors ma
   step.state("exp_avg_sqs", exp_avg_sqs);
   step.state("max_exp_avg_sqs", max_exp_avg_sqs, /*optional=*/true);
   step.count(steps);
-  step.align();
-  std::vector<AdamTask> tasks;
-  for (int64_t i = 0; i < step.size(); ++i) {
-    AdamTask task{};
-    task.param = step.param(i);
-    task.exp_avg = pointer(exp_avgs, i);
-    task.exp_avg_sq = pointer(exp_avg_sqs, i);
-    task.max_exp_avg_sq = pointer(max_exp_avg_sqs, i);
-    task.correction1 = step.correction(beta1, i);
-    task.correction2 = step.correction(beta2, i);
-    task.lr = lr;
-    task.beta1 = beta1;
-    task.beta2 = beta2;
-    task.eps = eps;
-    task.weight_decay = weight_decay;
-    task.decoupled_weight_decay = decoupled_weight_decay;
-    task.maximize = maximize;
-    task.step = step.step(i);
-    tasks.push_back(task);
-  }
-  step.run([&](const Device& device, const UpdateList& updates, const std::vector<Dtype>& dtypes) {
-    device.adam(updates, tasks, dtypes);
+  step.run([&](size_t i) {
+    return AdamTask{.exp_avg = pointer(exp_avgs, i),
+                    .exp_avg_sq = pointer(exp_avg_sqs, i),
+                    .max_exp_avg_sq = pointer(max_exp_avg_sqs, i),
+                    .correction1 = step.correction(beta1, i),
+                    .correction2 = step.correction(beta2, i),
+                    .lr = lr,
+                    .beta1 = beta1,
+                    .beta2 = beta2,
+                    .eps = eps,
+                    .weight_decay = weight_decay,
+                    .decoupled_weight_decay = decoupled_weight_decay,
+                    .maximize = maximize,
+                    .step = step.step(i)};
   });
 }
 
@@ -201,7 +192,7 @@ void temporal_adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, T
                         Tensors steps, Tensors grads, double tau, double lr, double beta1,
                         double beta2, double beta3, double eps, double weight_decay,
                         bool decoupled_weight_decay, bool maximize, bool bias_correction) {
-  const char* const op = "andmask::temporal_adam_step_";
+  const char* const op = "andmask::_temporal_adam_step_";
   check_tau(op, tau);
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);
@@ -212,35 +203,24 @@ void temporal_adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, T
   step.state("exp_avg_sqs", exp_avg_sqs);
   step.state("sign_avgs", sign_avgs);
   step.count(steps);
-  step.align();
-  std::vector<TemporalAdamTask> tasks;
-  for (int64_t i = 0; i < step.size(); ++i) {
+  step.run([&](size_t i) {
     const auto correction = [&](double beta) {
       return bias_correction ? step.correction(beta, i) : 1;
     };
-    TemporalAdamTask task{};
-    task.adam.param = step.param(i);
-    task.adam.exp_avg = pointer(exp_avgs, i);
-    task.adam.exp_avg_sq = pointer(exp_avg_sqs, i);
-    task.adam.correction1 = correction(beta1);
-    task.adam.correction2 = correction(beta2);
-    task.adam.lr = lr;
-    task.adam.beta1 = beta1;
-    task.adam.beta2 = beta2;
-    task.adam.eps = eps;
-    task.adam.weight_decay = weight_decay;
-    task.adam.decoupled_weight_decay = decoupled_weight_decay;
-    task.adam.maximize = maximize;
-    task.adam.step = step.step(i);
-    task.sign_avg = pointer(sign_avgs, i);
-    task.beta3 = beta3;
-    task.correction3 = correction(beta3);
-    task.tau = tau;
-    task.bias_correction = bias_correction;
-    tasks.push_back(task);
-  }
-  step.run([&](const Device& device, const UpdateList& updates, const std::vector<Dtype>& dtypes) {
-    device.temporal_adam(updates, tasks, dtypes);
+    const AdamTask adam{.exp_avg = pointer(exp_avgs, i),
+                        .exp_avg_sq = pointer(exp_avg_sqs, i),
+                        .correction1 = correction(beta1),
+                        .correction2 = correction(beta2),
+                        .lr = lr,
+                        .beta1 = beta1,
+                        .beta2 = beta2,
+                        .eps = eps,
+                        .weight_decay = weight_decay,
+                        .decoupled_weight_decay = decoupled_weight_decay,
+                        .maximize = maximize,
+                        .step = step.step(i)};
+    return TemporalAdamTask{adam, pointer(sign_avgs, i), beta3, correction(beta3),
+                            tau,  bias_correction};
   });
 }
 

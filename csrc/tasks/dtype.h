@@ -1,5 +1,3 @@
-// What an op asks of a device, as plain structs: the tasks of csrc/tasks. They hold pointers into
-// the device's memory, and know nothing of torch, so that the test harness can fill them in too.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +8,9 @@ namespace andmask {
 enum class Dtype { float16, bfloat16, float32, float64 };
 constexpr int kDtypes = 4;
 
-// In bytes.
+inline bool is_narrow(Dtype dtype) { return dtype == Dtype::float16 || dtype == Dtype::bfloat16; }
+
+// The size of an element in bytes.
 inline int64_t item_size(Dtype dtype) {
   return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }

@@ -2,9 +2,12 @@
 
 #include <cstdint>
 
+#include "device.h"
+#include "dtype.h"
+
 namespace andmask {
 
-// What is made of every column (coordinate) of the stacked gradients.
+// The result for every column (coordinate) of the stacked gradients.
 enum class Output {
   masked_mean,       // mask * mean, in the element type of the gradients
   masked_mean_wide,  // the same in float32 for the 16-bit types, to be scaled
@@ -13,13 +16,19 @@ enum class Output {
 };
 
 struct MaskedMeanTask {
-  const void* grads;     // [environments, columns]; a row is contiguous
-  int64_t environments;  // d >= 1
-  int64_t stride;        // elements from one row to the next
-  int32_t threshold;     // |votes| that keep a column
-  Output output;
-  void* out;              // [columns]; bins: [(environments + 1) * bin_lanes]
+  const void* grads = nullptr;  // [environments, columns]; a row is contiguous
+  int64_t environments = 1;
+  int64_t stride = 0;     // elements from one row to the next
+  int32_t threshold = 0;  // |votes| that keep a column
+  Output output = Output::masked_mean;
+  void* out = nullptr;    // [columns]; bins: [(environments + 1) * bin_lanes]
   int64_t bin_lanes = 1;  // bins only: see csrc/cpu/kernels/vote_bins.h
+  int64_t columns = 0;    // >= 1
+  Dtype dtype = Dtype::float32;
+  void* scaled = nullptr;  // [columns]: `out` divided by the share of kept columns; null: no wish
 };
+
+void run(const Cpu& cpu, const MaskedMeanTask& task);
+void run(const Stream& stream, const MaskedMeanTask& task);
 
 }  // namespace andmask

@@ -7,8 +7,8 @@
 
 namespace andmask {
 
-// One spatial dimension of an input over which a window of `taps` slides. The default is a
-// dimension that is not there.
+// One spatial dimension of an input over which a window of `taps` slides. The default is no
+// dimension.
 struct WindowAxis {
   int64_t size = 1;       // of the input
   int64_t stride = 0;     // elements from one place of the input to the next
@@ -21,9 +21,9 @@ struct WindowAxis {
 
 constexpr int kWindowAxes = 3;
 
-// Rows of a matrix that is not there (im2col): an example has a row for every position of the
-// window, the last axis running fastest, and a row has a column for every channel and tap. With one
-// tap, which is all that grad_outputs may have, columns are channels.
+// Rows of a matrix that is never stored (im2col). An example has a row for every position of the
+// window, with the last axis running fastest. A row has a column for every channel and tap. With
+// one tap, as in grad_outputs, columns are channels.
 struct RowSource {
   const void* data = nullptr;
   Dtype dtype = Dtype::float32;
@@ -46,7 +46,7 @@ inline RowSource matrix_rows(const void* data, Dtype dtype, int64_t example_stri
   return source;
 }
 
-// Where the element of an output, a channel and a tap lies in each array of moments.
+// The place of an output, a channel and a tap in each array of moments.
 struct OuterLayout {
   int64_t output_stride;
   int64_t channel_stride = 1;
@@ -62,14 +62,14 @@ struct OuterTask {
   const double* weights =
       nullptr;        // [environments]; multiply W_e, but not before it votes. Null: 1
   int64_t count = 0;  // environments added before; 0: what the moments hold is ignored
-  MomentArrays moments{};
-  OuterLayout layout{};
-  // Of a grouped convolution. Both sources describe the first group; in them and in the outputs of
-  // the moments the other groups follow.
+  MomentArrays moments = {};
+  OuterLayout layout = {};
+  // The groups of a convolution. Both sources describe the first group; the other groups follow in
+  // them, and in the outputs of the moments.
   int64_t groups = 1;
 };
 
-// Counting would not do: an empty environment makes up for one of two examples.
+// The number of environments does not tell: an empty one makes up for one of two examples.
 inline bool has_one_example_each(const OuterTask& task) {
   for (int64_t e = 0; e < task.environments; ++e) {
     if (task.offsets[e] != e) return false;
@@ -77,7 +77,7 @@ inline bool has_one_example_each(const OuterTask& task) {
   return task.offsets[task.environments] == task.environments;
 }
 
-// One row for each environment, as it lies in the sources.
+// True if each environment is one row, which the sources hold as it is.
 inline bool has_single_rows(const OuterTask& task) {
   const auto* const axes = task.activations.axes;
   return task.groups == 1 && has_one_example_each(task) &&
@@ -85,5 +85,8 @@ inline bool has_single_rows(const OuterTask& task) {
            return axis.positions == 1 && axis.taps == 1 && axis.padding == 0;
          });
 }
+
+void run(const Cpu& cpu, const OuterTask& task);
+void run(const Stream& stream, const OuterTask& task);
 
 }  // namespace andmask

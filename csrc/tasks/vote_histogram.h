@@ -1,40 +1,40 @@
 #pragma once
 
-#include <cstdint>
-#include <vector>
-
 #include "moments.h"
 
 namespace andmask {
 
-// Of every tensor, for k = 0 ... environments: counts[k], the coordinates with |votes| = k, and
-// squares[k], the sum of the squares of their sums.
-struct Histograms {
-  int64_t environments;
-  int64_t* counts;  // [tensors, environments + 1], zeros before
-  double* squares;  // the same
+// The histogram of one tensor. For k = 0 ... environments: counts[k] is the number of coordinates
+// with |votes| = k, and squares[k] the sum of the squares of their sums.
+struct Histogram {
+  int64_t environments = 1;
+  int64_t* counts = nullptr;  // [environments + 1], zeros before
+  double* squares = nullptr;  // the same
 
   int64_t bins() const { return environments + 1; }
 };
 
 struct VoteHistogramTask {
-  MomentArrays moments;  // sum and votes
-  Dtype dtype;           // of the sum: float32 or float64
+  MomentArrays moments = {};     // sum and votes
+  Dtype dtype = Dtype::float32;  // of the sum: float32 or float64
+  int64_t columns = 0;
+  Histogram out = {};
 };
 
-struct VoteHistogramList {
-  std::vector<VoteHistogramTask> tasks;
-  std::vector<int64_t> sizes;
-  Histograms out;
-};
+// `environments` is the same for all tensors of a call.
+void run(const Cpu& cpu, const std::vector<VoteHistogramTask>& tasks);
+void run(const Stream& stream, const std::vector<VoteHistogramTask>& tasks);
 
-// Of one tensor, whose environments are still to be added up.
+// The same for one tensor whose environments are still to be added up.
 struct StackedHistogramTask {
-  const void* grads;  // [environments, columns]; a row is contiguous
-  int64_t stride;     // elements from one row to the next
-  int64_t columns;    // >= 1
-  Dtype dtype;
-  Histograms out;
+  const void* grads = nullptr;  // [environments, columns]; a row is contiguous
+  int64_t stride = 0;           // elements from one row to the next
+  int64_t columns = 0;          // >= 1
+  Dtype dtype = Dtype::float32;
+  Histogram out = {};
 };
+
+void run(const Cpu& cpu, const StackedHistogramTask& task);
+void run(const Stream& stream, const StackedHistogramTask& task);
 
 }  // namespace andmask

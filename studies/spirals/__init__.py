@@ -2,7 +2,7 @@
 
 :mod:`.data` draws the data set, :mod:`.settings` says what a run is made of, :mod:`.networks` and
 :mod:`.methods` are what is trained and how, :mod:`.training` trains. :mod:`.cli` is ``python -m
-andmask_ext spirals``; its parts (:mod:`.compare`, :mod:`.search`, :mod:`.environments`) plan runs
+studies spirals``; its parts (:mod:`.compare`, :mod:`.search`, :mod:`.environments`) plan runs
 and say what they come to; :mod:`.figures` and :mod:`.charts` draw.
 
 Reference:

@@ -214,7 +214,7 @@ def test_other_errors() -> None:
         metrics.kept_fraction(grads, 2.0)
     with pytest.raises(TypeError, match="per_parameter: expected a bool, but got int"):
         metrics.kept_fraction(grads, 0.5, per_parameter=1)
-    with pytest.raises(ValueError, match="environments: expected a positive number, but got 0"):
+    with pytest.raises(ValueError, match="environments: expected at least 1, but got 0"):
         metrics.noise_kept_probability(0, 0.5)
     with pytest.raises(TypeError, match="environments: expected an int, but got float"):
         metrics.noise_votes(2.0)

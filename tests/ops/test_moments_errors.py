@@ -46,7 +46,7 @@ ERRORS: dict[str, list[tuple[dict[str, Any], str]]] = {
     "resolve": [
         ({"count": 0}, "count in .* but got 0"),
         ({"count": 2**31}, "count in .* but got 2147483648"),
-        ({"rule": "median"}, r"a rule on moments \(mean, and_mask, .*\), but got median"),
+        ({"rule": "median"}, r"to be one of mean, .* \(the rules on moments\), but got median"),
         ({"arguments": []}, r"1 argument\(s\) of rule and_mask, but got 0"),
         ({"arguments": [1.5]}, r"tau in \[0, 1\] for rule and_mask, but got 1.5"),
         ({"arguments": [float("nan")]}, r"tau in \[0, 1\] .* but got -?nan"),

@@ -57,11 +57,13 @@ def test_step_without_an_environment(make: Any) -> None:
 def test_nothing_but_backward_passes_inside_an_environment(make: Any) -> None:
     params = parameters()
     optimizer = make(params)
+    state = optimizer.state_dict()
     calls = {
         "inside another": lambda: optimizer.environment().__enter__(),
         "step: expected to be called outside": optimizer.step,
         "write_grads: expected to be called outside": optimizer.write_grads,
         "zero_grad: expected to be called outside": optimizer.zero_grad,
+        "load_state_dict: expected to be called outside": lambda: optimizer.load_state_dict(state),
     }
     for message, call in calls.items():
         with optimizer.environment():
@@ -233,7 +235,7 @@ def test_arguments_of_environment() -> None:
         ("AndMaskAdamW", {"rule": 0.5}, TypeError, "rule: .* but got float"),
         ("AndMaskSGD", {"weight_decay_mode": "l2"}, ValueError, "weight_decay_mode: .* 'l2'"),
         ("AndMaskSGD", {"expected_environments": 0}, ValueError, "expected_env.* but got 0"),
-        ("AndMaskSGD", {"rule": am.AndMask(0.5), "tau": 0.5}, ValueError, "tau: .* tau=0.5 beside"),
+        ("AndMaskSGD", {"rule": am.AndMask(0.5), "tau": 0.5}, ValueError, "tau: .* tau=0.5 and"),
         ("AndMaskAdam", {"rule": am.rules.Mean(), "rescale": True}, ValueError, "rescale: .* rule"),
         ("AndMaskAdamW", {"rule": None, "tau": None}, ValueError, "tau: .* but got neither"),
         ("TemporalAndMaskAdam", {"weight_decay_mode": "before_mask"}, ValueError, "after_mask or"),

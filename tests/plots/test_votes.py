@@ -108,7 +108,7 @@ def test_the_kept_share_counts_zeros_exactly_and_names_that_of_noise():
     shown = texts(plots.vote_histogram(histogram, tau=0.75))
     assert shown == "τ = 0.75 keeps 40.0 %\n(of noise 12.5 %)"
     shown = texts(plots.vote_histogram(Histogram.of_noise(80), tau=1.0))
-    assert shown == "τ = 1 keeps 0 %\n(of noise < .001 %)"
+    assert shown == "τ = 1 keeps 0 %\n(of noise < 0.001 %)"
 
 
 @pytest.mark.parametrize("log", [False, True])

@@ -16,7 +16,7 @@ import cuda_sass  # noqa: E402
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="demangles with libstdc++")
 
-SYMBOL = "_ZN7andmask3runINS_14MaskedMeanBodyIfLi4EEEEEvT_"
+SYMBOL = "_ZN7andmask8run_bodyINS_14MaskedMeanBodyIfLi4EEEEEvT_"
 RESOURCES = """
 Fatbin elf code:
 ================
@@ -209,16 +209,16 @@ def test_loads_of_unknown_address_space_and_of_32_bytes_count() -> None:
     ("demangled", "short"),
     [
         (
-            "void andmask::run<andmask::MaskedMeanBody<float, 4> >(andmask::x)",
+            "void andmask::run_body<andmask::MaskedMeanBody<float, 4> >(andmask::x)",
             "MaskedMean<float, 4>",
         ),
-        ("void andmask::run<andmask::DensityBody>(andmask::DensityBody)", "Density"),
+        ("void andmask::run_body<andmask::DensityBody>(andmask::DensityBody)", "Density"),
         (
-            "void andmask::run<andmask::StepBody<andmask::Half, andmask::Adam<float> > >(x)",
+            "void andmask::run_body<andmask::StepBody<andmask::Half, andmask::Adam<float> > >(x)",
             "Step<Half, Adam<float>>",
         ),
         (
-            "void andmask::run<andmask::(anonymous namespace)::SortBody<float, (int)32> >(x)",
+            "void andmask::run_body<andmask::(anonymous namespace)::SortBody<float, (int)32> >(x)",
             "Sort<float, 32>",
         ),
         ("void other<float>(float*)", "other<float>"),
@@ -230,7 +230,7 @@ def test_short_names(demangled: str, short: str) -> None:
 
 def test_demangling() -> None:
     assert cuda_sass.demangle(SYMBOL).startswith(
-        "void andmask::run<andmask::MaskedMeanBody<float, 4> >"
+        "void andmask::run_body<andmask::MaskedMeanBody<float, 4> >"
     )
     assert cuda_sass.demangle("no_symbol") == "no_symbol"
 
@@ -264,8 +264,8 @@ def test_only_the_stable_abi_of_torch_passes() -> None:
 
 
 def test_every_body_has_a_bound_and_every_bound_a_body() -> None:
-    kernels = TOOL.parents[1] / "csrc" / "cuda" / "kernels"
-    bodies = re.findall(r"struct (\w+)Body\b", "".join(p.read_text() for p in kernels.glob("*.h")))
+    folder = TOOL.parents[1] / "csrc" / "cuda"
+    bodies = re.findall(r"struct (\w+)Body\b", "".join(p.read_text() for p in folder.rglob("*.h")))
     assert bodies
     assert set(check.read_bounds(check.BOUNDS)) == set(bodies)
 

@@ -208,12 +208,7 @@ def long_lines(text: str) -> list[str]:
     ]
 
 
-# README.md and CONTRIBUTING.md are still to be wrapped.
-@pytest.mark.parametrize(
-    "page",
-    [page for page in PAGES if page.name != "CONTRIBUTING.md" and page != ROOT / "README.md"],
-    ids=lambda page: str(page.relative_to(ROOT)),
-)
+@each_page
 def test_lines_and_decimals(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert long_lines(text) == []

@@ -14,19 +14,11 @@ PACKAGE = ROOT / "andmask_ext"
 LONGEST = 400
 SUFFIXES = {".py", ".h", ".cpp", ".cu", ".md"}
 FOLDERS = ["andmask_ext", "benchmarks", "cmake", "csrc", "docs", "studies", "tests", "tools"]
-GENERATED = {"docs/results.md"}  # most of it, by tools/results.py
+GENERATED = "docs/results/"  # most of it, by tools/results.py
 # To be split. An entry whose file has become short fails the test, too.
 TOO_LONG = {
-    "andmask_ext/agreement/_agreement.py",
-    "andmask_ext/agreement/_formulas.py",
-    "andmask_ext/metrics/_monitor.py",
-    "andmask_ext/moments.py",
-    "andmask_ext/optim/_base.py",
     "benchmarks/README.md",
-    "tests/metrics/test_monitor.py",
-    "tests/optim/test_environment.py",
-    "tests/test_backward.py",
-    "tests/test_moments.py",
+    "docs/theory.md",
 }
 
 
@@ -41,7 +33,9 @@ def test_no_file_is_too_long_to_read() -> None:
         str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines())
         for path in files()
     }
-    long = {name for name, count in lines.items() if count > LONGEST and name not in GENERATED}
+    long = {
+        name for name, count in lines.items() if count > LONGEST and not name.startswith(GENERATED)
+    }
     assert long == TOO_LONG
 
 
@@ -52,15 +46,6 @@ FLOW = [
     {"ops"}, {"moments"}, {"rules"}, {"_backward", "optim"}, {"agreement"}, {"metrics", "nn"},
     {"plots"},
 ]  # fmt: skip
-# To be removed; an entry that is not needed fails its test.
-AGAINST_THE_FLOW = {("moments", "rules")}
-CYCLES = {
-    frozenset({"agreement._agreement", "agreement._backward_pass"}),
-    frozenset({"optim._base", "optim._environment"}),
-    frozenset(
-        {"moments", "rules", "rules._base", "rules._conflicts", "rules._masks", "rules._means"}
-    ),
-}
 
 Graph = dict[str, set[str]]
 
@@ -119,7 +104,7 @@ def test_imports_flow_one_way() -> None:
         if room(start) in floors and room(end) in floors
         if floors[room(start)] < floors[room(end)]
     }
-    assert upwards == AGAINST_THE_FLOW
+    assert upwards == set()
 
 
 def test_no_module_imports_itself_through_others() -> None:
@@ -130,7 +115,7 @@ def test_no_module_imports_itself_through_others() -> None:
         for name in graph
         if name in below[name]
     }
-    assert cycles == CYCLES
+    assert cycles == set()
 
 
 def test_an_import_of_any_form_is_seen(tmp_path: Path) -> None:

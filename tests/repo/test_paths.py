@@ -20,6 +20,7 @@ SOURCES = ("py", "h", "cpp", "cu", "md", "toml", "sh")
 # What is named and need not be here: patterns, each with the reason.
 ALLOWED = {
     "benchmarks/runs*": "written by benchmarks with --save",
+    "runs/*": "written by studies and benchmarks",
     "andmask_ext/lib*": "built",
     "andmask_ext/_harness.*": "built",
     "torch/csrc/*": "PyTorch's own",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -116,12 +116,11 @@ def test_flipping_the_sign(
     if not TABLE[kind].odd:
         return  # the noise does not flip
     rule, grads = draw_case(data, kind, dtype)
-    exact = kind not in (
-        am.rules.TrimmedMean,
-        am.rules.WinsorizedMean,
-    )  # those sum in the order of the ranks
+    # Those sum in the order of the ranks. The order decides what rounds, and what overflows.
+    exact = kind not in (am.rules.TrimmedMean, am.rules.WinsorizedMean)
     eps = 0.0 if exact else 100 * torch.finfo(dtype).eps
     size = float(grads.nan_to_num(0, 0, 0).abs().max()) if grads.numel() else 0.0
+    assume(exact or size * len(grads) < torch.finfo(torch.float32).max)
     torch.testing.assert_close(
         rule(-grads).nan_to_num(nan=0, posinf=0, neginf=0),
         -rule(grads).nan_to_num(nan=0, posinf=0, neginf=0),
@@ -336,7 +335,7 @@ def test_tau_is_checked(
         (
             lambda: am.rules.TrimmedMean(-1),
             ValueError,
-            "b: expected an int of at least 0, but got -1",
+            "b: expected at least 0, but got -1",
         ),
         (lambda: am.rules.WinsorizedMean(51), ValueError, r"c: .* \[0, 50\], but got 51"),
         (lambda: am.rules.WinsorizedMean(None), TypeError, "c: expected .* but got NoneType"),

@@ -1,4 +1,4 @@
-"""Invariant learning consistency: do the environments agree about a solution, and how much."""
+"""Invariant learning consistency: how far environments agree about a solution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Diagonals of Hessians by random probes, and the score of the diagonal model."""
+"""Diagonals of Hessians, estimated by random probes, and the score of the diagonal model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..._checks import check_count, check_generator
 from ._problem import CHUNK, Params, Problem, draw_signs
 from ._result import Inconsistency, best_pair, result
 
-SURE = 3.0  # standard errors from zero at which a curvature counts as seen
+SURE = 3.0  # a curvature is significant if it is this many standard errors from zero
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,15 +21,16 @@ class HessianDiagonals:
 
     Args:
         diagonals: one per environment, in the structure of the parameters.
-        standard_errors: of these, likewise; 0 where every probe said the same.
-        probes: how many probes each rests on.
+        standard_errors: the standard errors of the diagonals, in the same structure. They are 0
+            where all probes agree.
+        probes: the number of probes of each estimate.
 
     Example:
         >>> import torch
         >>> from andmask_ext.metrics import hessian_diagonals
         >>> losses = [lambda x: x.square().sum(), lambda x: x.pow(4).sum()]
-        >>> found = hessian_diagonals(losses, torch.ones(3), probes=4)
-        >>> found.diagonals[1]
+        >>> estimated = hessian_diagonals(losses, torch.ones(3), probes=4)
+        >>> estimated.diagonals[1]
         tensor([12., 12., 12.])
     """
 
@@ -47,30 +48,30 @@ def hessian_diagonals(
 ) -> HessianDiagonals:
     r"""Estimate the diagonals of the environments' Hessians from Hessian-vector products.
 
-    The mean of :math:`v \odot H v` over random signs v is the diagonal; where H is diagonal a
-    single probe has it exactly. All environments see the same probes.
+    The diagonal is the mean of :math:`v \odot H v` over random signs v. If H is diagonal, each
+    probe gives it exactly. All environments use the same probes.
 
     Args:
         losses: one callable per environment, from the parameters to a 0-dim loss.
         params: a Tensor or a dict of Tensors, float32 or float64.
-        probes: how many; the standard error falls with its square root.
-        generator: source of the probes; the default generator if None.
+        probes: number of probes, at least 2. The standard error falls with its square root.
+        generator: the generator of the probes; the default generator if None.
 
     Returns:
-        Diagonals and their standard errors.
+        The diagonals and their standard errors.
 
     Raises:
         TypeError: an argument has the wrong type, or ``params`` the wrong dtype.
-        ValueError: fewer than 2 losses or probes; a loss that is not finite, or not a function of
-            the parameters alone.
+        ValueError: there are fewer than 2 losses or probes, or a loss is not finite or not a
+            function of the parameters alone.
 
     Example:
         >>> import torch
-        >>> found = hessian_diagonals(
+        >>> estimated = hessian_diagonals(
         ...     [lambda x: x[0] * x[1] + x[1].square()] * 2, torch.zeros(2), probes=1000
         ... )
-        >>> error = (found.diagonals[0] - torch.tensor([0.0, 2.0])).abs()
-        >>> bool((error < 5 * found.standard_errors[0]).all())
+        >>> error = (estimated.diagonals[0] - torch.tensor([0.0, 2.0])).abs()
+        >>> bool((error < 5 * estimated.standard_errors[0]).all())
         True
 
     Reference:
@@ -97,7 +98,7 @@ def estimate(
     count, size = problem.environments, problem.size
     device = problem.point.device
     mean = torch.zeros(count, size, dtype=torch.float64, device=device)
-    spread = torch.zeros_like(mean)  # sum of squared deviations, by Chan's update
+    spread = torch.zeros_like(mean)  # sum of squared deviations (Chan's update)
     done = 0
     while done < probes:
         signs = draw_signs(problem, min(CHUNK, probes - done), generator)
@@ -120,10 +121,10 @@ def estimate(
 def diagonal(
     problem: Problem, eps: float, rtol: float, probes: int, generator: torch.Generator | None
 ) -> Inconsistency:
-    """Score the diagonal model on the coordinates whose curvature stands clear of the noise."""
+    """Score the diagonal model on the coordinates whose curvature is significant."""
     curvature, error = estimate(problem, probes, generator)
     count = problem.environments
-    # What rounding alone can do: products carry errors relative to the largest curvature.
+    # Rounding errors of the products are relative to the largest curvature.
     floor = rtol * curvature.abs().amax(1, keepdim=True)
     seen = curvature > SURE * error + floor
     zero = (curvature.abs() <= floor) & (error <= floor)
@@ -139,8 +140,8 @@ def diagonal(
         best = float(ratio[place])
         if best == -math.inf:
             raise ValueError(
-                f"probes: expected enough to see a coordinate's curvature for losses[{kept}] and "
-                f"losses[{moved}], but got {probes}, with which none stands clear of the noise"
+                f"probes: expected enough to see a significant curvature of losses[{kept}] and "
+                f"losses[{moved}] at some coordinate, but got {probes}; use more probes"
             )
         gap = problem.start[moved] - problem.start[kept]
         values[kept, moved] = max(abs(gap), abs(gap + eps * best))

@@ -1,4 +1,4 @@
-"""Invariant learning consistency: the inconsistency score that an algorithm ends up with."""
+"""Invariant learning consistency: minus the expected inconsistency score of an algorithm."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class LearningConsistency:
     """Invariant learning consistency with its confidence interval, and every sample.
 
     Args:
-        mean: minus the mean score; the higher, the more consistent. -inf if any score is infinite.
-        standard_error: of ``mean``; NaN with a single sample or an infinite score.
-        interval: confidence interval for the expectation, by Student's t. Scores are skewed: with
-            few samples it is rough.
-        level: of the interval.
-        infinite: how many scores are infinite.
-        bound: what ``mean`` is of the samples' true mean: ``exact``, ``estimate``, or ``upper
-            bound`` where some scores are lower bounds and none is a mere estimate.
+        mean: minus the mean score. Higher is more consistent. It is -inf if any score is infinite.
+        standard_error: standard error of ``mean``. NaN with one sample or an infinite score.
+        interval: confidence interval of the expectation, by Student's t. It is rough for few
+            samples, as scores are skewed.
+        level: confidence level of the interval.
+        infinite: number of infinite scores.
+        bound: how ``mean`` relates to the true mean of the samples: ``exact``, ``estimate``, or
+            ``upper bound`` if some scores are lower bounds and none is an estimate.
         results: the score of each sample, in order.
         eps: the level of the score.
-        seed: of the first sample; sample k has ``seed + k``.
+        seed: seed of the first sample. Sample k has ``seed + k``.
 
     Example:
         >>> import torch
@@ -81,34 +81,35 @@ def invariant_learning_consistency(
     .. math:: \mathrm{ILC}(\mathcal{A}, p) =
         -\mathbb{E}_{\theta_0 \sim p}\left[\mathcal{I}^\epsilon(\mathcal{A}_\infty(\theta_0))\right]
 
-    Sample k starts from ``init`` with a generator seeded ``seed + k``, and its score draws from
-    one of the same seed: a sample's result does not depend on how many there are, and a
-    run that was ended early goes on with ``resume``. What ``train`` draws is its own affair.
+    Sample k takes its initial parameters from ``init`` with a generator of seed ``seed + k``. Its
+    score uses another generator of the same seed. So the result of a sample does not depend on the
+    number of samples, and ``resume`` can continue an earlier result. The function does not seed the
+    random numbers of ``train``.
 
-    One infinite score makes the mean infinite. That is the rule, at every solution, where an
-    environment's Hessian has flat directions that another's has not, as with fewer examples in an
-    environment than parameters; see :func:`leave_one_environment_out` for such cases.
+    One infinite score makes the mean infinite. If the Hessian of an environment has flat directions
+    that another's does not have, every solution has an infinite score. An example is an environment
+    with fewer examples than parameters. Use :func:`leave_one_environment_out` in such cases.
 
     Args:
-        train: the algorithm: from initial to final parameters. It should have converged.
-        init: draws initial parameters from a generator.
+        train: the algorithm, a function from initial to final parameters. It should converge.
+        init: a function from a generator to initial parameters.
         losses: one callable per environment, from the parameters to a 0-dim loss.
         eps: the level, positive.
-        samples: how many initial points.
-        seed: of the first one.
-        level: of the confidence interval, in (0, 1).
-        resume: an earlier result with this eps and seed, whose samples are not done again.
-        progress: called with samples done and their number before each; a true return value ends
-            the run, and the samples done are the result.
-        **score: passed to :func:`inconsistency_score`: ``method``, ``starts`` and so on.
+        samples: number of initial points.
+        seed: seed of the first sample.
+        level: level of the confidence interval, in (0, 1).
+        resume: an earlier result with the same eps and seed. Its samples are reused.
+        progress: called before each sample with the number of samples done and the number of all.
+            If it returns a true value, the function returns the samples done.
+        **score: arguments of :func:`inconsistency_score`, such as ``method`` and ``starts``.
 
     Returns:
-        Mean, standard error, interval, and the result of each sample.
+        The mean, its standard error and interval, and the result of each sample.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: a number is out of range, or ``resume`` has another eps or seed.
-        RuntimeError: ``progress`` ended the run before the first sample.
+        ValueError: a number is out of range, or ``resume`` has a different eps or seed.
+        RuntimeError: ``progress`` returned a true value before the first sample.
         ImportError: scipy is not installed.
 
     Example:
@@ -136,7 +137,7 @@ def invariant_learning_consistency(
     for name in ("generator", "progress"):
         if name in score:
             raise TypeError(f"{name}: not passed on to inconsistency_score here, but got one")
-    quantile = _student_quantile()  # complains before the samples are taken
+    quantile = _student_quantile()  # raises before the first sample
     results = _resumed(resume, eps, seed)
     for k in range(len(results), samples):
         if progress is not None and progress(k, samples):
@@ -166,7 +167,7 @@ def _resumed(resume: LearningConsistency | None, eps: float, seed: int) -> list[
 
 
 def _student_quantile() -> Callable[[int, float], float]:
-    """Return the quantile function of Student's t: of degrees of freedom and a probability."""
+    """Return the quantile function of Student's t. It takes degrees of freedom and probability."""
     try:
         from scipy.special import stdtrit
     except ImportError as error:

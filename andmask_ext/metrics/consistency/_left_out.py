@@ -1,4 +1,4 @@
-"""The loss on environments that were left out of training."""
+"""Losses on environments that were left out of training."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ Environment = TypeVar("Environment")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LeftOut:
-    """Losses of solutions that never saw one of the environments.
+    """Losses of solutions that were each trained without one environment.
 
     Args:
-        losses: row e is trained without environment e, column f evaluated on f.
-        held_out: the diagonal: losses on the environments left out.
-        training: mean loss of each row on the environments that it was trained on.
+        losses: row e is for the solution trained without environment e, column f for the loss on
+            environment f. float64.
+        held_out: the diagonal of ``losses``: the losses on the environments left out.
+        training: the mean loss of each row on its training environments.
         gap: ``held_out - training``.
-        solutions: what ``train`` returned, one for each row.
+        solutions: the results of ``train``, one for each row.
 
     Shape:
         - losses: :math:`(d, d)`
@@ -52,39 +53,40 @@ def leave_one_environment_out(
     environments: Sequence[Environment],
     evaluate: Callable[[Any, Environment], Tensor | float],
 ) -> LeftOut:
-    r"""Train once without each environment and evaluate on all.
+    r"""Train once without each environment, and evaluate each solution on all environments.
 
-    The measure to take where the inconsistency score is infinite at every solution. The linear
-    regression of the code released with the paper is such a case: four examples of five numbers,
-    each an environment of its own. Its Hessians have rank one with different null spaces, so every
-    solution, the invariant one too, has an infinite score; the loss on an example left out
-    tells them apart.
+    Use it if the inconsistency score is infinite at every solution. The linear regression of the
+    code released with the paper is an example. It has four examples of five numbers, and each is an
+    environment. The Hessians have rank one and different null spaces, so every solution has an
+    infinite score, even the invariant one. The loss on an example that was left out distinguishes
+    them.
 
     Args:
-        train: from a list of environments, without the one left out, to a solution of any type.
-        environments: at least 2, of any type.
-        evaluate: the loss of a solution on an environment: a number, or a Tensor of one.
+        train: a function from a list of environments to a solution of any type.
+        environments: at least 2 environments of any type.
+        evaluate: a function from a solution and an environment to the loss, a number or a Tensor
+            with one element.
 
     Returns:
-        The table of losses, and from it those left out, those in training, and their gap.
+        The table of losses, the losses on left-out and on training environments, and their gap.
 
     Raises:
-        TypeError: an argument has the wrong type, or a loss is no number.
-        ValueError: fewer than 2 environments.
+        TypeError: an argument has the wrong type, or a loss is not a number.
+        ValueError: there are fewer than 2 environments.
 
     Shape:
         - losses of the result: :math:`(d, d)`
 
     Example:
         >>> from andmask_ext.metrics import leave_one_environment_out
-        >>> found = leave_one_environment_out(
+        >>> result = leave_one_environment_out(
         ...     train=lambda numbers: sum(numbers) / len(numbers),
         ...     environments=[1.0, 2.0, 6.0],
         ...     evaluate=lambda mean, number: abs(mean - number),
         ... )
-        >>> found.held_out
+        >>> result.held_out
         tensor([3.0000, 1.5000, 4.5000], dtype=torch.float64)
-        >>> found
+        >>> result
         LeftOut 3 on environments left out, 1.66667 in training (gap 1.33333, 3 environments)
 
     Reference:

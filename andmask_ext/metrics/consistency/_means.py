@@ -19,9 +19,9 @@ class HessianMeans:
     """Means of the environments' Hessians, or of their diagonals.
 
     Args:
-        arithmetic: the Hessian of the pooled loss: curved where any environment is.
-        geometric: curved only where all environments are.
-        log_det_ratio: log of det arithmetic / det geometric, 0-dim, float64; 0 iff all agree.
+        arithmetic: the Hessian of the pooled loss. It is curved where any environment is curved.
+        geometric: the geometric mean. It is curved only where all environments are curved.
+        log_det_ratio: log of det arithmetic / det geometric, 0-dim float64. 0 iff all agree.
 
     Example:
         >>> import torch
@@ -38,34 +38,36 @@ class HessianMeans:
 def hessian_means(
     hessians: Tensor | Sequence[Params], *, tol: float = 1e-12, max_iterations: int = 200
 ) -> HessianMeans:
-    r"""Average Hessians arithmetically and geometrically.
+    r"""Return the arithmetic and the geometric mean of Hessians.
 
     The geometric (Karcher) mean of positive definite matrices is the matrix G with
-    :math:`\sum_e \log(G^{-1/2} H_e G^{-1/2}) = 0`; two matrices have it in closed form,
-    :math:`A^{1/2} (A^{-1/2} B A^{-1/2})^{1/2} A^{1/2}`, more by iteration. Of diagonals it is
-    :math:`(\prod_e \lambda^e_i)^{1/d}`. All is computed in float64.
+    :math:`\sum_e \log(G^{-1/2} H_e G^{-1/2}) = 0`. For two matrices it is
+    :math:`A^{1/2} (A^{-1/2} B A^{-1/2})^{1/2} A^{1/2}`; for more it is computed by iteration. For
+    diagonals it is :math:`(\prod_e \lambda^e_i)^{1/d}`. All computations are in float64.
 
-    Where :math:`\rho` is det arithmetic / det geometric, two environments with a shared minimum
+    Let :math:`\rho` be det arithmetic / det geometric. Two environments with a shared minimum
     have :math:`\mathcal{I}^\epsilon \le \epsilon (\rho + \sqrt{\rho^2 - 1})^2 \le \epsilon
-    (4 \rho^2 - 2)`. The bound :math:`2 \epsilon \rho^2` printed in the paper does not hold: see
-    curvatures (1, 16) in one dimension, with score 16 eps and bound 9.03 eps.
+    (4 \rho^2 - 2)`. The bound :math:`2 \epsilon \rho^2` in the paper does not hold. For
+    example, curvatures 1 and 16 in one dimension have score 16 eps and bound 9.03 eps.
 
     Args:
-        hessians: a Tensor ``[d, n, n]`` of symmetric positive definite matrices, or one ``[d, n]``
-            of diagonals, or a sequence of d diagonals in the structure of the parameters, each a
-            Tensor or a dict of Tensors. Diagonals may hold zeros, whose geometric mean is 0; a
-            coordinate that is zero in all environments adds nothing to the ratio.
-        tol: how far the mean logarithm may be from zero, per entry, when the iteration ends; where
-            rounding keeps it farther, up to 1e-6 will do.
-        max_iterations: after which it gives up.
+        hessians: one of three forms: a Tensor ``[d, n, n]`` of symmetric positive definite
+            matrices; a Tensor ``[d, n]`` of diagonals; or a sequence of d diagonals in the
+            structure of the parameters, each a Tensor or a dict of Tensors. Diagonals may hold
+            zeros, whose geometric mean is 0. A coordinate that is zero in all environments does not
+            affect the ratio.
+        tol: the iteration ends when no entry of the mean logarithm is farther than this from zero.
+            If rounding prevents that, up to 1e-6 is accepted.
+        max_iterations: the largest number of iterations.
 
     Returns:
-        Both means, in the structure and dtype of one Hessian, and the ratio of determinants.
+        Both means, in the structure and dtype of one Hessian, and the log of the ratio of
+        determinants.
 
     Raises:
         TypeError: ``hessians`` is neither a floating-point Tensor nor a sequence of diagonals.
-        ValueError: wrong shape; a matrix that is not symmetric positive definite, a diagonal with a
-            negative number, or numbers that are not finite.
+        ValueError: the shape is wrong, a matrix is not symmetric positive definite, a diagonal has
+            a negative number, or a number is not finite.
         RuntimeError: the iteration did not converge.
 
     Shape:
@@ -193,7 +195,7 @@ def _log_det(matrices: Tensor) -> Tensor:
 
 
 def _within(factor: Tensor, matrices: Tensor) -> tuple[Tensor, Tensor]:
-    """Return eigenvalues and vectors of factor^-1 matrices factor^-T."""
+    """Return eigenvalues and eigenvectors of factor^-1 matrices factor^-T."""
     half = torch.linalg.solve_triangular(factor, matrices, upper=False)
     inner = torch.linalg.solve_triangular(factor, half.mT, upper=False)
     values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
@@ -205,7 +207,7 @@ def _mean_log(values: Tensor, vectors: Tensor) -> Tensor:
 
 
 def _karcher(matrices: Tensor, tol: float, max_iterations: int) -> Tensor:
-    """Return the Karcher mean; Cholesky factors serve as square roots, as it is congruent."""
+    """Return the Karcher mean. It is invariant to congruence, so Cholesky factors are enough."""
     if len(matrices) == 1:
         return matrices[0]
     if len(matrices) == 2:
@@ -225,7 +227,7 @@ def _karcher(matrices: Tensor, tol: float, max_iterations: int) -> Tensor:
         if error <= tol:
             return mean
         if error >= before:
-            # Logarithms of eigenvalues are known to rounding times condition, and no better.
+            # The error of logarithms of eigenvalues is rounding times condition number.
             rounding = (
                 10 * torch.finfo(values.dtype).eps * float((values[:, -1] / values[:, 0]).max())
             )
@@ -233,7 +235,7 @@ def _karcher(matrices: Tensor, tol: float, max_iterations: int) -> Tensor:
                 return mean
             damping /= 2
         before = error
-        # The step of Bini and Iannazzo: the inverse of the mean of x/2 coth(x/2)'s bounds.
+        # The step of Bini and Iannazzo: the inverse of the mean of the bounds of x/2 coth(x/2).
         spread = (values[:, -1] / values[:, 0]).log()
         slope = torch.where(spread > 1e-8, spread / 2 / (spread / 2).tanh(), 1.0)
         step = damping * 2 / (1 + float(slope.mean()))

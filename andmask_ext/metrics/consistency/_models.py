@@ -1,4 +1,4 @@
-"""The environments' losses of a module, as functions of its parameters."""
+"""Losses of a module in each environment, as functions of its parameters."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ def model_losses(
 ) -> tuple[list[Loss], dict[str, Tensor]]:
     r"""Return one loss per environment as a function of a model's parameters.
 
-    The losses work on a copy: the model, its buffers and its mode are never changed, and changing
-    it later does not change them. The copy is in the mode, train or eval, that the model and each
-    of its parts are in now. Batch norm in train mode normalises by the statistics of the
-    environment's batch, as in training, and keeps no running ones.
+    The losses use a copy of the model. So they do not change the model, its buffers or its mode,
+    and later changes of the model do not affect them. The copy keeps the current mode, train or
+    eval, of the model and each of its modules. Batch norm in train mode normalises by the
+    statistics of the environment's batch, as in training. It keeps no running statistics.
 
     Args:
-        model: whose parameters are the point; those that need no gradient stay fixed.
-        environments: pairs (inputs, targets); a tuple of inputs is passed as several arguments.
-        loss_fn: maps the model's output and the targets to a 0-dim loss.
+        model: the model. Parameters that do not require a gradient stay fixed.
+        environments: pairs (inputs, targets). A tuple of inputs is passed as several arguments.
+        loss_fn: a function from the model's output and the targets to a 0-dim loss.
 
     Returns:
-        The losses, and the parameters at which the model is now, detached.
+        The losses, and a dict of the current parameters of the model, detached.
 
     Raises:
-        TypeError: ``model`` is no module, ``loss_fn`` cannot be called, or an environment is no
+        TypeError: ``model`` is no module, ``loss_fn`` is not callable, or an environment is no
             pair.
         ValueError: no parameter needs a gradient, or there is no environment.
 
@@ -80,7 +80,7 @@ def model_losses(
 
 
 def _without_running_statistics(model: nn.Module) -> nn.Module:
-    """Copy the model; what would update running statistics uses those of the batch alone."""
+    """Copy the model. Modules that would update running statistics use batch statistics only."""
     frozen = copy.deepcopy(model)
     for parameter in frozen.parameters():
         parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""The losses of the environments as functions of one flat vector: values, gradients, curvature."""
+"""Losses of environments as functions of one flat vector: values, gradients, curvature."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ..._dtypes import dtype_name
 Params: TypeAlias = "Tensor | dict[str, Tensor]"
 Loss: TypeAlias = Callable[[Params], Tensor]
 
-CHUNK = 64  # points that vmap evaluates at once
+CHUNK = 64  # number of points in one vmap call
 
 
 class FlatLayout:
-    """How parameters, a tensor or a dict of tensors, lie in one vector."""
+    """Conversion of parameters, a tensor or a dict of tensors, to one vector and back."""
 
     def __init__(self, params: object, name: str = "params") -> None:
         if isinstance(params, Tensor):
@@ -60,11 +60,11 @@ class FlatLayout:
 
 
 class Problem:
-    """Losses of at least two environments about one point.
+    """Losses of at least two environments around one point.
 
-    Values, gradients and Hessian-vector products are taken for many points at once by
-    :func:`torch.func.vmap`. A loss that vmap or :mod:`torch.func` cannot take is evaluated point by
-    point with plain autograd; ``looped`` names it and says why.
+    :func:`torch.func.vmap` computes values, gradients and Hessian-vector products for many points
+    at once. A loss that vmap or :mod:`torch.func` does not support is evaluated point by point with
+    plain autograd. ``looped`` names such losses and the reason.
     """
 
     def __init__(self, losses: object, params: object, eps: float = 1.0) -> None:
@@ -80,12 +80,12 @@ class Problem:
 
     @property
     def environments(self) -> int:
-        """How many environments there are."""
+        """The number of environments."""
         return len(self.losses)
 
     @property
     def size(self) -> int:
-        """How many parameters there are."""
+        """The number of parameters."""
         return self.layout.size
 
     def pairs(self) -> list[tuple[int, int]]:
@@ -133,7 +133,7 @@ class Problem:
 
         def fused(environment: int, vector: Tensor) -> Tensor:
             gradient = torch.func.grad(lambda x: self.loss(environment, x))
-            # Backward over backward: forward over backward refuses more losses than it saves time.
+            # Backward over backward: forward over backward saves little, and fails for more losses.
             product: Tensor = torch.func.vjp(gradient, self.point)[1](vector)[0]
             return product
 
@@ -162,7 +162,7 @@ class Problem:
         return gradient
 
     def notes(self) -> tuple[str, ...]:
-        """Say which losses were evaluated point by point, and why."""
+        """Return which losses were evaluated point by point, and why."""
         return tuple(
             f"losses[{environment}] evaluated point by point, as torch.func refused it ({why})"
             for environment, why in sorted(self.looped.items())
@@ -179,8 +179,8 @@ class Problem:
             try:
                 batched = torch.func.vmap(lambda x: fused(environment, x), chunk_size=CHUNK)
                 return batched(points)
-            except Exception as error:  # the loop raises what is the loss's own fault
-                # Noted only once the loop has got through.
+            except Exception as error:  # an error of the loss itself is raised again by the loop
+                # It is recorded only after the loop has succeeded.
                 why = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 out = torch.stack([plain(environment, point) for point in points])
                 self.looped[environment] = why[:120]
@@ -201,7 +201,7 @@ class Problem:
             if eps < 16 * digits * abs(value):
                 raise ValueError(
                     f"eps: expected at least {16 * digits * abs(value):.2g}, as losses[{e}] is "
-                    f"{value:.4g} and {dtype_name(self.point.dtype)} tells no less apart, "
+                    f"{value:.4g} and {dtype_name(self.point.dtype)} resolves no smaller change, "
                     f"but got {eps:g}"
                 )
             for repeat, how in zip(repeats, ("a second call", "torch.func.vmap"), strict=True):
@@ -239,7 +239,7 @@ def _check_losses(losses: object) -> list[Loss]:
 
 
 def draw_normal(problem: Problem, rows: int, generator: torch.Generator | None) -> Tensor:
-    """Return standard normal numbers ``[rows, n]``, drawn where the generator is."""
+    """Return standard normal numbers ``[rows, n]``, drawn on the device of the generator."""
     device = "cpu" if generator is None else generator.device
     out = torch.randn(
         rows, problem.size, dtype=problem.point.dtype, device=device, generator=generator
@@ -248,7 +248,7 @@ def draw_normal(problem: Problem, rows: int, generator: torch.Generator | None) 
 
 
 def draw_signs(problem: Problem, rows: int, generator: torch.Generator | None) -> Tensor:
-    """Return +1 and -1 with equal chance, ``[rows, n]``, drawn where the generator is."""
+    """Return random signs +1 and -1 ``[rows, n]``, drawn on the device of the generator."""
     device = "cpu" if generator is None else generator.device
     bits = torch.randint(0, 2, (rows, problem.size), device=device, generator=generator)
     return (2 * bits - 1).to(problem.point)

@@ -1,4 +1,4 @@
-"""The score of the quadratic model, exactly, from dense Hessians in float64."""
+"""The exact score of the quadratic model, from dense Hessians in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from ._problem import Problem
 from ._result import Inconsistency, best_pair, result
 
-DENSE_LIMIT = 1000  # parameters up to which Hessians are held
+DENSE_LIMIT = 1000  # the largest number of parameters for dense Hessians
 FAR_OUT = torch.tensor([[1.0], [-1.0], [10.0], [100.0]], dtype=torch.float64, device="cpu")
 
 
@@ -20,8 +20,8 @@ FAR_OUT = torch.tensor([[1.0], [-1.0], [10.0], [100.0]], dtype=torch.float64, de
 class Model:
     """Second-order model of one environment's loss at the point: value, gradient, Hessian.
 
-    ``whitening`` [n, r] has whitening.T @ hessian @ whitening = 1; ``flat`` [n, n - r] spans the
-    directions without curvature.
+    ``whitening`` [n, r] satisfies whitening.T @ hessian @ whitening = 1. ``flat`` [n, n - r] spans
+    the directions without curvature.
     """
 
     value: float
@@ -32,13 +32,13 @@ class Model:
     flat: Tensor
 
     def change(self, step: Tensor) -> float:
-        """Return how far the model is from its value at the point, after ``step``."""
+        """Return the change of the model's value after ``step``."""
         return float(self.gradient @ step + step @ (self.hessian @ step) / 2)
 
 
 @dataclass(frozen=True)
 class Extreme:
-    """The largest change for one pair: its value and step, or the direction without limit."""
+    """The largest change for one pair: its value and step, or the direction if it is infinite."""
 
     value: float
     step: Tensor | None
@@ -46,12 +46,12 @@ class Extreme:
 
 
 def default_rtol(dtype: torch.dtype) -> float:
-    """Return the curvature, relative to the largest, below which rounding hides it."""
+    """Return the relative curvature below which rounding hides it."""
     return float(torch.finfo(dtype).eps ** (2 / 3))
 
 
 def not_a_minimum(environment: int, why: str) -> ValueError:
-    """Return the error for a point at which the quadratic model has no bounded level set."""
+    """Return the error for a point where the quadratic model has no bounded level set."""
     return ValueError(
         f"params: expected a minimum of every environment's quadratic model, but {why} for "
         f"losses[{environment}]; method='search' needs no minimum"
@@ -59,7 +59,7 @@ def not_a_minimum(environment: int, why: str) -> ValueError:
 
 
 def make_model(problem: Problem, environment: int, rtol: float) -> Model:
-    """Return one environment's model; raise where it is no minimum."""
+    """Return one environment's model. Raise if the point is no minimum of it."""
     hessian, gradient = problem.hessian(environment), problem.gradient(environment)
     if not bool(hessian.isfinite().all()):
         raise ValueError(f"losses[{environment}]: the Hessian at params is not finite")
@@ -84,10 +84,10 @@ def make_model(problem: Problem, environment: int, rtol: float) -> Model:
 def extreme(
     kept: Model, moved: Model, eps: float, rtol: float, slope_tolerance: float
 ) -> Extreme | None:
-    """Return the largest change of ``moved`` where ``kept`` stays within eps.
+    """Return the largest change of ``moved`` in the level set of ``kept``.
 
-    None where the gradient of ``kept`` leads along a flat direction: its level set is then no
-    ellipsoid.
+    Return None if the gradient of ``kept`` has a part along a flat direction. The level set is then
+    no ellipsoid.
     """
     if kept.flat.shape[1] > 0:
         if float((kept.flat.mT @ kept.gradient).norm()) > slope_tolerance:
@@ -99,8 +99,8 @@ def extreme(
         slope = kept.flat.mT @ moved.gradient
         if float(slope.norm()) > slope_tolerance:
             return Extreme(math.inf, None, kept.flat @ (slope / slope.norm()))
-    # step = centre + whitening x: kept's level set is a ball in x, or a shell if the centre lies
-    # deeper than eps below the point.
+    # With step = centre + whitening x, the level set of kept is a ball in x. It is a shell if the
+    # centre is more than eps below the point.
     side = kept.whitening.mT @ kept.gradient
     centre = -kept.whitening @ side
     depth = float(side.square().sum()) / 2
@@ -119,7 +119,7 @@ def extreme(
 
 
 def quadratic(problem: Problem, eps: float, rtol: float) -> Inconsistency:
-    """Score the quadratic models of all pairs, then compare models and losses at the extremes."""
+    """Score the quadratic models of all pairs, and compare models and losses at the extremes."""
     models = [make_model(problem, e, rtol) for e in range(problem.environments)]
     steepest = max(m.top for m in models)
     slope_tolerance = math.sqrt(torch.finfo(problem.point.dtype).eps * 2 * eps * steepest)
@@ -162,12 +162,12 @@ def quadratic(problem: Problem, eps: float, rtol: float) -> Inconsistency:
 
 
 def agreement(problem: Problem) -> float:
-    """Return the relative difference up to which two numbers of these losses count as equal."""
+    """Return the relative difference below which two values of these losses count as equal."""
     return 10 * math.sqrt(torch.finfo(problem.point.dtype).eps)
 
 
 def random_steps(kept: Model, eps: float) -> Tensor:
-    """Return steps to the edge of the level set and half-way to it, far along flat directions."""
+    """Return random steps to the edge of the level set and half-way, far along flat directions."""
     generator = torch.Generator("cpu").manual_seed(0)
 
     def sphere(size: int) -> Tensor:
@@ -185,7 +185,7 @@ def random_steps(kept: Model, eps: float) -> Tensor:
 
 
 def probe_steps(best: Extreme, moved: Model, eps: float) -> Tensor:
-    """Return steps at which to compare model and losses: about the witness, or far out."""
+    """Return steps at which to compare model and losses: near the witness, or far out."""
     if best.step is not None:
         return torch.stack([best.step, best.step / 2, -best.step])
     bend = float(best.direction @ moved.hessian @ best.direction)
@@ -195,7 +195,7 @@ def probe_steps(best: Extreme, moved: Model, eps: float) -> Tensor:
 
 
 def model_error(problem: Problem, models: Sequence[Model], steps: Tensor, eps: float) -> float:
-    """Return how far the losses and their models differ after ``steps``, relative to the change."""
+    """Return the difference of losses and models after ``steps``, relative to the change."""
     points = problem.point + steps.to(problem.point)
     worst = 0.0
     for environment, model in enumerate(models):
@@ -211,8 +211,8 @@ def model_error(problem: Problem, models: Sequence[Model], steps: Tensor, eps: f
 
 # ---- extremes of a quadratic function, sum_i (curvature_i x_i^2 / 2 + slope_i x_i), on a shell
 #
-# On a sphere this is the problem of the trust region: More and Sorensen, *Computing a trust region
-# step*, 1983.
+# On a sphere this is the trust-region problem: More and Sorensen, *Computing a trust region step*,
+# 1983.
 
 
 def evaluate(curvature: Tensor, slope: Tensor, x: Tensor) -> float:
@@ -221,10 +221,11 @@ def evaluate(curvature: Tensor, slope: Tensor, x: Tensor) -> float:
 
 
 def largest_on_sphere(curvature: Tensor, slope: Tensor, radius: float) -> Tensor:
-    """Return the point of the sphere at which the function is largest.
+    """Return the point of the sphere where the function is largest.
 
-    There x_i = slope_i / (mu + top - curvature_i) for a mu >= 0 that gives x its length; where the
-    slope has no part along the top curvature, mu is 0 and that part of x fills up the length.
+    There x_i = slope_i / (mu + top - curvature_i), with mu >= 0 such that x has the right length.
+    If the slope has no part along the top curvature, mu may be 0. That part of x then makes up for
+    the length.
     """
     if radius == 0.0:
         return torch.zeros_like(slope)
@@ -242,7 +243,7 @@ def largest_on_sphere(curvature: Tensor, slope: Tensor, radius: float) -> Tensor
         if missing >= 0:
             x[top] = missing**0.5
             return x
-    # x shrinks as mu grows: bisection of log(mu) between ends at which x is too long and too short
+    # x shrinks as mu grows. So bisect log(mu) between values where x is too long and too short.
     low, high = max(lowest, size / radius * 1e-200), size / radius
     for _ in range(200):
         middle = (low * high) ** 0.5 if low * high > 0 else (low + high) / 2
@@ -259,10 +260,10 @@ def largest_on_sphere(curvature: Tensor, slope: Tensor, radius: float) -> Tensor
 def largest_on_shell(
     curvature: Tensor, slope: Tensor, inner: float, outer: float, side: Tensor
 ) -> tuple[float, Tensor]:
-    """Return the function's largest value for inner <= ``|x|`` <= outer, and a point that has it.
+    """Return the largest value of the function for inner <= ``|x|`` <= outer, and its point.
 
-    In one dimension a shell with a hole is two intervals; only that on the side of the point
-    ``side`` counts.
+    In one dimension, a shell with a hole consists of two intervals. Only the interval on the side
+    of the point ``side`` counts.
     """
     if len(slope) == 0:
         return 0.0, slope.clone()

@@ -1,4 +1,4 @@
-"""What an inconsistency score comes with."""
+"""The result of an inconsistency score."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 from ._problem import Params, Problem
 
-_LETTERS = 120  # of a note, in what is printed
+_LETTERS = 120  # the length of a note in the repr
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Inconsistency:
-    r"""An inconsistency score, and where it comes from.
+    r"""An inconsistency score with the pair of environments and the point that attain it.
 
     Args:
-        score: :math:`I^\epsilon(\theta^*)`, 0-dim, float64; may be infinite.
-        environments: the pair (e, e') that attains it: e's loss stays within ``eps``, that of e'
-            moves by ``score``.
-        method: how it was found: ``quadratic``, ``diagonal`` or ``search``.
-        bound: ``exact``, ``estimate``, or ``lower bound`` (of the true score).
+        score: :math:`I^\epsilon(\theta^*)`, 0-dim float64. It may be infinite.
+        environments: the pair (e, e') that attains it: the loss of e stays within ``eps``, and the
+            loss of e' moves by ``score``.
+        method: the method: ``quadratic``, ``diagonal`` or ``search``.
+        bound: ``exact``, ``estimate``, or ``lower bound`` of the true score.
         eps: the level.
-        values: the score of each ordered pair (e, e'), NaN on the diagonal.
-        witness: parameters that attain ``score``; None where it is infinite or only estimated.
-        direction: unit vector from :math:`\theta^*` towards the witness; where the score is
-            infinite, the direction in which the loss of e' grows while that of e does not change.
-        standard_error: of ``score``, where it comes from random probes.
-        notes: what the number rests on, in words.
+        values: the score of each ordered pair (e, e'), float64, NaN on the diagonal.
+        witness: parameters that attain ``score``. None if it is infinite or estimated.
+        direction: the unit vector from :math:`\theta^*` towards the witness. If the score is
+            infinite: the direction in which the loss of e' grows and that of e does not change.
+        standard_error: the standard error of ``score``, if it was estimated by random probes.
+        notes: remarks on the result, such as coordinates that were left out.
 
     Shape:
         - values: :math:`(d, d)`
@@ -63,7 +63,7 @@ class Inconsistency:
         error = "" if self.standard_error is None else f" ± {self.standard_error:.2g}"
         kept, moved = self.environments
         notes = ""
-        if self.notes:  # one line: the last says most
+        if self.notes:  # the repr shows one note: the last is the most important
             short, more = self.notes[-1], len(self.notes) - 1
             short = short if len(short) <= _LETTERS else f"{short[:_LETTERS].rstrip()} …"
             notes = f"; {short}" + (f"; {more} more in .notes" if more else "")
@@ -91,7 +91,7 @@ def result(
     standard_error: float | None = None,
     notes: tuple[str, ...] = (),
 ) -> Inconsistency:
-    """Build the result of a method from flat vectors; ``values`` decides pair and score."""
+    """Return the result of a method, given flat vectors. ``values`` gives the pair and score."""
     pair = best_pair(values)
     point = problem.point
     return Inconsistency(

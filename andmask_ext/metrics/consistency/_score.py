@@ -31,59 +31,63 @@ def inconsistency_score(
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
 ) -> Inconsistency:
-    r"""Score how far one environment's loss can move while another's stays within eps.
+    r"""Return how far the loss of one environment can move while another's stays within eps.
 
     .. math:: \mathcal{I}^\epsilon(\theta^*) = \max_{e, e'} \max_{\theta \in N^\epsilon_e}
         |L_{e'}(\theta) - L_e(\theta^*)|
 
-    over ordered pairs of different environments; :math:`N^\epsilon_e` is the largest
-    path-connected set about :math:`\theta^*` in which :math:`|L_e(\theta) - L_e(\theta^*)| \le
-    \epsilon`. Low is consistent.
+    The maximum is over ordered pairs of different environments. :math:`N^\epsilon_e`, the level
+    set of e, is the largest path-connected set around :math:`\theta^*` in which
+    :math:`|L_e(\theta) - L_e(\theta^*)| \le \epsilon`. A low score is consistent.
 
-    - ``quadratic`` takes the losses for their second-order models. At a shared minimum that is
-      :math:`\epsilon \max_{e, e'} \lambda_{\max}(H_e^{-1} H_{e'})`. Losses that differ at
-      ``params``, and gradients that are not zero there, are part of the model and handled exactly.
-      Where a direction leaves e flat but not e', the score is infinite and ``direction`` is that
-      direction; directions flat for both are left out. Negative curvature is an error. The losses
-      are then evaluated at each pair's extreme and at random points on the edges of the level sets:
-      where they leave the models, ``bound`` is ``estimate``.
-      The Hessians are held whole: up to 1000 parameters.
-    - ``diagonal`` is for networks: the same for the Hessians' diagonals, estimated from random
+    The methods are:
+
+    - ``quadratic`` uses second-order models of the losses. At a shared minimum the score is
+      :math:`\epsilon \max_{e, e'} \lambda_{\max}(H_e^{-1} H_{e'})`. The models
+      include losses that differ at ``params`` and gradients that are not zero there. If a direction
+      is flat for e but not for e', the score is infinite, and ``direction`` is this direction.
+      Directions that are flat for both are left out. Negative curvature is an error. The losses are
+      then evaluated at the extreme of each pair and at random points on the edges of the level
+      sets. If they differ from the models, ``bound`` is ``estimate``. The Hessians are dense, so
+      there may be up to 1000 parameters.
+    - ``diagonal`` is for networks. It uses the diagonals of the Hessians, estimated by random
       probes. Coordinates whose curvature is negative or within three standard errors of zero are
-      left out, and ``notes`` counts them. The largest of many noisy ratios tends to be too large.
-    - ``search`` climbs :math:`|L_{e'}|` along paths from ``params`` whose segments stay in the
-      level set of e, at each of ``checks`` points: a lower bound, attained at the witness. A wall
-      between two such points goes unseen; more ``checks`` see thinner walls. An infinite score
-      shows as a large number that grows with ``steps``.
-    - ``auto`` is ``quadratic`` where that is exact, else ``search``.
+      left out, and ``notes`` counts them. The score tends to be too large, as it is the largest of
+      many noisy ratios.
+    - ``search`` increases :math:`|L_{e'}|` along paths from ``params``. Each path is a chain of
+      segments. A segment must stay in the level set of e at ``checks`` points. The score is a lower
+      bound, attained at the witness. A thin wall between two of these points is missed. More
+      ``checks`` find thinner walls. If the true score is infinite, the result is a large number
+      that grows with ``steps``.
+    - ``auto`` is ``quadratic`` if that is exact, else ``search``.
 
     Args:
-        losses: one callable per environment, from the parameters to a 0-dim loss; see
-            :func:`model_losses` for those of a module.
-        params: the point, a Tensor or a dict of Tensors, float32 or float64. Curvature is as exact
-            as its dtype: use float64 where you can.
+        losses: one callable per environment, from the parameters to a 0-dim loss. See
+            :func:`model_losses` for the losses of a module.
+        params: the point, a Tensor or a dict of Tensors, float32 or float64. The dtype limits the
+            precision of the curvature, so use float64 if possible.
         eps: the level, positive.
         method: ``auto``, ``quadratic``, ``diagonal`` or ``search``.
-        probes: of ``diagonal``: Hessian-vector products per environment.
-        starts: of ``search``: paths per pair. Every fourth pushes the loss down instead of up.
-        steps: of ``search``: steps per path, at most.
-        checks: of ``search``: points of each segment at which the kept loss is evaluated.
-        rtol: curvature, relative to the largest, taken as none; by default the dtype's rounding to
-            the power 2/3: 4e-11 in float64, 2e-5 in float32.
-        generator: source of probes and starts; the default generator if None.
-        progress: of ``search``: called with the steps done and their number, at most; a true
-            return value ends the search, and what it has found is the result.
+        probes: for ``diagonal``: number of Hessian-vector products per environment.
+        starts: for ``search``: number of paths per pair. Every fourth decreases the loss instead.
+        steps: for ``search``: the largest number of steps per path.
+        checks: for ``search``: number of points per segment at which the kept loss is evaluated.
+        rtol: a curvature below this share of the largest one counts as zero. Default: the machine
+            epsilon to the power 2/3, which is 4e-11 in float64 and 2e-5 in float32.
+        generator: the generator of probes and starts; the default generator if None.
+        progress: for ``search``: called with the number of steps done and the largest number of
+            steps. If it returns a true value, the search returns its result so far.
 
     Returns:
-        The score with the pair of environments, the witness, and whether it is exact, an estimate
-        or a lower bound.
+        The score, the pair of environments, the witness, and whether the score is exact, an
+        estimate or a lower bound.
 
     Raises:
-        TypeError: an argument has the wrong type, or ``params`` the wrong dtype.
-        ValueError: a number is out of range; ``eps`` is below the losses' rounding; a loss is not
-            finite, or not a function of the parameters alone; ``quadratic``: ``params`` is no
-            minimum of a loss's quadratic model, or are more than 1000; ``diagonal``: no curvature
-            stands clear of the noise.
+        TypeError: an argument has the wrong type, or ``params`` has the wrong dtype.
+        ValueError: a number is out of range; ``eps`` is below the rounding of the losses; or a loss
+            is not finite or not a function of the parameters alone. ``quadratic``: ``params`` is no
+            minimum of a quadratic model, or has more than 1000 numbers. ``diagonal``: no curvature
+            is significant.
 
     Shape:
         - losses: d callables

@@ -1,4 +1,4 @@
-"""Constrained ascent: how far one loss moves on a path along which another stays within eps."""
+"""Constrained ascent: move one loss as far as possible while another stays within eps."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from ._problem import Problem, draw_normal
 from ._result import Inconsistency, best_pair, result
 
-DENSE_LIMIT = 2000  # parameters up to which directions are scaled by the whole Hessian
-FLATTEST = 1e-6  # curvature, relative to the largest, below which scaling takes all for alike
-BENT, POWER_ROUNDS = 32, 5  # directions of many parameters that are scaled, and how they are found
-TARGET = 0.999  # share of eps to which a step that leaves the level set is drawn back
-RISING = 1.02  # growth over the second half of the steps that is told
+DENSE_LIMIT = 2000  # the largest number of parameters for scaling by the dense Hessian
+FLATTEST = 1e-6  # scaling treats curvatures below this share of the largest alike
+BENT, POWER_ROUNDS = 32, 5  # with many parameters: scaled directions, and power iterations
+TARGET = 0.999  # a step out of the level set is drawn back to this share of eps
+RISING = 1.02  # growth over the second half of the steps that is reported
 PATIENCE = 30  # steps without progress after which the search ends
-# Exploring ends within some hundred widths of the level set at params: far out along directions in
-# which all losses are flat, it would find rounding errors.
+# Exploration ends within some hundred widths of the level set at params. Farther out, along
+# directions in which all losses are flat, it would find rounding errors.
 RAY_STEPS, ROAMING, STRIDE = 28, 40, 3.0
 
 Progress = Callable[[int, int], object]
@@ -27,7 +27,7 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class Settings:
-    """How hard to search."""
+    """The budget and the options of a search."""
 
     starts: int
     steps: int
@@ -37,9 +37,9 @@ class Settings:
 
 
 class Scale:
-    """Maps directions in which the kept loss bends about alike everywhere to the parameters.
+    """A linear map to the parameters, such that the kept loss is about equally curved everywhere.
 
-    With many parameters only the most bent directions are told apart from the rest.
+    With many parameters, only the directions of largest curvature are scaled separately.
     """
 
     def __init__(self, problem: Problem, environment: int, generator: torch.Generator | None):
@@ -48,7 +48,7 @@ class Scale:
         curvature, basis = find(problem, environment, generator)
         widths = curvature.abs()
         widths = widths.clamp(min=FLATTEST * float(widths.max())).rsqrt()
-        if not bool(widths.isfinite().all()):  # no curvature at all, or none that exists
+        if not bool(widths.isfinite().all()):  # the curvature is zero or not finite
             widths, basis = torch.ones_like(widths), torch.zeros_like(basis).fill_diagonal_(1.0)
         self.rest = float(widths.max()) if many else 0.0
         self.basis = basis.to(problem.point)
@@ -68,7 +68,7 @@ class Scale:
 
 
 def _all_bent(problem: Problem, environment: int, _: object) -> tuple[Tensor, Tensor]:
-    """Return all eigenvalues and vectors of the Hessian, NaN where it is not finite."""
+    """Return all eigenvalues and eigenvectors of the Hessian, NaN if it is not finite."""
     hessian = problem.hessian(environment)
     if not bool(hessian.isfinite().all()):
         return hessian.new_full((problem.size,), torch.nan), hessian
@@ -79,7 +79,7 @@ def _all_bent(problem: Problem, environment: int, _: object) -> tuple[Tensor, Te
 def _most_bent(
     problem: Problem, environment: int, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """Return Ritz values and vectors of the Hessian for its largest eigenvalues, roughly."""
+    """Return approximate largest eigenvalues (Ritz values) and eigenvectors of the Hessian."""
     block = draw_normal(problem, BENT, generator)
     for _ in range(POWER_ROUNDS):
         basis = torch.linalg.qr(block.mT)[0]
@@ -93,10 +93,10 @@ def _most_bent(
 
 @dataclass
 class Climb:
-    """Paths for one kept environment: rows of (moved environment, start).
+    """The paths for one kept environment, one row for each moved environment and start.
 
-    Every accepted point is joined to the one before by a straight segment, on which the kept loss
-    was within eps at ``checks`` evenly spaced points.
+    A straight segment joins every accepted point to the one before. On it the kept loss is within
+    eps at ``checks`` evenly spaced points.
     """
 
     problem: Problem
@@ -111,7 +111,7 @@ class Climb:
     height_slope: Tensor = field(init=False)
     best: Tensor = field(init=False)
     best_points: Tensor = field(init=False)
-    half_way: Tensor | None = field(init=False, default=None)  # best, after half of the steps
+    half_way: Tensor | None = field(init=False, default=None)  # the best after half of the steps
 
     def __post_init__(self) -> None:
         problem, starts = self.problem, self.settings.starts
@@ -121,17 +121,17 @@ class Climb:
         # Most starts push the loss up, every fourth down.
         down = torch.arange(rows, device=problem.point.device) % starts % 4 == 2
         self.push = torch.where(down, -1.0, 1.0).to(problem.point.dtype)
-        # Every other start first goes as far as it can in a random direction, to climb from there.
+        # Every other start roams first: it goes far in a random direction, and climbs from there.
         self.roams = torch.arange(rows, device=problem.point.device) % starts % 2 == 1
         heading = draw_normal(problem, rows, self.settings.generator).view(-1, starts, problem.size)
         opposite = heading[:, 3::4]
-        opposite.copy_(-heading[:, 1::4][:, : opposite.shape[1]])  # roam there and back again
+        opposite.copy_(-heading[:, 1::4][:, : opposite.shape[1]])  # roam in opposite directions
         self.compass = self.scale.inverse(heading.flatten(0, 1))
         self.level, self.level_slope, self.height, self.height_slope = self.look(self.points)
         self.best, self.best_points = self.height.abs(), self.points.clone()
 
     def look(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return change and gradient of the kept loss, and of the moved loss, at the points."""
+        """Return change and gradient of the kept loss, then of the moved loss, at the points."""
         start = self.problem.start[self.kept]
         level, level_slope = self.problem.gradients(self.kept, points)
         groups = points.chunk(len(self.targets))
@@ -149,28 +149,28 @@ class Climb:
         return ((levels - self.problem.start[self.kept]).abs() <= self.eps).all(1)
 
     def move(self, ends: Tensor, roams: Tensor, wanted: Tensor) -> Tensor:
-        """Go to those ``ends`` that can be reached inside the level set; return which.
+        """Go to those ``ends`` that can be reached inside the level set. Return which.
 
-        Rows that roam go where it is ``wanted``, the others where they climb.
+        Rows that roam also need ``wanted``. Other rows must climb.
         """
         reached = self.stays(ends)
         level, level_slope, height, height_slope = self.look(ends)
         reached &= height.isfinite() & height_slope.isfinite().all(1)
         reached &= level_slope.isfinite().all(1)
         reached &= torch.where(roams, wanted, self.push * height >= self.push * self.height)
-        one = reached[:, None]
-        self.points = torch.where(one, ends, self.points)
+        moved = reached[:, None]
+        self.points = torch.where(moved, ends, self.points)
         self.level = torch.where(reached, level, self.level)
-        self.level_slope = torch.where(one, level_slope, self.level_slope)
+        self.level_slope = torch.where(moved, level_slope, self.level_slope)
         self.height = torch.where(reached, height, self.height)
-        self.height_slope = torch.where(one, height_slope, self.height_slope)
+        self.height_slope = torch.where(moved, height_slope, self.height_slope)
         better = self.height.abs() > self.best
         self.best = torch.where(better, self.height.abs(), self.best)
         self.best_points = torch.where(better[:, None], self.points, self.best_points)
         return reached
 
     def rays(self) -> None:
-        """Leave the start along random rays: a little, or to the edge where they are to roam."""
+        """Leave the start along random rays: rows that roam go to the edge, others a little."""
         rows = len(self.points)
         directions = draw_normal(self.problem, rows, self.settings.generator)
         directions = self.scale(directions / directions.norm(dim=1, keepdim=True))
@@ -187,7 +187,7 @@ class Climb:
             step = step * 1.5
 
     def step(self, length: Tensor, roaming: bool) -> Tensor:
-        """Take one step up, of a length in scaled directions; return which rows gained.
+        """Take one step up, whose length is in scaled directions. Return which rows moved.
 
         While ``roaming``, rows that roam follow their compass instead.
         """
@@ -199,7 +199,7 @@ class Climb:
         if bool(lost.any()):
             noise = draw_normal(self.problem, len(uphill), self.settings.generator)
             uphill = torch.where(lost, noise, uphill)
-        # Heading for the edge: the closer to it, the more along it.
+        # Near the edge of the level set, the direction turns parallel to it.
         tiny = torch.finfo(wall.dtype).tiny
         steep = wall.square().sum(1, keepdim=True).clamp(min=tiny)
         over = (uphill * wall).sum(1, keepdim=True)
@@ -213,7 +213,7 @@ class Climb:
         return self.move(ends, roams, farther)
 
     def draw_back(self, ends: Tensor) -> Tensor:
-        """Draw ends outside the level set back to its edge, by a Newton step."""
+        """Draw ends outside the level set back to its edge by a Newton step."""
         level, slope = self.problem.gradients(self.kept, ends)
         level = level - self.problem.start[self.kept]
         slope = self.scale(slope)
@@ -227,7 +227,7 @@ class Climb:
 def climb(
     problem: Problem, kept: int, eps: float, settings: Settings, done: int
 ) -> tuple[Climb, bool]:
-    """Run the paths of one kept environment; also return whether they were stopped."""
+    """Run the paths of one kept environment. Return them, and whether progress stopped them."""
     total = settings.steps * problem.environments
     paths = Climb(problem, kept, eps, settings, Scale(problem, kept, settings.generator))
     paths.rays()
@@ -256,7 +256,7 @@ def climb(
 def search(
     problem: Problem, eps: float, settings: Settings, notes: tuple[str, ...] = ()
 ) -> Inconsistency:
-    """Search all pairs; the score is a lower bound, attained at the witness."""
+    """Search all pairs. The score is a lower bound, attained at the witness."""
     count = problem.environments
     values = torch.full((count, count), math.nan, dtype=torch.float64, device="cpu")
     witnesses = {}

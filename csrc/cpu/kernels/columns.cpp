@@ -8,9 +8,10 @@ namespace {
 
 // ---- rules on sums of terms ----
 
-// All arrays of a block together fit in L1, and on the stack of any thread.
+// Columns of a block. All its arrays together fit into L1, and on the stack of any thread.
 constexpr int64_t kBlock = 256;
-// Rows read together: their terms are summed in the type of the gradients, those sums in float64.
+// Rows that are read together. Their terms are summed in the type of the gradients, and those sums
+// in float64.
 constexpr int64_t kRows = 4;
 
 template <int rows, typename Rule, typename F>
@@ -71,7 +72,7 @@ void sum_terms(const ColumnTask& task, const Rule& rule, int64_t first, int64_t 
   }
 }
 
-// Added up in a fixed order: eight partial sums, so that it can be vectorised.
+// Adds up in a fixed order, in eight partial sums, so that the loop can be vectorised.
 ANDMASK_INLINE double add_up(const double* values, int64_t columns) {
   double partial[8] = {};
   int64_t column = 0;
@@ -94,15 +95,15 @@ void sum_rule(const ColumnTask& task, int64_t begin, int64_t end, Kept* kept) {
     const int64_t columns = end - first < kBlock ? end - first : kBlock;
     sum_terms<T>(task, rule, first, columns, sums, poison);
     const F* const __restrict noise = static_cast<const F*>(task.noise) + first;
-    if constexpr (Rule::kFills) {
+    if constexpr (Rule::kFillsMissing) {
       F* const __restrict out = static_cast<F*>(task.out) + first;
       for (int64_t column = 0; column < columns; ++column) {
-        const double own[] = {sums[0][column], sums[1][column]};
-        const bool keep = rule.kept(own);
+        const double column_sums[] = {sums[0][column], sums[1][column]};
+        const bool keep = rule.kept(column_sums);
         const double bad = static_cast<double>(poison[column]);
-        const double value = rule(own, 0) + bad;
+        const double value = rule(column_sums, 0) + bad;
         const F wide = Rounder<F>::from(value);
-        out[column] = keep || bad != 0 ? wide : hole(F());
+        out[column] = keep || bad != 0 ? wide : missing_value(F());
         sums[0][column] = keep ? (value < 0 ? -value : value) : 0;
         sums[1][column] = keep ? 1 : 0;
       }
@@ -111,12 +112,13 @@ void sum_rule(const ColumnTask& task, int64_t begin, int64_t end, Kept* kept) {
     } else {
       T* const __restrict out = static_cast<T*>(task.out) + first;
       for (int64_t column = 0; column < columns; ++column) {
-        double own[Rule::kSums];
+        double column_sums[Rule::kSums];
 #pragma GCC unroll 4
-        for (int sum = 0; sum < Rule::kSums; ++sum) own[sum] = sums[sum][column];
+        for (int sum = 0; sum < Rule::kSums; ++sum) column_sums[sum] = sums[sum][column];
         double random = 0;
         if constexpr (Rule::kNoise != Noise::none) random = static_cast<double>(noise[column]);
-        out[column] = Rounder<T>::from(rule(own, random) + static_cast<double>(poison[column]));
+        out[column] =
+            Rounder<T>::from(rule(column_sums, random) + static_cast<double>(poison[column]));
       }
     }
   }
@@ -128,7 +130,7 @@ void fill(const void* wide, const void* noise, double size, void* out, int64_t b
   const auto* const from = static_cast<const F*>(wide);
   const auto* const random = static_cast<const F*>(noise);
   for (int64_t column = begin; column < end; ++column) {
-    const bool empty = bits_of(from[column]) == bits_of(hole(F()));
+    const bool empty = bits_of(from[column]) == bits_of(missing_value(F()));
     const double value =
         empty ? static_cast<double>(random[column]) * size : static_cast<double>(from[column]);
     static_cast<T*>(out)[column] = Rounder<T>::from(value);

@@ -19,15 +19,15 @@ struct ColumnTask {
   const void* noise;  // [columns], in the wide type (float32, or float64 for float64 gradients)
   void* out;          // [columns], as the gradients; in the wide type for a rule that fills
 
-  // Of a ranked rule: [environments] and up to 3 zeros, and the comparators that it needs to merge
-  // sorted runs of kRun rows. Null: all those of the sorting network, found on the way.
+  // For a ranked rule only: the weights of the ranks ([environments] and up to 3 zeros), and the
+  // comparators that merge sorted runs of kRun rows. Null: all comparators of the network.
   const double* weights;
   double total;
   const Comparator* comparators;
   int64_t comparator_count;
 };
 
-// What is known of the kept coordinates of a rule that fills the others.
+// The kept coordinates of a rule that fills the others.
 struct Kept {
   double size;   // sum of absolute values
   double count;  // a whole number
@@ -37,12 +37,12 @@ struct ColumnKernels {
   // Columns [begin, end); adds to `kept` (rules that fill only). False: out of memory.
   bool (*aggregate[kDtypes][ColumnRules::kSize])(const ColumnTask& task, int64_t begin, int64_t end,
                                                  Kept* kept);
-  // out[begin, end) from what a rule that fills wrote: the holes become noise * size.
+  // Rounds the results of a rule that fills: out = wide, and noise * size where a value is missing.
   void (*fill[kDtypes])(const void* wide, const void* noise, double size, void* out, int64_t begin,
                         int64_t end);
 };
 
-// So many rows are sorted in registers, by a network without a list.
+// The number of rows that are sorted in registers, by a network without a list.
 constexpr int64_t kRun = 32;
 
 ANDMASK_DECLARE_KERNELS(ColumnKernels, column_kernels)

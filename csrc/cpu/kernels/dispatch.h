@@ -1,8 +1,8 @@
 // Kernel tables: one per op family and instruction set, chosen once at run time.
 //
 // A file in this folder is compiled once per instruction set, each time with another ANDMASK_ISA,
-// which names the namespace of its table. It may include only csrc/math and C headers, and it keeps
-// all it defines in an anonymous namespace, except for the table.
+// which names the namespace of its table. It may use only csrc/math, csrc/tasks and C headers, and
+// it keeps all it defines in an anonymous namespace, except for the table.
 #pragma once
 
 #include "../../tasks/dtype.h"

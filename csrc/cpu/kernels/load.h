@@ -1,4 +1,4 @@
-// Reading a block of gradients in the type that arithmetic is done in.
+// Reads a block of gradients in the type of the arithmetic.
 #pragma once
 
 #include "../../math/scalar.h"
@@ -10,7 +10,7 @@
 namespace andmask {
 namespace {
 
-// float16 is converted ahead of the loop that uses it, because compilers know no vector form of the
+// Converts float16 ahead of the loop that uses it, because compilers know no vector form of the
 // instruction. With it kernels are as fast as for bfloat16, without it three times slower.
 ANDMASK_INLINE void widen_columns(const Half* values, int64_t columns, float* wide) {
   int64_t column = 0;
@@ -33,7 +33,7 @@ ANDMASK_INLINE void widen_columns(const BFloat16* __restrict values, int64_t col
   for (int64_t column = 0; column < columns; ++column) wide[column] = widen(values[column]);
 }
 
-// The values themselves where they are wide already, else a widened copy in `scratch`.
+// Returns the values themselves if they are wide already, else a widened copy in `scratch`.
 template <typename T>
 ANDMASK_INLINE const accumulate_t<T>* widened(const T* values, int64_t columns,
                                               accumulate_t<T>* scratch) {

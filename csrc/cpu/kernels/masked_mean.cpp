@@ -9,25 +9,25 @@
 namespace andmask {
 namespace {
 
-// Rows read side by side. A core reads memory at its full rate only while its prefetchers run, and
-// those want few streams of many pages each: so few rows, over long blocks whose sums stay in L2.
-// What the prefetchers need to find a new stream again is bridged by hand, because the operations
-// of the loop fill the processor's window long before it has looked far enough ahead by itself.
+// The number of rows that are read side by side. A core reads memory at its full rate only while
+// its prefetchers run, and they need few streams of many pages each. So the loop takes few rows,
+// over long blocks whose sums stay in L2. Prefetch instructions bridge the time in which the
+// prefetchers find a new stream: the processor itself does not look far enough ahead.
 constexpr int kRows = kSumRows;
 constexpr int64_t kBlock = 16384;
-constexpr int64_t kAheadBytes = 8192;  // in all the rows side by side; 4 KB and 16 KB are slower
+constexpr int64_t kAheadBytes = 8192;  // of all these rows; 4 KB and 16 KB are slower
 constexpr int64_t kLineBytes = 64;
-// Rows that all fit side by side are read in one stream each, whatever the block: it stays in L1.
-// So small a block also fits on the stack of any thread.
+// The block for at most kRows rows: each is one stream whatever the block, and a small one stays in
+// L1. It also fits on the stack of any thread.
 constexpr int64_t kSmallBlock = 512;
-// Columns of the innermost loops: whole vectors of every type in them.
+// Columns of the innermost loops: whole vectors of every type.
 constexpr int64_t kChunk = 32;
 
 // The grouping by kRows and kGroup is part of the result.
 constexpr int64_t kGroup = kSumGroup;
 static_assert(kGroup % kRows == 0 && kGroup <= INT8_MAX, "the votes of a group are int8");
 
-// Scratch of one block, carved out of one piece of memory: [width] each.
+// The scratch of one block, carved out of one piece of memory, [width] each.
 template <typename T>
 struct Block {
   double* total_sums;     // of all groups, where there are several
@@ -53,7 +53,7 @@ constexpr bool kIsHalf = false;
 template <>
 constexpr bool kIsHalf<Half> = true;
 
-// At most kChunk columns. With `first`, their sums and votes are begun; else they are continued.
+// Adds rows to at most kChunk columns. With `first`, their sums and votes start from zero.
 template <int rows, bool first, typename T>
 ANDMASK_INLINE void add_columns(const T* __restrict grads, int64_t stride, int64_t columns,
                                 accumulate_t<T>* __restrict sums, int8_t* __restrict votes) {
@@ -63,7 +63,7 @@ ANDMASK_INLINE void add_columns(const T* __restrict grads, int64_t stride, int64
     for (int row = 0; row < rows; ++row) widen_columns(grads + row * stride, columns, wide[row]);
   }
   using Vote = decltype(sign(T()));
-  Vote chunk_votes[kChunk];  // narrowed in a loop of their own, lest this one take narrow vectors
+  Vote chunk_votes[kChunk];  // narrowed in a loop of their own: else both loops get narrow vectors
   for (int64_t column = 0; column < columns; ++column) {
     accumulate_t<T> sum = 0;
     Vote vote = 0;
@@ -85,8 +85,8 @@ ANDMASK_INLINE void add_columns(const T* __restrict grads, int64_t stride, int64
   }
 }
 
-// `next` is what will be read afterwards. A prefetch outside of the gradients does no harm, but a
-// pointer there would be undefined: addresses are computed as integers.
+// `next` is where the next call will read. A prefetch outside of the gradients does no harm, but a
+// pointer there would be undefined, so that addresses are computed as integers.
 template <int rows, bool first, typename T>
 void add_rows(const T* grads, const T* next, int64_t stride, int64_t columns,
               accumulate_t<T>* __restrict sums, int8_t* __restrict votes) {
@@ -191,8 +191,8 @@ int64_t write(const MaskedMeanTask& task, const Sum* sums, const Votes* votes, i
     case Output::mask:
       return write_mask(votes, columns, task.threshold, static_cast<Wide*>(task.out) + first);
     case Output::bins:
-      fall(sums, votes, columns, task.environments, task.bin_lanes,
-           static_cast<VoteBin*>(task.out));
+      add_to_bins(sums, votes, columns, task.environments, task.bin_lanes,
+                  static_cast<VoteBin*>(task.out));
       break;
   }
   return 0;
@@ -204,7 +204,7 @@ int64_t reduce(const MaskedMeanTask& task, int64_t begin, int64_t end) {
   alignas(64) unsigned char small[kSmallBlock * Block<T>::kBytesPerColumn];
   void* large = nullptr;
   if (environments > kRows && end - begin > kSmallBlock) {
-    large = aligned_alloc(64, kBlock * Block<T>::kBytesPerColumn);  // without it: right, but slower
+    large = aligned_alloc(64, kBlock * Block<T>::kBytesPerColumn);  // if it fails: slower
   }
   const int64_t width = large ? kBlock : kSmallBlock;
   Block<T> block = Block<T>::carve(large ? large : small, width);

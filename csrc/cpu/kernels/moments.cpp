@@ -11,7 +11,7 @@ constexpr int64_t kBlock = kUpdateBlock;
 
 template <typename F, typename V>
 void add_votes(const F* __restrict grads, int64_t columns, bool first, V* __restrict votes) {
-  constexpr int64_t kChunk = 64;  // narrowed in a loop of its own, lest the votes set the width
+  constexpr int64_t kChunk = 64;  // narrowed in a loop of its own: else votes set the vector width
   using Vote = decltype(sign(F()));
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t size = columns - begin < kChunk ? columns - begin : kChunk;
@@ -107,9 +107,9 @@ struct ResolveScratch {
   int32_t votes[kBlock];
 };
 
-// Where the sums of columns [begin, begin + columns) lie, widened if need be.
+// Returns the sums of columns [begin, begin + columns), widened if necessary.
 template <typename F>
-const F* load_sum(const ResolveTask& task, int64_t begin, int64_t columns, F* scratch) {
+const F* load_sum(const Update& task, int64_t begin, int64_t columns, F* scratch) {
   if constexpr (sizeof(F) == sizeof(float)) {
     if (task.sum_dtype == Dtype::float16) {
       return widened(static_cast<const Half*>(task.moments.sum) + begin, columns, scratch);
@@ -140,7 +140,7 @@ const int32_t* load_votes(const MomentArrays& moments, int64_t begin, int64_t co
 
 // Calls `use(index in the block, aggregate)` for every column, in loops that can be vectorised.
 template <typename Rule, typename F, typename Use>
-ANDMASK_INLINE void for_columns(const Rule& rule, const ResolveTask& task, int64_t begin,
+ANDMASK_INLINE void for_columns(const Rule& rule, const Update& task, int64_t begin,
                                 int64_t columns, const Use& use) {
   ResolveScratch<F> scratch;
   const F* const sum = load_sum<F>(task, begin, columns, scratch.sum);
@@ -165,8 +165,8 @@ ANDMASK_INLINE void for_columns(const Rule& rule, const ResolveTask& task, int64
   }
 }
 
-// Added up in a fixed order, in sixteen lanes, so that it can be vectorised. Each adds at most 32
-// factors, which is exact where they are 0 or 1.
+// Adds up in a fixed order, in sixteen lanes, so that the loop can be vectorised. Each lane adds at
+// most 32 factors, which is exact if they are 0 or 1.
 template <typename F>
 double add_up(const F* factors, int64_t columns) {
   constexpr int64_t kLanes = 16;
@@ -182,7 +182,7 @@ double add_up(const F* factors, int64_t columns) {
 }
 
 template <typename F, typename Rule>
-double total_factor(const ResolveTask& task, int64_t begin, int64_t end) {
+double total_factor(const Update& task, int64_t begin, int64_t end) {
   const Rule rule(task.arguments, task.count);
   alignas(64) F factors[kBlock];
   double total = 0;
@@ -195,9 +195,10 @@ double total_factor(const ResolveTask& task, int64_t begin, int64_t end) {
   return total;
 }
 
-// The factor multiplies; it never selects: what is not finite shows under a factor of 0 as NaN.
+// The factor multiplies; it never selects: a value that is not finite shows as NaN under a factor
+// of 0.
 template <typename F, typename Rule>
-void resolve(const ResolveTask& task, double scale, int64_t begin, int64_t end, void* update) {
+void resolve(const Update& task, double scale, int64_t begin, int64_t end, void* update) {
   const Rule rule(task.arguments, task.count);
   F* const __restrict out = static_cast<F*>(update);
   if (scale == 1) {

@@ -15,15 +15,15 @@ struct MomentKernels {
   // Adds to columns [begin, end) of the moments.
   void (*accumulate[kDtypes])(const AccumulateTask& task, int64_t begin, int64_t end);
   // The sum of the rule's factors over columns [begin, end).
-  double (*total_factor[kWidths][MomentRules::kSize])(const ResolveTask& task, int64_t begin,
+  double (*total_factor[kWidths][MomentRules::kSize])(const Update& task, int64_t begin,
                                                       int64_t end);
   // update[0, end - begin) = factor * value * scale, in the wide type. At most kUpdateBlock
   // columns.
-  void (*resolve[kWidths][MomentRules::kSize])(const ResolveTask& task, double scale, int64_t begin,
+  void (*resolve[kWidths][MomentRules::kSize])(const Update& task, double scale, int64_t begin,
                                                int64_t end, void* update);
 };
 
-// Small enough for all arrays of a block to stay in L1, and for the stack of any thread.
+// All arrays of a block of this many columns stay in L1, and fit on the stack of any thread.
 constexpr int64_t kUpdateBlock = 512;
 
 ANDMASK_DECLARE_KERNELS(MomentKernels, moment_kernels)

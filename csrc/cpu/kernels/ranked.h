@@ -13,17 +13,17 @@
 namespace andmask {
 namespace {
 
-// Runs of rows are sorted in registers. Rows that are missing in a run are made up of the largest
-// number, which sorts last and weighs nothing.
+// Runs of rows are sorted in registers. Rows that a run lacks are filled with the largest number,
+// which sorts last and has no weight.
 constexpr int64_t kUnit = 4;
-// Columns at once: of a run that is all there is, and of a tile, which is merged in L1.
+// Columns that are sorted together: of a single run, and of a tile, which is merged in L1.
 constexpr int64_t kChunk = 128;
 constexpr int64_t kTile = 32;
-// So many tiles are filled together: a row is read in a long piece.
+// Tiles that are filled together take this much memory, so that a row is read in long pieces.
 constexpr int64_t kTilesBytes = 128 * 1024;
 constexpr int64_t kMostTiles = 16;
 
-// The rows of one run, widened. Where the gradients cannot be read in place, a copy is.
+// The rows of one run, widened. If the gradients cannot be read in place, they are copied.
 template <typename F>
 struct Run {
   static constexpr int64_t kCopied = 256 / sizeof(F);  // columns
@@ -35,7 +35,7 @@ struct Run {
     for (int64_t i = 0; i < kChunk; ++i) missing[i] = largest(F());
   }
 
-  // At most kCopied columns, kChunk if they are read in place.
+  // Loads at most kCopied columns, or kChunk if they are read in place.
   template <bool in_place, typename T>
   void load(const T* grads, int64_t count, int64_t stride, int64_t columns) {
     for (int64_t row = 0; row < kRun; ++row) {
@@ -57,8 +57,8 @@ struct Run {
   }
 };
 
-// values = the weighted sum of sorted rows / total. A weight of 0 hides nothing: 0 * infinity is
-// NaN.
+// values = the weighted sum of sorted rows / total. A weight of 0 does not hide infinities: they
+// become NaN.
 template <int count, typename F>
 void weigh_run(const F* const* rows, int64_t columns, const double* weights, double total,
                double* __restrict values) {
@@ -121,7 +121,7 @@ void rank_one_run(const ColumnTask& task, int64_t begin, int64_t end) {
   }
 }
 
-// One tile of a run, sorted. `poison` stays 0, or becomes NaN where anything is not finite.
+// Sorts one tile of a run. `poison` stays 0, or becomes NaN if any value is not finite.
 template <typename F>
 void sort_run(const F* const* rows, F* __restrict tile, F* __restrict poison) {
   constexpr int count = kRun;
@@ -143,8 +143,8 @@ void sort_run(const F* const* rows, F* __restrict tile, F* __restrict poison) {
   }
 }
 
-// Adding 0 keeps compilers from storing only what changes, under a branch; beside the stores it
-// costs nothing.
+// Adding 0 keeps compilers from branches that store only changed values. It costs nothing beside
+// the stores.
 template <typename F>
 ANDMASK_INLINE void exchange_rows(F* __restrict low, F* __restrict high) {
   for (int64_t lane = 0; lane < kTile; ++lane) {
@@ -170,7 +170,7 @@ void merge_runs(const ColumnTask& task, F* tile) {
   }
 }
 
-// Rows are summed in the type of the gradients four at a time, and these sums in float64.
+// Sums four rows at a time in the type of the gradients, and these sums in float64.
 template <typename F>
 void weigh_tile(const ColumnTask& task, const F* __restrict tile, const F* __restrict poison,
                 double* __restrict values) {

@@ -11,7 +11,7 @@ void round_columns(const F* __restrict wide, int64_t columns, T* __restrict out)
   for (int64_t i = 0; i < columns; ++i) out[i] = Rounder<T>::from(static_cast<double>(wide[i]));
 }
 
-// Runs `body(params)` on `columns` parameters in the wide type, in place where they are.
+// Runs `body(params)` on `columns` parameters in the wide type, in place if they have it.
 template <typename T, typename Body>
 ANDMASK_INLINE void with_params(void* param, int64_t begin, int64_t columns, const Body& body) {
   using F = accumulate_t<T>;
@@ -83,11 +83,11 @@ void temporal_adam(const TemporalAdamTask& task, const void* update, int64_t beg
   using F = accumulate_t<T>;
   const TemporalAdam<F> rule = temporal_adam_of<F>(task);
   const F* const __restrict grads = static_cast<const F*>(update);
-  F* const __restrict exp_avg = static_cast<F*>(task.adam.exp_avg) + begin;
-  F* const __restrict exp_avg_sq = static_cast<F*>(task.adam.exp_avg_sq) + begin;
+  F* const __restrict exp_avg = static_cast<F*>(task.exp_avg) + begin;
+  F* const __restrict exp_avg_sq = static_cast<F*>(task.exp_avg_sq) + begin;
   F* const __restrict sign_avg = static_cast<F*>(task.sign_avg) + begin;
   const int64_t columns = end - begin;
-  with_params<T>(task.adam.param, begin, columns, [&](F* __restrict params) {
+  with_params<T>(task.param, begin, columns, [&](F* __restrict params) {
     for (int64_t i = 0; i < columns; ++i) {
       params[i] = rule.step(params[i], grads[i], exp_avg[i], exp_avg_sq[i], sign_avg[i]);
     }

@@ -8,8 +8,8 @@
 
 namespace andmask {
 
-// Each consumes update[0, end - begin), the aggregated gradient of columns [begin, end) in the wide
-// type; at most kUpdateBlock columns.
+// Each kernel consumes update[0, end - begin), the aggregated gradient of columns [begin, end) in
+// the wide type. There are at most kUpdateBlock columns.
 struct StepKernels {
   void (*store[kDtypes])(const void* update, void* out, int64_t begin, int64_t end);
   void (*sgd[kDtypes])(const SgdTask& task, const void* update, int64_t begin, int64_t end);

@@ -1,4 +1,4 @@
-// The bins of a histogram of votes, and how coordinates fall into them.
+// The bins of a histogram of votes.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +7,15 @@
 
 namespace andmask {
 
-// What falls on one number of votes. Both are float64, because one vector addition then does both;
-// a count is exact up to 2^53.
+// The coordinates with one number of votes. Both fields are float64, so that one vector addition
+// serves both. A count is exact up to 2^53.
 struct alignas(16) VoteBin {
   double squares;  // of the sums
   double count;
 };
 
-// Coordinate i goes to bin |votes| * lanes + i % lanes, with 1 lane or so many: an addition must
-// wait for the one before to the same place.
+// Coordinate i goes to bin |votes| * lanes + i % lanes, with 1 or kBinLanes lanes. With lanes, an
+// addition does not have to wait for the previous one to the same place.
 constexpr int64_t kBinLanes = 8;
 
 namespace {
@@ -23,10 +23,10 @@ namespace {
 constexpr int64_t kBinBlock = 256;
 
 template <int64_t lanes>
-ANDMASK_INLINE void fall(const double* squares, const uint32_t* found, int64_t columns,
-                         VoteBin* bins) {
+ANDMASK_INLINE void add_to_bins(const double* squares, const uint32_t* votes, int64_t columns,
+                                VoteBin* bins) {
   const auto add = [&](int64_t i, int64_t lane) {
-    VoteBin& bin = bins[found[i] * lanes + lane];
+    VoteBin& bin = bins[votes[i] * lanes + lane];
     bin.squares += squares[i];
     bin.count += 1;
   };
@@ -37,12 +37,12 @@ ANDMASK_INLINE void fall(const double* squares, const uint32_t* found, int64_t c
   for (; i < columns; ++i) add(i, i % lanes);
 }
 
-// False: some |votes| was larger than `environments`. Then a block has been left out.
+// Returns false if some |votes| were larger than `environments`; their blocks are left out.
 template <int64_t lanes, typename Sum, typename Votes>
-bool fall(const Sum* __restrict sums, const Votes* __restrict votes, int64_t columns,
-          int64_t environments, VoteBin* bins) {
+bool add_to_bins(const Sum* __restrict sums, const Votes* __restrict votes, int64_t columns,
+                 int64_t environments, VoteBin* bins) {
   alignas(64) double squares[kBinBlock];
-  alignas(64) uint32_t found[kBinBlock];
+  alignas(64) uint32_t magnitudes[kBinBlock];
   bool possible = true;
   for (int64_t block = 0; block < columns; block += kBinBlock) {
     const int64_t size = columns - block < kBinBlock ? columns - block : kBinBlock;
@@ -52,23 +52,23 @@ bool fall(const Sum* __restrict sums, const Votes* __restrict votes, int64_t col
       squares[i] = sum * sum;
     }
     for (int64_t i = 0; i < size; ++i) {
-      found[i] = agreement(votes[block + i]);
-      most = found[i] > most ? found[i] : most;
+      magnitudes[i] = agreement(votes[block + i]);
+      most = magnitudes[i] > most ? magnitudes[i] : most;
     }
     if (most > environments) {
       possible = false;
     } else {
-      fall<lanes>(squares, found, size, bins);
+      add_to_bins<lanes>(squares, magnitudes, size, bins);
     }
   }
   return possible;
 }
 
 template <typename Sum, typename Votes>
-bool fall(const Sum* sums, const Votes* votes, int64_t columns, int64_t environments, int64_t lanes,
-          VoteBin* bins) {
-  return lanes == 1 ? fall<1>(sums, votes, columns, environments, bins)
-                    : fall<kBinLanes>(sums, votes, columns, environments, bins);
+bool add_to_bins(const Sum* sums, const Votes* votes, int64_t columns, int64_t environments,
+                 int64_t lanes, VoteBin* bins) {
+  return lanes == 1 ? add_to_bins<1>(sums, votes, columns, environments, bins)
+                    : add_to_bins<kBinLanes>(sums, votes, columns, environments, bins);
 }
 
 }  // namespace

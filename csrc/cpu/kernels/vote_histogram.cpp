@@ -7,8 +7,8 @@ template <typename F>
 bool add(const MomentArrays& moments, int64_t environments, int64_t begin, int64_t end,
          int64_t lanes, VoteBin* bins) {
   const auto add_votes = [&](const auto* votes) {
-    return fall(static_cast<const F*>(moments.sum) + begin, votes + begin, end - begin,
-                environments, lanes, bins);
+    return add_to_bins(static_cast<const F*>(moments.sum) + begin, votes + begin, end - begin,
+                       environments, lanes, bins);
   };
   switch (moments.vote_bytes) {
     case 1: return add_votes(static_cast<const int8_t*>(moments.votes));

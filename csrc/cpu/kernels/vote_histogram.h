@@ -7,8 +7,8 @@
 namespace andmask {
 
 struct VoteHistogramKernels {
-  // Adds columns [begin, end) to (environments + 1) * lanes bins; by the width of the sums. False:
-  // some |votes| was larger than `environments`.
+  // Adds columns [begin, end) to (environments + 1) * lanes bins; indexed by the width of the sums.
+  // Returns false if some |votes| were larger than `environments`.
   bool (*add[2])(const MomentArrays& moments, int64_t environments, int64_t begin, int64_t end,
                  int64_t lanes, VoteBin* bins);
 };

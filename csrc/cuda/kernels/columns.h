@@ -1,8 +1,8 @@
 // Kernel bodies of the rules on stacked gradients that add up over the environments, in the order
 // of the CPU kernels, so that results have the same bits.
 //
-// A thread goes over all environments of its columns. Where columns are few and environments many
-// that leaves much of a GPU idle; but sums that are taken one after the other cannot be shared out.
+// A thread goes over all environments of its columns. With few columns and many environments that
+// leaves much of a GPU idle, but threads cannot share sums that are taken one after the other.
 #pragma once
 
 #include "../../math/columns.h"
@@ -23,28 +23,28 @@ struct ColumnGrads {
   bool packed;  // all rows, of all arrays of the task, may be moved in packs
 };
 
-// Calls f(at) for the columns of a thread, `width` of them at a time: Together, or Apart where rows
-// are not aligned or end. It is the same for all threads of a block. `ordered`: a thread gets the
-// same columns either way, because the order in which it adds something up shows in the result.
+// Calls f(at) for the columns of a thread, `width` at a time: PackedElements, or SpacedElements
+// where rows are not aligned or end. All threads of a block get the same kind. `ordered`: a thread
+// gets the same columns in both cases, because the order of its additions shows in the result.
 template <int width, typename F>
-ANDMASK_INLINE void for_columns(const ColumnGrads& task, const Place& place, bool ordered,
+ANDMASK_INLINE void for_columns(const ColumnGrads& task, const ThreadIndex& index, bool ordered,
                                 const F& f) {
   constexpr int64_t tile = kColumnThreads * width;
 #pragma unroll 1
-  for (int64_t begin = place.block * tile; begin < task.columns; begin += place.blocks * tile) {
+  for (int64_t begin = index.block * tile; begin < task.columns; begin += index.blocks * tile) {
     if (task.packed && begin + tile <= task.columns) {
-      f(Together<width>{begin + place.thread * width});
+      f(PackedElements<width>{begin + index.thread * width});
     } else {
-      const int64_t first = begin + place.thread * (ordered ? width : 1);
+      const int64_t first = begin + index.thread * (ordered ? width : 1);
       const int64_t rest = task.columns - first;
-      f(Apart<width>{first, ordered ? 1 : kColumnThreads,
-                     static_cast<int>(rest < tile ? rest : tile)});
+      f(SpacedElements<width>{first, ordered ? 1 : kColumnThreads,
+                              static_cast<int>(rest < tile ? rest : tile)});
     }
   }
 }
 
-// Calls f(first row, packs, rows) for all rows, `rows_` at a time, whose loads are on their way
-// together; of the last ones only `rows` are there.
+// Calls f(first row, packs, rows) for all rows, `rows_` at a time, with their loads in flight
+// together. The last call has only `rows` rows.
 template <int rows_, int width, typename T, typename At, typename F>
 ANDMASK_INLINE void for_rows(const ColumnGrads& task, const At& at, const F& f) {
   const T* grads = static_cast<const T*>(task.grads);
@@ -63,11 +63,11 @@ ANDMASK_INLINE void for_rows(const ColumnGrads& task, const At& at, const F& f) 
 
 // ---- rules on moments ----
 
-// What a rule asks for beside the sum and the votes, which are always taken.
+// The moments that a rule needs beside the sum and the votes, which are always taken.
 template <typename Rule>
 constexpr unsigned kFurther = Rule::kMoments & (kSquares | kLogs);
 
-// All rules that ask for the same further moments are in one kernel.
+// One kernel has all rules that need the same further moments.
 template <typename T, unsigned further>
 struct MomentRuleBody {
   static constexpr int kThreads = kColumnThreads;
@@ -80,11 +80,11 @@ struct MomentRuleBody {
   ColumnGrads task;
   RuleCall call;
   void* out;      // T, or F if there are totals to scale by
-  double* parts;  // [blocks]: totals of the factors; null: not asked for
+  double* parts;  // [blocks]: totals of the factors; null: not wanted
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
-    for_columns<kWidth>(task, place, parts != nullptr, [&](const auto& at) {
+    for_columns<kWidth>(task, index, parts != nullptr, [&](const auto& at) {
       MomentsOf<F, kWidth> moments;
       for_rows<kInFlight, kWidth, T>(task, at, [&](int64_t row, const auto* packs, int rows) {
 #pragma unroll
@@ -99,7 +99,7 @@ struct MomentRuleBody {
           for (int i = 0; i < kWidth; ++i) {
             const Aggregate<F> aggregate = rule(
                 Sums<F>{moments.sum[i], moments.votes[i], moments.squares[i], moments.logs[i]});
-            // The factor multiplies; it never selects: what is not finite shows as NaN.
+            // The factor multiplies; it never selects: a value that is not finite shows as NaN.
             updates[i] = aggregate.factor * aggregate.value;
             if (at.has(i)) total += static_cast<double>(aggregate.factor);
           }
@@ -120,10 +120,10 @@ struct MomentRuleBody {
     if (parts) parts[block] = total;
   }
 
-  // One environment after `count` others.
+  // Adds one environment after `count` others.
   ANDMASK_INLINE void add(const Pack<T, kWidth>& grads, int64_t count,
                           MomentsOf<F, kWidth>& moments) {
-    // Of these pointers only whether they are null counts: it tells which moments are kept.
+    // These pointers are only compared with null, to tell which moments are kept.
     F* const kept = moments.sum;
     const MomentArrays arrays{kept, kept, 0, (further & kSquares) != 0 ? kept : nullptr,
                               (further & kLogs) != 0 ? kept : nullptr};
@@ -133,10 +133,11 @@ struct MomentRuleBody {
 
 // ---- rules on sums of terms ----
 
-// So many terms are summed in the type of the gradients, those sums in float64: as on the CPU.
+// As on the CPU, this many terms are summed in the type of the gradients, and those sums in
+// float64.
 constexpr int kTermRows = 4;
 
-// What is known of the kept coordinates of a rule that fills the others.
+// The kept coordinates of a rule that fills the others.
 struct KeptTotal {
   double size;   // sum of absolute values
   double count;  // a whole number
@@ -166,10 +167,10 @@ struct TermRuleBody {
 
   struct Column {
     double sums[kSums] = {};
-    F poison = 0;  // 0, or NaN where anything is not finite
+    F poison = 0;  // 0, or NaN if any gradient is not finite
   };
 
-  // The terms of one column in the first `rows` of a group of environments.
+  // Adds the terms of one column in the first `rows` rows of a group of environments.
   ANDMASK_METHOD void add(const Pack<T, kWidth>* packs, int rows, int i, Column& column) const {
     F total[kSums] = {};
     F zero = 0;
@@ -188,9 +189,9 @@ struct TermRuleBody {
     column.poison += zero;
   }
 
-  ANDMASK_METHOD KeptTotal operator()(const Place& place) const {
+  ANDMASK_METHOD KeptTotal operator()(const ThreadIndex& index) const {
     KeptTotal total{};
-    for_columns<kWidth>(task, place, parts != nullptr, [&](const auto& at) {
+    for_columns<kWidth>(task, index, parts != nullptr, [&](const auto& at) {
       Column columns[kWidth];
       for_rows<kTermRows, kWidth, T>(task, at, [&](int64_t, const auto* packs, int rows) {
 #pragma unroll
@@ -203,7 +204,7 @@ struct TermRuleBody {
 
   template <typename At>
   ANDMASK_METHOD void write(const At& at, const Column* columns, KeptTotal& total) const {
-    if constexpr (Rule::kFills) {
+    if constexpr (Rule::kFillsMissing) {
       Pack<F, kWidth> results;
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
@@ -211,7 +212,7 @@ struct TermRuleBody {
         const double bad = static_cast<double>(columns[i].poison);
         const double value = rule(columns[i].sums, 0) + bad;
         const F wide = Rounder<F>::from(value);
-        results[i] = keep || bad != 0 ? wide : hole(F());
+        results[i] = keep || bad != 0 ? wide : missing_value(F());
         if (keep && at.has(i)) total += KeptTotal{value < 0 ? -value : value, 1};
       }
       at.put(static_cast<F*>(out), results);
@@ -229,11 +230,11 @@ struct TermRuleBody {
   }
 
   ANDMASK_METHOD void finish(int64_t block, const KeptTotal& total) const {
-    if constexpr (Rule::kFills) parts[block] = total;
+    if constexpr (Rule::kFillsMissing) parts[block] = total;
   }
 };
 
-// The totals that blocks left, added by one block in a fixed order.
+// One block adds the totals of all blocks in a fixed order.
 struct MeanSizeBody {
   static constexpr int kThreads = 256;
   using Total = KeptTotal;
@@ -242,9 +243,9 @@ struct MeanSizeBody {
   int64_t count;
   double* size;
 
-  ANDMASK_METHOD KeptTotal operator()(const Place& place) const {
+  ANDMASK_METHOD KeptTotal operator()(const ThreadIndex& index) const {
     KeptTotal sum{};
-    for (int64_t i = place.thread; i < count; i += kThreads) sum += parts[i];
+    for (int64_t i = index.thread; i < count; i += kThreads) sum += parts[i];
     return sum;
   }
 
@@ -264,12 +265,12 @@ struct FillBody {
   void* out;  // T
   int64_t columns;
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     const double by = *size;
-    for (int64_t column = place.index(kThreads); column < columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < columns;
+         column += index.blocks * kThreads) {
       const F from = static_cast<const F*>(wide)[column];
-      const bool empty = bits_of(from) == bits_of(hole(F()));
+      const bool empty = bits_of(from) == bits_of(missing_value(F()));
       const double random = static_cast<double>(static_cast<const F*>(noise)[column]);
       static_cast<T*>(out)[column] =
           Rounder<T>::from(empty ? random * by : static_cast<double>(from));

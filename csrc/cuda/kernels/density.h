@@ -6,14 +6,14 @@
 
 namespace andmask {
 
-// A thread's share of the sums that blocks left, in a fixed order.
+// A thread's share of the sums that blocks have stored, in a fixed order.
 ANDMASK_INLINE double sum_of_parts(const double* parts, int64_t count, int thread, int threads) {
   double sum = 0;
   for (int64_t i = thread; i < count; i += threads) sum += parts[i];
   return sum;
 }
 
-// Of one tensor, in one block.
+// Computes the factor of one tensor, in one block.
 struct DensityBody {
   static constexpr int kThreads = 256;
   using Total = double;
@@ -23,8 +23,8 @@ struct DensityBody {
   double columns;
   double* factor;
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
-    return sum_of_parts(parts, count, place.thread, kThreads);
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
+    return sum_of_parts(parts, count, index.thread, kThreads);
   }
 
   ANDMASK_METHOD void finish(int64_t, double total) const {

@@ -10,11 +10,11 @@
 
 namespace andmask {
 
-// Rows whose loads a thread has on their way at once: 16 bytes each.
+// The number of rows whose loads a thread has in flight at once, 16 bytes each.
 constexpr int kRowsInFlight = 8;
 static_assert(kRowsInFlight % kSumRows == 0);
 
-// Sum and votes of one group of environments in `width` columns.
+// The sum and the votes of one group of environments in `width` columns.
 template <typename T, int width>
 struct GroupSum {
   accumulate_t<T> sum[width] = {};
@@ -76,13 +76,12 @@ ANDMASK_INLINE int64_t group_rows(int64_t environments, int64_t group) {
   return rest < kSumGroup ? rest : kSumGroup;
 }
 
-// Calls f(column, width) for the items of a thread: `width` columns that lie together, as often as
-// possible, and then single ones.
+// Calls f(column, width) for the items of a thread: packs of `width` columns, and then single ones.
 template <int width, typename F>
-ANDMASK_INLINE void for_packs(const Place& place, int threads, int64_t columns, const F& f) {
+ANDMASK_INLINE void for_packs(const ThreadIndex& index, int threads, int64_t columns, const F& f) {
   const int64_t packs = columns / width;
   const int64_t items = packs + columns % width;
-  for (int64_t item = place.index(threads); item < items; item += place.blocks * threads) {
+  for (int64_t item = index.in_grid(threads); item < items; item += index.blocks * threads) {
     if (item < packs) {
       f(item * width, std::integral_constant<int, width>());
     } else {
@@ -95,7 +94,7 @@ ANDMASK_INLINE int64_t pack_items(int64_t columns, int width) {
   return columns / width + columns % width;
 }
 
-// Writes what `task.output` asks for; returns how many of the columns are kept.
+// Writes the output of the task, and returns the number of columns that are kept.
 template <typename T, int width>
 ANDMASK_INLINE int32_t write_columns(const MaskedMeanTask& task, int64_t column, const double* sums,
                                      const int32_t* votes) {
@@ -126,19 +125,18 @@ ANDMASK_INLINE int32_t write_columns(const MaskedMeanTask& task, int64_t column,
   return kept;
 }
 
-// All environments of a column in one thread.
+// A thread takes all environments of its columns.
 template <typename T, int width_>
 struct MaskedMeanBody {
   static constexpr int kThreads = 128;
   using Total = double;
 
   MaskedMeanTask task;
-  int64_t columns;
-  double* kept;  // [blocks]; null: not asked for
+  double* kept;  // [blocks]; null: not wanted
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
-    for_packs<width_>(place, kThreads, columns, [&](int64_t column, auto size) {
+    for_packs<width_>(index, kThreads, task.columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       double sums[width] = {};
       int32_t votes[width] = {};
@@ -163,22 +161,21 @@ struct MaskedMeanBody {
   }
 };
 
-// Where there are few columns, groups of environments are shared out too: each leaves its sum and
-// votes, which JoinGroupsBody adds in their order.
+// If there are few columns, threads share the groups of environments too. Each group stores its sum
+// and votes, which JoinGroupsBody adds in their order.
 template <typename T, int width_>
 struct GroupSumsBody {
   static constexpr int kThreads = 128;
 
   MaskedMeanTask task;
-  int64_t columns;
   int64_t blocks_per_group;
   accumulate_t<T>* sums;  // [groups, columns]
   int8_t* votes;          // [groups, columns]
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
-    const int64_t group = place.block / blocks_per_group;
-    const Place inner{place.block % blocks_per_group, blocks_per_group, place.thread};
-    for_packs<width_>(inner, kThreads, columns, [&](int64_t column, auto size) {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
+    const int64_t group = index.block / blocks_per_group;
+    const ThreadIndex inner{index.block % blocks_per_group, blocks_per_group, index.thread};
+    for_packs<width_>(inner, kThreads, task.columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       GroupSum<T, width> part;
       part.add_rows(static_cast<const T*>(task.grads) + group * kSumGroup * task.stride + column,
@@ -186,8 +183,8 @@ struct GroupSumsBody {
       // Columns need not be a whole number of packs: rows of the scratch are not aligned.
 #pragma unroll
       for (int i = 0; i < width; ++i) {
-        sums[group * columns + column + i] = part.sum[i];
-        votes[group * columns + column + i] = static_cast<int8_t>(part.votes[i]);
+        sums[group * task.columns + column + i] = part.sum[i];
+        votes[group * task.columns + column + i] = static_cast<int8_t>(part.votes[i]);
       }
     });
   }
@@ -199,20 +196,19 @@ struct JoinGroupsBody {
   using Total = double;
 
   MaskedMeanTask task;
-  int64_t columns;
   const accumulate_t<T>* sums;
   const int8_t* votes;
   double* kept;
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
-    for (int64_t column = place.index(kThreads); column < columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < task.columns;
+         column += index.blocks * kThreads) {
       double sum = static_cast<double>(sums[column]);
       int32_t vote = votes[column];
       for (int64_t group = 1; group < sum_groups(task.environments); ++group) {
-        sum += static_cast<double>(sums[group * columns + column]);
-        vote += votes[group * columns + column];
+        sum += static_cast<double>(sums[group * task.columns + column]);
+        vote += votes[group * task.columns + column];
       }
       total += write_columns<T, 1>(task, column, &sum, &vote);
     }
@@ -234,10 +230,10 @@ struct ScaleBody {
   void* out;  // T
   int64_t columns;
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     using F = accumulate_t<T>;
     const double by = *factor;
-    for_packs<width_>(place, kThreads, columns, [&](int64_t column, auto size) {
+    for_packs<width_>(index, kThreads, columns, [&](int64_t column, auto size) {
       constexpr int width = size();
       const auto from = load<width>(static_cast<const F*>(wide) + column);
       Pack<T, width> to;

@@ -1,10 +1,10 @@
-// Kernel body of accumulate_, for a list of tensors. Environments are added one after the other, as
-// on the CPU, so that moments have the same bits.
+// Kernel body of accumulate_, for a table of tensors. Environments are added one after the other,
+// as on the CPU, so that moments have the same bits.
 #pragma once
 
 #include "../../math/rules.h"
 #include "../../tasks/moments.h"
-#include "list.h"
+#include "kernel_table.h"
 
 namespace andmask {
 
@@ -53,7 +53,7 @@ struct MomentsOf {
     if (moments.votes) put_votes<width>(at, votes, moments.vote_bytes, moments.votes);
   }
 
-  // One environment after `count` others.
+  // Adds one environment after `count` others.
   template <typename T>
   ANDMASK_METHOD void add(const Pack<T, width>& grads, const MomentArrays& moments, int64_t count,
                           F weight) {
@@ -67,7 +67,7 @@ struct MomentsOf {
 #pragma unroll
       for (int i = 0; i < width; ++i) wide[i] *= weight;
     }
-    if (moments.squares && count > 0) {  // of one environment they are 0
+    if (moments.squares && count > 0) {  // the squares of one environment are 0
       const F before = static_cast<F>(count);
       const F share = static_cast<F>(static_cast<double>(count) / static_cast<double>(count + 1));
 #pragma unroll
@@ -89,17 +89,17 @@ struct MomentsOf {
 
 template <typename T>
 struct AccumulateBody {
-  static constexpr int kThreads = kListThreads;
+  static constexpr int kThreads = kTableThreads;
   using F = accumulate_t<T>;
   static constexpr int kWidth = kPackSize<T>;
   static constexpr int kMinBlocks = kWidth == 4 ? 3 : 2;
-  // Environments whose gradients are on their way at once: more, and there were fewer threads.
+  // Environments whose gradients are in flight at once. With more there is room for fewer threads.
   static constexpr int kInFlight = kWidth > 4 ? 3 : 4;
 
-  List<AccumulateItem> list;
+  KernelTable<AccumulateItem> table;
   int64_t rows;           // environments, the same for all tensors
   int64_t count;          // before
-  double weight;          // of all, where there is no
+  double weight;          // of every environment if `weights` is null
   const double* weights;  // [rows]
 
   template <typename At>
@@ -112,7 +112,7 @@ struct AccumulateBody {
         if (row + i < rows) packs[i] = at.template get<T>(grads + (row + i) * item.stride);
       }
     };
-    // Before the moments, whose votes have to be there before a thread can go on.
+    // Gradients are loaded before the moments, whose votes a thread has to wait for.
     get(0);
     MomentsOf<F, kWidth> moments;
     if (count > 0) moments.read(at, item.moments);
@@ -122,20 +122,20 @@ struct AccumulateBody {
 #pragma unroll
       for (int i = 0; i < kInFlight; ++i) {
         if (row + i < rows) {
-          const double own = weights ? weights[row + i] : weight;
-          moments.add(packs[i], item.moments, count + row + i, static_cast<F>(own));
+          const double row_weight = weights ? weights[row + i] : weight;
+          moments.add(packs[i], item.moments, count + row + i, static_cast<F>(row_weight));
         }
       }
     }
     moments.write(at, item.moments);
   }
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
-    const int64_t chunk = list.first_chunk[0] + place.block;
-    const int64_t index = list.item_of(chunk);
-    const AccumulateItem& item = list.items[index];
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
+    const int64_t chunk = table.first_chunk[0] + index.block;
+    const int64_t entry = table.item_of(chunk);
+    const AccumulateItem& item = table.items[entry];
     for_tiles<kWidth>(
-        item, chunk - list.first_chunk[index], place.thread,
+        item, chunk - table.first_chunk[entry], index.thread,
         [&](const Tile<kWidth>& tile) { tile.at([&](const auto& at) { add(item, at); }); });
   }
 };

@@ -1,6 +1,6 @@
-// Kernel bodies of the rules on ranked values. A thread owns a column: up to kSorted values are
-// sorted in its registers; of more, only the ranks at the two ends of those that count are looked
-// for. Kernels know weights of ranks, not rules.
+// Kernel bodies of the rules on ranked values. A thread owns a column. It sorts up to kSorted
+// values in its registers; among more it looks only for the first and the last rank that count.
+// Kernels know weights of ranks, not rules.
 #pragma once
 
 #include "../../math/sorting.h"
@@ -11,12 +11,11 @@ namespace andmask {
 // ---- few environments ----
 
 constexpr int kSorted = 32;
-// The CPU makes up values to a multiple of this, of the largest number, which weighs nothing.
+// The CPU fills up columns to a multiple of this with the largest number, which has no weight.
 constexpr int kSortedUnit = 4;
 
-// `size` is a power of two, so that there are few kernels. Behind the values that the CPU makes up
-// come infinities here, which sort behind everything and are left out of the sum. So results have
-// the same bits.
+// `size` is a power of two, so that there are few kernels. After the values that the CPU fills up
+// come infinities here, which sort last and are left out of the sum. So results have the same bits.
 template <typename T, int size>
 struct SortBody {
   static constexpr int kThreads = kColumnThreads;
@@ -27,12 +26,12 @@ struct SortBody {
   F total;
   void* out;  // T
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
     const int environments = static_cast<int>(task.environments);
     const int ranks = (environments + kSortedUnit - 1) / kSortedUnit * kSortedUnit;
 #pragma unroll 1
-    for (int64_t column = place.index(kThreads); column < task.columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < task.columns;
+         column += index.blocks * kThreads) {
       const T* const grads = static_cast<const T*>(task.grads) + column;
       T stored[size] = {};
 #pragma unroll
@@ -56,7 +55,7 @@ struct SortBody {
       F sum = 0;
 #pragma unroll
       for (int rank = 0; rank < size; ++rank) {
-        // A weight of 0 hides nothing: 0 * infinity is NaN.
+        // A weight of 0 does not hide infinities: they become NaN.
         if (rank < ranks) sum += weights[rank] * values[rank];
       }
       sum = poison == poison ? sum : poison;
@@ -110,20 +109,20 @@ ANDMASK_INLINE accumulate_t<T> value_of(key_t<T> key) {
 // Ranks that weigh 1 each, between the outermost two at either end, and nothing beyond them.
 struct RankWeights {
   int64_t first, last;  // of the ranks that count
-  // What first, first + 1, last - 1 and last weigh more than 1. Of ranks that are the same one, or
-  // beyond the other end, only one has a share.
+  // The weights of first, first + 1, last - 1 and last, less 1. If some of these are the same rank,
+  // or beyond the other end, only one of them has a share.
   double more[4];
   double total;
 };
 
-// Keys that begin with the bits of the one at a wanted rank, as far as those are known.
+// The keys that begin with the known bits of the key at a wanted rank.
 template <typename Key>
 struct Bracket {
-  Key low = 0;         // the smallest key that begins so
+  Key low = 0;         // the smallest possible key of the bracket
   int64_t before = 0;  // keys below the bracket
-  int64_t end;         // and those in it
+  int64_t end;         // keys below and in the bracket
 
-  // In the next bit the key is 0, or it is one of those from `middle` on.
+  // Decides the next bit of the key: it is set if the key is one of those from `middle` on.
   ANDMASK_METHOD void halve(int64_t rank, Key middle, int64_t below) {
     if (below <= rank) {
       low = middle;
@@ -133,12 +132,11 @@ struct Bracket {
     }
   }
 
-  // All its keys are the same where it has but one.
+  // True if the bracket has one key only.
   ANDMASK_METHOD bool found() const { return end - before == 1; }
 };
 
-// Columns are read from memory again at every step: those of the threads of a warp lie side by
-// side, and what does not stay in L1 comes from L2.
+// Every step reads the columns again. The columns of a warp are neighbours, and come from L1 or L2.
 template <typename T>
 struct SelectBody {
   static constexpr int kThreads = 64;
@@ -150,10 +148,10 @@ struct SelectBody {
   RankWeights ranks;
   void* out;  // T
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
 #pragma unroll 1
-    for (int64_t column = place.index(kThreads); column < task.columns;
-         column += place.blocks * kThreads) {
+    for (int64_t column = index.in_grid(kThreads); column < task.columns;
+         column += index.blocks * kThreads) {
       const double sum = weighted_sum(static_cast<const T*>(task.grads) + column);
       static_cast<T*>(out)[column] = Rounder<T>::from(sum / ranks.total);
     }
@@ -164,20 +162,20 @@ struct SelectBody {
     int64_t row = 0;
 #pragma unroll 1
     for (; row + kInFlight <= task.environments; row += kInFlight) {
-      T some[kInFlight];
+      T values[kInFlight];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) some[i] = grads[i * task.stride];
+      for (int i = 0; i < kInFlight; ++i) values[i] = grads[i * task.stride];
 #pragma unroll
-      for (int i = 0; i < kInFlight; ++i) use(key_of(some[i]));
+      for (int i = 0; i < kInFlight; ++i) use(key_of(values[i]));
       grads += kInFlight * task.stride;
     }
 #pragma unroll 1
     for (; row < task.environments; ++row, grads += task.stride) use(key_of(*grads));
   }
 
-  // Of one column.
+  // Returns the weighted sum of one column.
   ANDMASK_METHOD double weighted_sum(const T* grads) const {
-    // Next to the first rank that counts there is no need to look for the last.
+    // The last rank that counts needs no search if it is next to the first.
     const bool two = ranks.last - ranks.first > 1;
     Bracket<Key> first{0, 0, task.environments};
     Bracket<Key> last = first;
@@ -234,7 +232,7 @@ struct SelectBody {
       sum += between;
       sum += ends[3] * static_cast<double>(ranks.last + 1 - last.before);
     }
-    // Where there is no such rank its key stands for nothing, and may be no number.
+    // Without a share the key belongs to no rank, and may be no number.
 #pragma unroll
     for (int end = 0; end < 4; ++end) {
       if (ranks.more[end] != 0) sum += ranks.more[end] * ends[end];

@@ -1,5 +1,5 @@
-// Kernel bodies of resolve and of the optimizer steps, for a list of tensors: the update of a rule,
-// and what becomes of it, in one pass over memory.
+// Kernel bodies of resolve and of the optimizer steps, for a table of tensors. One pass over memory
+// computes the update of a rule and stores it or makes an optimizer step with it.
 #pragma once
 
 #include "../../math/steps.h"
@@ -11,14 +11,14 @@ struct StepItem {
   UpdateSource source;
   void* target;    // parameters, or where updates go
   void* state[3];  // in the wide type; null where a step has none
-  int64_t number;  // of the tensor, in the caller's list
+  int64_t number;  // of the tensor among the tasks
   int64_t size;
   bool packed;
 };
 
-// ---- what becomes of an update ----
-// of(item) gives the rule of one tensor; its move(param, update, states, i) returns what takes the
-// place of the parameter `param`, whose state is states[0][i], states[1][i] and so on.
+// ---- steps ----
+// of(item) returns the rule of one tensor. The rule's updated_param(param, update, states, i)
+// returns the new value of the parameter, whose state is states[0][i], states[1][i] and so on.
 
 struct StoreUpdates {
   static constexpr bool kReadsTarget = false;
@@ -27,7 +27,7 @@ struct StoreUpdates {
   ANDMASK_METHOD const StoreUpdates& of(const StepItem&) const { return *this; }
 
   template <typename F, typename States>
-  ANDMASK_METHOD F move(F, F update, States&, int) const {
+  ANDMASK_METHOD F updated_param(F, F update, States&, int) const {
     return update;
   }
 };
@@ -42,7 +42,7 @@ struct SgdSteps {
     bool momentum, first;
 
     template <typename States>
-    ANDMASK_METHOD F move(F param, F update, States& states, int i) const {
+    ANDMASK_METHOD F updated_param(F param, F update, States& states, int i) const {
       return !momentum ? sgd.plain(param, update)
              : first   ? sgd.template step<true>(param, update, states[0][i])
                        : sgd.template step<false>(param, update, states[0][i]);
@@ -67,7 +67,7 @@ struct AdamSteps {
     bool amsgrad;
 
     template <typename States>
-    ANDMASK_METHOD F move(F param, F update, States& states, int i) const {
+    ANDMASK_METHOD F updated_param(F param, F update, States& states, int i) const {
       return amsgrad ? adam.step(param, update, states[0][i], states[1][i], states[2][i])
                      : adam.step(param, update, states[0][i], states[1][i]);
     }
@@ -89,7 +89,7 @@ struct TemporalAdamSteps {
     TemporalAdam<F> adam;
 
     template <typename States>
-    ANDMASK_METHOD F move(F param, F update, States& states, int i) const {
+    ANDMASK_METHOD F updated_param(F param, F update, States& states, int i) const {
       return adam.step(param, update, states[0][i], states[1][i], states[2][i]);
     }
   };
@@ -101,21 +101,21 @@ struct TemporalAdamSteps {
 
 // ---- the kernels ----
 
-// T is the type of the target. Where there is state, packs fill 16 bytes of its type: it is most of
-// what is moved, and there are registers for more threads.
+// T is the type of the target. With state, packs fill 16 bytes of the state's type: most of the
+// traffic is state, and narrower packs leave registers for more threads.
 template <typename T, typename Steps>
 struct StepBody {
-  static constexpr int kThreads = kListThreads;
+  static constexpr int kThreads = kTableThreads;
   using F = accumulate_t<T>;
   static constexpr int kWidth = Steps::kStates > 0 ? kPackSize<F> : kPackSize<T>;
 
-  List<StepItem> list;
+  KernelTable<StepItem> table;
   RuleCall call;
   const double* scales;  // [tensors]; null: 1
   Steps steps;
 
   template <typename At>
-  ANDMASK_METHOD void move(const StepItem& item, const At& at) const {
+  ANDMASK_METHOD void update(const StepItem& item, const At& at) const {
     T* const target = static_cast<T*>(item.target);
     // All loads are on their way before the first is waited for.
     Pack<T, kWidth> stored;
@@ -133,7 +133,7 @@ struct StepBody {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       const F param = Steps::kReadsTarget ? widen(stored[i]) : F(0);
-      params[i] = rule.move(param, updates[i], states, i);
+      params[i] = rule.updated_param(param, updates[i], states, i);
     }
 #pragma unroll
     for (int k = 0; k < Steps::kStates; ++k) {
@@ -152,17 +152,17 @@ struct StepBody {
     at.put(target, rounded);
   }
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
-    const int64_t chunk = list.first_chunk[0] + place.block;
-    const int64_t index = list.item_of(chunk);
-    const StepItem& item = list.items[index];
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
+    const int64_t chunk = table.first_chunk[0] + index.block;
+    const int64_t entry = table.item_of(chunk);
+    const StepItem& item = table.items[entry];
     for_tiles<kWidth>(
-        item, chunk - list.first_chunk[index], place.thread,
-        [&](const Tile<kWidth>& tile) { tile.at([&](const auto& at) { move(item, at); }); });
+        item, chunk - table.first_chunk[entry], index.thread,
+        [&](const Tile<kWidth>& tile) { tile.at([&](const auto& at) { update(item, at); }); });
   }
 };
 
-// One thread for each tensor counts the step, and makes the constants of the rule that depend on
+// One thread for each tensor counts the step, and computes the constants of the rule that depend on
 // it.
 struct CountItem {
   float* step;
@@ -185,9 +185,9 @@ ANDMASK_INLINE void correct(AdamTask& task, double steps) {
 }
 
 ANDMASK_INLINE void correct(TemporalAdamTask& task, double steps) {
-  task.adam.correction1 = task.adam.correction2 = task.correction3 = 1;
+  task.correction1 = task.correction2 = task.correction3 = 1;
   if (!task.bias_correction) return;
-  correct(task.adam, steps);
+  correct(static_cast<AdamTask&>(task), steps);
   task.correction3 = correction_of(task.beta3, steps);
 }
 
@@ -195,19 +195,19 @@ template <typename Task, typename Rule, typename F>
 struct CountBody {
   static constexpr int kThreads = 32;
 
-  List<CountItem> list;
+  KernelTable<CountItem> table;
   Task task;    // the constants that all tensors share
   Rule* rules;  // [tensors]
 
-  ANDMASK_METHOD void operator()(const Place& place) const {
-    const int64_t index = place.index(kThreads);
-    if (index >= list.count) return;
-    const CountItem& item = list.items[index];
+  ANDMASK_METHOD void operator()(const ThreadIndex& index) const {
+    const int64_t entry = index.in_grid(kThreads);
+    if (entry >= table.count) return;
+    const CountItem& item = table.items[entry];
     const float steps = *item.step + 1;
     *item.step = steps;
-    Task own = task;
-    correct(own, static_cast<double>(steps));
-    rules[item.number] = rule_of(own, F());
+    Task corrected = task;
+    correct(corrected, static_cast<double>(steps));
+    rules[item.number] = rule_of(corrected, F());
   }
 };
 

@@ -1,9 +1,8 @@
-// What a kernel body is made of.
+// Kernel bodies.
 //
-// A body is a struct of arguments whose methods do the work of one thread: plain functions of the
-// place of the thread, which a host compiler takes too. The test harness calls them for every
-// thread of every block (csrc/cuda/launch.h). What threads have to do together stands in together.h
-// alone.
+// A body is a struct of arguments. Its methods do the work of one thread, as plain functions of the
+// thread's index that also compile for the host. The test harness calls them for every thread of
+// every block (csrc/cuda/launch.h). Operations of several threads are in block_ops.h only.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +12,19 @@
 
 namespace andmask {
 
-struct Place {
+struct ThreadIndex {
   int64_t block;  // of `blocks`
   int64_t blocks;
   int thread;  // of Body::kThreads
 
-  ANDMASK_METHOD int64_t index(int threads) const { return block * threads + thread; }
+  // Among all threads of the kernel.
+  ANDMASK_METHOD int64_t in_grid(int threads) const { return block * threads + thread; }
 };
 
-// One memory instruction of a thread moves at most so many bytes.
+// The most bytes that one memory instruction of a thread moves.
 constexpr int kVectorBytes = 16;
 
-// Elements of one thread that lie together. They are moved in as few instructions as can be.
+// Neighbouring elements of one thread. They are moved in as few instructions as possible.
 template <typename T, int size>
 struct alignas(sizeof(T) * size < kVectorBytes ? sizeof(T) * size : kVectorBytes) Pack {
   T values[size];
@@ -46,8 +46,7 @@ ANDMASK_INLINE void store_shared(T* to, const Pack<T, size>& pack) {
 template <int size, typename T>
 ANDMASK_INLINE void store(T* to, const Pack<T, size>& pack) {
 #if defined(__CUDA_ARCH__)
-  // Said in so many words, because ptxas (for sm_80 and sm_90) makes four stores of a copied
-  // struct.
+  // Written as asm, because ptxas (for sm_80 and sm_90) makes four stores of a copied struct.
   if constexpr (sizeof pack % kVectorBytes == 0) {
     uint32_t words[sizeof pack / 4];
     memcpy(words, &pack, sizeof pack);
@@ -65,11 +64,11 @@ ANDMASK_INLINE void store(T* to, const Pack<T, size>& pack) {
   *reinterpret_cast<Pack<T, size>*>(to) = pack;
 }
 
-// Elements of T that fill one instruction.
+// The number of elements of T that fill one instruction.
 template <typename T>
 constexpr int kPackSize = kVectorBytes / static_cast<int>(sizeof(T));
 
-// Whether packs of `size` elements of `bytes` each may be moved at this address.
+// True if packs of `size` elements of `bytes` each may be moved at this address.
 ANDMASK_INLINE bool aligned_for(const void* pointer, int64_t size, int64_t bytes) {
   const int64_t pack = size * bytes < kVectorBytes ? size * bytes : kVectorBytes;
   return reinterpret_cast<uintptr_t>(pointer) % static_cast<uintptr_t>(pack) == 0;

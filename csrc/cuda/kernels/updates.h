@@ -1,14 +1,14 @@
-// Moments in, updates out: what `resolve` and the optimizer steps share.
+// The update that a rule makes of moments, for `resolve` and the optimizer steps.
 #pragma once
 
 #include "../../math/rules.h"
 #include "../../tasks/moments.h"
 #include "density.h"
-#include "list.h"
+#include "kernel_table.h"
 
 namespace andmask {
 
-// All rules with the arguments of one, made by the host; a kernel uses the one that is asked for.
+// All rules, each made by the host with the same arguments. A kernel uses one of them.
 template <typename Rules>
 struct RuleBox;
 
@@ -77,7 +77,7 @@ ANDMASK_INLINE void get_sum(const At& at, const UpdateSource& source, F* sum) {
   }
 }
 
-// What a rule makes of `width` coordinates.
+// Applies a rule to `width` coordinates.
 template <typename F, int width, typename At>
 ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const RuleCall& call,
                               Aggregate<F>* aggregates) {
@@ -93,7 +93,7 @@ ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const Ru
     if constexpr ((moments & kLogs) != 0) {
       logs = at.template get<F>(static_cast<const F*>(source.moments.logs));
     }
-    // Last what is widened: for that it has to be there.
+    // The loads that are widened come last: widening waits for them.
     get_sum<F, width>(at, source, sum);
     if constexpr ((moments & kVotes) != 0) {
       get_votes<width>(at, source.moments.votes, source.moments.vote_bytes, votes);
@@ -109,7 +109,8 @@ ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const Ru
   });
 }
 
-// The factor multiplies; it never selects: what is not finite shows under a factor of 0 as NaN.
+// The factor multiplies; it never selects: a value that is not finite shows as NaN under a factor
+// of 0.
 template <typename F, int width, typename At>
 ANDMASK_INLINE void get_updates(const At& at, const UpdateSource& source, const RuleCall& call,
                                 F scale, F* updates) {
@@ -127,27 +128,27 @@ ANDMASK_INLINE void get_updates(const At& at, const UpdateSource& source, const 
 struct FactorItem {
   UpdateSource source;
   int64_t size;
-  int64_t number;  // of the tensor, in the caller's list
+  int64_t number;  // of the tensor among the tasks
   bool packed;
 };
 
 // parts[chunk] = the sum of the rule's factors in a chunk.
 template <typename F>
 struct FactorBody {
-  static constexpr int kThreads = kListThreads;
+  static constexpr int kThreads = kTableThreads;
   static constexpr int kWidth = kPackSize<F>;
   using Total = double;
 
-  List<FactorItem> list;
+  KernelTable<FactorItem> table;
   RuleCall call;
   double* parts;  // [chunks of the group]
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
-    const int64_t chunk = list.first_chunk[0] + place.block;
-    const int64_t index = list.item_of(chunk);
-    const FactorItem& item = list.items[index];
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
+    const int64_t chunk = table.first_chunk[0] + index.block;
+    const int64_t entry = table.item_of(chunk);
+    const FactorItem& item = table.items[entry];
     double total = 0;
-    for_tiles<kWidth>(item, chunk - list.first_chunk[index], place.thread,
+    for_tiles<kWidth>(item, chunk - table.first_chunk[entry], index.thread,
                       [&](const Tile<kWidth>& tile) {
                         tile.template at</*ordered=*/true>([&](const auto& at) {
                           Aggregate<F> aggregates[kWidth];
@@ -162,29 +163,29 @@ struct FactorBody {
   }
 
   ANDMASK_METHOD void finish(int64_t block, double total) const {
-    parts[list.first_chunk[0] + block] = total;
+    parts[table.first_chunk[0] + block] = total;
   }
 };
 
 // One block for each tensor adds the parts of its chunks.
 template <typename Item>
-struct ListDensityBody {
+struct TableDensityBody {
   static constexpr int kThreads = 256;
   using Total = double;
 
-  List<Item> list;
+  KernelTable<Item> table;
   const double* parts;
-  double* scales;  // [tensors of the caller's list]
+  double* scales;  // [tasks]
 
-  ANDMASK_METHOD double operator()(const Place& place) const {
-    return sum_of_parts(parts + list.first_chunk[place.block],
-                        list.first_chunk[place.block + 1] - list.first_chunk[place.block],
-                        place.thread, kThreads);
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
+    return sum_of_parts(parts + table.first_chunk[index.block],
+                        table.first_chunk[index.block + 1] - table.first_chunk[index.block],
+                        index.thread, kThreads);
   }
 
   ANDMASK_METHOD void finish(int64_t block, double total) const {
-    scales[list.items[block].number] =
-        inverse_density(total, static_cast<double>(list.items[block].size));
+    scales[table.items[block].number] =
+        inverse_density(total, static_cast<double>(table.items[block].size));
   }
 };
 

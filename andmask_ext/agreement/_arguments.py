@@ -1,0 +1,57 @@
+"""Checks of the arguments of Agreement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from .._checks import check_dtype
+from ..optim import EnvironmentOptimizer
+from ..optim._base import check_rule
+from ..rules import Rule
+
+
+def check_optimizer_or_rule(rule: object) -> None:
+    """Raise TypeError unless ``rule`` is a rule on moments."""
+    if not isinstance(rule, Rule):
+        got = rule.__name__ if isinstance(rule, type) else type(rule).__name__
+        raise TypeError(
+            "optimizer_or_rule: expected an optimizer of andmask_ext.optim that takes "
+            f"environments, or a rule such as andmask_ext.AndMask(tau=0.8), but got {got}"
+        )
+    check_rule(rule)
+
+
+def refuse_early_decay(optimizer: EnvironmentOptimizer) -> None:
+    """Raise ValueError if weight decay changes the gradient of each environment."""
+    for group in optimizer.param_groups:
+        if group.get("weight_decay") and group.get("weight_decay_mode") == "before_mask":
+            raise ValueError(
+                "optimizer_or_rule: expected an optimizer whose weight decay comes after the mask "
+                "or is decoupled, but got weight_decay_mode='before_mask', which changes the "
+                "gradient of each environment; use optimizer.environment()"
+            )
+
+
+def check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
+    """Return the parameters to aggregate, each once.
+
+    Args:
+        params: candidates.
+        given: whether the caller named them. If not, parameters that cannot be aggregated are
+            skipped.
+    """
+    chosen: dict[int, Tensor] = {}
+    for index, param in enumerate(params):
+        if not isinstance(param, Tensor):
+            raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
+        if not given and not (param.requires_grad or param.is_floating_point()):
+            continue  # quantized: it never has a gradient
+        check_dtype(f"params[{index}]", param)
+        if given and not (param.is_leaf and param.requires_grad):
+            raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
+        chosen[id(param)] = param
+    if not chosen:
+        raise ValueError("params: expected at least one parameter, but got none")
+    return list(chosen.values())

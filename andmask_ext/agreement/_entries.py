@@ -1,0 +1,111 @@
+"""Contributions that wait until all uses of their parameter have arrived."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge
+
+from ._contributions import Contribution, Convolution, Lookup, Outer, Stacked
+from ._graph import Graph, Operand
+from ._views import View
+
+
+@dataclass
+class Entry:
+    """The contribution of one use, and the operand's graph down to the parameter."""
+
+    contribution: Contribution
+    operand: Operand
+    graph: Graph
+
+    @property
+    def view(self) -> View:
+        """The view of the parameter that the operand is. The operand must be a view."""
+        assert self.operand.view is not None
+        return self.operand.view
+
+    def is_direct(self, zeros_count: bool) -> bool:
+        """Return whether a kernel can add this entry to its view of the moments.
+
+        Args:
+            zeros_count: whether a gradient of zero changes the moments too.
+        """
+        contribution, view = self.contribution, self.view
+        if isinstance(contribution, Outer):
+            return _is_matrix(view, contribution)
+        if isinstance(contribution, Convolution):
+            return view.order == "same"
+        if isinstance(contribution, Lookup):
+            return view.order == "same" and not zeros_count
+        return isinstance(contribution, Stacked)
+
+    def gradients(self, param: Tensor, begin: int, end: int) -> Tensor:
+        """Return the parameter's gradients in environments [begin, end), one per row."""
+        stacked, view = self.contribution.stacked(begin, end), self.operand.view
+        if view is not None:
+            if view.order == "same":
+                return stacked.reshape(end - begin, *param.shape)
+            gradients = stacked.new_zeros(end - begin, *param.shape)
+            view.of(gradients, 1).copy_(stacked)
+            return gradients
+        root, output = self.graph.nodes[self.operand.root], self.operand.output
+        edge = GradientEdge(root, output)
+        dtype = root._input_metadata[output].dtype
+        return torch.stack([
+            torch.autograd.grad([edge], [param], [grad.to(dtype)], True)[0] for grad in stacked
+        ])  # fmt: skip
+
+
+def _is_matrix(view: View, contribution: Outer) -> bool:
+    """Return whether a view of the moments is a matrix that the native op can add to."""
+    if view.order is not None:
+        return True
+    memory = torch.empty_strided(view.size, view.stride, device="meta")
+    columns = contribution.grads.shape[2], contribution.activations.shape[2]
+    try:
+        return 1 in memory.view(columns).stride()
+    except RuntimeError:
+        return False
+
+
+def join_outer_products(entries: list[Entry]) -> list[Entry]:
+    """Join outer products of the same view of a parameter into one with more rows."""
+    first = entries[0]
+    if len(entries) == 1 or not all(
+        isinstance(entry.contribution, Outer) and entry.operand.view == first.operand.view
+        for entry in entries
+    ):
+        return entries
+    products = [entry.contribution for entry in entries if isinstance(entry.contribution, Outer)]
+    if len({product.grads.dtype for product in products}) > 1:
+        return entries
+    joined = Outer(
+        torch.cat([product.activations for product in products], 1),
+        torch.cat([product.grads for product in products], 1),
+        products[0].groups,
+        products[0].shape,
+    )
+    return [Entry(joined, first.operand, first.graph)]
+
+
+def covered(entries: Sequence[Entry], param: Tensor) -> int | None:
+    """Return how many elements of a parameter are used; None if two uses may share one."""
+    views = [entry.operand.view for entry in entries]
+    if len(views) == 1 and views[0] is not None:
+        return param.numel() if views[0].full else math.prod(views[0].size)
+    intervals = []
+    for view in views:
+        interval = None if view is None else view.interval
+        if interval is None:
+            return None
+        intervals.append(interval)
+    intervals.sort()
+    if any(end > begin for (_, end), (begin, _) in itertools.pairwise(intervals)):
+        return None
+    return sum(end - begin for begin, end in intervals)

@@ -1,0 +1,56 @@
+"""The state of an Agreement that outlives a context."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from ._accumulator import Treatment
+from ._groups import Environments, Groups, make_groups
+from ._plan import Plan
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model, the options of Agreement, and the plans of earlier contexts.
+
+    Attributes:
+        model: the model.
+        members: the ids of the model's modules.
+        params: the parameters whose gradients are aggregated.
+        names: the names of the parameters, by id.
+        batch_dim: the batch dimension of the model's inputs and outputs.
+        reduction: ``"mean"`` or ``"sum"``, the reduction of the loss.
+        check_mixing: the argument of Agreement.
+        plans: the plans of earlier graphs, by their structure.
+        treatments: the treatment of each parameter in the last context, by its number.
+        partitions: the last partition of a batch into equal groups, by its description.
+    """
+
+    model: nn.Module
+    members: set[int]
+    params: list[Tensor]
+    names: dict[int, str]
+    batch_dim: int
+    reduction: str
+    check_mixing: str
+    plans: dict[Any, Plan] = field(default_factory=dict)
+    treatments: dict[int, Treatment] = field(default_factory=dict)
+    partitions: dict[Any, Groups] = field(default_factory=dict)
+
+    def name(self, param: Tensor) -> str:
+        """Return the name of a parameter, or its shape if it has no name."""
+        return self.names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+
+    def groups(self, environments: Environments, examples: int) -> Groups:
+        """Return the partition of a batch. A partition into equal groups is kept for reuse."""
+        if isinstance(environments, Tensor):
+            return make_groups(environments, examples)
+        key = (environments, examples)
+        if key not in self.partitions:
+            groups = make_groups(environments, examples)
+            self.partitions.clear()
+            self.partitions[key] = groups
+        return self.partitions[key]
