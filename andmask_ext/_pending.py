@@ -354,10 +354,10 @@ class PendingStep:
                     for number, (params, _) in enumerate(groups)
                     for index, param in enumerate(params)
                 }
-            observed = any([observer.begin() for observer in self._observers])
+            wishes = [observer.begin() for observer in self._observers]  # all of them are told
             for moments in self.moments:
                 moments.reset()
-                moments._observed = observed
+                moments._observed = any(wishes)
         if self._clears_grads and len(self._hooks) < len(self.slots):
             hook = Hook(self)
             for moments in self.moments:

@@ -148,9 +148,9 @@ def layers(model: str) -> list[Callable[[], list[Row]]]:
 def main() -> None:
     options = parser(__doc__).parse_args()
     cases: list[Callable[[], list[Row]]] = []
-    for shape in LINEAR[:1] if options.quick else LINEAR:
-        for rows in ENVIRONMENT_ROWS[::2] if options.quick else ENVIRONMENT_ROWS:
-            cases.append(partial(random_linear, *shape, rows))
+    shapes = LINEAR[:1] if options.quick else LINEAR
+    rows_of_each = ENVIRONMENT_ROWS[::2] if options.quick else ENVIRONMENT_ROWS
+    cases += [partial(random_linear, *shape, rows) for shape in shapes for rows in rows_of_each]
     for model in MODELS:
         cases += layers(model)
     for window in CONVOLUTIONS[4:5] if options.quick else CONVOLUTIONS:

@@ -134,9 +134,9 @@ def environment_sum(
         ``[environments, *shape]`` in the dtype of sums; None if the operand varies along the batch
         axis.
     """
-    if layout.axis == 0 and groups.size == len(tensor) // groups.examples == 1:
-        if tensor.shape[1:] == torch.Size(shape):
-            return tensor
+    single = layout.axis == 0 and groups.size == len(tensor) // groups.examples == 1
+    if single and tensor.shape[1:] == torch.Size(shape):
+        return tensor
     aligned = (1,) * (tensor.dim() - len(shape)) + tuple(shape)
     if aligned[layout.axis] != 1:
         return None

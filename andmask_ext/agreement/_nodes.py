@@ -47,14 +47,13 @@ def keep_checkpoints(node: Node, name: str) -> None:
 
 def saved_tensors(node: Node) -> list[Tensor]:
     """Return all tensors that a node of a native function has saved."""
-    tensors = []
+    tensors: list[Tensor] = []
     for name in dir(node):
         if name.startswith("_saved_"):
             keep_checkpoints(node, name.removeprefix("_saved_"))
             value = getattr(node, name)
-            for item in value if isinstance(value, (tuple, list)) else (value,):
-                if isinstance(item, Tensor):
-                    tensors.append(item)
+            items = value if isinstance(value, (tuple, list)) else (value,)
+            tensors += [item for item in items if isinstance(item, Tensor)]
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import subprocess
 import tempfile
@@ -24,7 +25,7 @@ class GameServer:
 
     def __init__(self, command: Sequence[str], levels: Sequence[int]) -> None:
         self._count = len(levels)
-        self._errors = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the process
         # A session of its own, so that Ctrl-C comes to us alone; it ends with its input.
         self._process = subprocess.Popen(
             [*command, "play", *map(str, levels)],
@@ -46,10 +47,8 @@ class GameServer:
         self._process.kill()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             if stream is not None:
-                try:
+                with contextlib.suppress(BrokenPipeError):
                     stream.close()
-                except BrokenPipeError:
-                    pass
         self._process.wait()
 
     def look(self) -> tuple[Tensor, Array, Array]:

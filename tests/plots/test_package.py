@@ -91,10 +91,8 @@ def test_a_subfigure_and_a_mosaic_are_places_to_draw():
 
 
 def modules():
-    found = []
-    for entry in pkgutil.iter_modules(plots.__path__):
-        found.append(importlib.import_module(f"andmask_ext.plots.{entry.name}"))
-    return found
+    entries = pkgutil.iter_modules(plots.__path__)
+    return [importlib.import_module(f"andmask_ext.plots.{entry.name}") for entry in entries]
 
 
 @pytest.mark.parametrize("module", modules(), ids=lambda module: module.__name__)

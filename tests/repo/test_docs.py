@@ -170,9 +170,10 @@ def broken_links(text: str, page: Path) -> list[str]:
             continue  # another place
         path, _, anchor = target.partition("#")
         file = (page.parent / path).resolve() if path else page
-        if (path and not file.exists()) or ROOT not in (file, *file.parents):
-            broken.append(target)
-        elif anchor and anchor not in anchors(text if file == page else file.read_text("utf-8")):
+        missing = (path and not file.exists()) or ROOT not in (file, *file.parents)
+        if not missing and anchor:
+            missing = anchor not in anchors(text if file == page else file.read_text("utf-8"))
+        if missing:
             broken.append(target)
     return broken
 

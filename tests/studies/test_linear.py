@@ -60,7 +60,7 @@ GOOD = {
     [
         ({}, [True, True, True]),
         # nothing is learned, by nobody
-        ({method: (0.5, 0.5) for method in METHODS}, [False, False, False]),
+        (dict.fromkeys(METHODS, (0.5, 0.5)), [False, False, False]),
         ({"and-mask": (0.45, 0.48)}, [False, False, False]),
         ({"oracle": (0.01, 0.45)}, [True, False, True]),
         # better on rotated inputs is no loss, and a loss is none less for its size
