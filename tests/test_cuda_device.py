@@ -14,13 +14,13 @@ from torch import Tensor
 
 import andmask_ext as am
 
+from .native.rules import MOMENT_RULES
+
 if not torch.cuda.is_available():
     pytest.skip("these tests are about a GPU, and there is none", allow_module_level=True)
 
 ops = torch.ops.andmask
 pytestmark = pytest.mark.parametrize("device", ["cuda"])
-RULES = ["and_mask", "geometric_mean", "sand_mask", "masked_average", "agreement_sum"]
-ARGUMENTS = {"sand_mask": [0.4, 2.0], "agreement_sum": []}
 
 
 def lists(shapes: list[tuple[int, ...]], dtype: torch.dtype, **options: object) -> list[Tensor]:
@@ -40,7 +40,7 @@ def test_masked_mean_has_the_bits_of_the_cpu(dtype: torch.dtype, rescale: bool) 
         assert torch.equal(found.cpu(), expected)
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", MOMENT_RULES)
 def test_moments_and_steps_have_the_bits_of_the_cpu(rule: str) -> None:
     results = []
     for device in ("cpu", "cuda"):
@@ -57,7 +57,7 @@ def test_moments_and_steps_have_the_bits_of_the_cpu(rule: str) -> None:
             *moments._lists(range(len(params))),
             4,
             rule,
-            ARGUMENTS.get(rule, [0.5]),
+            MOMENT_RULES[rule],
             False,
         )
         updates = ops._resolve(*arguments)

@@ -7,15 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 from numpy.typing import NDArray
 
-# Rules that are functions of moments, with arguments.
-MOMENT_RULES = {
-    "mean": [],
-    "and_mask": [0.5],
-    "geometric_mean": [0.4],
-    "sand_mask": [0.3, 2.0],
-    "masked_average": [0.6],
-    "agreement_sum": [],
-}
 DTYPES = [np.float16, np.uint16, np.float32, np.float64]  # uint16: the bits of bfloat16
 
 

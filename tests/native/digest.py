@@ -11,24 +11,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from rules import COLUMN_RULES, MOMENT_RULES  # a script finds the files beside it
 
 import andmask_ext as am
 
-RULES = {
-    "mean": [],
-    "and_mask": [0.6],
-    "geometric_mean": [0.3],
-    "sand_mask": [0.3, 2.0],
-    "masked_average": [0.6],
-    "agreement_sum": [],
-}
-COLUMN_RULES = {
-    "median": [],
-    "winsorized_mean": [15.0],
-    "fed_ilc": [0.4],
-    "sign_dropout": [],
-    "agreement_random": [],
-}
+# The digests' fewest environments are too few to trim.
+RANKED = {rule: a for rule, a in COLUMN_RULES.items() if rule != "trimmed_mean"}
 ops = torch.ops.andmask
 
 
@@ -61,7 +49,7 @@ def moments_and_steps(
         yield bits(kind)
     for one, votes in zip(*kinds[:2], strict=True):
         yield bits(list(ops._vote_histograms([one], [votes], count)))
-    for rule, arguments in RULES.items():
+    for rule, arguments in MOMENT_RULES.items():
         for rescale in (False, True):
             yield bits(ops._resolve(*kinds, count, rule, arguments, rescale))
     finite = [[t.nan_to_num(0, 1, -1) if t.is_floating_point() else t for t in k] for k in kinds]
@@ -136,9 +124,9 @@ def digest_of_ops(threads: int) -> str:
             digest.update(bits(list(ops.vote_histogram(grads))))
             noise = torch.from_numpy(rng.random(shape[1]))
             noise = noise if dtype == torch.float64 else noise.float()
-            for rule, arguments in {**RULES, **COLUMN_RULES}.items():
+            for rule, arguments in {**MOMENT_RULES, **RANKED}.items():
                 random = noise if rule in ("sign_dropout", "agreement_random") else None
-                rescale = rule in RULES and rule != "mean"
+                rescale = rule in MOMENT_RULES and rule != "mean"
                 digest.update(bits([ops._aggregate(grads, rule, arguments, rescale, random)]))
     for count, vote_type in [
         (1, torch.int8),

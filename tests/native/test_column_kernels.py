@@ -9,20 +9,13 @@ from hypothesis import strategies as st
 
 from .. import strategies
 from . import harness
+from .rules import COLUMN_RULES
 from .test_masked_mean_kernels import from_bfloat16, to_bfloat16
 
 kernels = harness.load()
 
 isas = pytest.mark.parametrize("isa", kernels.isas())
-RULES: dict[str, list[float]] = {
-    "median": [],
-    "trimmed_mean": [1.0],
-    "winsorized_mean": [15.0],
-    "sign_dropout": [],
-    "fed_ilc": [0.4],
-    "agreement_random": [],
-}
-names = pytest.mark.parametrize("name", RULES)
+names = pytest.mark.parametrize("name", COLUMN_RULES)
 
 
 def noise_like(grads: np.ndarray) -> np.ndarray:
@@ -31,7 +24,7 @@ def noise_like(grads: np.ndarray) -> np.ndarray:
 
 
 def arguments_for(name: str, environments: int) -> list[float]:
-    return [float((environments - 1) // 2)] if name == "trimmed_mean" else RULES[name]
+    return [float((environments - 1) // 2)] if name == "trimmed_mean" else COLUMN_RULES[name]
 
 
 def formula(name: str, arguments: list[float], g: np.ndarray, noise: np.ndarray) -> np.ndarray:
@@ -136,7 +129,7 @@ def test_rows_may_lie_anywhere(isa: str, stride: int) -> None:
     memory = np.random.default_rng(0).standard_normal(40 * 1000 + 7).astype(np.float32)
     for environments in (8, 40):
         grads = np.lib.stride_tricks.as_strided(memory, (environments, 7), (4 * stride, 4))
-        for name, arguments in RULES.items():
+        for name, arguments in COLUMN_RULES.items():
             noise = noise_like(grads)
             out = kernels.aggregate(isa, grads, name, arguments, noise)
             expected = kernels.aggregate(isa, np.ascontiguousarray(grads), name, arguments, noise)

@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.native import harness
-from tests.native.arrays import DTYPES, MOMENT_RULES, aligned, placed, same_bits, stored, wide_type
+from tests.native.arrays import DTYPES, aligned, placed, same_bits, stored, wide_type
+from tests.native.rules import COLUMN_RULES, MOMENT_RULES
 from tests.strategies import stacked
 
 native = harness.load()
 RANKED_RULES = ["median", "trimmed_mean", "winsorized_mean"]
-TERM_RULES = {"sign_dropout": [], "fed_ilc": [0.4], "agreement_random": []}
+TERM_RULES = {rule: a for rule, a in COLUMN_RULES.items() if rule not in RANKED_RULES}
 WHOLE_FACTORS = ("mean", "and_mask", "geometric_mean", "agreement_sum")  # 0 or 1: added up exactly
 
 environment_counts = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 31, 32, 33, 64, 100])

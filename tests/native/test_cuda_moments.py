@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from tests.native import harness
-from tests.native.arrays import DTYPES, MOMENT_RULES, placed, same_bits, stored, wide_type
+from tests.native.arrays import DTYPES, placed, same_bits, stored, wide_type
+from tests.native.rules import MOMENT_RULES
 from tests.strategies import stacked
 
 native = harness.load()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from .. import strategies
 from .arrays import empty_moments, same_bits
+from .rules import MOMENT_RULES
 from .test_masked_mean_kernels import (
     FORMATS,
     count_votes,
@@ -23,15 +24,7 @@ from .test_masked_mean_kernels import (
 
 vote_types = pytest.mark.parametrize("vote_type", [np.int8, np.int16, np.int32])
 few = st.one_of(st.integers(1, 20), st.sampled_from([63, 64, 65, 127]))
-RULES = {
-    "mean": 0,
-    "and_mask": 1,
-    "geometric_mean": 1,
-    "sand_mask": 2,
-    "masked_average": 1,
-    "agreement_sum": 0,
-}
-rules = pytest.mark.parametrize("rule", RULES)
+rules = pytest.mark.parametrize("rule", MOMENT_RULES)
 
 
 def accumulate(
@@ -166,7 +159,7 @@ KEPT = {"mean": [], "geometric_mean": ["votes", "logs"], "sand_mask": ["votes", 
 
 
 def arguments(rule: str, tau: float) -> list[float]:
-    return [tau, 1e2][: RULES[rule]]
+    return [tau, 1e2][: len(MOMENT_RULES[rule])]
 
 
 def numpy_rule(rule: str, grads: np.ndarray, tau: float) -> tuple[np.ndarray, np.ndarray]:
@@ -185,7 +178,8 @@ def numpy_rule(rule: str, grads: np.ndarray, tau: float) -> tuple[np.ndarray, np
         return np.maximum(np.tanh(1e2 * (votes / rows - tau) / variance), 0), mean
     if rule == "masked_average":
         return np.where(agrees, 1, votes / rows), mean
-    return agrees.astype(float), grads.sum(0) if rule == "agreement_sum" else mean
+    values = {"and_mask": mean, "agreement_sum": grads.sum(0)}
+    return agrees.astype(float), values[rule]
 
 
 @rules

@@ -10,20 +10,14 @@ import torch
 from torch import Tensor
 
 import andmask_ext  # noqa: F401  # loads the ops
+from tests.native.rules import MOMENT_RULES
 
 ops = torch.ops.andmask
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 KINDS = ("sum", "votes", "squares", "logs")
-RULES: dict[str, list[float]] = {
-    "mean": [],
-    "and_mask": [0.6],
-    "geometric_mean": [0.6],
-    "sand_mask": [0.3, 2.0],
-    "masked_average": [0.6],
-    "agreement_sum": [],
-}
+RULES = MOMENT_RULES
 SHAPES = [(3, 5), (), (0, 4), (70,)]
 
 

@@ -11,47 +11,34 @@ from torch.func import grad, jvp, vmap
 
 import andmask_ext as am
 
+from ..native.rules import COLUMN_RULES, MOMENT_RULES
 from ..rules.rule_table import TABLE, examples
 from .test_masked_mean import LAYOUTS, dtypes
 
 op = torch.ops.andmask._aggregate
 
-# One call of every native rule: name, arguments, rescale, noise.
-CALLS: dict[str, tuple[list[float], bool, str | None]] = {
-    "mean": ([], False, None),
-    "and_mask": ([0.6], True, None),
-    "geometric_mean": ([0.6], True, None),
-    "sand_mask": ([0.3, 2.0], True, None),
-    "masked_average": ([0.6], True, None),
-    "agreement_sum": ([], True, None),
-    "median": ([], False, None),
-    "trimmed_mean": ([1.0], False, None),
-    "winsorized_mean": ([20.0], False, None),
-    "fed_ilc": ([0.3], False, None),
-    "sign_dropout": ([], False, "uniform"),
-    "agreement_random": ([], False, "normal"),
-}
-calls = pytest.mark.parametrize("name", CALLS)
+RULES = {**MOMENT_RULES, **COLUMN_RULES}
+NOISE = {"sign_dropout": torch.rand, "agreement_random": torch.randn}
+# Rules with a mask are tried with rescale.
+FACTS = [line.split() for line in torch.ops.andmask._rule_table().splitlines()]
+RESCALES = {name: rescales == "1" for name, _, _, rescales, _ in FACTS}
+calls = pytest.mark.parametrize("name", RULES)
 rules = pytest.mark.parametrize("rule", examples(), ids=lambda rule: type(rule).__name__)
 
 
 def noise_for(name: str, grads: Tensor) -> Tensor | None:
-    kind = CALLS[name][2]
-    if kind is None:
+    if name not in NOISE:
         return None
     dtype = torch.float64 if grads.dtype == torch.float64 else torch.float32
-    draw = torch.rand if kind == "uniform" else torch.randn
-    return draw(grads.shape[1:], dtype=dtype, device=grads.device)
+    return NOISE[name](grads.shape[1:], dtype=dtype, device=grads.device)
 
 
 def arguments_of(name: str, grads: Tensor) -> tuple[Tensor, str, list[float], bool, Tensor | None]:
-    values, rescale, _ = CALLS[name]
-    return grads, name, values, rescale, noise_for(name, grads)
+    return grads, name, RULES[name], RESCALES[name], noise_for(name, grads)
 
 
 def test_every_native_rule_is_tried_and_has_a_class() -> None:
-    names = {line.split()[0] for line in torch.ops.andmask._rule_table().splitlines()}
-    assert names == set(CALLS) == {rule.name for rule in TABLE}
+    assert set(RESCALES) == set(RULES) == {rule.name for rule in TABLE}
 
 
 def test_and_mask_is_masked_mean() -> None:
@@ -84,7 +71,7 @@ def test_opcheck_shapes(name: str, shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("in_dim", [0, 1, -1])
 def test_vmap_equals_a_loop(name: str, environments: int, in_dim: int) -> None:
     batch = torch.randn(4, environments, 6).movedim(0, in_dim)
-    values, rescale, _ = CALLS[name]
+    values, rescale = RULES[name], RESCALES[name]
     if noise_for(name, batch[0]) is None:
         out = vmap(lambda g: op(g, name, values, rescale), in_dims=in_dim)(batch)
         loop = [op(g, name, values, rescale) for g in batch.unbind(in_dim)]
