@@ -89,7 +89,7 @@ results: $(READY) game  ## every study in full, two to four hours; and one page 
 # In tiers: `test` is the library's suite, `test-rest` all else: studies, and what
 # compiles or installs the package. CI runs both. TESTS=tests/optim chooses a part.
 TESTS ?= tests
-LIBRARY := --ignore=tests/studies -m 'not (large or build)'
+LIBRARY := --ignore=tests/studies --ignore=tests/benchmarks -m 'not (large or build)'
 
 .PHONY: test
 test: $(READY)  ## the library's test suite

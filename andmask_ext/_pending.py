@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -123,6 +124,7 @@ class PendingStep:
         self._scaler: torch.amp.GradScaler | None = None
         self._holds_grads = False  # whether this object wrote .grad
         self._shown: list[tuple[Tensor, int]] = []  # .grad for GradScaler, and its version
+        self.is_unscaled = False  # the scale has been divided out of .grad
 
     # ---- observers ----
 
@@ -205,7 +207,7 @@ class PendingStep:
                 f"{caller}: expected at least one environment since the last step, but got 0; "
                 "put each backward pass inside `with optimizer.environment():`"
             )
-        if expected is not None and self.environments != expected:
+        if expected is not None and self.environments != expected and not self._exchanged:
             raise RuntimeError(
                 f"{caller}: expected {expected} environments since the last step, but got "
                 f"{self.environments} (left over from a skipped step? call zero_grad() to drop "
@@ -259,9 +261,18 @@ class PendingStep:
         for observer in self._observers:
             observer.end(groups)
 
+    def hold_grads(self) -> None:
+        """Record that ``.grad`` of the parameters belongs to this step, not to the user."""
+        self._holds_grads = True
+
     def wrote_grads(self) -> None:
         """Record that the owner has written the aggregated gradients to ``.grad``."""
-        self.state, self._holds_grads = State.WRITTEN, True
+        self.hold_grads()
+        self.state = State.WRITTEN
+
+    def unscaled_grads(self) -> None:
+        """Record that the scale has been divided out of the gradients in ``.grad``."""
+        self.is_unscaled = True
 
     def finish(self, *, keep_moments: bool = False) -> None:
         """Drop the environments, but keep memory and hooks.
@@ -273,7 +284,7 @@ class PendingStep:
             for moments in self.moments:
                 moments.reset()
         self.state, self.environments, self._exchanged = State.IDLE, 0, False
-        self._scaler, self._shown = None, []
+        self._scaler, self._shown, self.is_unscaled = None, [], False
 
     def drop(self) -> bool:
         """Drop the environments. Return whether this object wrote ``.grad``."""
@@ -293,7 +304,7 @@ class PendingStep:
         if self.state is not State.PENDING or self._scaler is not None:
             raise RuntimeError(
                 "state_dict: expected to be called before the first environment or after step(), "
-                "but got a step that is written, broken or scaled half-way"
+                "but got a step that is open, written, broken or scaled half-way"
             )
         return {
             "count": self.environments,
@@ -320,6 +331,11 @@ class PendingStep:
         if self.state is State.OPEN:
             raise RuntimeError("environment: expected no environment inside another")
         self._require_whole("environment")
+        if self._exchanged and self.state is State.PENDING:
+            raise RuntimeError(
+                "environment: the environments of this step have been exchanged with those of "
+                "other processes; call step(), or zero_grad() to drop them"
+            )
         if self.state is State.WRITTEN:
             raise RuntimeError(
                 f"environment: {self.environments} environments are left over from a step that was "
@@ -345,10 +361,14 @@ class PendingStep:
             assert owner is not None
             groups = owner._rules()
             kinds = [tuple(k for k in KINDS if k in (rule.moments or ())) for _, rule in groups]
-            if [moments.kinds for moments in self.moments] != kinds:
+            same_kinds = [moments.kinds for moments in self.moments] == kinds
+            if not (same_kinds and all(map(_are_of, self.moments, groups))):
                 self.moments = [
                     Moments(params, kept) for (params, _), kept in zip(groups, kinds, strict=True)
                 ]
+                for handle in self._hooks.values():
+                    handle.remove()
+                self._hooks.clear()  # an id may belong to another parameter by now
                 self.slots = {
                     id(param): (number, index)
                     for number, (params, _) in enumerate(groups)
@@ -364,3 +384,9 @@ class PendingStep:
                 for param in moments._params:
                     if param.requires_grad and id(param) not in self._hooks:
                         self._hooks[id(param)] = param.register_post_accumulate_grad_hook(hook)
+
+
+def _are_of(moments: Moments, group: tuple[list[Tensor], Rule]) -> bool:
+    """Return whether moments were made for the parameters of a group, in their order."""
+    params = group[0]
+    return len(moments._params) == len(params) and all(map(operator.is_, moments._params, params))

@@ -32,6 +32,7 @@ settings.load_profile(os.environ.get("ANDMASK_HYPOTHESIS_PROFILE", "default"))
 
 TESTS = Path(__file__).parent
 MARKERS_OF_FOLDERS = {
+    "benchmarks": ["no_device", "study"],
     "native": ["no_device"],  # kernels on numpy arrays: no torch, no device
     "plots": ["no_device"],
     "repo": ["no_device"],

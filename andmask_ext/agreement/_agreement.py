@@ -141,8 +141,8 @@ class Agreement:
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
         """Return parameters and rule, for the pending step that this object owns with a rule."""
-        assert self._setup is not None
-        assert self._rule is not None
+        if self._setup is None or self._rule is None:  # after detach()
+            return []
         return [(self._setup.params, self._rule)]
 
     # ---- the context ----
@@ -193,10 +193,11 @@ class Agreement:
             for leaf in self._leaves
         ]
         self._gram = None
-        if self._pending.state is not State.PENDING:
-            setup.treatments.clear()
+        first = self._pending.state is not State.PENDING
         run = BackwardPass(setup, self._pending, environments, grad_scaler, gram)
         self._pending.open(run)
+        if first:
+            setup.treatments.clear()
         self._run = run
         complete = False
         try:
@@ -219,7 +220,10 @@ class Agreement:
                 for number, products in sorted(run.products.found.items())
             }
         if self._rule is not None and write_grads:
-            self._write_grads(run.scale)
+            try:
+                self._write_grads(run.scale)
+            finally:  # an error must not leave these environments to the next context
+                self._pending.finish(keep_moments=True)
 
     def _abandon(self, run: BackwardPass) -> None:
         """Drop the environments of this context after an error."""
@@ -240,7 +244,6 @@ class Agreement:
                 for param, update in zip(params, updates, strict=True):
                     if update is not None:
                         param.grad = update if param.grad is None else param.grad.add_(update)
-        self._pending.finish(keep_moments=True)
 
     def _require_setup(self, caller: str) -> Setup:
         if self._setup is None:
@@ -362,8 +365,7 @@ class Agreement:
         """
         if self._run is not None:
             raise RuntimeError("detach: expected to be called outside of the context")
-        if self._rule is not None:
-            self._pending.replace_moments()
+        self._pending = PendingStep(self, clears_grads=False)
         self._setup, self._optimizer, self._gram = None, None, None
         self._leaves = []
 

@@ -77,7 +77,14 @@ class BackwardPass:
 
     def open(self) -> None:
         """Find the moments of each parameter. The step must be open to this context."""
-        places = [self._pending.slots[id(param)] for param in self._setup.params]
+        slots = self._pending.slots
+        for param in self._setup.params:
+            if id(param) not in slots:
+                raise RuntimeError(
+                    f"Agreement: {self._setup.name(param)} is no parameter of the optimizer any "
+                    "more; make a new Agreement"
+                )
+        places = [slots[id(param)] for param in self._setup.params]
         self._targets = [
             Target(param, self._pending.moments[group], index)
             for param, (group, index) in zip(self._setup.params, places, strict=True)
@@ -86,7 +93,8 @@ class BackwardPass:
     def close(self) -> None:
         """Release the graph, the moments and the hooks."""
         self.constants.forget()
-        del self.mode, self._mixing
+        del self._mixing
+        self.__dict__.pop("mode", None)  # it is not there if the context failed to open
 
     def receive(self, param: Tensor) -> None:
         """Raise: a backward pass outside of this context's control produced a gradient."""

@@ -35,9 +35,11 @@ def overflowed(optimizer: Optimizer, pending: PendingStep) -> bool:
     if float(found_inf) != 0:
         return True
     if pending.state is State.WRITTEN:
-        if scale is not None:  # grad_scaler.unscale_ was not called
+        # Only once, should a step be tried again; not at all after grad_scaler.unscale_.
+        if scale is not None and not pending.is_unscaled:
             grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
             torch._foreach_mul_([grad for grad in grads if grad is not None], 1 / float(scale))
+            pending.unscaled_grads()
     elif scale is None:
         raise RuntimeError(
             "step: expected optimizer.write_grads() before grad_scaler.unscale_(optimizer): "

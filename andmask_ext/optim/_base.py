@@ -35,7 +35,8 @@ def require_one(tau: object, rescale: object, rule: object) -> None:
         name, value = ("rescale", rescale) if tau is None else ("tau", tau)
         raise ValueError(
             f"{name}: expected tau (with rescale) or rule, but got {name}={value} and "
-            f"rule={rule}; put it into the rule: rule=AndMask(tau, rescale)"
+            f"rule={rule}; put it into the rule, rule=AndMask(tau, rescale), or set the other one "
+            "to None in the param group"
         )
 
 
@@ -233,8 +234,9 @@ class EnvironmentOptimizer(Optimizer):
         pending = self._pending
         try:
             pending.require_complete("step", self._expected)
+            pending.groups()  # raises if the rule of a group is wrong, before anything moves
             overflow = overflowed(self, pending)
-        except RuntimeError:
+        except Exception:
             for name in ("grad_scale", "found_inf"):  # left here, they break a later step
                 self.__dict__.pop(name, None)
             raise
@@ -310,6 +312,8 @@ class EnvironmentOptimizer(Optimizer):
         self._pending.drop()
         super().load_state_dict(state_dict)
         for group, default in zip(self.param_groups, defaults, strict=True):
+            if group.get("tau") is not None or group.get("rule") is not None:
+                default |= {"tau": None, "rescale": False, "rule": None}  # the state says it all
             for key, value in default.items():
                 group.setdefault(key, value)
         load_wide_state(self, state_dict)

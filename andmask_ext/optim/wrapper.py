@@ -83,16 +83,26 @@ class EnvironmentWrapper(EnvironmentOptimizer):
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
         if "param_groups" in self.__dict__:  # a state may have been loaded into the wrapped one
             self._share()
-        return [(group["params"], group["rule"]) for group in self.param_groups]
+        return [(group["params"], self._rule(group)) for group in self.param_groups]
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        rule: Rule | None = group["rule"]
+        if "tau" in self.optimizer.defaults or group.get("tau") is None:
+            require_one(None, None, rule)
+            return rule  # type: ignore[return-value]
+        if rule == self.defaults["rule"]:
+            rule = None  # the group's own tau replaces the rule of all groups
+        require_one(group["tau"], group.get("rescale"), rule)
+        return AndMask(group["tau"], group.get("rescale", False))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         for index, param in enumerate(group["params"]):
             check_dtype(f"params[{index}]", param)
-        check_rule(group["rule"])
+        check_rule(self._rule(group))
 
     @staticmethod
     def _override_rule(group: dict[str, Any]) -> None:
-        """Leave the group alone: ``"tau"`` may be an option of the wrapped optimizer."""
+        """Leave the group alone: ``_rule`` reads it when a step needs it."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters to the wrapped optimizer.
@@ -113,7 +123,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
             self.optimizer.add_param_group(param_group)
             try:
                 self._check_group(self.param_groups[-1])
-            except TypeError:
+            except (TypeError, ValueError):
                 self.param_groups.pop()
                 raise
             return
@@ -122,7 +132,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
     def _update(self, groups: list[Group]) -> None:
         if self._pending.state is not State.WRITTEN:
             self._write_grads(groups, 1.0)
-            self._pending.wrote_grads()
+            self._pending.hold_grads()  # written again, should the optimizer raise
         self.optimizer.step()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
