@@ -113,7 +113,7 @@ def test_collecting_ends_with_a_parent_that_is_killed(tmp_path):
         child = int(parent.stdout.readline())
         parent.kill()
         try:
-            parent.communicate(timeout=20)  # the child has the same output: it ends with the child
+            parent.communicate(timeout=240)  # the child has the same output: it ends with the child
         except subprocess.TimeoutExpired:
             os.kill(child, signal.SIGKILL)
             pytest.fail("collecting goes on, and nobody waits for it")

@@ -26,7 +26,7 @@ def summary(folder):
 def process(folder, *arguments):
     call = [sys.executable, "-m", "tests.studies.toy", "--output", folder, *map(str, arguments)]
     root = Path(__file__).parents[2]
-    return subprocess.run(call, capture_output=True, text=True, timeout=120, cwd=root)
+    return subprocess.run(call, capture_output=True, text=True, timeout=300, cwd=root)
 
 
 def test_runs_leave_records_and_a_summary(tmp_path, capsys):
@@ -128,7 +128,7 @@ def test_processes_end_with_a_killed_parent(tmp_path):
 
 
 def wait_for(condition):
-    for _ in range(600):
+    for _ in range(2400):
         if condition():
             return True
         time.sleep(0.1)
