@@ -1,0 +1,31 @@
+"""Warnings that are given once for each object."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+
+from andmask_ext._notices import warn_once
+
+
+class Owner:
+    pass
+
+
+def test_each_object_warns_once() -> None:
+    first, second = Owner(), Owner()
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for owner in (first, first, second):
+            warn_once(owner, "batch: expected more")
+        warn_once(first, "batch: expected less")
+    assert [str(one.message) for one in given] == [
+        "batch: expected more", "batch: expected more", "batch: expected less"
+    ]  # fmt: skip
+
+
+def test_the_warning_points_to_the_caller() -> None:
+    with pytest.warns(UserWarning, match="batch") as given:
+        warn_once(Owner(), "batch: expected more")
+    assert given[0].filename == __file__
