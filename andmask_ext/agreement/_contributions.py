@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import wide_dtype
-from ._groups import Groups, make_groups
+from ._groups import Groups, group_rows, make_groups
 from ._layout import Layout
 
 
@@ -200,7 +200,7 @@ def groups_of_axis(groups: Groups, layout: Layout) -> Groups:
         return groups
     if groups.size is not None and layout.before == 1:
         return make_groups(groups.environments, groups.examples * layout.after)
-    return make_groups(ids_of_axis(groups, layout), groups.examples * layout.before * layout.after)
+    return group_rows(ids_of_axis(groups, layout), groups.environments)
 
 
 def ids_of_axis(groups: Groups, layout: Layout) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from ._contributions import (
     ids_of_axis,
 )
 from ._graph import Operand
-from ._layout import Layout
 from ._node_gradient import NodeGradient, environments_of
 from ._nodes import aside, call_node
 
@@ -65,12 +65,12 @@ def _bmm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | Non
             for factor in (saved("self"), node_grad.delta)
         )
         return OuterBatch(inputs, grads, node_grad.groups, shape)
-    delta, rows = node_grad.delta[0], Layout(0, layout.before, layout.after)
+    delta, rows = node_grad.delta[0], replace(layout, axis=0)
     if edge == 1 and layout.axis == 1:
-        matrix_grad = NodeGradient(node_grad.node, (delta,), (rows,), node_grad.groups)
+        matrix_grad = NodeGradient(node_grad.node, (delta,), (rows,), node_grad.partitions)
         outer = _product(matrix_grad, saved("self")[0], 1)
     elif edge == 0 and layout.axis == 2:
-        matrix_grad = NodeGradient(node_grad.node, (delta.t(),), (rows,), node_grad.groups)
+        matrix_grad = NodeGradient(node_grad.node, (delta.t(),), (rows,), node_grad.partitions)
         outer = _product(matrix_grad, saved("mat2")[0].t(), 1)
         outer = None if outer is None else outer.transposed()
     else:
@@ -255,14 +255,14 @@ def _expand(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | 
 def _repeat(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | None:
     repeats = [int(count) for count in node_grad.saved("repeats")]
     aligned = (1,) * (len(repeats) - len(shape)) + shape
-    axis, before, after = node_grad.layout.axis, node_grad.layout.before, node_grad.layout.after
+    axis, after = node_grad.layout.axis, node_grad.layout.after
     if after % aligned[axis]:
         return None
     # With repeats and sizes in separate dimensions, repeat is a broadcast.
     split = [size for pair in zip(repeats, aligned, strict=True) for size in pair]
-    layout = Layout(2 * axis, before, after // aligned[axis])
+    layout = replace(node_grad.layout, axis=2 * axis, after=after // aligned[axis])
     delta = node_grad.delta.reshape(split)
-    broadcast = NodeGradient(node_grad.node, (delta,), (layout,), node_grad.groups)
+    broadcast = NodeGradient(node_grad.node, (delta,), (layout,), node_grad.partitions)
     sums = broadcast.summed(delta, tuple(n for size in aligned for n in (1, size)))
     return None if sums is None else Stacked(sums.grads.reshape(-1, *shape), shape)
 
@@ -326,15 +326,17 @@ def make_contribution(node_grad: NodeGradient, name: str, operand: Operand) -> C
 
 
 def _one_by_one(node_grad: NodeGradient, name: str, operand: Operand) -> Contribution:
-    deltas, groups = node_grad.deltas, node_grad.groups
+    deltas, partitions = node_grad.deltas, node_grad.partitions
     environments = [
-        None if delta is None or layout is None else environments_of(layout, groups, delta)
+        None
+        if delta is None or layout is None
+        else environments_of(layout, partitions[layout.partition], delta)
         for delta, layout in zip(deltas, node_grad.layouts, strict=True)
     ]
     like = next(delta for delta in deltas if delta is not None)
 
     def of_environment(environment: int) -> list[Tensor | None]:
-        if groups.environments == 1:  # then there may be no layout
+        if partitions[0].environments == 1:  # then there may be no layout
             return list(deltas)
         return [
             None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -17,27 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from ._current import PerEnvironment
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield all tensors in nested lists, tuples, dicts and dataclass-like objects."""
-    seen: set[int] = set()
-    stack = [value]
-    while stack:
-        value = stack.pop()
-        if isinstance(value, Tensor):
-            yield value
-            continue
-        if isinstance(value, (str, int, float, type, nn.Module)) or id(value) in seen:
-            continue
-        seen.add(id(value))
-        if isinstance(value, dict):
-            stack += list(value.values())[::-1]
-        elif isinstance(value, (list, tuple)):
-            stack += value[::-1]
-        elif hasattr(value, "__dict__"):
-            kinds = (Tensor, list, tuple, dict)
-            stack += [item for item in vars(value).values() if isinstance(item, kinds)][::-1]
+from ._data import DataRecord, tensors_in
 
 
 def uses_batch(module: _BatchNorm) -> bool:
@@ -47,37 +27,65 @@ def uses_batch(module: _BatchNorm) -> bool:
     )
 
 
+@dataclass
+class Call:
+    """A call of the model, or of a part of it, from outside of the model."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+
+    def examples(self, batch_dim: int) -> int | None:
+        """Return the size of the batch; None: no tensor has the batch dimension.
+
+        It is the size that an input shares with all outputs, else that of the first input that is
+        not broadcast (of size 1).
+        """
+        sizes = [t.shape[batch_dim] for t in self.inputs if t.dim() > batch_dim]
+        returned = {t.shape[batch_dim] for t in self.outputs if t.dim() > batch_dim}
+        if not sizes:
+            return returned.pop() if len(returned) == 1 else None
+        first = next((size for size in sizes if size != 1), 1)
+        if len(returned) == 1:
+            (shared,) = returned
+            if shared in sizes and shared != 1:
+                return shared
+        return first
+
+
 class ForwardRecorder:
-    """Global hooks on all modules while the context is open. The model itself gets no hooks.
+    """Hooks while the context is open: on all modules, and one on the model for its keywords.
 
     Args:
+        model: the model.
         members: the ids of the model's modules, including the model.
         batch_dim: the batch dimension of inputs and outputs.
+        data: is told of the inputs before the call.
 
     Attributes:
-        sizes: the batch sizes of calls from outside since :meth:`clear`, of the model or of its
-            modules.
+        calls: the calls from outside since :meth:`clear`, of the model or of its modules.
         batch_norms: the modules that took batch statistics since :meth:`clear`.
-        inputs: the input tensors of these calls.
     """
 
-    def __init__(self, members: set[int], batch_dim: int) -> None:
+    def __init__(
+        self, model: nn.Module, members: set[int], batch_dim: int, data: DataRecord
+    ) -> None:
+        self._model = model
         self._members = members
+        self._data = data
         self.batch_dim = batch_dim
         self._depth = 0
         self._stale = False  # a backward pass has been run since
         self.paused = False  # during a backward pass, which may call modules
         self._handles: list[Any] = []
-        self.sizes: set[int] = set()
+        self.calls: list[Call] = []
         self.batch_norms: list[nn.Module] = []
-        self.inputs: list[Tensor] = []
-        self._outputs: list[Tensor] = []
         self._held: list[weakref.ref[Tensor]] = []
 
     def __enter__(self) -> None:
         self._handles = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
         ]
 
     def __exit__(
@@ -98,22 +106,28 @@ class ForwardRecorder:
         """
         self._stale = True
         self._held = [weakref.ref(tensor) for tensor in self.outputs()]
-        self._outputs = []
+        for call in self.calls:
+            call.outputs = []
 
     def clear(self) -> None:
         """Forget all records."""
         self._stale = False
         self.batch_norms = []
-        self.sizes = set()
-        self.inputs, self._outputs, self._held = [], [], []
+        self.calls, self._held = [], []
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._members and not self.paused:
-            if self._depth == 0 and self._stale:
-                self.clear()
+            if self._depth == 0:
+                if self._stale:
+                    self.clear()
+                self._data.take(tensors_in(args))
             self._depth += 1
             if isinstance(module, _BatchNorm) and uses_batch(module):
                 self.batch_norms.append(module)
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._depth == 1 and not self.paused:  # hooks on all modules do not see the keywords
+            self._data.take(tensors_in(kwargs))
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Record the inputs and outputs of a module. If it raised, only note that it ended."""
@@ -123,24 +137,14 @@ class ForwardRecorder:
         if self._depth or not torch.is_grad_enabled() or len(rest) < 2:
             return
         kwargs, output = rest
-        inputs = list(tensors_in((args, kwargs)))
-        for tensor in inputs:
-            if tensor.dim() > self.batch_dim:
-                self.sizes.add(tensor.shape[self.batch_dim])
-                break
-        self.inputs += inputs
-        self._outputs += [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
+        self.calls.append(Call(list(tensors_in((args, kwargs))), outputs))
 
     def outputs(self) -> list[Tensor]:
         """Return the output tensors of the calls since :meth:`clear`."""
-        return self._outputs + [tensor for ref in self._held if (tensor := ref()) is not None]
+        made = [tensor for call in self.calls for tensor in call.outputs]
+        return made + [tensor for ref in self._held if (tensor := ref()) is not None]
 
-    def anchors(self, examples: int) -> list[Tensor]:
-        """Return the outputs that hold the batch."""
-        return [
-            tensor
-            for tensor in self.outputs()
-            if tensor.dim() > self.batch_dim
-            and tensor.shape[self.batch_dim] == examples
-            and tensor.is_floating_point()
-        ]
+    def inputs(self) -> list[Tensor]:
+        """Return the input tensors of the calls since :meth:`clear`."""
+        return [tensor for call in self.calls for tensor in call.inputs]

@@ -86,32 +86,29 @@ class Graph:
             node.name() if node.next_functions else _leaf_name(node, tracked) for node in self.nodes
         ]
 
-    def structure(self, examples: int, contents: bool) -> Any:
+    def structure(self, examples: int) -> Any:
         """Return a key. Graphs with the same key have the same plan.
 
         The key holds the nodes and their edges, the arguments of views, and the dimensions of
-        reshaped tensors into which a batch of ``examples`` fits. With ``contents`` it also holds
-        the rows that indices pick. It does not hold sizes or values of data.
+        reshaped tensors into which a batch of ``examples`` fits. It does not hold sizes or values
+        of data, nor indices.
         """
         tokens = [
-            _token(node, examples, contents and not self._is_lookup(index))
-            if type(node) in _TOKENS or type(node) not in _PLAIN
-            else None
-            for index, node in enumerate(self.nodes)
+            _token(node, examples) if type(node) in _TOKENS or type(node) not in _PLAIN else None
+            for node in self.nodes
         ]
         return tuple(self.names), tuple(self.edges), tuple(tokens)
 
-    def _is_lookup(self, index: int) -> bool:
-        """Return whether a node looks up in a view of a parameter, not in data."""
-        entry = self.edges[index][0] if self.edges[index] else None
-        while entry is not None:
-            name = self.names[entry[0]]
-            if isinstance(name, tuple):
-                return name[1] is not None
-            if name not in VIEWS:
-                return False
-            entry = self.edges[entry[0]][0]
-        return False
+    def contents(self, index: int) -> Any:
+        """Return a key of the rows that a node picks."""
+        node = self.nodes[index]
+        values = []
+        for argument in ("index", "indices", "mask"):
+            if hasattr(node, f"_saved_{argument}"):
+                value = saved(node, argument)
+                tensors = value if isinstance(value, (tuple, list)) else [value]
+                values += [_content(tensor) for tensor in tensors]
+        return tuple(values)
 
     def param(self, index: int) -> int | None:
         """Return the number of the tracked parameter if the node is its leaf, else None."""
@@ -197,51 +194,30 @@ def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int |
 # Arguments that determine how a node orders its elements.
 _STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "offset", "shifts", "start",
            "step", "training")  # fmt: skip
-# Indices of the rows that a node reads or writes.
-_CONTENTS = ("index", "indices", "mask")
-_PICKING = (
-    "GatherBackward0", "IndexAddBackward0", "IndexBackward0", "IndexCopyBackward0",
-    "IndexPutBackward0", "IndexReduceBackward0", "IndexSelectBackward0", "MaskedScatterBackward0",
-    "MaskedSelectBackward0", "ScatterAddBackward0", "ScatterBackward0", "ScatterBackward1",
-    "ScatterReduceBackward0", "TakeBackward0", "SortBackward0", "TopkBackward0",
-    "KthvalueBackward0", "MaxBackward0", "MinBackward0", "MedianBackward1", "ModeBackward0",
-    "CummaxBackward0", "CumminBackward0",
-)  # fmt: skip
-_ORDERING = _PICKING[_PICKING.index("SortBackward0") :]
-_RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
+_INDEXED = ("IndexBackward0", "IndexPutBackward0")
+RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
 
 # Per type of node: its arguments that belong to the structure. Types without such arguments.
 _TOKENS: dict[type, tuple[str, ...]] = {}
 _PLAIN: set[type] = set()
 
 
-def _token(node: Node, examples: int, contents: bool) -> Any:
+def _token(node: Node, examples: int) -> Any:
     kind, name = type(node), node.name()
     if kind not in _TOKENS:
-        arguments = (*_STATIC, *_CONTENTS) if name in _PICKING else _STATIC
-        present = [argument for argument in arguments if hasattr(kind, f"_saved_{argument}")]
-        if not present and name not in _RESHAPES:
+        present = tuple(argument for argument in _STATIC if hasattr(kind, f"_saved_{argument}"))
+        if not present and name not in (*RESHAPES, *_INDEXED):
             _PLAIN.add(kind)
             return None
-        _TOKENS[kind] = tuple(dict.fromkeys(present))
-    if name in _RESHAPES:
+        _TOKENS[kind] = present
+    if name in RESHAPES:
         return tuple(
             "batch" if size == examples else size % examples == 0 for size in shape_of(node)
         )
-    values = []
-    if name in _ORDERING:  # only if it may reorder the batch
-        dim, shape = saved(node, "dim"), getattr(node, "_saved_self_sym_sizes", None)
-        sizes = shape if shape is not None else node._saved_self.shape  # type: ignore[attr-defined]
-        dim = dim if dim < 2**63 else dim - 2**64
-        contents = contents and len(sizes) > 0 and sizes[dim] % examples == 0
-    for argument in _TOKENS[kind]:
-        value = saved(node, argument)
-        if name in _PICKING and argument in _CONTENTS:
-            tensors = value if isinstance(value, (tuple, list)) else [value]
-            values += [_content(tensor) if contents else None for tensor in tensors]
-        elif isinstance(value, (int, tuple)):
-            values.append(value)
-    return tuple(values)
+    if name in _INDEXED:
+        return tuple(-1 if index is None else index.dim() for index in saved(node, "indices"))
+    values = [saved(node, argument) for argument in _TOKENS[kind]]
+    return tuple(value for value in values if isinstance(value, (int, tuple)))
 
 
 def _content(tensor: Tensor | None) -> Any:

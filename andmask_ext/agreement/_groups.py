@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._dtypes import dtype_name
 
-Environments = int | Tensor | None
+# As a context takes them, and once checked: ids are int64 from 0 on without gaps, on the CPU.
+Environments = int | Tensor | Sequence[int] | Any | None
+Checked = int | Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +27,8 @@ class Groups:
         environments: the number of environments.
         size: the number of examples of each environment, if all have the same number and each
             consists of consecutive examples; else None.
-        ids: the environment of each example, int64 ``[examples]``, on the CPU.
+        ids: the environment of each example, int64 ``[examples]``, on the CPU. An environment may
+            have no examples, as in the rows that one expert of a mixture gets.
     """
 
     examples: int
@@ -49,6 +55,21 @@ class Groups:
             return None
         return torch.cat([torch.zeros(1, dtype=torch.int64), self.sizes.cumsum(0)])
 
+    @cached_property
+    def filled(self) -> list[int] | None:
+        """The environments that have examples; None: all have."""
+        if self.size is not None or bool((self.sizes > 0).all()):
+            return None
+        filled: list[int] = self.sizes.nonzero()[:, 0].tolist()
+        return filled
+
+    @cached_property
+    def filled_offsets(self) -> Tensor | None:
+        """As :attr:`offsets`, of the environments that have examples."""
+        if self.offsets is None or self.filled is None:
+            return self.offsets
+        return torch.cat([self.offsets[self.filled], self.offsets[-1:]])
+
     def part(self, environment: int) -> slice | Tensor:
         """Return an index of the examples of an environment: a slice if consecutive, else ids."""
         if self.size is None:
@@ -65,16 +86,16 @@ class Groups:
         return torch.arange(first, last) if self.order is None else self.order[first:last]
 
 
-def make_groups(environments: Environments, examples: int) -> Groups:
+def make_groups(environments: Checked, examples: int) -> Groups:
     """Return the partition of a batch that the argument ``environments`` describes.
 
     Args:
         environments: None: each example is one; int d: d equal groups of consecutive examples;
-            int64 tensor ``[examples]``: the environment of each, from 0 without gaps.
+            ids that :func:`check_environments` returned: the environment of each example.
         examples: the size of the batch.
 
     Raises:
-        ValueError: examples cannot be split like that, or an environment has none.
+        ValueError: examples cannot be split like that.
     """
     if examples < 1:
         raise ValueError(
@@ -94,46 +115,54 @@ def make_groups(environments: Environments, examples: int) -> Groups:
             f"environments: expected one id for each of the {examples} examples of the batch, "
             f"but got {environments.shape[0]}"
         )
-    ids = environments.detach().cpu()
-    if int(ids.max()) >= examples:
-        raise ValueError(
-            "environments: expected ids from 0 on without gaps, fewer than the examples, but got "
-            f"{int(ids.max())} for {examples} examples; torch.unique(ids, return_inverse=True)[1] "
-            "numbers them"
-        )
-    sizes = torch.bincount(ids)
-    empty = (sizes == 0).nonzero()
-    if len(empty):
-        raise ValueError(
-            f"environments: expected ids from 0 to {len(sizes) - 1} without gaps, but environment "
-            f"{int(empty[0])} has no examples"
-        )
+    return group_rows(environments, int(environments.max()) + 1)
+
+
+def group_rows(ids: Tensor, environments: int) -> Groups:
+    """Return the partition of rows, given the environment of each, int64 ``[rows]``."""
+    sizes = torch.bincount(ids, minlength=environments)
     each = int(sizes[0])
-    regular = bool((sizes == each).all()) and bool((ids.diff() >= 0).all())
-    return Groups(examples, len(sizes), each if regular else None, ids)
+    regular = each > 0 and bool((sizes == each).all()) and bool((ids.diff() >= 0).all())
+    return Groups(len(ids), environments, each if regular else None, ids)
 
 
-def check_environments(environments: object) -> None:
-    """Raise unless the argument has one of the types and ranges that :func:`make_groups` takes."""
+def check_environments(environments: Environments) -> Checked:
+    """Return the argument as :func:`make_groups` takes it. Ids are numbered from 0 without gaps.
+
+    Raises:
+        TypeError: it is no number, and no integer id for each example.
+        ValueError: a number is not positive, or there are no ids.
+    """
     if environments is None:
-        return
-    if isinstance(environments, int) and not isinstance(environments, bool):
-        if environments < 1:
+        return None
+    if hasattr(environments, "__index__") and getattr(environments, "ndim", 0) == 0:
+        if isinstance(environments, bool) or environments < 1:
             raise ValueError(f"environments: expected a positive number, but got {environments}")
-        return
-    if not isinstance(environments, Tensor):
+        return operator.index(environments)
+    ids = _as_tensor(environments)
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 1:
         raise TypeError(
-            "environments: expected None, an int or an int64 tensor of ids, "
+            "environments: expected integer ids [examples], "
+            f"but got {dtype_name(ids.dtype)} of shape {tuple(ids.shape)}"
+        )
+    if len(ids) == 0:
+        raise ValueError("environments: expected ids for at least 1 example, but got none")
+    ids = ids.detach().cpu().long()
+    if int(ids.min()) == 0 and int(ids.max()) < len(ids) and bool((torch.bincount(ids) > 0).all()):
+        return ids
+    return torch.unique(ids, return_inverse=True)[1]
+
+
+def _as_tensor(environments: Any) -> Tensor:
+    """Return ids in a list, an array or a tensor as a tensor."""
+    if isinstance(environments, Tensor):
+        return environments
+    try:
+        if isinstance(environments, (str, bytes, dict, set)):
+            raise TypeError
+        return torch.as_tensor(environments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            "environments: expected None, an int, or the integer id of each example, "
             f"but got {type(environments).__name__}"
-        )
-    if environments.dtype != torch.int64 or environments.dim() != 1:
-        raise TypeError(
-            "environments: expected an int64 tensor [examples], "
-            f"but got {dtype_name(environments.dtype)} "
-            f"of shape {tuple(environments.shape)}"
-        )
-    if len(environments) == 0 or int(environments.min()) < 0:
-        got = "none" if len(environments) == 0 else f"{int(environments.min())}"
-        raise ValueError(
-            f"environments: expected ids from 0 on for at least 1 example, but got {got}"
-        )
+        ) from error

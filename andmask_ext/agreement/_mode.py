@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._constants import Constants
+from ._data import DataRecord
 
 
 class Backward(Protocol):
     """The replacement of ``torch.autograd.backward``."""
 
-    constants: Constants
+    data: DataRecord
     mode: BackwardMode
 
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
@@ -60,11 +60,13 @@ class BackwardMode(TorchFunctionMode):
             return _call_backward(self._backward_pass, *args, **(kwargs or {}))
         if func in _RECURRENT:
             with _without_fused_kernels():
-                return func(*args, **(kwargs or {}))
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        if isinstance(result, (Tensor, tuple)) or func is _SETITEM:
+                result = func(*args, **(kwargs or {}))
+        else:
+            result = func(*args, **kwargs) if kwargs else func(*args)
+        made = isinstance(result, (Tensor, tuple, list)) and type(result) is not torch.Size
+        if made or func is _SETITEM:
             name = getattr(func, "__name__", "")
-            self._backward_pass.constants.note(name, result, args, kwargs)
+            self._backward_pass.data.note(name, result, args, kwargs)
         return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +23,19 @@ class NodeGradient:
         node: the node.
         deltas: the gradient of each of its outputs.
         layouts: the batch axis of each; None: it has none.
-        groups: the environments.
+        partitions: the partitions that the layouts name. The first is that of the batch.
     """
 
     node: Node
     deltas: tuple[Tensor | None, ...]
     layouts: tuple[Layout | None, ...]
-    groups: Groups
+    partitions: Sequence[Groups]
+
+    @property
+    def groups(self) -> Groups:
+        """The environments of the rows of the only output."""
+        layout = self.layouts[0]
+        return self.partitions[0 if layout is None else layout.partition]
 
     @property
     def delta(self) -> Tensor:

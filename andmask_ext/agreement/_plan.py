@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
 
-from ._constants import Constants
+from ._data import DataRecord, Origin
 from ._formulas import axes_of
-from ._graph import HIDDEN_DATA, LOOKUPS, Graph, Operand
+from ._graph import HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
-from ._layout import Evidence, Layout, candidates, pick
-from ._nodes import has_hooks, saved_tensors, shape_of
+from ._layout import Code, Layout
+from ._nodes import has_hooks, shape_of
+from ._picks import PICKING, Pick, follow
+from ._reading import Evidences, Reader
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"
 _COMPILED = "CompiledFunctionBackward"
-
-# By the index of a node: the evidence on each of its outputs.
-Evidences = Mapping[int, list[Evidence]]
+# The gradient of a term does not depend on the other terms.
+_SUMS = frozenset((
+    "AddBackward0", "CatBackward0", "RsubBackward0", "StackBackward0", "SubBackward0",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Consumer:
         operands: its inputs that are computed from parameters only.
         layouts: the batch axis of each of its outputs; None: it has none.
         unseen: no probe had a gradient here, so a gradient is an error.
+        shared: the operands are terms of the loss. Each environment has them in full.
     """
 
     index: int
@@ -40,22 +44,24 @@ class Consumer:
     operands: tuple[Operand, ...]
     layouts: tuple[Layout | None, ...]
     unseen: bool = False
+    shared: bool = False
 
-    def at(self, graph: Graph, examples: int) -> Consumer | None:
+    def at(self, graph: Graph, partitions: Sequence[Groups]) -> Consumer | None:
         """Return this consumer for a graph of other sizes; None: the plan must be made again."""
         node = graph.nodes[self.index]
         now: list[Layout | None] = []
         for output, layout in enumerate(self.layouts):
             if layout is not None:
                 size = shape_of(node, output)[layout.axis]
-                if size != layout.before * examples * layout.after:
+                examples = partitions[layout.partition].examples
+                if size != layout.size * examples:
                     if size % examples or (layout.before == 1) == (layout.after == 1):
                         return None
                     factor = size // examples
                     layout = (
-                        Layout(layout.axis, 1, factor)
+                        replace(layout, after=factor)
                         if layout.before == 1
-                        else Layout(layout.axis, factor, 1)
+                        else replace(layout, before=factor)
                     )
             now.append(layout)
         operands = tuple(graph.operand(self.index, operand.edge) for operand in self.operands)
@@ -71,35 +77,39 @@ class Plan:
         leaves: the indices of the untracked leaves, which get plain gradients.
         deferred: functions in the graph run backward passes (reentrant checkpointing).
         certain: whether the plan holds for any backward pass of the same structure.
+        picks: the nodes that pick rows of data, see :func:`follow`.
+        contents: the nodes that must pick the same rows if the plan is to hold.
     """
 
     consumers: tuple[Consumer, ...]
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
+    picks: tuple[Pick, ...]
+    contents: tuple[int, ...]
 
-    def fits(self, graph: Graph, examples: int) -> bool:
+    def partitions(self, graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
+        """Return the partitions of rows of a pass; None: the plan does not hold for it."""
+        return follow(self.picks, graph, batches)
+
+    def fits(self, graph: Graph, partitions: Sequence[Groups]) -> bool:
         """Return whether a graph of the same structure has the same sizes."""
         for consumer in self.consumers:
             layout = consumer.layouts[0]
             if layout is not None:
                 size = shape_of(graph.nodes[consumer.index])[layout.axis]
-                if size != layout.before * examples * layout.after:
+                if size != layout.size * partitions[layout.partition].examples:
                     return False
             for operand in consumer.operands:
                 if shape_of(graph.nodes[operand.root], operand.output) != operand.shape:
                     return False
         return True
 
-    def at(self, graph: Graph, examples: int) -> Plan | None:
+    def at(self, graph: Graph, partitions: Sequence[Groups]) -> Plan | None:
         """Return this plan for a graph of other sizes; None: it must be made again."""
-        consumers = [consumer.at(graph, examples) for consumer in self.consumers]
+        consumers = [consumer.at(graph, partitions) for consumer in self.consumers]
         resized = tuple(consumer for consumer in consumers if consumer is not None)
         return replace(self, consumers=resized) if len(resized) == len(consumers) else None
-
-
-def _takes_statistics(node: Node) -> bool:
-    return bool(getattr(node, "_saved_training", True))
 
 
 def suspects(graph: Graph) -> list[int]:
@@ -123,29 +133,50 @@ def suspects(graph: Graph) -> list[int]:
     return indices
 
 
+def _takes_statistics(node: Node) -> bool:
+    return bool(getattr(node, "_saved_training", True))
+
+
+def witnesses(graph: Graph, known: Sequence[int]) -> list[int]:
+    """Return further nodes whose gradients tell where rows of the batch go."""
+    found: set[int] = set()
+    suspected = set(known)
+    for index, name in enumerate(graph.names):
+        if name in PICKING:
+            found.add(index)
+            found |= {entry[0] for entry in graph.edges[index] if entry is not None}
+        elif name in RESHAPES:
+            entry = graph.edges[index][0]
+            if entry is not None and entry[0] in suspected:
+                found.add(index)
+    return sorted(i for i in found - suspected if not isinstance(graph.names[i], tuple))
+
+
 def make_plan(
     graph: Graph,
-    groups: Groups,
+    batches: Sequence[Groups],
     evidences: Evidences,
-    constants: Constants,
+    code: Code | None,
+    data: DataRecord,
     check_mixing: bool,
-) -> Plan:
-    """Make the plan of a graph.
+) -> tuple[Plan, list[Groups]]:
+    """Make the plan of a graph, and the partitions of this pass.
 
     Args:
         graph: the graph of a backward pass.
-        groups: the environments.
+        batches: the partitions of the batch.
         evidences: the results of the mixing check.
-        constants: the tensors that are known to hold no data.
+        code: the powers of the environments; None: there is only one.
+        data: what the nodes are made of.
         check_mixing: refuse nodes that no probe has reached.
 
     Raises:
         RuntimeError: the gradients of the environments cannot be computed exactly.
     """
+    reader = Reader(graph, batches, evidences, code)
     weight = [False] * len(graph.nodes)
     consumers, leaves = [], []
     certain = True
-    trivial = groups.environments == 1
     for index in graph.children_first():
         node, name = graph.nodes[index], graph.names[index]
         if isinstance(name, tuple):
@@ -154,44 +185,49 @@ def make_plan(
                 leaves.append(index)
             continue
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
-        if not any(below):
-            continue
-        evidence = evidences.get(index)
-        if all(below) and (
-            not graph.may_carry_batch(index)
-            or (not trivial and _is_weight(graph, index, groups, evidence, constants))
-        ):
-            weight[index] = True
-            for output in range(len(graph.nodes[index]._input_metadata)):
-                _refuse_hooks(graph.nodes[index], name, output)
-            continue
-        if name == CHECKPOINT:
-            raise RuntimeError(
-                "Agreement: a parameter is an argument of a function under reentrant "
-                "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-            )
-        if name in _BATCH_NORMS and not trivial and _takes_statistics(node):
-            raise RuntimeError(
-                "Agreement: torch.nn.functional.batch_norm in training mode takes statistics over "
-                "all environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
-                "andmask_ext.backward with one forward pass per environment"
-            )
-        layouts, alone = _layouts(graph, index, groups, weight, evidence, check_mixing)
-        certain &= alone
-        operands = tuple(
-            graph.operand(index, edge)
-            for edge, entry in enumerate(graph.edges[index])
-            if entry and weight[entry[0]]
+        if any(below):
+            if all(below) and _is_weight(graph, index, reader, code, data):
+                weight[index] = True
+                for output in range(len(node._input_metadata)):
+                    _refuse_hooks(node, name, output)
+                continue
+            _refuse(name, node, code)
+            consumer, alone = _consumer(graph, index, name, weight, reader, code, check_mixing)
+            certain &= alone
+            consumers.append(consumer)
+        if name in PICKING and code is not None and not (below and below[0]):
+            reader.pick(index)
+    if any(weight[root] for root in graph.roots):
+        raise RuntimeError(
+            "Agreement: the loss, or one of several, is made of parameters only, so it belongs to "
+            "no environment; add it to the loss of the data: `(loss + penalty).backward()`"
         )
-        unseen = evidence is not None and not any(output.seen for output in evidence)
-        consumers.append(Consumer(index, name, operands, layouts, unseen and not trivial))
-    for root in graph.roots:
-        if weight[root]:
-            raise RuntimeError(
-                "Agreement: a term of the loss is made of parameters only: it belongs to no "
-                "environment; use weight_decay, or add its gradient outside of the context"
-            )
-    return Plan(tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain)
+    plan = Plan(
+        tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain and not reader.fixed,
+        tuple(reader.picks), tuple(reader.unexplained),
+    )  # fmt: skip
+    return plan, reader.partitions
+
+
+def _refuse(name: str, node: Node, code: Code | None) -> None:
+    """Raise RuntimeError if the gradients of a node's parameters cannot be computed."""
+    if name == _COMPILED:
+        raise RuntimeError(
+            "Agreement: the model, or a part of it that has parameters, was compiled with "
+            "torch.compile, which hides the uses of parameters in its backward pass; call the "
+            "original module (model._orig_mod) inside the context, or use andmask_ext.backward"
+        )
+    if name == CHECKPOINT:
+        raise RuntimeError(
+            "Agreement: a parameter is an argument of a function under reentrant "
+            "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+    if name in _BATCH_NORMS and code is not None and _takes_statistics(node):
+        raise RuntimeError(
+            "Agreement: torch.nn.functional.batch_norm in training mode takes statistics over "
+            "all environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
+            "andmask_ext.backward with one forward pass per environment"
+        )
 
 
 def _refuse_hooks(node: Node, name: str, output: int) -> None:
@@ -202,116 +238,110 @@ def _refuse_hooks(node: Node, name: str, output: int) -> None:
         )
 
 
-def refuse_compiled(graph: Graph) -> None:
-    """Raise RuntimeError if a part of the graph was compiled."""
-    if _COMPILED in graph.names:
-        raise RuntimeError(
-            "Agreement: the model, or a part of it, was compiled with torch.compile, which "
-            "hides the uses of parameters in its backward pass; call the original module "
-            "(model._orig_mod) inside the context, or use andmask_ext.backward"
-        )
-
-
-def _shapes(node: Node) -> list[tuple[int, ...]]:
-    return [shape_of(node, output) for output in range(len(node._input_metadata))]
-
-
 def _is_weight(
-    graph: Graph,
-    index: int,
-    groups: Groups,
-    evidence: list[Evidence] | None,
-    constants: Constants,
+    graph: Graph, index: int, reader: Reader, code: Code | None, data: DataRecord
 ) -> bool:
-    """Return whether a node's output depends on parameters only and has no batch axis."""
-    node, name = graph.nodes[index], graph.names[index]
-    assert isinstance(name, str)
-    shapes = _shapes(node)
-    if not any(candidates(shape, groups.examples, axes_of(name)) for shape in shapes):
+    """Return whether no data enter a node, all of whose inputs are computed from parameters."""
+    if not graph.may_carry_batch(index):
         return True
-    constant = _is_constant(graph, index, shapes[0], constants)
+    if code is None:  # the only environment owns everything
+        return False
+    node, name = graph.nodes[index], str(graph.names[index])
+    origin = data.of_node(node)
+    if name in ("ExpandBackward0", "RepeatBackward0"):
+        origin = Origin.FREE
+    if origin == Origin.FREE and name not in HIDDEN_DATA:
+        return True
     if name in HIDDEN_DATA and graph.is_table(index):
         return True
-    if evidence is None or not any(output.seen for output in evidence):
-        return constant and name not in LOOKUPS
-    if not any(output.left for output in evidence if output.seen):
-        return constant
-    # The gradients look like rows of the batch. Look-ups of constant lines may be such rows, for
-    # example of token types. Arithmetic with a constant cannot.
-    return constant and name in _KEEPING
-
-
-# Arithmetic that saves both its operands.
-_KEEPING = frozenset((
-    "AddmmBackward0", "BmmBackward0", "DivBackward0", "DotBackward0", "MmBackward0",
-    "MulBackward0", "MvBackward0",
-))  # fmt: skip
-_FILLING = frozenset(("MaskedFillBackward0", "MaskedFillBackward1", "WhereBackward0"))
-
-
-def _is_constant(graph: Graph, index: int, shape: tuple[int, ...], constants: Constants) -> bool:
-    """Return whether all inputs of a node other than parameters are known to hold no data."""
-    name, node = graph.names[index], graph.nodes[index]
-    if name in ("ExpandBackward0", "RepeatBackward0"):
-        return True
-    if name in ("AddBackward0", "SubBackward0"):  # with a constant of the same shape
-        return [shape_of(graph.nodes[e[0]], e[1]) for e in graph.edges[index] if e] == [shape]
-    whole = name in LOOKUPS or name in _KEEPING
-    if not (whole or (name in _FILLING and None not in graph.edges[index])):
-        return False
-    return all(
-        tensor.requires_grad or tensor.dim() == 0 or tensor in constants
-        for tensor in saved_tensors(node)
+    outputs = [(index, output) for output in range(len(node._input_metadata))]
+    if not reader.seen(index):
+        possible = any(reader.possible(at, axes_of(name)) for at in outputs)
+        return origin == Origin.FREE or not possible or (
+            origin == Origin.UNKNOWN and name not in LOOKUPS
+        )
+    rows = any(
+        (evidence := reader.evidence(at)) is not None
+        and evidence.seen
+        and reader.layouts(at, axes_of(name))
+        for at in outputs
+    )
+    if origin <= Origin.UNKNOWN:
+        # Look-ups of constant lines, such as token types, may be rows of the batch.
+        return not rows
+    return not rows and origin == Origin.HIDDEN and not any(
+        reader.possible(at, axes_of(name)) for at in outputs
     )
 
 
-def _layouts(
+def _consumer(
     graph: Graph,
     index: int,
-    groups: Groups,
+    name: str,
     weight: Sequence[bool],
-    evidence: list[Evidence] | None,
+    reader: Reader,
+    code: Code | None,
     check_mixing: bool,
-) -> tuple[tuple[Layout | None, ...], bool]:
-    """Return the batch axis of each output, and whether it holds for other gradients too."""
-    name, node = graph.names[index], graph.nodes[index]
-    assert isinstance(name, str)
-    trivial = groups.environments == 1
+) -> tuple[Consumer, bool]:
+    """Return the consumer, and whether it holds for other gradients too."""
+    edges = graph.edges[index]
+    operands = tuple(
+        graph.operand(index, edge) for edge, entry in enumerate(edges) if entry and weight[entry[0]]
+    )
+    outputs = len(graph.nodes[index]._input_metadata)
+    reached = reader.evidence((index, 0)) is not None
+    terms = all(math.prod(operand.shape) == 1 for operand in operands)
+    if code is not None and not reached and terms:
+        single = math.prod(reader.shape((index, 0))) == 1
+        if name in _SUMS and (single or name in ("StackBackward0", "CatBackward0")):
+            return Consumer(index, name, operands, (None,) * outputs, shared=True), True
+        if single:
+            raise RuntimeError(
+                f"Agreement: a parameter is joined with the loss of the whole batch (at {name}), "
+                "such as a learned weight of a loss, so the loss of each environment is needed "
+                "there; multiply the losses of the examples before their mean is taken: "
+                "`(weight * F.mse_loss(x, y, reduction='none').mean(1)).mean()`, or use "
+                "andmask_ext.backward with one loss per environment"
+            )
+    axes = axes_of(name)
+    for operand in operands:
+        if axes_of(name, operand.edge) != axes:
+            axes = axes_of(name, operand.edge)
     layouts: list[Layout | None] = []
     certain = True
-    for output, shape in enumerate(_shapes(node)):
-        seen = None if evidence is None else evidence[output]
-        axes = axes_of(name)
-        for edge, entry in enumerate(graph.edges[index]):
-            if entry and weight[entry[0]] and axes_of(name, edge) != axes:
-                axes = axes_of(name, edge)
-        layout, alone = pick(seen, shape, groups.examples, axes, trivial)
+    for output in range(outputs):
+        at = (index, output)
+        evidence = reader.evidence(at)
+        layout, alone = reader.choose(at, axes)
         layouts.append(layout)
-        if output > 0 and (seen is None or not seen.seen):
+        if output > 0 and (evidence is None or not evidence.seen):
             continue  # not used
-        if trivial:
-            continue  # the only environment owns everything
-        certain &= alone and (seen is None or seen.seen)
-        if layout is None and seen is not None and candidates(shape, groups.examples, None):
-            raise RuntimeError(
-                f"Agreement: environments mix in the model: the gradient at {name} (output of "
-                f"shape {shape}) depends on examples of other environments, or its rows are not "
-                f"those of the batch of {groups.examples}; use andmask_ext.backward, with one "
-                "forward pass per environment (if a parameter is combined with a constant here, "
-                "register the constant as a buffer)"
-            )
-        if layout is None and math.prod(shape) == 1:
-            raise RuntimeError(
-                f"Agreement: a term of the loss is made of parameters only (it enters at {name}): "
-                "it belongs to no environment; use weight_decay, or add its gradient outside of "
-                "the context"
-            )
-        if layout is None or (check_mixing and seen is None):
-            raise RuntimeError(
-                f"Agreement: cannot tell where the batch of {groups.examples} examples lies in the "
-                f"output of {name}, of shape {shape}; expected a model that is called inside the "
-                "context and returns the tensors that the loss is computed from, with the batch in "
-                "dimension batch_dim; or pass check_mixing='never' if environments do not mix and "
-                "shapes leave one possibility; or use andmask_ext.backward"
-            )
-    return tuple(layouts), certain
+        if code is None:
+            continue
+        certain &= alone and (evidence is None or evidence.seen)
+        if layout is None or (check_mixing and evidence is None):
+            shape, examples = reader.shape(at), reader.partitions[0].examples
+            if evidence is not None and evidence.seen:
+                raise RuntimeError(_mixing(name, shape, examples))
+            raise RuntimeError(_not_found(name, shape, examples))
+    unseen = reached and not reader.seen(index) and code is not None
+    return Consumer(index, name, operands, tuple(layouts), unseen), certain
+
+
+def _mixing(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: environments mix in the model: the gradient at {name} (output of shape "
+        f"{tuple(shape)}, batch of {examples}) depends on examples of several environments; use "
+        "andmask_ext.backward, with one forward pass per environment"
+    )
+
+
+def _not_found(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: cannot tell where the batch of {examples} examples lies in the output of "
+        f"{name}, of shape {tuple(shape)}; expected a model that is called inside the context and "
+        "returns the tensors that the loss is computed from; if their batch is not in dimension "
+        "batch_dim, pass Agreement(output_batch_dim=...); if the number of examples is not "
+        f"{examples}, pass batch_size=... to the context, or the environment of each example; or "
+        "use andmask_ext.backward"
+    )

@@ -1,0 +1,185 @@
+"""Nodes that pick rows by an index: how the environments of rows follow from the index.
+
+Such a node relates a large tensor, from which rows are picked or to which they are added, to a
+small one, which holds the picked rows. Mixtures of experts, look-ups of the last token and graph
+networks move rows like that, and the indices change at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ._graph import Graph
+from ._groups import Groups, group_rows
+from ._layout import Layout
+from ._nodes import saved, shape_of
+
+# The number of the input that is the small tensor; None: the output is.
+PICKING: dict[str, int | None] = {
+    "CummaxBackward0": None,
+    "CumminBackward0": None,
+    "GatherBackward0": None,
+    "IndexAddBackward0": 1,
+    "IndexBackward0": None,
+    "IndexCopyBackward0": 1,
+    "IndexPutBackward0": 1,
+    "IndexReduceBackward0": 1,
+    "IndexSelectBackward0": None,
+    "KthvalueBackward0": None,
+    "MaskedScatterBackward0": 1,
+    "MaskedSelectBackward0": None,
+    "MaxBackward0": None,
+    "MedianBackward1": None,
+    "MinBackward0": None,
+    "ModeBackward0": None,
+    "ScatterAddBackward0": 1,
+    "ScatterBackward0": 1,
+    "ScatterBackward1": 1,
+    "ScatterReduceBackward0": 1,
+    "SortBackward0": None,
+    "TakeBackward0": None,
+    "TopkBackward0": None,
+}
+_ORDERING = (
+    "CummaxBackward0", "CumminBackward0", "KthvalueBackward0", "MaxBackward0", "MedianBackward1",
+    "MinBackward0", "ModeBackward0", "SortBackward0", "TopkBackward0",
+)  # fmt: skip
+_BY_INDEX = ("IndexBackward0", "IndexPutBackward0")
+_BY_ROW = ("IndexAddBackward0", "IndexCopyBackward0", "IndexReduceBackward0",
+           "IndexSelectBackward0")  # fmt: skip
+
+Rows = tuple[Tensor, int]  # the environment of each row, and the axis of the rows
+
+
+@dataclass(frozen=True)
+class Pick:
+    """A node that picks rows of a tensor whose batch axis is known.
+
+    Attributes:
+        index: the index of the node.
+        large: the batch axis of the large tensor.
+        small: the batch axis of the small one, which must follow from the index.
+    """
+
+    index: int
+    large: Layout
+    small: Layout
+
+
+def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
+    """Return the partitions of a pass: those of the batch, and those of rows that were picked.
+
+    Args:
+        picks: in an order in which each partition is made before it is used.
+        graph: the graph of the pass.
+        batches: the partitions of the batch.
+
+    Returns:
+        None: rows are not picked as they were in the mixing check, which must run again.
+    """
+    partitions = list(batches)
+    for pick in picks:
+        node, name = graph.nodes[pick.index], str(graph.names[pick.index])
+        groups, large = partitions[pick.large.partition], pick.large
+        if shape_of_large(graph, pick.index)[large.axis] != large.size * groups.examples:
+            return None
+        rows = route(node, name, large.spread(groups.ids), large.axis, graph, pick.index)
+        if rows is None or rows[1] != pick.small.axis:
+            return None
+        if pick.small.partition == len(partitions):
+            partitions.append(group_rows(rows[0], groups.environments))
+        elif not torch.equal(pick.small.spread(partitions[pick.small.partition].ids), rows[0]):
+            return None
+    return partitions
+
+
+def shape_of_large(graph: Graph, index: int) -> tuple[int, ...]:
+    """Return the shape of the large tensor of a picking node."""
+    if PICKING[str(graph.names[index])] is not None:
+        return shape_of(graph.nodes[index])
+    entry = graph.edges[index][0]
+    assert entry is not None
+    return shape_of(graph.nodes[entry[0]], entry[1])
+
+
+def route(
+    node: Node, name: str, ids: Tensor, axis: int, graph: Graph, index: int
+) -> Rows | None:
+    """Return the environment of each row of the small tensor; None: rows have no single one.
+
+    Args:
+        node: the node.
+        name: its type.
+        ids: the environment of each row of the large tensor along ``axis``.
+        axis: the batch axis of the large tensor.
+        graph: the graph of the node.
+        index: its index there.
+    """
+    if name in _BY_INDEX:
+        return _indexed(saved(node, "indices"), ids, axis)
+    if name == "MaskedSelectBackward0":
+        return _masked(saved(node, "mask"), ids, axis, shape_of_large(graph, index))
+    if not hasattr(node, "_saved_dim"):
+        return None
+    dims = len(shape_of_large(graph, index))
+    dim = _signed(saved(node, "dim")) % max(1, dims)
+    if name in _ORDERING:  # along another axis they stay in their row
+        if dim == axis:
+            return None
+        return ids, axis - (dim < axis and len(shape_of(node)) < dims)
+    indices = saved(node, "index")
+    if name in _BY_ROW:
+        return (ids[indices.cpu().reshape(-1)], axis) if dim == axis else (ids, axis)
+    if dim == axis:
+        return _along_one_axis(ids[indices.cpu()], 0)
+    return ids[: indices.shape[axis]], axis
+
+
+def _signed(dim: Any) -> int:
+    return int(dim) if dim < 2**63 else int(dim) - 2**64  # nodes save dimensions as unsigned
+
+
+def _indexed(indices: Sequence[Tensor | None], ids: Tensor, axis: int) -> Rows | None:
+    places: dict[int, Tensor] = {}  # by dimension of the large tensor
+    dim = 0
+    for one in indices:
+        if one is not None and one.dtype in (torch.bool, torch.uint8):
+            for found in one.nonzero(as_tuple=True):
+                places[dim] = found.cpu()
+                dim += 1
+            continue
+        if one is not None:
+            places[dim] = one.cpu()
+        dim += 1
+    lead = torch.broadcast_shapes(*(place.shape for place in places.values()))
+    used = sorted(places)
+    adjacent = used == list(range(used[0], used[0] + len(used)))
+    at = used[0] if adjacent else 0  # where the dimensions of the indices go
+    if axis in places:
+        return _along_one_axis(ids[places[axis].expand(lead)], at)
+    before = sum(one < axis for one in used)
+    return ids, axis - before + (len(lead) if not adjacent or before else 0)
+
+
+def _masked(mask: Tensor, ids: Tensor, axis: int, shape: Sequence[int]) -> Rows:
+    view = [1] * len(shape)
+    view[axis] = -1
+    everywhere = torch.broadcast_shapes(mask.shape, tuple(shape))
+    return ids.view(view).expand(everywhere)[mask.cpu().expand(everywhere)], 0
+
+
+def _along_one_axis(ids: Tensor, first: int) -> Rows | None:
+    """Return ids that vary along one axis only, with the number of this axis from ``first`` on."""
+    if ids.dim() == 0:
+        return None
+    for axis in range(ids.dim()):
+        row = ids.movedim(axis, 0).flatten(1)[:, :1] if ids.numel() else ids.new_zeros(0, 1)
+        if bool((ids.movedim(axis, 0).flatten(1) == row).all()):
+            return row[:, 0].contiguous(), first + axis
+    return None

@@ -1,0 +1,199 @@
+"""Reading of the mixing check: the batch axis of each output of a node."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ._graph import RESHAPES, Graph
+from ._groups import Groups, group_rows
+from ._layout import Code, Evidence, Layout, candidates, fits, split_of
+from ._nodes import shape_of
+from ._picks import PICKING, Pick, Rows, route
+
+# By the index of a node: the evidence on each of its outputs.
+Evidences = Mapping[int, list[Evidence]]
+
+At = tuple[int, int]  # the index of a node, and the number of its output
+
+
+class Reader:
+    """Finds batch axes. Rows that nodes pick by an index get partitions of their own.
+
+    Args:
+        graph: the graph of a backward pass.
+        batches: the partitions of the batch.
+        evidences: the results of the mixing check.
+        code: the powers of the environments; None: there is only one.
+
+    Attributes:
+        picks: the nodes that move rows, and whose indices explain the environments of the rows.
+        unexplained: the other nodes that pick rows of data.
+        partitions: the partitions of the batch, and those of picked rows.
+        fixed: whether a partition holds for this pass only.
+    """
+
+    def __init__(
+        self, graph: Graph, batches: Sequence[Groups], evidences: Evidences, code: Code | None
+    ) -> None:
+        self.picks: list[Pick] = []
+        self.unexplained: list[int] = []
+        self.partitions = list(batches)
+        self.fixed = False
+        self._graph = graph
+        self._static = len(batches)
+        self._evidences = evidences
+        self._code = code
+        self._origins: dict[int, int] = {}  # number of a partition -> node that picked its rows
+        self._users: dict[int, list[int]] = {}
+        for user, edges in enumerate(graph.edges):
+            for entry in edges:
+                if entry is not None:
+                    self._users.setdefault(entry[0], []).append(user)
+
+    def shape(self, at: At) -> tuple[int, ...]:
+        """Return the shape of an output."""
+        return shape_of(self._graph.nodes[at[0]], at[1])
+
+    def evidence(self, at: At) -> Evidence | None:
+        """Return the evidence on an output; None: no probe could reach the node."""
+        found = self._evidences.get(at[0])
+        return None if found is None else found[at[1]]
+
+    def seen(self, index: int) -> bool:
+        """Return whether a gradient reached a node in a probe."""
+        return any(output.seen for output in self._evidences.get(index, ()))
+
+    def possible(self, at: At, axes: Sequence[int] | None) -> list[Layout]:
+        """Return the layouts that the shape of an output allows, the most usual first."""
+        shape = self.shape(at)
+        for number in range(self._static):
+            found = candidates(shape, self.partitions[number].examples, axes, number)
+            if found:
+                return found
+        return []
+
+    def layouts(self, at: At, axes: Sequence[int] | None = None) -> list[Layout]:
+        """Return the layouts that agree with all probes."""
+        evidence, shape = self.evidence(at), self.shape(at)
+        if evidence is None or self._code is None:
+            return self.possible(at, axes)
+        for number in range(self._static):
+            groups = self.partitions[number]
+            left = [
+                layout
+                for layout in candidates(shape, groups.examples, axes, number)
+                if (ids := evidence.ids(layout.axis, self._code)) is not None
+                and fits(layout.spread(groups.ids), ids)
+            ]
+            if left:
+                return left
+        for axis in range(len(shape)) if axes is None else axes:
+            ids = evidence.ids(axis, self._code) if axis < len(shape) else None
+            number = None if ids is None else self._source(at[0], ids)
+            if number is not None:
+                return [Layout(axis, 1, 1, number)]
+        return []
+
+    def choose(self, at: At, axes: Sequence[int] | None) -> tuple[Layout | None, bool]:
+        """Return the layout of an output (None: there is none), and whether it is the only one."""
+        left = self.layouts(at, axes)
+        if not left:
+            return self._fix(at, axes), False
+        shape = self.shape(at)
+        # If the probes leave several layouts, all of them treat the gradients of this graph alike.
+        # For another graph of the same structure they may differ.
+        if len({split_of(shape, layout) for layout in left}) > 1:
+            left = self._as_reshaped(at, left)
+        alone = len({split_of(shape, layout) for layout in left}) == 1
+        sure = self._code is None or self.evidence(at) is not None
+        return (left[0] if alone or sure else None), alone or self._code is None
+
+    def _as_reshaped(self, at: At, left: list[Layout]) -> list[Layout]:
+        """Keep the layouts that agree with the tensor's next shape, where axes are apart."""
+        shape = self.shape(at)
+        for user in self._users.get(at[0], ()):
+            if self._graph.names[user] in RESHAPES and self.evidence((user, 0)) is not None:
+                shape_after = self.shape((user, 0))
+                splits = {split_of(shape_after, one) for one in self.layouts((user, 0))}
+                same = [layout for layout in left if split_of(shape, layout) in splits]
+                if same and len(splits) == 1:
+                    return same
+        return left
+
+    def _fix(self, at: At, axes: Sequence[int] | None) -> Layout | None:
+        """Return a layout for rows that no index explains. It holds for this pass only."""
+        evidence, shape = self.evidence(at), self.shape(at)
+        if evidence is None or self._code is None or not evidence.seen:
+            return None
+        for axis in range(len(shape)) if axes is None else axes:
+            ids = evidence.ids(axis, self._code) if axis < len(shape) else None
+            if ids is not None and bool((ids >= 0).any()):
+                self.fixed = True
+                self.partitions.append(group_rows(ids.clamp(min=0), self._code.environments))
+                return Layout(axis, 1, 1, len(self.partitions) - 1)
+        return None
+
+    def _source(self, index: int, ids: Tensor) -> int | None:
+        """Return the partition of the nearest node below that picked rows of these environments."""
+        matching = {
+            node: number
+            for number, node in self._origins.items()
+            if fits(self.partitions[number].ids, ids)
+        }
+        if not matching:
+            return None
+        seen, waiting = {index}, [index]
+        for at in waiting:
+            if at in matching:
+                return matching[at]
+            for entry in self._graph.edges[at]:
+                if entry is not None and entry[0] not in seen:
+                    seen.add(entry[0])
+                    waiting.append(entry[0])
+        return None
+
+    # ---- nodes that pick rows ----
+
+    def pick(self, index: int) -> None:
+        """Explain a node that picks rows of data. All nodes below it must have been explained."""
+        name = str(self._graph.names[index])
+        if not self._explains(index, name, PICKING[name]):
+            self.unexplained.append(index)
+
+    def _explains(self, index: int, name: str, small_input: int | None) -> bool:
+        edges = self._graph.edges[index]
+        large: At | None = (index, 0)
+        small: At | None = (index, 0)
+        if small_input is None:
+            large = edges[0]
+        else:
+            small = edges[small_input]
+        if large is None or small is None or self._code is None:
+            return False
+        evidence = self.evidence(small)
+        if evidence is None or not evidence.seen or self.evidence(large) is None:
+            return False
+        for layout in self.layouts(large):
+            ids = layout.spread(self.partitions[layout.partition].ids)
+            rows = route(self._graph.nodes[index], name, ids, layout.axis, self._graph, index)
+            if rows is None:
+                continue
+            found = evidence.ids(rows[1], self._code)
+            if found is not None and fits(rows[0], found):
+                if rows[0] is not ids:  # else all rows stay where they are, for any index
+                    self.picks.append(Pick(index, layout, self._small(index, small, rows)))
+                return True
+        return False
+
+    def _small(self, index: int, small: At, rows: Rows) -> Layout:
+        ids, axis = rows
+        for layout in self.layouts(small, (axis,)):
+            if torch.equal(layout.spread(self.partitions[layout.partition].ids), ids):
+                return layout
+        assert self._code is not None
+        self.partitions.append(group_rows(ids, self._code.environments))
+        self._origins[len(self.partitions) - 1] = index
+        return Layout(axis, 1, 1, len(self.partitions) - 1)
