@@ -22,7 +22,7 @@ from ._contributions import (
 from ._graph import Operand
 from ._layout import Layout
 from ._node_gradient import NodeGradient, environments_of
-from ._nodes import aside, call_node
+from ._nodes import aside, call_node, computes_all
 
 _NO_PADDING = (2**64 - 1, -1)
 
@@ -351,7 +351,14 @@ def _one_by_one(node_grad: NodeGradient, name: str, operand: Operand) -> Contrib
         def body() -> None:
             for environment in range(begin, end):
                 grad = call_node(node_grad.node, operand.edge, of_environment(environment))
-                grad = like.new_zeros(operand.shape) if grad is None else grad
+                if grad is None:  # it is zero, unless this pass computes only what it needs
+                    if not computes_all():
+                        raise RuntimeError(
+                            f"Agreement: expected the gradient of input {operand.edge} of {name}, "
+                            "but the backward pass in which it was called left it out; use "
+                            "andmask_ext.backward, and report this as a fault of andmask_ext"
+                        )
+                    grad = like.new_zeros(operand.shape)
                 by_environment.append(grad.sum_to_size(operand.shape))  # as the engine does
 
         aside(body)

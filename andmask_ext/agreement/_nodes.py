@@ -99,13 +99,22 @@ def aside(body: Callable[[], None]) -> None:
     """Run ``body`` in a separate backward pass, so that nodes compute all gradients.
 
     In a backward pass with ``inputs``, a node that is called computes only the gradients that this
-    pass needs.
+    pass needs. No mode may turn the separate pass into one with ``inputs``.
     """
+    with torch._C.DisableTorchFunction():
+        with torch.enable_grad():
+            end: Tensor = _Aside.apply(  # type: ignore[no-untyped-call]
+                torch.zeros((), requires_grad=True), body
+            )
+        torch.autograd.backward(end)
+
+
+def computes_all() -> bool:
+    """Return whether a node that is called now computes gradients that no pass has asked for."""
     with torch.enable_grad():
-        end: Tensor = _Aside.apply(  # type: ignore[no-untyped-call]
-            torch.zeros((), requires_grad=True), body
-        )
-    torch.autograd.backward(end)
+        node = (torch.ones((), requires_grad=True) * 2).grad_fn
+    assert node is not None
+    return call_node(node, 0, [torch.ones(())]) is not None
 
 
 def has_hooks(node: Node, output: int) -> bool:
