@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -115,6 +115,14 @@ def computes_all() -> bool:
         node = (torch.ones((), requires_grad=True) * 2).grad_fn
     assert node is not None
     return call_node(node, 0, [torch.ones(())]) is not None
+
+
+def refuse_sparse() -> NoReturn:
+    """Raise TypeError: a gradient is sparse."""
+    raise TypeError(
+        "Agreement: expected dense gradients, but got a sparse one, as of an embedding with "
+        "sparse=True; construct it with sparse=False"
+    )
 
 
 def has_hooks(node: Node, output: int) -> bool:
