@@ -14,7 +14,7 @@ import andmask_ext as am
 from andmask_ext.agreement import _formulas
 
 from ..models import curved
-from .exact_loop import RULE, check
+from .exact_loop import RULE, check, loop
 from .layers import Function, rand
 
 # A region within a reentrant region is called without gradients at first.
@@ -139,3 +139,78 @@ def test_a_gradient_that_is_left_out_is_no_zero(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RuntimeError, match=r"of MaximumBackward0, but .* left it out"):
         check(built, curved, rand(6, 4))
     assert all(param.grad is None for param in built.parameters())
+
+
+# ---- backward passes of functions ----
+
+
+@pytest.mark.parametrize("chosen", [["a.weight"], ["b.weight", "v"], ["w", "a.bias"]], ids=str)
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
+def test_parameters_that_are_left_out(place: Callable[..., Tensor], chosen: list[str]) -> None:
+    """They get their plain gradients, of which the check for mixing leaves nothing behind."""
+    built, x = model(USES["maximum"], place), rand(6, 4)
+    params = dict(built.named_parameters())
+    plain = {name: grads.mean(0) for name, grads in loop(built, curved, [x]).items()}
+    agreement = am.Agreement(built, RULE, [params[name] for name in chosen])
+    for _ in range(2):
+        for param in params.values():
+            param.grad = torch.ones_like(param)
+        with agreement():
+            curved(built, x).backward()
+        for name in set(params) - set(chosen):
+            torch.testing.assert_close(params[name].grad, 1 + plain[name])
+
+
+class Reversible(torch.autograd.Function):
+    """A layer that computes its input again, and adds to the gradients of its parameters itself."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module, weight: Tensor | None) -> Tensor:
+        ctx.layer, ctx.weight = layer, weight
+        ctx.save_for_backward(x)
+        return Reversible.value(x, layer, weight)
+
+    @staticmethod
+    def value(x: Tensor, layer: nn.Module, weight: Tensor | None) -> Tensor:
+        return layer(x).tanh() * (1 if weight is None else weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            value = Reversible.value(x, ctx.layer, ctx.weight)
+        torch.autograd.backward(value, grad)
+        return x.grad, None, None
+
+
+@pytest.mark.parametrize("argument", [False, True])
+def test_a_function_that_runs_a_backward_pass(argument: bool) -> None:
+    built = Function(
+        lambda s, x: s.b(Reversible.apply(s.a(x), s.r, s.w if argument else None)),
+        a=nn.Linear(4, 4), r=nn.Linear(4, 4), b=nn.Linear(4, 4), w=rand(4),
+    ).double()  # fmt: skip
+    x = rand(6, 4)
+    message = r"runs a backward pass inside its backward.* environment\(micro_batches=None\)"
+    with pytest.raises(RuntimeError, match=message), am.Agreement(built, RULE)():
+        curved(built, x).backward()
+    assert all(param.grad is None for param in built.parameters())
+    # The remedy is exact.
+    grads = loop(built, curved, [x])
+    optimizer = am.optim.AndMaskSGD(built.parameters(), lr=1.0, tau=RULE.tau, rescale=RULE.rescale)
+    for row in x:
+        with optimizer.environment(micro_batches=None):
+            curved(built, row[None]).backward()
+    optimizer.write_grads()
+    for name, param in built.named_parameters():
+        expected = RULE(grads[name])
+        got = torch.zeros_like(param) if param.grad is None else param.grad
+        torch.testing.assert_close(got, expected)
+    # So are the parameters that no such function reaches.
+    built.zero_grad()
+    free = [built.a.weight, built.b.weight]
+    with am.Agreement(built, RULE, free)():
+        curved(built, x).backward()
+    for name in ("a.weight", "b.weight"):
+        torch.testing.assert_close(built.get_parameter(name).grad, RULE(grads[name]))
+    for name in ("a.bias", "r.weight", "r.bias"):
+        torch.testing.assert_close(built.get_parameter(name).grad, grads[name].mean(0))
