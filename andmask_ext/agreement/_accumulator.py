@@ -155,7 +155,11 @@ class GradientAccumulator:
     def _is_whole(self, target: Target, entry: Entry) -> bool:
         """Return whether a native op can add this entry, and the entry covers the parameter."""
         contiguous = target.param.is_contiguous()
-        return entry.view.full and contiguous and entry.is_direct(target.moments._counts_zeros)
+        return (
+            entry.view.full
+            and contiguous
+            and entry.is_direct(target.param, target.moments._counts_zeros)
+        )
 
     def _add_directly(self, target: Target, entries: list[Entry], squares: Tensor | None) -> str:
         """Let native ops add entries whose gradients need not be summed before they vote.
@@ -180,7 +184,8 @@ class GradientAccumulator:
         partial_use = elements < target.param.numel()
         if partial_use and target.moments._counts_zeros:
             return "a part of it is used, and the rule counts zeros"
-        if not all(entry.is_direct(target.moments._counts_zeros) for entry in entries):
+        zeros = target.moments._counts_zeros
+        if not all(entry.is_direct(target.param, zeros) for entry in entries):
             return "no kernel adds such a use to such a view"
         contribution, view = entries[0].contribution, entries[0].view
         if len(entries) == 1 and isinstance(contribution, Stacked):

@@ -20,7 +20,7 @@ from ._groups import Environments, Groups
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
-from ._nodes import leaf
+from ._nodes import leaf, untouched
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
 from ._setup import Setup
 
@@ -102,7 +102,9 @@ class BackwardPass:
             return
         raise RuntimeError(
             f"Agreement: {self._setup.name(param)} received a gradient from a backward pass that "
-            "was not seen; expected loss.backward() in the thread of the context"
+            "was not seen; expected loss.backward() in the thread of the context (for a function "
+            "that runs a backward pass inside its backward, as reversible layers do, use "
+            "environment(micro_batches=None) of an optimizer of andmask_ext.optim)"
         )
 
     def require_complete(self, before: Sequence[tuple[Tensor, Tensor | None, int]]) -> None:
@@ -270,7 +272,8 @@ class BackwardPass:
                 ]
                 self.constants.data = {storage(one) for one in self.recorder.inputs}
                 probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
-                self._mixing.find(graph, probe, anchors, self.recorder.batch_dim, groups)
+                with untouched(self._setup.model.parameters()):
+                    self._mixing.find(graph, probe, anchors, self.recorder.batch_dim, groups)
             evidence = self._mixing.evidence(inner)
             plan = make_plan(graph, groups, evidence, self.constants, check_mixing != "never")
         if not inner:

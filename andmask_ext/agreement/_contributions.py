@@ -18,9 +18,13 @@ from ._layout import Layout
 
 
 class Contribution:
-    """Base class. ``shape`` is the shape of the operand that the gradient belongs to."""
+    """Base class. ``shape`` is the shape of the operand that the gradient belongs to.
+
+    ``grads`` is a factor of the gradients in their dtype. Only `OneByOne` has none.
+    """
 
     path: str
+    grads: Tensor
     shape: tuple[int, ...]
 
     def stacked(self, begin: int, end: int) -> Tensor:
@@ -153,13 +157,13 @@ class Lookup(Contribution):
     """Gradients of a table in which each row looks up one line.
 
     Attributes:
-        rows: ``[rows, columns]``, the gradients of the rows.
+        grads: ``[rows, columns]``, the gradients of the rows.
         lines: ``[rows]``, int64, the line of the table that each row looks up.
         environments: ``[rows]``, int64, the environment of each row.
         shape: the shape of the table.
     """
 
-    rows: Tensor
+    grads: Tensor
     lines: Tensor
     environments: Tensor
     shape: tuple[int, ...]
@@ -167,18 +171,18 @@ class Lookup(Contribution):
     path = "lines of a table"
 
     def stacked(self, begin: int, end: int) -> Tensor:
-        wide = wide_dtype(self.rows)
+        wide = wide_dtype(self.grads)
         chosen = (self.environments >= begin) & (self.environments < end)
-        table = self.rows.new_zeros((end - begin) * self.shape[0], self.shape[1], dtype=wide)
+        table = self.grads.new_zeros((end - begin) * self.shape[0], self.shape[1], dtype=wide)
         line = (self.environments[chosen] - begin) * self.shape[0] + self.lines[chosen]
-        return table.index_add_(0, line, self.rows[chosen].to(wide)).view(end - begin, *self.shape)
+        return table.index_add_(0, line, self.grads[chosen].to(wide)).view(end - begin, *self.shape)
 
     def segments(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return one gradient per line and environment that uses it, the lines, environments."""
         every = self.environments * self.shape[0] + self.lines
         keys, segment = torch.unique(every, return_inverse=True)
-        sums = self.rows.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.rows))
-        sums.index_add_(0, segment, self.rows.to(sums.dtype))
+        sums = self.grads.new_zeros(len(keys), self.shape[1], dtype=wide_dtype(self.grads))
+        sums.index_add_(0, segment, self.grads.to(sums.dtype))
         return sums, keys % self.shape[0], keys // self.shape[0]
 
 

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ._contributions import Contribution, Convolution, Lookup, Outer, Stacked
+from .._dtypes import wide_dtype
+from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Stacked
 from ._graph import Graph, Operand
+from ._nodes import refuse_sparse
 from ._views import View
 
 
@@ -30,13 +32,18 @@ class Entry:
         assert self.operand.view is not None
         return self.operand.view
 
-    def is_direct(self, zeros_count: bool) -> bool:
+    def is_direct(self, param: Tensor, zeros_count: bool) -> bool:
         """Return whether a kernel can add this entry to its view of the moments.
 
         Args:
+            param: the parameter.
             zeros_count: whether a gradient of zero changes the moments too.
         """
         contribution, view = self.contribution, self.view
+        if isinstance(contribution, OneByOne):
+            return False
+        if wide_dtype(contribution.grads) != wide_dtype(param):  # there is a cast between them
+            return False
         if isinstance(contribution, Outer):
             return _is_matrix(view, contribution)
         if isinstance(contribution, Convolution):
@@ -49,6 +56,8 @@ class Entry:
         """Return the parameter's gradients in environments [begin, end), one per row."""
         stacked, view = self.contribution.stacked(begin, end), self.operand.view
         if view is not None:
+            if wide_dtype(stacked) != wide_dtype(param):
+                stacked = stacked.to(param.dtype)  # as the cast of the parameter does
             if view.order == "same":
                 return stacked.reshape(end - begin, *param.shape)
             gradients = stacked.new_zeros(end - begin, *param.shape)
@@ -57,9 +66,17 @@ class Entry:
         root, output = self.graph.nodes[self.operand.root], self.operand.output
         edge = GradientEdge(root, output)
         dtype = root._input_metadata[output].dtype
-        return torch.stack([
-            torch.autograd.grad([edge], [param], [grad.to(dtype)], True)[0] for grad in stacked
-        ])  # fmt: skip
+        return torch.stack([_through(edge, param, grad.to(dtype)) for grad in stacked])
+
+
+def _through(edge: GradientEdge, param: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient of a parameter, given that of a function of it."""
+    # Some formulas of torch take it for granted that a gradient begins its memory.
+    grad = grad.clone(memory_format=torch.contiguous_format) if grad.storage_offset() else grad
+    (through,) = torch.autograd.grad([edge], [param], [grad], True, materialize_grads=True)
+    if through.layout != torch.strided:
+        refuse_sparse()
+    return through
 
 
 def _is_matrix(view: View, contribution: Outer) -> bool:

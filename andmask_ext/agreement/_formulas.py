@@ -22,7 +22,7 @@ from ._contributions import (
 )
 from ._graph import Operand
 from ._node_gradient import NodeGradient, environments_of
-from ._nodes import aside, call_node
+from ._nodes import aside, call_node, computes_all, refuse_sparse
 
 _NO_PADDING = (2**64 - 1, -1)
 
@@ -104,13 +104,15 @@ def _convolution(node_grad: NodeGradient, edge: int, shape: Shape) -> Contributi
     if edge == 2:
         return node_grad.summed(delta.flatten(2).sum(2, dtype=None), shape)
     images, grads = saved("input").to(delta.dtype), delta
-    if saved("transposed"):
-        images, grads = grads, images
     spatial = delta.dim() - 2
     stride, padding, dilation = (
         [int(size) for size in sizes] * (spatial if len(sizes) == 1 else 1)
         for sizes in map(saved, ("stride", "padding", "dilation"))
     )
+    if saved("transposed"):
+        images, grads = grads, images
+        if any(more >= step for more, step in zip(saved("output_padding"), stride, strict=True)):
+            return None  # the kernel would fit into the image once more than there are gradients
     return Convolution(
         images, grads, groups_of_axis(node_grad.groups, node_grad.layout), shape,
         stride, padding, dilation, saved("groups"),
@@ -120,7 +122,7 @@ def _convolution(node_grad: NodeGradient, edge: int, shape: Shape) -> Contributi
 def _embedding(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | None:
     _refuse_sparse(node_grad)
     lines = node_grad.saved("indices")
-    if node_grad.saved("scale_grad_by_freq") or node_grad.layout.axis >= lines.dim():
+    if node_grad.layout.axis >= lines.dim():
         return None
     environments = environments_of(node_grad.layout, node_grad.groups, lines).flatten()
     rows = node_grad.delta.reshape(-1, shape[1])
@@ -131,8 +133,15 @@ def _embedding_bag(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribu
     _refuse_sparse(node_grad)
     delta, layout, saved = node_grad.delta, node_grad.layout, node_grad.saved
     mode = saved("mode")
-    if saved("scale_grad_by_freq") or mode == 2 or edge != 0 or layout.axis != 0:
+    if mode == 2 or edge != 0 or layout.axis != 0 or node_grad.groups.environments == 1:
         return None
+    if saved("scale_grad_by_freq"):
+        raise RuntimeError(
+            "Agreement: expected an embedding bag with scale_grad_by_freq=False, but got True: "
+            "torch divides its gradients by counts over all environments; use "
+            "torch.nn.Embedding(..., scale_grad_by_freq=True) and add up the lines of each bag, "
+            "or andmask_ext.backward"
+        )
     bags, offsets, indices = saved("result1"), saved("offsets"), saved("indices")
     if bags.numel() < indices.numel():  # the kernel did not save the bags
         places = torch.arange(len(indices), device=indices.device)
@@ -149,10 +158,7 @@ def _embedding_bag(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribu
 
 def _refuse_sparse(node_grad: NodeGradient) -> None:
     if node_grad.saved("sparse"):
-        raise TypeError(
-            "Agreement: expected dense gradients, but got an embedding with sparse=True; "
-            "construct it with sparse=False"
-        )
+        refuse_sparse()
 
 
 def _lookup(
@@ -162,6 +168,10 @@ def _lookup(
     if padding not in _NO_PADDING:
         real = lines != padding
         rows, lines, environments = rows[real], lines[real], environments[real]
+    if node_grad.saved("scale_grad_by_freq"):
+        places = environments * shape[0] + lines
+        _, place, counts = places.unique(return_inverse=True, return_counts=True)
+        rows = rows / counts[place].unsqueeze(1).to(rows.dtype)
     return Lookup(rows, lines.long(), environments, shape)
 
 
@@ -314,8 +324,13 @@ def axes_of(name: str, edge: int | None = None) -> tuple[int, ...] | None:
     return FORMULAS[name][1] if name in FORMULAS else None
 
 
-def make_contribution(node_grad: NodeGradient, name: str, operand: Operand) -> Contribution:
-    """Return the contribution of a node to an operand, by the formula or by calling the node."""
+def make_contribution(node_grad: NodeGradient, name: str, operand: Operand) -> Contribution | None:
+    """Return the contribution of a node to an operand, by the formula or by calling the node.
+
+    It is None for an operand without elements.
+    """
+    if 0 in operand.shape:
+        return None
     delta = node_grad.deltas[0]
     known = name in FORMULAS and node_grad.layouts[0] is not None
     if known and delta is not None and not delta.is_complex():
@@ -353,7 +368,16 @@ def _one_by_one(node_grad: NodeGradient, name: str, operand: Operand) -> Contrib
         def body() -> None:
             for environment in range(begin, end):
                 grad = call_node(node_grad.node, operand.edge, of_environment(environment))
-                grad = like.new_zeros(operand.shape) if grad is None else grad
+                if grad is None:  # it is zero, unless this pass computes only what it needs
+                    if not computes_all():
+                        raise RuntimeError(
+                            f"Agreement: expected the gradient of input {operand.edge} of {name}, "
+                            "but the backward pass in which it was called left it out; use "
+                            "andmask_ext.backward, and report this as a fault of andmask_ext"
+                        )
+                    grad = like.new_zeros(operand.shape)
+                if grad.layout != torch.strided:
+                    refuse_sparse()
                 by_environment.append(grad.sum_to_size(operand.shape))  # as the engine does
 
         aside(body)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from ._data import DataRecord
+from ._nodes import BACKWARDS
 
 
 class Backward(Protocol):
@@ -23,7 +24,6 @@ class Backward(Protocol):
         """Run a backward pass."""
 
 
-_BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
 _SETITEM = torch.Tensor.__setitem__
 _RECURRENT = frozenset(
     (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
@@ -56,7 +56,7 @@ class BackwardMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _BACKWARDS:
+        if func in BACKWARDS:
             return _call_backward(self._backward_pass, *args, **(kwargs or {}))
         if func in _RECURRENT:
             with _without_fused_kernels():

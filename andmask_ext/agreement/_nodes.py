@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
+
+BACKWARDS = (torch.Tensor.backward, torch.autograd.backward)
 
 
 def leaf(node: Node) -> Tensor:
@@ -69,11 +73,35 @@ def call_node(node: Node, edge: int, deltas: Sequence[Tensor | None]) -> Tensor 
     # argument, tensor or not.
     if getattr(node, "materialize_grads", True):
         deltas = [_zeros(node, i) if delta is None else delta for i, delta in enumerate(deltas)]
-    gradients = node.apply(*deltas)
+    with _NoBackward(node.name()):
+        gradients = node.apply(*deltas)
     needed = [i for i, needs in enumerate(node.needs_input_grad) if needs]  # type: ignore[attr-defined]
     joined = [i for i, (after, _) in enumerate(node.next_functions) if after is not None]
     argument = needed[joined.index(edge)]
     return gradients[argument] if isinstance(gradients, tuple) else gradients  # type: ignore[no-any-return]
+
+
+class _NoBackward(TorchFunctionMode):
+    """Refuses the backward passes of a function that is called once per environment.
+
+    Each would add to ``.grad``, and be run once more for the data.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self._name = name
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in BACKWARDS:
+            raise RuntimeError(
+                f"Agreement: {self._name} has a parameter as argument and runs a backward pass "
+                "inside its backward, as reversible layers do, so the gradients of the "
+                "environments cannot be told apart; use environment(micro_batches=None) of an "
+                "optimizer of andmask_ext.optim"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _zeros(node: Node, output: int) -> Tensor:
@@ -99,13 +127,45 @@ def aside(body: Callable[[], None]) -> None:
     """Run ``body`` in a separate backward pass, so that nodes compute all gradients.
 
     In a backward pass with ``inputs``, a node that is called computes only the gradients that this
-    pass needs.
+    pass needs. The engine is called directly: BackwardMode would turn this pass into such a one.
     """
     with torch.enable_grad():
         end: Tensor = _Aside.apply(  # type: ignore[no-untyped-call]
             torch.zeros((), requires_grad=True), body
         )
-    torch.autograd.backward(end)
+    _engine_run_backward(
+        (end,), (torch.ones_like(end),), False, False, (),
+        allow_unreachable=True, accumulate_grad=True,
+    )  # fmt: skip
+
+
+def computes_all() -> bool:
+    """Return whether a node that is called now computes gradients that no pass has asked for."""
+    with torch.enable_grad():
+        node = (torch.ones((), requires_grad=True) * 2).grad_fn
+    assert node is not None
+    return call_node(node, 0, [torch.ones(())]) is not None
+
+
+@contextmanager
+def untouched(params: Iterable[Tensor]) -> Iterator[None]:
+    """Keep what a function's own backward pass adds to ``.grad`` out of it."""
+    before = [(param, param.grad) for param in params]
+    try:
+        for param, _ in before:
+            param.grad = None
+        yield
+    finally:
+        for param, grad in before:
+            param.grad = grad
+
+
+def refuse_sparse() -> NoReturn:
+    """Raise TypeError: a gradient is sparse."""
+    raise TypeError(
+        "Agreement: expected dense gradients, but got a sparse one, as of an embedding with "
+        "sparse=True; construct it with sparse=False"
+    )
 
 
 def has_hooks(node: Node, output: int) -> bool:

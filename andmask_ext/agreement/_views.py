@@ -62,44 +62,45 @@ def _reshaped(tensor: Tensor, node: Node, output: int) -> Tensor:
     return tensor.view(shape_of(node, output))
 
 
-def _signed(tensor: Tensor, dim: int) -> int:
-    return int(dim) if dim < 2**63 else int(dim) - 2**64  # nodes save dimensions as unsigned
+def _signed(number: int) -> int:
+    return int(number) if number < 2**63 else int(number) - 2**64  # nodes save it as unsigned
 
 
 def _transposed(tensor: Tensor, node: Node, output: int) -> Tensor:
-    first, second = (_signed(tensor, saved(node, name)) for name in ("dim0", "dim1"))
+    first, second = (_signed(saved(node, name)) for name in ("dim0", "dim1"))
     return tensor.transpose(first, second)
 
 
 def _permuted(tensor: Tensor, node: Node, output: int) -> Tensor:
-    return tensor.permute([_signed(tensor, dim) for dim in saved(node, "dims")])
+    return tensor.permute([_signed(dim) for dim in saved(node, "dims")])
 
 
 def _sliced(tensor: Tensor, node: Node, output: int) -> Tensor:
-    dim, start, step = (_signed(tensor, saved(node, name)) for name in ("dim", "start", "step"))
-    end = _signed(tensor, saved(node, "end"))
+    dim, step = (_signed(saved(node, name)) for name in ("dim", "step"))
+    start, end = (None if (at := saved(node, name)) is None else _signed(at)
+                  for name in ("start", "end"))  # fmt: skip
     sliced: Tensor = torch.ops.aten.slice.Tensor(tensor, dim, start, end, step)
     return sliced
 
 
 def _selected(tensor: Tensor, node: Node, output: int) -> Tensor:
-    return tensor.select(_signed(tensor, saved(node, "dim")), _signed(tensor, saved(node, "index")))
+    return tensor.select(_signed(saved(node, "dim")), _signed(saved(node, "index")))
 
 
 def _split(tensor: Tensor, node: Node, output: int) -> Tensor:
-    dim = _signed(tensor, saved(node, "dim"))
+    dim = _signed(saved(node, "dim"))
     part: Tensor = tensor.split(int(saved(node, "split_size")), dim)[output]
     return part
 
 
 def _split_with_sizes(tensor: Tensor, node: Node, output: int) -> Tensor:
-    dim = _signed(tensor, saved(node, "dim"))
+    dim = _signed(saved(node, "dim"))
     part: Tensor = tensor.split([int(size) for size in saved(node, "split_sizes")], dim)[output]
     return part
 
 
 def _unbound(tensor: Tensor, node: Node, output: int) -> Tensor:
-    return tensor.unbind(_signed(tensor, saved(node, "dim")))[output]
+    return tensor.unbind(_signed(saved(node, "dim")))[output]
 
 
 # No data can enter these nodes, as they have one input. Views of parameters hold no batch.

@@ -60,7 +60,9 @@ def convolution(draw: Draw, batch: int, transposed: bool = False) -> Case:
     if transposed:
         kinds = nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d
         options["padding"] = [draw(st.integers(0, (k - 1) // 2)) for k in kernel]
-        options["output_padding"] = [draw(st.integers(0, s - 1)) for s in stride]
+        options["dilation"] = draw(st.integers(1, 3))
+        longest = [max(step, options["dilation"]) - 1 for step in stride]
+        options["output_padding"] = [draw(st.integers(0, most)) for most in longest]
     else:
         kinds = nn.Conv1d, nn.Conv2d, nn.Conv3d
         options["padding"] = draw(
@@ -87,7 +89,7 @@ def convolution_transposed(draw: Draw, batch: int) -> Case:
 def embedding(draw: Draw, batch: int) -> Case:
     lines, width = draw(st.integers(2, 4)), draw(sizes)
     padding = draw(st.sampled_from([None, 0, 1]))
-    layer = nn.Embedding(lines, width, padding)
+    layer = nn.Embedding(lines, width, padding, scale_grad_by_freq=draw(st.booleans()))
     return layer, torch.randint(0, lines, (batch, *draw(st.lists(sizes, max_size=2))))
 
 
@@ -234,6 +236,9 @@ VIEWS: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "transposed": (lambda w: w.t(), 4),
     "transposed twice": (lambda w: w.transpose(0, 1).transpose(1, 0), 3),
     "rows": (lambda w: w[1:3], 3),
+    "rows without a start": (lambda w: torch.ops.aten.slice.Tensor(w, 0, None, 2), 3),
+    "rows without an end": (lambda w: torch.ops.aten.slice.Tensor(w, -2, 1, None), 3),
+    "no rows": (lambda w: torch.cat([w[4:], w[:1]]), 3),
     "columns": (lambda w: w[:, 1:], 2),
     "every other row": (lambda w: w[::2], 3),
     "one row": (lambda w: w[2][None], 3),

@@ -334,8 +334,30 @@ def test_plain_backward_only() -> None:
     assert model.weight.grad is None
 
 
-def test_sparse_embeddings() -> None:
-    model = nn.Embedding(5, 3, sparse=True).double()
-    with pytest.raises(TypeError, match="sparse=True"), am.Agreement(model, RULE)():
-        model(torch.tensor([0, 1, 2])).sin().mean().backward()
-    assert model.weight.grad is None
+@pytest.mark.parametrize("of", ["data", "constants"])
+@pytest.mark.parametrize("bags", [False, True])
+def test_sparse_embeddings(of: str, bags: bool) -> None:
+    chosen = torch.tensor([[0, 2], [1, 1]])
+
+    def look_up(self: Function, x: Tensor) -> Tensor:
+        lines = (x > 0).long() if of == "data" else chosen
+        if bags:
+            found = F.embedding_bag(lines, self.w, sparse=True, mode="sum")
+        else:
+            found = F.embedding(lines, self.w, sparse=True).sum(1)
+        return found if of == "data" else x @ found
+
+    refused("sparse=True", Function(look_up, w=rand(5, 3)), rand(6, 2), error=TypeError)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_embedding_bags_scaled_by_frequency(mode: str) -> None:
+    """The remedy that the message names is exact."""
+    bags = nn.EmbeddingBag(5, 3, mode=mode, scale_grad_by_freq=True).double()
+    x = torch.tensor([[0, 0, 3, 3, 3], [1, 2, 2, 0, 4], [4, 4, 4, 4, 0]])
+    with pytest.raises(RuntimeError, match="scale_grad_by_freq=False"), am.Agreement(bags, RULE)():
+        curved(bags, x).backward()
+    assert bags.weight.grad is None
+    check(bags, curved, x, environments=1)
+    lines = nn.Embedding(5, 3, scale_grad_by_freq=True).double()
+    check(Function(lambda s, x: s.lines(x).sum(1), lines=lines), curved, x)
