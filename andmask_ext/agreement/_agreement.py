@@ -22,7 +22,7 @@ from ._groups import Environments, check_environments
 from ._mode import BackwardMode
 from ._report import Report, make_report
 from ._setup import Setup
-from ._verify import Verification, compare, sample, take, undisturbed
+from ._verify import Losses, Sample, Verification, compare, undisturbed
 
 __all__ = ["Agreement"]
 
@@ -309,11 +309,13 @@ class Agreement:
         """Compare with the exact loop, one forward and backward pass per environment.
 
         Do this first with a new model. Gradients, buffers and modes of the model and the moments
-        do not change. Dropout is off during the comparison.
+        do not change. Dropout is off during the comparison. Each pass draws the same random
+        numbers.
 
         Args:
-            batch: the second argument of ``loss_fn``: a tensor, or tensors in tuples, lists and
-                dicts. Every tensor in it whose dimension ``batch_dim`` has the batch size is split.
+            batch: the second argument of ``loss_fn``: tensors and arrays in tuples, lists, mappings
+                and dataclasses. Every tensor in it whose dimension ``batch_dim`` has the batch size
+                is split, and every list with one item per example.
             loss_fn: ``loss_fn(model, batch)`` returns the mean loss over the batch, or with
                 ``loss_reduction="sum"`` the sum.
             environments: as for the context.
@@ -322,40 +324,37 @@ class Agreement:
                 for the dtype of the parameters. Under autocast pass 0.05.
 
         Returns:
-            The deviation of each parameter. ``.passed`` tells whether all agree up to rounding.
+            The deviation of each parameter. ``.passed`` tells whether all agree up to rounding. If
+            they do not, ``.cause`` tells whether the loss is why.
 
         Raises:
             RuntimeError: it is called inside the context, or after :meth:`detach`.
-            ValueError: ``batch`` holds no tensors, or cannot be split into the environments.
+            TypeError: ``batch`` holds tensors in an object that cannot be split.
+            ValueError: ``batch`` holds no tensors, cannot be split into the environments, or can be
+                split in two ways.
         """
         check_environments(environments)
         setup = self._require_setup("verify")
         if self._run is not None:
             raise RuntimeError("verify: expected to be called outside of the context")
         model, params = setup.model, [param for param in setup.params if param.requires_grad]
-        chosen, groups = sample(batch, setup.batch_dim, environments, most)
+        sample = Sample(batch, setup.batch_dim, environments, most)
         trial = Agreement(
             model, AndMask(tau=1.0), params, batch_dim=setup.batch_dim,
             loss_reduction=setup.reduction, check_mixing=setup.check_mixing, keep_moments=True,
         )  # fmt: skip
         assert trial._setup is not None
 
-        def losses() -> Iterator[Callable[[], Tensor]]:
-            for environment in range(groups.environments):
-                members = groups.members(environment)
-                part = take(chosen, members, setup.batch_dim, groups.examples)
-                factor = 1 if setup.reduction == "mean" else 1 / len(members)
-                yield partial(_scaled_loss, loss_fn, model, part, factor)
-
+        losses = Losses(partial(loss_fn, model), sample, setup.batch_dim, setup.reduction)
         with undisturbed(model, params), torch.enable_grad():
-            with trial(groups.ids):
-                loss_fn(model, chosen).backward()
+            with trial(sample.groups.ids):
+                losses.whole().backward()
             if not setup.treatments:  # no step yet: report this comparison
                 numbers = {id(param): number for number, param in enumerate(setup.params)}
                 for number, treatment in trial._setup.treatments.items():
                     setup.treatments[numbers[id(params[number])]] = treatment
             names = [setup.name(param) for param in params]
-            return compare(names, params, trial.moments[0], losses(), tolerance)
+            return compare(names, params, trial.moments[0], losses, tolerance)
 
     def detach(self) -> None:
         """Release the model, the moments and all plans. The object cannot be used afterwards.
@@ -368,9 +367,3 @@ class Agreement:
         self._pending = PendingStep(self, clears_grads=False)
         self._setup, self._optimizer, self._gram = None, None, None
         self._leaves = []
-
-
-def _scaled_loss(
-    loss_fn: Callable[[nn.Module, Any], Tensor], model: nn.Module, batch: Any, factor: float
-) -> Tensor:
-    return loss_fn(model, batch) * factor

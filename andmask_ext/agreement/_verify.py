@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,11 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.autograd.graph import get_gradient_edge
 
 from ..moments import Moments
-from ._forward import tensors_in
-from ._groups import Environments, Groups, make_groups
+from ._batches import batch_size, take
+from ._groups import Environments, make_groups
+from ._losses import losses_that_are_no_mean
+from ._randomness import RandomNumbers, without_dropout
 
 # The difference that rounding may cause, as a share of a parameter's largest gradient.
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
@@ -45,7 +48,14 @@ class Deviation:
 
 
 class Verification(tuple[Deviation, ...]):
-    """One :class:`Deviation` per parameter, the largest first. ``print`` shows a table."""
+    """One :class:`Deviation` per parameter, the largest first. ``print`` shows a table.
+
+    Attributes:
+        cause: if not all agree, what is wrong with ``loss_fn`` and what to do, as far as its values
+            tell. None: the loss fits, so the model is not what it is for each environment alone.
+    """
+
+    cause: str | None = None
 
     @property
     def passed(self) -> bool:
@@ -62,58 +72,54 @@ class Verification(tuple[Deviation, ...]):
             for name, deviation in zip(names, self, strict=True)
         ]
         worst = "all agree with the loop" if self.passed else "NOT ALL AGREE WITH THE LOOP"
-        return "\n".join([*lines, f"{len(self)} parameters: {worst}"])
+        lines.append(f"{len(self)} parameters: {worst}")
+        return "\n".join([*lines, f"cause: {self.cause}"] if self.cause else lines)
 
 
-def sample(batch: Any, batch_dim: int, environments: Environments, most: int) -> tuple[Any, Groups]:
-    """Return the examples of the first ``most`` environments, and their partition."""
-    sizes = [t.shape[batch_dim] for t in tensors_in(batch) if t.dim() > batch_dim]
-    if not sizes:
-        raise ValueError("batch: expected tensors that hold the batch, but found none")
-    groups = make_groups(environments, sizes[0])
-    most = min(most, groups.environments)
-    members = [groups.members(environment) for environment in range(most)]
-    ids = torch.arange(most).repeat_interleave(torch.tensor([len(indices) for indices in members]))
-    chosen = take(batch, torch.cat(members), batch_dim, sizes[0])
-    return chosen, make_groups(ids, len(ids))
+class Sample:
+    """The first environments of a batch.
 
+    Args:
+        batch: tensors, arrays and containers of them.
+        batch_dim: their batch dimension.
+        environments: as for the context.
+        most: the number of environments that are compared at most.
 
-def take(batch: Any, examples: Tensor, batch_dim: int, size: int) -> Any:
-    """Return these examples of every tensor whose batch dimension has the size ``size``."""
-    if isinstance(batch, Tensor):
-        if batch.dim() > batch_dim and batch.shape[batch_dim] == size:
-            return batch.detach().index_select(batch_dim, examples.to(batch.device))
-        if batch_dim > 0 and batch.dim() == 1 and len(batch) == size:  # labels
-            return batch[examples.to(batch.device)]
-        return batch
-    if isinstance(batch, dict):
-        return {key: take(item, examples, batch_dim, size) for key, item in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        taken = [take(item, examples, batch_dim, size) for item in batch]
-        return type(batch)(*taken) if hasattr(batch, "_fields") else type(batch)(taken)
-    return batch
+    Attributes:
+        batch: the examples of these environments.
+        groups: their partition.
+    """
+
+    def __init__(self, batch: Any, batch_dim: int, environments: Environments, most: int) -> None:
+        if most < 1:
+            raise ValueError(f"most: expected at least 1 environment, but got {most}")
+        ids = environments if isinstance(environments, Tensor) else None
+        self._whole, self._dim = batch, batch_dim
+        self._size = batch_size(batch, batch_dim, ids)
+        groups = make_groups(environments, self._size)
+        self._members = [groups.members(e) for e in range(min(most, groups.environments))]
+        sizes = torch.tensor([len(members) for members in self._members])
+        ids = torch.arange(len(sizes)).repeat_interleave(sizes)
+        self.groups = make_groups(ids, len(ids))
+        self.batch = take(batch, torch.cat(self._members), batch_dim, self._size)
+
+    def parts(self) -> Iterator[Any]:
+        """Yield the batch of each environment."""
+        for members in self._members:
+            yield take(self._whole, members, self._dim, self._size)
 
 
 @contextmanager
 def undisturbed(model: nn.Module, params: list[Tensor]) -> Iterator[None]:
     """Disable dropout. Afterwards restore gradients, buffers and modes."""
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     grads = [(param, param.grad) for param in (*model.parameters(), *params)]
     try:
-        for module, training in modes:
-            # Batch statistics are part of the model. On some devices, recurrent layers need
-            # training mode for a backward pass; without dropout it changes nothing.
-            keep = isinstance(module, _NormBase) or (
-                isinstance(module, nn.RNNBase) and not module.dropout
-            )
-            module.training = training and keep
         for param, _ in grads:
             param.grad = None
-        yield
+        with without_dropout(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
@@ -121,21 +127,95 @@ def undisturbed(model: nn.Module, params: list[Tensor]) -> Iterator[None]:
             param.grad = grad
 
 
+class Losses:
+    """Evaluates the loss of the batch and of its environments, each with the same random numbers.
+
+    Args:
+        loss: returns the loss of a batch.
+        sample: the batch.
+        batch_dim: its batch dimension.
+        reduction: the reduction of the loss, as ``loss_reduction`` says.
+    """
+
+    def __init__(
+        self, loss: Callable[[Any], Tensor], sample: Sample, batch_dim: int, reduction: str
+    ) -> None:
+        self._loss, self._sample = loss, sample
+        self._batch_dim, self._reduction = batch_dim, reduction
+        self._numbers = RandomNumbers()
+        self._total = math.nan
+        self._parts: list[float] = []
+        self._noticed: str | None = None
+
+    def whole(self) -> Tensor:
+        """Return the loss of the batch."""
+        loss = self._loss(self._sample.batch)
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.grad_fn is not None:
+            self._total = float(loss.detach())
+            root = get_gradient_edge(loss).node
+            with torch._C.DisableTorchFunction():  # the context shall not see this
+                self._noticed = losses_that_are_no_mean(
+                    [root], self._sample.groups, self._batch_dim, self._reduction
+                )
+        return loss
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield the loss of each environment, the mean of its examples."""
+        sizes = self._sample.groups.sizes.tolist()
+        for part, size in zip(self._sample.parts(), sizes, strict=True):
+            self._numbers.rewind()
+            loss = self._loss(part)
+            self._parts.append(float(loss.detach()))
+            yield loss / size if self._reduction == "sum" else loss
+        self._numbers.rewind()
+
+    def cause(self, tolerance: float) -> str | None:
+        """Return why the losses do not fit together, or None if they do."""
+        sizes = self._sample.groups.sizes.tolist()
+        weighted = [part * size for part, size in zip(self._parts, sizes, strict=True)]
+        expected = {"mean": sum(weighted) / sum(sizes), "sum": sum(self._parts)}
+        allowed = tolerance * sum(map(abs, weighted)) / sum(sizes)
+        fits = {
+            "mean": abs(self._total - expected["mean"]) <= allowed,
+            "sum": abs(self._total - expected["sum"]) <= allowed,
+        }
+        other = "sum" if self._reduction == "mean" else "mean"
+        if fits[other] and not fits[self._reduction]:
+            return (
+                f"the loss is the {other} over the examples, but Agreement has "
+                f"loss_reduction={self._reduction!r}; pass loss_reduction={other!r} to it"
+            )
+        if self._numbers.drawn:
+            return (
+                "loss_fn draws random numbers beside those of dropout, and no draws for a batch "
+                "fit those for a part of it, so nothing is known; switch the noise off, or draw it "
+                "before and put it into the batch"
+            )
+        if fits[self._reduction]:
+            return None
+        return self._noticed or (
+            f"the loss of the batch is {self._total:.6g}, but the {self._reduction} over its "
+            f"environments is {expected[self._reduction]:.6g}; class weights, ignored or padded "
+            "labels and losses that compare examples do this; take the loss of each example "
+            "(reduction='none') and then its mean"
+        )
+
+
 def compare(
     names: list[str],
     params: list[Tensor],
     ours: Moments,
-    environments: Iterator[Callable[[], Tensor]],
+    losses: Losses,
     tolerance: float | None,
 ) -> Verification:
     """Run the loop, one loss after the other, and compare its moments with ``ours``."""
     exact = Moments(params, ("votes",))
     doubtful = [torch.zeros_like(param, dtype=torch.int32) for param in params]
     largest = [0.0] * len(params)
-    for loss in environments:
-        for param in params:
-            param.grad = None
-        loss().backward()
+    for param in params:
+        param.grad = None
+    for loss in losses:
+        loss.backward()
         grads = [param.grad for param in params]
         for index, grad in enumerate(grads):
             if grad is not None and grad.numel():
@@ -143,6 +223,8 @@ def compare(
                 largest[index] += peak
                 doubtful[index] += grad.abs() <= (tolerance or _TOLERANCE[grad.dtype]) * peak
         exact.add([None if grad is None else grad.detach() for grad in grads])
+        for param in params:
+            param.grad = None
     total = max(largest)
     deviations = []
     for index, (name, param) in enumerate(zip(names, params, strict=True)):
@@ -162,4 +244,7 @@ def compare(
                 name, sums, 0 if noise else int(differing.sum()), param.numel(), allowed
             )
         )  # fmt: skip
-    return Verification(sorted(deviations, key=lambda d: (d.passed, -d.votes, -d.sums)))
+    found = Verification(sorted(deviations, key=lambda d: (d.passed, -d.votes, -d.sums)))
+    if not found.passed:
+        found.cause = losses.cause(max(deviation.tolerance for deviation in deviations))
+    return found

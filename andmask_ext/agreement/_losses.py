@@ -1,0 +1,184 @@
+"""Losses that are no mean over the examples, or no sum, as far as the graph next to the root tells.
+
+Nothing is said of a loss of which it is not certain: of one that is divided or multiplied, or that
+has terms of several kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ._groups import Groups
+from ._nodes import saved
+
+_NLL = ("NllLossBackward0", "NllLoss2DBackward0")
+# Losses with the argument reduction: 1 is the mean, 2 the sum.
+_REDUCED = (
+    *_NLL, "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0",
+    "HuberLossBackward0", "MseLossBackward0", "MultiMarginLossBackward0",
+    "MultilabelMarginLossBackward0", "SmoothL1LossBackward0", "SoftMarginLossBackward0",
+)  # fmt: skip
+_SUMS = ("SumBackward0", "SumBackward1")
+_MEANS = ("MeanBackward0", "MeanBackward1")
+_SCALINGS = ("DivBackward0", "MulBackward0", "DivBackward1", "MulBackward1")
+_TERMS = ("AddBackward0", "SubBackward0")
+_SAME = (
+    "AliasBackward0", "CloneBackward0", "NegBackward0", "ReshapeAliasBackward0",
+    "SqueezeBackward0", "SqueezeBackward1", "ToCopyBackward0", "UnsqueezeBackward0",
+    "ViewBackward0",
+)  # fmt: skip
+_MOST = 64  # nodes; a loss has a few
+
+
+def losses_that_are_no_mean(
+    roots: Sequence[Node], groups: Groups, batch_dim: int, reduction: str
+) -> str | None:
+    """Return what is wrong with a loss for ``loss_reduction``, and the remedy, or None.
+
+    It looks at the nodes between the root and the first reduction, before the backward pass. On
+    CUDA it waits for the device where labels are counted, so call it once for each graph.
+
+    Args:
+        roots: the nodes of the losses.
+        groups: the partition of the batch.
+        batch_dim: the batch dimension.
+        reduction: ``"mean"`` or ``"sum"``, as the loss is expected.
+    """
+    if groups.environments == 1:
+        return None
+    if reduction == "mean":
+        for node in _ends(roots, (*_SAME, *_TERMS, *_SCALINGS)):
+            cause = _uneven(node, groups, batch_dim) if node.name() in _NLL else None
+            if cause:
+                return cause
+    terms = _ends(roots, (*_SAME, *_TERMS))
+    kinds = {_kind(node, groups.examples, batch_dim) for node in terms}
+    if kinds == {"sum"} and reduction == "mean":
+        return (
+            "Agreement: loss_reduction='mean' expects the mean over the examples of the batch, but "
+            "the loss is their sum, so gradients are too large by the number of examples; pass "
+            "loss_reduction='sum' to Agreement"
+        )
+    if kinds == {"mean"} and reduction == "sum":
+        return (
+            "Agreement: loss_reduction='sum' expects the sum over the examples of the batch, but "
+            "the loss is their mean, so gradients are too small by the number of examples; pass "
+            "loss_reduction='mean' to Agreement"
+        )
+    return None
+
+
+def _ends(roots: Sequence[Node], through: Sequence[str]) -> list[Node]:
+    """Return where the terms of the loss end: the first nodes that are none of ``through``."""
+    stack, seen = list(roots), set(roots)
+    ends = []
+    while stack and len(seen) < _MOST:
+        node = stack.pop()
+        if node.name() not in through or not _is_scalar(node):
+            ends.append(node)
+            continue
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return ends + stack
+
+
+def _uneven(node: Node, groups: Groups, batch_dim: int) -> str | None:
+    """Return what makes the environments count unevenly in a mean of cross entropies."""
+    if saved(node, "reduction") != 1:
+        return None
+    target, weight = saved(node, "target"), saved(node, "weight")
+    total, ignored = saved(node, "total_weight"), saved(node, "ignore_index")
+    if weight is None and not total.is_cuda and float(total) == target.numel():
+        return None
+    shares = _by_example(target, groups.examples, batch_dim)
+    if shares is None:
+        return None
+    ignored -= 2**64 if ignored >= 2**63 else 0
+    counted = shares != ignored
+    if weight is None:
+        amounts = counted.double()
+    else:
+        amounts = weight.double()[shares.clamp(0, len(weight) - 1)] * counted
+    per_example = amounts.sum(1).cpu()
+    sums = torch.zeros(groups.environments, dtype=torch.float64)
+    sums.index_add_(0, groups.ids, per_example)
+    means = sums / groups.sizes
+    if bool(means.max() - means.min() <= 1e-5 * means.max()):
+        return None
+    if weight is not None:
+        return (
+            "Agreement: expected a loss that is a mean over the examples, but cross_entropy or "
+            "nll_loss with weight divides by the class weights of the batch, so an environment "
+            "counts by its labels; take losses = cross_entropy(..., weight=..., "
+            "reduction='none') and losses.mean()"
+        )
+    missing = int((~counted).sum())
+    return (
+        "Agreement: expected a loss that is a mean over the examples, but cross_entropy or "
+        f"nll_loss ignores {missing} of {shares.numel()} labels (ignore_index={ignored}) and "
+        "divides by the rest, so an environment counts by its labels; take losses = "
+        "cross_entropy(..., reduction='none'), their mean over the labels of each example, and "
+        "the mean of these"
+    )
+
+
+def _by_example(target: Tensor, examples: int, batch_dim: int) -> Tensor | None:
+    """Return labels as ``[examples, labels of each]``, or None if it is not certain which is whose.
+
+    Labels that were flattened are in the order of a model whose batch is in ``batch_dim``.
+    """
+    if target.dim() == 0 or target.numel() % examples:
+        return None
+    if target.shape[0] == examples or (target.dim() == 1 and batch_dim == 0):
+        return target.reshape(examples, -1)
+    return target.reshape(-1, examples).T if target.dim() == 1 and batch_dim == 1 else None
+
+
+def _kind(node: Node, examples: int, batch_dim: int) -> str | None:
+    """Return "sum" or "mean" if a term of the loss is certain to be that of the examples."""
+    if node.name() in _REDUCED:
+        target = saved(node, "target")
+        whole = target.dim() > batch_dim and target.shape[batch_dim] == examples
+        if not whole and _by_example(target, examples, batch_dim) is None:
+            return None
+        return {1: "mean", 2: "sum"}.get(saved(node, "reduction"))
+    if node.name() in (*_SUMS, *_MEANS):
+        return _kind_of_reduction(node, examples, batch_dim)
+    return None
+
+
+def _kind_of_reduction(node: Node, examples: int, batch_dim: int) -> str | None:
+    """Return what a reduction does to the batch, if its input holds the batch where expected."""
+    sizes: tuple[int, ...] = tuple(saved(node, "self_sym_sizes"))
+    # Of one value per example no dimension but the first is left.
+    axis = batch_dim if len(sizes) > batch_dim else 0
+    if not sizes or sizes[axis] != examples or sizes.count(examples) > 1:
+        return None
+    source = node.next_functions[0][0]
+    while source is not None and source.name() in _SAME:
+        source = source.next_functions[0][0]
+    # A factor may make it a mean, or weigh the examples.
+    if source is None or source.name() in (*_SCALINGS, *_SUMS[:1], *_MEANS[:1]):
+        return None
+    if source.name() in (_SUMS[1], _MEANS[1]):
+        before = tuple(saved(source, "self_sym_sizes"))
+        if len(before) <= axis or before[axis] != examples or axis in _dims(source, len(before)):
+            return None
+    return "sum" if node.name() in _SUMS else "mean"
+
+
+def _dims(node: Node, count: int) -> set[int]:
+    """Return the dimensions over which a node reduces."""
+    dims = tuple(saved(node, "dim") or range(count))
+    return {(dim - 2**64 if dim >= 2**63 else dim) % count for dim in dims}
+
+
+def _is_scalar(node: Node) -> bool:
+    sizes: Sequence[int] = node._input_metadata[0].shape
+    return all(int(size) == 1 for size in sizes)
