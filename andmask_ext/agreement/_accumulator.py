@@ -226,14 +226,14 @@ class GradientAccumulator:
             groups = contribution.groups
             torch.ops.andmask._accumulate_outer_.default(
                 *matrices, contribution.activations, contribution.grads,
-                groups.order, groups.offsets, count, self._weights,
+                groups.order, groups.filled_offsets, count, self._weights_of(groups),
             )  # fmt: skip
         elif isinstance(contribution, Convolution):
             groups = contribution.groups
             torch.ops.andmask._accumulate_convolution_.default(
-                *memory, contribution.images, contribution.grads, groups.order, groups.offsets,
-                count, contribution.stride, contribution.padding, contribution.dilation,
-                contribution.channel_groups, self._weights,
+                *memory, contribution.images, contribution.grads, groups.order,
+                groups.filled_offsets, count, contribution.stride, contribution.padding,
+                contribution.dilation, contribution.channel_groups, self._weights_of(groups),
             )  # fmt: skip
         elif isinstance(contribution, Lookup):
             self._add_lookup(memory, contribution, count)
@@ -243,6 +243,12 @@ class GradientAccumulator:
                 *[[] if tensor is None else [tensor] for tensor in memory], [contribution.grads],
                 count, self._weights, True,
             )  # fmt: skip
+
+    def _weights_of(self, groups: Groups) -> list[float]:
+        """Return the factors of the environments that have rows."""
+        if groups.filled is None or len(self._weights) == 1:
+            return self._weights
+        return [self._weights[environment] for environment in groups.filled]
 
     def _wait(self, target: Target, contribution: Stacked, view: View) -> None:
         grads = contribution.grads

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_bool
+from .._checks import check_bool, check_count
 from .._pending import PendingStep, State
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
@@ -55,6 +55,8 @@ class Agreement:
         params: the parameters to aggregate. None: all that require gradients of ``model``, or all
             of the optimizer. Other parameters get their plain gradients.
         batch_dim: the batch dimension of the model's inputs and outputs.
+        output_batch_dim: the batch dimension of the outputs, if it is another one. None: the
+            dimension ``batch_dim``, or the only one that has the size of the batch.
         loss_reduction: ``"mean"`` if the loss is the mean over the examples of the batch,
             ``"sum"`` if it is their sum. The result is that of :math:`L_e` in both cases.
         check_mixing: when to check that environments do not mix. ``"auto"``: at the first backward
@@ -90,6 +92,7 @@ class Agreement:
         params: Iterable[Tensor] | None = None,
         *,
         batch_dim: int = 0,
+        output_batch_dim: int | None = None,
         loss_reduction: str = "mean",
         check_mixing: str = "auto",
         keep_moments: bool = False,
@@ -105,8 +108,11 @@ class Agreement:
                 "check_mixing: expected 'auto', 'once', 'always' or 'never', "
                 f"but got {check_mixing!r}"
             )
-        if not isinstance(batch_dim, int) or batch_dim < 0:
-            raise ValueError(f"batch_dim: expected a dimension from 0 on, but got {batch_dim!r}")
+        for name, dim in (("batch_dim", batch_dim), ("output_batch_dim", output_batch_dim)):
+            if dim is None and name == "output_batch_dim":
+                continue
+            if not isinstance(dim, int) or dim < 0:
+                raise ValueError(f"{name}: expected a dimension from 0 on, but got {dim!r}")
         rule = optimizer_or_rule
         self._optimizer: EnvironmentOptimizer | None = None
         self._rule: Rule | None = None
@@ -131,6 +137,7 @@ class Agreement:
             params=chosen,
             names={id(param): name for name, param in model.named_parameters()},
             batch_dim=batch_dim,
+            output_batch_dim=output_batch_dim,
             reduction=loss_reduction,
             check_mixing=check_mixing,
         )
@@ -152,6 +159,7 @@ class Agreement:
         self,
         environments: Environments = None,
         *,
+        batch_size: int | None = None,
         write_grads: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
         gram: bool = False,
@@ -164,8 +172,12 @@ class Agreement:
 
         Args:
             environments: None: each example of the batch is an environment. An int d: d equal
-                groups of consecutive examples. An int64 tensor ``[batch]``: the environment of each
-                example, numbered from 0 without gaps. Sizes may differ.
+                groups of consecutive examples. Integers ``[batch]`` in a tensor, list or array: the
+                environment of each example. Numbers may have gaps, and sizes may differ. If the
+                model packs its examples into rows, as graph networks do, the environment of each
+                row.
+            batch_size: the number of examples. None: the size of the first input that is not
+                broadcast, or the one that an input shares with all outputs.
             write_grads: False, with a rule: do not write ``.grad`` yet. The next context then adds
                 to the same environments. This is for micro-batches that each hold whole
                 environments. If one of them raises, the environments of all are dropped. With an
@@ -181,7 +193,9 @@ class Agreement:
             TypeError: ``environments`` has the wrong type.
             ValueError: the examples cannot be split like that, or an environment is empty.
         """
-        check_environments(environments)
+        checked = check_environments(environments)
+        if batch_size is not None:
+            check_count("batch_size", batch_size, 1)
         check_bool("gram", gram)
         setup = self._require_setup("Agreement")
         if self._run is not None:
@@ -194,7 +208,7 @@ class Agreement:
         ]
         self._gram = None
         first = self._pending.state is not State.PENDING
-        run = BackwardPass(setup, self._pending, environments, grad_scaler, gram)
+        run = BackwardPass(setup, self._pending, checked, batch_size, grad_scaler, gram)
         self._pending.open(run)
         if first:
             setup.treatments.clear()
@@ -202,7 +216,7 @@ class Agreement:
         complete = False
         try:
             run.open()
-            with BackwardMode(run), activate(environments), run.recorder:
+            with BackwardMode(run), activate(checked), run.recorder:
                 yield
             run.require_complete(before)
             self._pending.close()
@@ -333,14 +347,15 @@ class Agreement:
             ValueError: ``batch`` holds no tensors, cannot be split into the environments, or can be
                 split in two ways.
         """
-        check_environments(environments)
+        checked = check_environments(environments)
         setup = self._require_setup("verify")
         if self._run is not None:
             raise RuntimeError("verify: expected to be called outside of the context")
         model, params = setup.model, [param for param in setup.params if param.requires_grad]
-        sample = Sample(batch, setup.batch_dim, environments, most)
+        sample = Sample(batch, setup.batch_dim, checked, most)
         trial = Agreement(
             model, AndMask(tau=1.0), params, batch_dim=setup.batch_dim,
+            output_batch_dim=setup.output_batch_dim,
             loss_reduction=setup.reduction, check_mixing=setup.check_mixing, keep_moments=True,
         )  # fmt: skip
         assert trial._setup is not None

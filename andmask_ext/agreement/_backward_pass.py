@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
+from .._notices import warn_once
 from .._pending import PendingStep
 from ._accumulator import GradientAccumulator, Target
-from ._constants import Constants, storage
-from ._formulas import make_contribution
+from ._anchors import Anchor, of_loss, of_outputs
+from ._contributions import Contribution, Shared
+from ._data import DataRecord
+from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
-from ._groups import Environments, Groups
+from ._groups import Checked, Groups, make_groups
+from ._layout import Code
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
-from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled
+from ._plan import CHECKPOINT, Consumer, Plan, make_plan, suspects
 from ._setup import Setup
-
-_MOST_PLANS = 128
 
 
 class BackwardPass:
@@ -33,7 +36,8 @@ class BackwardPass:
     Args:
         setup: the model and what is known about it.
         pending: the step that the environments belong to.
-        environments: as given to the context.
+        environments: as :func:`check_environments` returned it.
+        batch_size: the number of examples, if the user gave it.
         grad_scaler: the scaler that scaled the loss.
         gram: whether scalar products of all pairs of environments are wanted.
 
@@ -51,19 +55,24 @@ class BackwardPass:
         self,
         setup: Setup,
         pending: PendingStep,
-        environments: Environments,
+        environments: Checked,
+        batch_size: int | None,
         grad_scaler: torch.amp.GradScaler | None,
         gram: bool,
     ) -> None:
         self.grad_scaler = grad_scaler
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
-        self.recorder = ForwardRecorder(setup.members, setup.batch_dim)
-        self.constants = Constants(setup.model)
+        self.data = DataRecord(setup.model)
+        rows = len(environments) if isinstance(environments, Tensor) else batch_size or 0
+        self.recorder = ForwardRecorder(
+            setup.model, setup.members, setup.batch_dim, self.data, rows
+        )
         self.products: Gramian | None = None
         self._setup = setup
         self._pending = pending
         self._environments = environments
+        self._batch_size = batch_size
         self._gram = gram
         self._tracked = {id(param): number for number, param in enumerate(setup.params)}
         self._targets: list[Target] = []
@@ -71,7 +80,9 @@ class BackwardPass:
         self._mixing = MixingCheck(self._engine)
         self._inner = 0  # backward passes inside this one
         self._outer: Any = None  # the key of the plan of the outer one
-        self._groups: Groups | None = None
+        self._batches: list[Groups] = []  # the partitions of the batch
+        self._anchors: list[Anchor] = []
+        self._code: Code | None = None
         self._passes = 0
         self._dropping = 0  # > 0: plain gradients that arrive are discarded
 
@@ -92,7 +103,7 @@ class BackwardPass:
 
     def close(self) -> None:
         """Release the graph, the moments and the hooks."""
-        self.constants.forget()
+        self.data.forget()
         del self._mixing
         self.__dict__.pop("mode", None)  # it is not there if the context failed to open
 
@@ -133,15 +144,14 @@ class BackwardPass:
             self._mixing.inner_pass(graph, roots, grads)
         elif self._accumulator is not None:  # inside another pass: reentrant checkpointing
             self._inner += 1
-            plan = self._plan(graph, self._inner)
-            self._pass(graph, plan, roots, grads, retain_graph, self._accumulator)
+            plan, partitions = self._plan(graph, self._inner)
+            self._pass(graph, plan, partitions, roots, grads, retain_graph, self._accumulator)
         else:
             self._outer_pass(graph, roots, grads, retain_graph)
 
     def _outer_pass(
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
-        refuse_compiled(graph)
         if self._gram and self._passes:
             raise RuntimeError(
                 "Agreement: expected one backward pass in a context with gram=True, but got another"
@@ -153,29 +163,29 @@ class BackwardPass:
                     "(Tensor.register_hook), which would have to change the gradient of each "
                     "environment; remove it, or use andmask_ext.backward"
                 )
-        groups = self._groups = self._make_groups()
-        if groups.environments > 1:
+        self._batches = self._make_batches()
+        environments = self._batches[0].environments
+        self._code = None
+        if environments > 1:
             self._refuse_batch_norms()
+            half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
+            self._code = Code(environments, 7 if half else 15)
         self.recorder.paused = True
         try:
-            self._paused_pass(graph, groups, roots, grads, retain_graph)
+            self._paused_pass(graph, roots, grads, retain_graph)
         finally:
             self.recorder.paused = False
         self.recorder.passed()
-        self.constants.forget()
-        self._pending.add_environments(groups.environments)
+        self.data.forget()
+        self._pending.add_environments(environments)
         self._passes += 1
 
     def _paused_pass(
-        self,
-        graph: Graph,
-        groups: Groups,
-        roots: list[Tensor],
-        grads: list[Tensor],
-        retain_graph: bool,
+        self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
-        plan = self._plan(graph)
+        plan, partitions = self._plan(graph)
         self._inner = 0
+        groups = self._batches[plan.batch]
         weights, products = self._weights(groups), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
@@ -189,7 +199,7 @@ class BackwardPass:
         try:
             for other in others:
                 other.grad = None
-            self._pass(graph, plan, roots, grads, retain_graph, accumulator)
+            self._pass(graph, plan, partitions, roots, grads, retain_graph, accumulator)
             accumulator.finish()
             if products is not None:
                 self._take(products)
@@ -210,83 +220,57 @@ class BackwardPass:
             norms = found.diagonal() if products.pairs else found
             target.moments._add_squared_norm(target.index, norms.sum())
 
-    def _make_groups(self) -> Groups:
-        environments, sizes = self._environments, self.recorder.sizes
+    # ---- the batch ----
+
+    def _make_batches(self) -> list[Groups]:
+        """Return the partitions of the batch. There are several if its parts differ in size."""
+        environments, sizes = self._environments, self.recorder.sizes()
+        if self._batch_size is not None:
+            sizes = [self._batch_size]
         if isinstance(environments, Tensor):
-            if sizes and environments.shape[0] not in sizes:
-                raise ValueError(
-                    "environments: expected one id for each example of the batch, of "
-                    f"{', '.join(map(str, sorted(sizes)))}, but got {environments.shape[0]}"
-                )
-            return self._setup.groups(environments, environments.shape[0])
+            return self._batches_of_ids(environments, sizes)
         if not sizes:
             raise RuntimeError(
                 "Agreement: expected the model to be called inside the context, before backward: "
-                "its first input tells the size of the batch; or give the environment of each "
-                "example as an int64 tensor"
+                "its first input tells the size of the batch; or pass batch_size=... to the "
+                "context, or the environment of each example"
             )
-        if len(sizes) > 1:
+        if len(sizes) > 1 and environments is None:
             raise RuntimeError(
-                "Agreement: parts of the model were called with batches of different sizes: "
-                f"{', '.join(map(str, sorted(sizes)))}; give the environment of each example as an "
-                "int64 tensor"
+                "Agreement: parts of the model were called with batches of different sizes, "
+                f"{', '.join(map(str, sizes))}, so one example cannot be one environment; pass a "
+                "number of environments that divides them, each of which then has its share of "
+                "every batch; or batch_size=... of the one that counts; or use "
+                "andmask_ext.backward, with one loss per environment"
             )
-        (examples,) = sizes
-        return self._setup.groups(environments, examples)
+        single = sizes == [1] and self._batch_size is None and environments is None
+        if single and not self._setup.partitions:  # the last batch of an epoch may be so small
+            warn_once(
+                self._setup,
+                "Agreement: the batch has one example, so there is one environment and nothing to "
+                "agree on; if the batch is packed into one row, pass the environment of each "
+                "token; if its size cannot be seen, pass batch_size=... to the context",
+            )
+        return [self._setup.groups(environments, size) for size in sizes]
+
+    def _batches_of_ids(self, ids: Tensor, sizes: list[int]) -> list[Groups]:
+        given = self.recorder.all_sizes() if self._batch_size is None else set(sizes)
+        if given and len(ids) not in given:
+            raise ValueError(
+                "environments: expected one id for each example of the batch, of "
+                f"{', '.join(map(str, sizes))}, but got {len(ids)}"
+            )
+        groups = make_groups(ids, len(ids))
+        if groups.environments in (1, groups.examples):
+            return [groups]
+        # A model may pool rows into one output for each environment, as graph networks do.
+        return [groups, make_groups(None, groups.environments)]
 
     def _weights(self, groups: Groups) -> list[float]:
         factor = (groups.examples if self._setup.reduction == "mean" else 1.0) / self.scale
         if groups.size is not None:
             return [factor / groups.size]
         return [factor / size for size in groups.sizes.tolist()]
-
-    def _plan(self, graph: Graph, inner: int = 0) -> Plan:
-        """Return the plan for a graph. A new graph is checked for mixing first.
-
-        Args:
-            graph: the graph of a backward pass.
-            inner: 0 for the outer pass, else the number of the backward pass inside it.
-        """
-        groups, check_mixing = self._groups, self._setup.check_mixing
-        assert groups is not None
-        signature = graph.structure(groups.examples, check_mixing != "once")
-        structure = (signature, inner, groups.environments, groups.examples)
-        sizes = tuple(tensor.shape for tensor in self.recorder.inputs)
-        known = {} if check_mixing == "always" else self._setup.plans
-        plan = known.get((structure, sizes)) if sizes else None
-        if plan is not None and plan.fits(graph, groups.examples):
-            if not inner:
-                self._outer = structure, sizes
-            return plan
-        # Functions under reentrant checkpointing run their own backward passes. Their graphs are
-        # not known yet, so the mixing check must run again.
-        plan = None if CHECKPOINT in graph.names else known.get(structure)
-        plan = None if plan is None else plan.at(graph, groups.examples)
-        if plan is None:
-            if not inner:
-                nodes = set(graph.nodes)
-                anchors = [
-                    one
-                    for one in self.recorder.anchors(groups.examples)
-                    if check_mixing != "never" and one.grad_fn in nodes
-                ]
-                self.constants.data = {storage(one) for one in self.recorder.inputs}
-                probe = Graph([_node(anchor) for anchor in anchors], self._tracked)
-                with untouched(self._setup.model.parameters()):
-                    self._mixing.find(graph, probe, anchors, self.recorder.batch_dim, groups)
-            evidence = self._mixing.evidence(inner)
-            plan = make_plan(graph, groups, evidence, self.constants, check_mixing != "never")
-        if not inner:
-            self._outer = structure, sizes
-        if plan.certain:
-            self._setup.plans.setdefault(structure, plan)
-            if sizes:
-                self._setup.plans[structure, sizes] = plan
-        elif inner:
-            self._setup.plans.pop(self._outer, None)
-        while len(self._setup.plans) > _MOST_PLANS:
-            self._setup.plans.pop(next(iter(self._setup.plans)))
-        return plan
 
     def _refuse_batch_norms(self) -> None:
         modules = self.recorder.batch_norms
@@ -303,10 +287,80 @@ class BackwardPass:
             "environment, or use andmask_ext.backward with one forward pass per environment"
         )
 
+    # ---- the plan ----
+
+    def _plan(self, graph: Graph, inner: int = 0) -> tuple[Plan, list[Groups]]:
+        """Return the plan for a graph, and its partitions. A new graph is checked for mixing first.
+
+        Args:
+            graph: the graph of a backward pass.
+            inner: 0 for the outer pass, else the number of the backward pass inside it.
+        """
+        plans = self._setup.plans
+        sizes = tuple(tensor.shape for tensor in self.recorder.inputs())
+        key = plans.key(graph, self._batches, inner)
+        if not inner:
+            self._outer = key
+        # Functions under reentrant checkpointing run their own backward passes. Their graphs are
+        # not known yet, so a plan for other sizes cannot be adapted.
+        again = CHECKPOINT not in graph.names and bool(sizes)
+        if self._setup.check_mixing != "always":
+            known = plans.find(key, sizes, graph, self._batches, again)
+            if known is not None:
+                return known
+        if not inner:
+            self._check(graph)
+        plan, partitions = make_plan(
+            graph, self._batches, self._mixing.evidence(inner), self._code, self.data,
+            self._setup.check_mixing != "never",
+        )  # fmt: skip
+        if not inner:
+            plan = replace(plan, batch=self._batch_of_loss())
+        if plan.certain:
+            plans.keep(key, sizes, graph, plan, self._setup.check_mixing == "auto")
+        elif inner:
+            plans.drop(self._outer)
+        return plan, partitions
+
+    def _check(self, graph: Graph) -> None:
+        """Run the mixing check."""
+        self._anchors = []
+        if self._setup.check_mixing != "never" and self._code is not None:
+            setup = self._setup
+            self._anchors = of_outputs(
+                graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
+                self._batches, self.data,
+            )  # fmt: skip
+            below = graph.below(*[graph.nodes.index(anchor.node) for anchor in self._anchors])
+            if any(index not in below for index in suspects(graph)):
+                dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
+                self._anchors += [
+                    anchor
+                    for anchor in of_loss(graph, dim, self._batches)
+                    if graph.nodes.index(anchor.node) not in below
+                ]
+        with untouched(self._setup.model.parameters()):
+            self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code)
+
+    def _batch_of_loss(self) -> int:
+        """Return the partition of the examples that the loss is the mean of."""
+        found = sorted({anchor.partition for anchor in self._anchors})
+        factors = {tuple(self._weights(self._batches[number])) for number in found}
+        if len(factors) > 1:
+            raise RuntimeError(
+                "Agreement: the loss is made of outputs of different sizes, in which the "
+                "environments have different shares, so they have no common mean; let the model "
+                "return outputs of one size, or use andmask_ext.backward"
+            )
+        return found[0] if found else 0
+
+    # ---- the engine ----
+
     def _pass(
         self,
         graph: Graph,
         plan: Plan,
+        partitions: list[Groups],
         roots: list[Tensor],
         grads: list[Tensor],
         retain_graph: bool,
@@ -317,7 +371,8 @@ class BackwardPass:
             node = graph.nodes[consumer.index]
             for operand in consumer.operands:
                 accumulator.expect(operand.params)
-            handles.append(node.register_prehook(self._hook(graph, consumer, node, accumulator)))
+            hook = self._hook(graph, consumer, node, partitions, accumulator)
+            handles.append(node.register_prehook(hook))
         inputs: list[Any] = [GradientEdge(graph.nodes[c.index], 0) for c in plan.consumers]
         inputs += [leaf(graph.nodes[index]) for index in plan.leaves]
         if not inputs:
@@ -331,13 +386,14 @@ class BackwardPass:
                 handle.remove()
 
     def _hook(
-        self, graph: Graph, consumer: Consumer, node: Node, accumulator: GradientAccumulator
+        self,
+        graph: Graph,
+        consumer: Consumer,
+        node: Node,
+        partitions: list[Groups],
+        accumulator: GradientAccumulator,
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
-        groups = self._groups
-        assert groups is not None
-
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
-            at = NodeGradient(node, deltas, consumer.layouts, groups)
             none = all(delta is None for delta in deltas)
             if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
                 raise RuntimeError(
@@ -346,15 +402,27 @@ class BackwardPass:
                     "there; let the model return the tensors that the loss is computed from"
                 )
             for operand in consumer.operands:
-                use = None if none else make_contribution(at, consumer.name, operand)
+                use: Contribution | None = None
+                if not none and consumer.shared:
+                    grad = gradient_of(node, operand, deltas)
+                    use = Shared(grad, operand.shape, self._shares(partitions[0]))
+                elif not none:
+                    at = NodeGradient(node, deltas, consumer.layouts, partitions)
+                    use = make_contribution(at, consumer.name, operand)
                 accumulator.add(use, operand, graph)
 
         return hook
 
+    def _shares(self, groups: Groups) -> Tensor:
+        """Return the share of each environment in the loss of the batch."""
+        if self._setup.reduction == "sum":
+            return torch.ones(groups.environments)
+        return groups.sizes / groups.examples
+
     def _engine(
         self,
         graph: Graph,
-        roots: list[Tensor],
+        roots: Sequence[Any],
         grads: list[Tensor],
         retain_graph: bool,
         inputs: list[Any],

@@ -153,6 +153,28 @@ class Stacked(Contribution):
 
 
 @dataclass
+class Shared(Contribution):
+    """The gradient of a term of the loss that is made of parameters only, as a penalty is.
+
+    Each environment has the term in full. All its gradients are the same but for a factor.
+
+    Attributes:
+        grads: ``[*shape]``, the gradient in the loss of the batch.
+        shares: the share of each environment in the loss of the batch, ``[environments]``.
+    """
+
+    grads: Tensor
+    shape: tuple[int, ...]
+    shares: Tensor
+
+    path = "a term of the loss, shared by all environments"
+
+    def stacked(self, begin: int, end: int) -> Tensor:
+        shares = self.shares[begin:end].to(self.grads).view(-1, *[1] * self.grads.dim())
+        return shares * self.grads
+
+
+@dataclass
 class Lookup(Contribution):
     """Gradients of a table in which each row looks up one line.
 

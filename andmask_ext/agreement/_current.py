@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from ._groups import Environments, Groups, make_groups
+from ._groups import Checked, Groups, make_groups
 
-_active: ContextVar[Environments | str] = ContextVar("environments", default="none")
+_active: ContextVar[Checked | str] = ContextVar("environments", default="none")
 
 
 @contextmanager
-def activate(environments: Environments) -> Iterator[None]:
+def activate(environments: Checked) -> Iterator[None]:
     """Show the argument ``environments`` to layers that take statistics per environment."""
     token = _active.set(environments)
     try:

@@ -73,14 +73,18 @@ class DataRecord:
         self._nodes: dict[Node, Origin] = {}
         self._kept: list[Tensor] = []  # kept alive so that the address is not reused
         self._began = False
+        self._left = False  # data have left torch
+        self._unknown = Origin.UNKNOWN  # of a tensor of which nothing is known
 
-    def take(self, inputs: Iterable[Tensor]) -> None:
+    def take(self, inputs: Iterable[Tensor], origin: Origin) -> None:
         """Record inputs of the model."""
         self._begin()
         for tensor in inputs:
-            if id(tensor) not in self._weights and not _is_parameter(tensor):
-                self._origins[storage(tensor)] = Origin.DATA
-                self._kept.append(tensor)
+            if tensor.requires_grad and (id(tensor) in self._weights or _is_parameter(tensor)):
+                continue
+            self._origins[storage(tensor)] = origin
+            self._weights.pop(id(tensor), None)
+            self._kept.append(tensor)
 
     def note(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
         """Record a call of the function ``name``."""
@@ -92,14 +96,24 @@ class DataRecord:
         made = [result] if isinstance(result, Tensor) else list(result)
         made = [tensor for tensor in made if isinstance(tensor, Tensor)]
         if not made:
+            if name in _LEAVING:
+                self._leave(name, args)
             return
         self._begin()
         taken = [] if name in _LIKE else list(tensors_in((args, kwargs)))
         origin = max((self.origin(tensor) for tensor in taken), default=Origin.FREE)
+        if self._left and name in _RETURNING:
+            origin = max(origin, Origin.HIDDEN)
         for tensor in made:
             self._set(tensor, origin)
             if tensor.grad_fn is not None:
                 self._record(tensor.grad_fn, origin)
+
+    def _leave(self, name: str, args: Any) -> None:
+        """Record that data have left torch, from where they may come back as new tensors."""
+        if self.origin(args[0]) >= Origin.HIDDEN:
+            self._left = True
+            self._unknown = Origin.HIDDEN if name in _AS_ARRAY else self._unknown
 
     def _takes_computed(self, args: Any) -> bool:
         """Return whether an argument requires gradients and is not made of parameters only."""
@@ -183,7 +197,7 @@ class DataRecord:
             return self._origins.get(storage(tensor), Origin.FREE)
         if _is_parameter(tensor):
             return Origin.FREE
-        default = Origin.UNKNOWN if tensor.is_leaf else Origin.DATA
+        default = self._unknown if tensor.is_leaf else Origin.DATA
         return self._origins.get(storage(tensor), default)
 
     def of_node(self, node: Node) -> Origin:
@@ -200,7 +214,7 @@ class DataRecord:
 
     def forget(self) -> None:
         """Forget all tensors and nodes."""
-        self._began = False
+        self._began, self._left, self._unknown = False, False, Origin.UNKNOWN
         self._origins, self._weights, self._nodes, self._kept = {}, {}, {}, []
 
 
@@ -215,6 +229,11 @@ _LIKE = frozenset((
     "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like",
     "rand_like", "randint_like", "randn_like", "zeros_like",
 ))  # fmt: skip
+
+# Functions by which the values of a tensor leave torch, and others by which they come back.
+_AS_ARRAY = frozenset(("numpy", "__array__", "__dlpack__"))
+_LEAVING = _AS_ARRAY | {"tolist", "item"}
+_RETURNING = frozenset(("tensor", "as_tensor", "from_numpy", "full", "scalar_tensor"))
 
 # Nodes that save all their inputs, if one of them requires gradients.
 _KEEPING = frozenset((

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._dtypes import wide_dtype
-from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Stacked
+from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Shared, Stacked
 from ._graph import Graph, Operand
 from ._nodes import refuse_sparse
 from ._views import View
@@ -44,9 +44,12 @@ class Entry:
             return False
         if wide_dtype(contribution.grads) != wide_dtype(param):  # there is a cast between them
             return False
-        if isinstance(contribution, Outer):
-            return _is_matrix(view, contribution)
-        if isinstance(contribution, Convolution):
+        if isinstance(contribution, (Outer, Convolution)):
+            # In an environment without rows the gradient is zero.
+            if zeros_count and contribution.groups.filled is not None:
+                return False
+            if isinstance(contribution, Outer):
+                return _is_matrix(view, contribution)
             return view.order == "same"
         if isinstance(contribution, Lookup):
             return view.order == "same" and not zeros_count
@@ -66,6 +69,9 @@ class Entry:
         root, output = self.graph.nodes[self.operand.root], self.operand.output
         edge = GradientEdge(root, output)
         dtype = root._input_metadata[output].dtype
+        if isinstance(self.contribution, Shared):  # the same for all, but for a factor
+            whole = _through(edge, param, self.contribution.grads.to(dtype))
+            return Shared(whole, param.shape, self.contribution.shares).stacked(begin, end)
         return torch.stack([_through(edge, param, grad.to(dtype)) for grad in stacked])
 
 
@@ -100,7 +106,7 @@ def join_outer_products(entries: list[Entry]) -> list[Entry]:
     ):
         return entries
     products = [entry.contribution for entry in entries if isinstance(entry.contribution, Outer)]
-    if len({product.grads.dtype for product in products}) > 1:
+    if len({(product.grads.dtype, product.groups) for product in products}) > 1:
         return entries
     joined = Outer(
         torch.cat([product.activations for product in products], 1),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from .._dtypes import wide_dtype
 from ._contributions import (
@@ -338,6 +339,15 @@ def make_contribution(node_grad: NodeGradient, name: str, operand: Operand) -> C
         if contribution is not None:
             return contribution
     return _one_by_one(node_grad, name, operand)
+
+
+def gradient_of(node: Node, operand: Operand, deltas: Sequence[Tensor | None]) -> Tensor:
+    """Return the gradient of an operand, by calling its node."""
+    found: list[Tensor | None] = []
+    aside(lambda: found.append(call_node(node, operand.edge, deltas)))
+    grad = found[0]
+    assert grad is not None
+    return grad.sum_to_size(operand.shape)
 
 
 def _one_by_one(node_grad: NodeGradient, name: str, operand: Operand) -> Contribution:

@@ -17,7 +17,7 @@ from torch.nn.modules.module import (
 )
 
 from ._current import PerEnvironment
-from ._data import DataRecord, tensors_in
+from ._data import DataRecord, Origin, tensors_in
 
 
 def uses_batch(module: _BatchNorm) -> bool:
@@ -60,6 +60,7 @@ class ForwardRecorder:
         members: the ids of the model's modules, including the model.
         batch_dim: the batch dimension of inputs and outputs.
         data: is told of the inputs before the call.
+        rows: the number of rows that the user gave the environments of; 0: none.
 
     Attributes:
         calls: the calls from outside since :meth:`clear`, of the model or of its modules.
@@ -67,11 +68,12 @@ class ForwardRecorder:
     """
 
     def __init__(
-        self, model: nn.Module, members: set[int], batch_dim: int, data: DataRecord
+        self, model: nn.Module, members: set[int], batch_dim: int, data: DataRecord, rows: int
     ) -> None:
         self._model = model
         self._members = members
         self._data = data
+        self._rows = rows
         self.batch_dim = batch_dim
         self._depth = 0
         self._stale = False  # a backward pass has been run since
@@ -120,14 +122,26 @@ class ForwardRecorder:
             if self._depth == 0:
                 if self._stale:
                     self.clear()
-                self._data.take(tensors_in(args))
+                if module is not self._model:
+                    self._take(list(tensors_in(args)))
             self._depth += 1
             if isinstance(module, _BatchNorm) and uses_batch(module):
                 self.batch_norms.append(module)
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._depth == 1 and not self.paused:  # hooks on all modules do not see the keywords
-            self._data.take(tensors_in(kwargs))
+            self._take(list(tensors_in((args, kwargs))))
+
+    def _take(self, inputs: list[Tensor]) -> None:
+        """Record inputs as data. One that is broadcast over the batch may hold constants."""
+        single = [
+            tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == 1
+            and self._rows not in tensor.shape
+            for tensor in inputs
+        ]  # fmt: skip
+        broadcast = not all(single)
+        for tensor, one in zip(inputs, single, strict=True):
+            self._data.take([tensor], Origin.UNKNOWN if one and broadcast else Origin.DATA)
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Record the inputs and outputs of a module. If it raised, only note that it ended."""
@@ -139,6 +153,15 @@ class ForwardRecorder:
         kwargs, output = rest
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
         self.calls.append(Call(list(tensors_in((args, kwargs))), outputs))
+
+    def sizes(self) -> list[int]:
+        """Return the sizes of the batches of the calls since :meth:`clear`, each once."""
+        sizes = [call.examples(self.batch_dim) for call in self.calls]
+        return list(dict.fromkeys(size for size in sizes if size is not None))
+
+    def all_sizes(self) -> set[int]:
+        """Return the size of every dimension of the inputs and outputs."""
+        return {size for one in (*self.inputs(), *self.outputs()) for size in one.shape}
 
     def outputs(self) -> list[Tensor]:
         """Return the output tensors of the calls since :meth:`clear`."""

@@ -174,10 +174,10 @@ class Graph:
         params = sorted({p for i in self.below(root) if (p := self.param(i)) is not None})
         return Operand(edge, root, output, shape, None, tuple(params))
 
-    def below(self, index: int) -> set[int]:
-        """Return the indices of a node and of all that it depends on."""
-        seen = {index}
-        stack = [index]
+    def below(self, *indices: int) -> set[int]:
+        """Return the indices of nodes and of all that they depend on."""
+        seen = set(indices)
+        stack = list(indices)
         while stack:
             for entry in self.edges[stack.pop()]:
                 if entry and entry[0] not in seen:

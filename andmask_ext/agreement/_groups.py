@@ -136,7 +136,12 @@ def check_environments(environments: Environments) -> Checked:
     if environments is None:
         return None
     if hasattr(environments, "__index__") and getattr(environments, "ndim", 0) == 0:
-        if isinstance(environments, bool) or environments < 1:
+        if isinstance(environments, bool):
+            raise TypeError(
+                "environments: expected None, an int, or the integer id of each example, "
+                "but got bool"
+            )
+        if environments < 1:
             raise ValueError(f"environments: expected a positive number, but got {environments}")
         return operator.index(environments)
     ids = _as_tensor(environments)

@@ -24,7 +24,11 @@ class Backward(Protocol):
         """Run a backward pass."""
 
 
-_SETITEM = torch.Tensor.__setitem__
+# Functions that return no tensor, and yet matter to what is made of data.
+_NOTED = frozenset((
+    Tensor.__setitem__, Tensor.numpy, Tensor.item, Tensor.tolist, Tensor.__array__,
+    Tensor.__dlpack__,
+))  # fmt: skip
 _RECURRENT = frozenset(
     (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 )  # their fused kernels hide the steps from autograd
@@ -64,7 +68,7 @@ class BackwardMode(TorchFunctionMode):
         else:
             result = func(*args, **kwargs) if kwargs else func(*args)
         made = isinstance(result, (Tensor, tuple, list)) and type(result) is not torch.Size
-        if made or func is _SETITEM:
+        if made or func in _NOTED:
             name = getattr(func, "__name__", "")
             self._backward_pass.data.note(name, result, args, kwargs)
         return result

@@ -24,6 +24,7 @@ from ._nodes import saved, shape_of
 PICKING: dict[str, int | None] = {
     "CummaxBackward0": None,
     "CumminBackward0": None,
+    "FlipBackward0": None,
     "GatherBackward0": None,
     "IndexAddBackward0": 1,
     "IndexBackward0": None,
@@ -38,6 +39,7 @@ PICKING: dict[str, int | None] = {
     "MedianBackward1": None,
     "MinBackward0": None,
     "ModeBackward0": None,
+    "RollBackward0": None,
     "ScatterAddBackward0": 1,
     "ScatterBackward0": 1,
     "ScatterBackward1": 1,
@@ -50,6 +52,7 @@ _ORDERING = (
     "CummaxBackward0", "CumminBackward0", "KthvalueBackward0", "MaxBackward0", "MedianBackward1",
     "MinBackward0", "ModeBackward0", "SortBackward0", "TopkBackward0",
 )  # fmt: skip
+_STATIC = ("FlipBackward0", "RollBackward0")
 _BY_INDEX = ("IndexBackward0", "IndexPutBackward0")
 _BY_ROW = ("IndexAddBackward0", "IndexCopyBackward0", "IndexReduceBackward0",
            "IndexSelectBackward0")  # fmt: skip
@@ -123,22 +126,38 @@ def route(
     """
     if name in _BY_INDEX:
         return _indexed(saved(node, "indices"), ids, axis)
+    if name in _STATIC:
+        return _moved(node, name, ids, axis, len(shape_of(node)))
     if name == "MaskedSelectBackward0":
         return _masked(saved(node, "mask"), ids, axis, shape_of_large(graph, index))
     if not hasattr(node, "_saved_dim"):
         return None
     dims = len(shape_of_large(graph, index))
+    indices = None if name in _ORDERING else saved(node, "index")
+    if indices is not None and name not in _BY_ROW and indices.dim() != dims:
+        return None
     dim = _signed(saved(node, "dim")) % max(1, dims)
     if name in _ORDERING:  # along another axis they stay in their row
         if dim == axis:
             return None
         return ids, axis - (dim < axis and len(shape_of(node)) < dims)
-    indices = saved(node, "index")
+    assert indices is not None
     if name in _BY_ROW:
         return (ids[indices.cpu().reshape(-1)], axis) if dim == axis else (ids, axis)
     if dim == axis:
         return _along_one_axis(ids[indices.cpu()], 0)
     return ids[: indices.shape[axis]], axis
+
+
+def _moved(node: Node, name: str, ids: Tensor, axis: int, count: int) -> Rows | None:
+    dims = [_signed(dim) % max(1, count) for dim in saved(node, "dims")]
+    if name == "RollBackward0" and not dims:  # it rolls the flattened tensor
+        return None
+    if axis not in dims:
+        return ids, axis
+    if name == "FlipBackward0":
+        return ids.flip(0), axis
+    return ids.roll(int(saved(node, "shifts")[dims.index(axis)])), axis
 
 
 def _signed(dim: Any) -> int:
@@ -176,10 +195,8 @@ def _masked(mask: Tensor, ids: Tensor, axis: int, shape: Sequence[int]) -> Rows:
 
 def _along_one_axis(ids: Tensor, first: int) -> Rows | None:
     """Return ids that vary along one axis only, with the number of this axis from ``first`` on."""
-    if ids.dim() == 0:
-        return None
     for axis in range(ids.dim()):
-        row = ids.movedim(axis, 0).flatten(1)[:, :1] if ids.numel() else ids.new_zeros(0, 1)
-        if bool((ids.movedim(axis, 0).flatten(1) == row).all()):
-            return row[:, 0].contiguous(), first + axis
+        rows = ids.movedim(axis, 0).reshape(ids.shape[axis], -1)
+        if rows.numel() and bool((rows == rows[:, :1]).all()):
+            return rows[:, 0].contiguous(), first + axis
     return None

@@ -79,6 +79,7 @@ class Plan:
         certain: whether the plan holds for any backward pass of the same structure.
         picks: the nodes that pick rows of data, see :func:`follow`.
         contents: the nodes that must pick the same rows if the plan is to hold.
+        batch: the partition of the examples that the loss is the mean of.
     """
 
     consumers: tuple[Consumer, ...]
@@ -87,6 +88,7 @@ class Plan:
     certain: bool
     picks: tuple[Pick, ...]
     contents: tuple[int, ...]
+    batch: int = 0
 
     def partitions(self, graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
         """Return the partitions of rows of a pass; None: the plan does not hold for it."""
@@ -203,7 +205,7 @@ def make_plan(
             "no environment; add it to the loss of the data: `(loss + penalty).backward()`"
         )
     plan = Plan(
-        tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain and not reader.fixed,
+        tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain,
         tuple(reader.picks), tuple(reader.unexplained),
     )  # fmt: skip
     return plan, reader.partitions

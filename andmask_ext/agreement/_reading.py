@@ -32,7 +32,6 @@ class Reader:
         picks: the nodes that move rows, and whose indices explain the environments of the rows.
         unexplained: the other nodes that pick rows of data.
         partitions: the partitions of the batch, and those of picked rows.
-        fixed: whether a partition holds for this pass only.
     """
 
     def __init__(
@@ -41,7 +40,6 @@ class Reader:
         self.picks: list[Pick] = []
         self.unexplained: list[int] = []
         self.partitions = list(batches)
-        self.fixed = False
         self._graph = graph
         self._static = len(batches)
         self._evidences = evidences
@@ -78,7 +76,7 @@ class Reader:
     def layouts(self, at: At, axes: Sequence[int] | None = None) -> list[Layout]:
         """Return the layouts that agree with all probes."""
         evidence, shape = self.evidence(at), self.shape(at)
-        if evidence is None or self._code is None:
+        if evidence is None or self._code is None or not evidence.seen:
             return self.possible(at, axes)
         for number in range(self._static):
             groups = self.partitions[number]
@@ -101,7 +99,7 @@ class Reader:
         """Return the layout of an output (None: there is none), and whether it is the only one."""
         left = self.layouts(at, axes)
         if not left:
-            return self._fix(at, axes), False
+            return None, False
         shape = self.shape(at)
         # If the probes leave several layouts, all of them treat the gradients of this graph alike.
         # For another graph of the same structure they may differ.
@@ -122,19 +120,6 @@ class Reader:
                 if same and len(splits) == 1:
                     return same
         return left
-
-    def _fix(self, at: At, axes: Sequence[int] | None) -> Layout | None:
-        """Return a layout for rows that no index explains. It holds for this pass only."""
-        evidence, shape = self.evidence(at), self.shape(at)
-        if evidence is None or self._code is None or not evidence.seen:
-            return None
-        for axis in range(len(shape)) if axes is None else axes:
-            ids = evidence.ids(axis, self._code) if axis < len(shape) else None
-            if ids is not None and bool((ids >= 0).any()):
-                self.fixed = True
-                self.partitions.append(group_rows(ids.clamp(min=0), self._code.environments))
-                return Layout(axis, 1, 1, len(self.partitions) - 1)
-        return None
 
     def _source(self, index: int, ids: Tensor) -> int | None:
         """Return the partition of the nearest node below that picked rows of these environments."""
@@ -182,18 +167,24 @@ class Reader:
             if rows is None:
                 continue
             found = evidence.ids(rows[1], self._code)
-            if found is not None and fits(rows[0], found):
-                if rows[0] is not ids:  # else all rows stay where they are, for any index
-                    self.picks.append(Pick(index, layout, self._small(index, small, rows)))
+            if found is None or not fits(rows[0], found):
+                continue
+            if rows[0] is ids:  # all rows stay where they are, for any index
+                return True
+            target = self._small(index, small, rows, small_input is None)
+            if target is not None:
+                self.picks.append(Pick(index, layout, target))
                 return True
         return False
 
-    def _small(self, index: int, small: At, rows: Rows) -> Layout:
+    def _small(self, index: int, small: At, rows: Rows, picked: bool) -> Layout | None:
+        """Return the layout of the small tensor. Only rows that are picked may have a new order."""
         ids, axis = rows
         for layout in self.layouts(small, (axis,)):
             if torch.equal(layout.spread(self.partitions[layout.partition].ids), ids):
                 return layout
-        assert self._code is not None
+        if not picked or self._code is None:
+            return None
         self.partitions.append(group_rows(ids, self._code.environments))
         self._origins[len(self.partitions) - 1] = index
         return Layout(axis, 1, 1, len(self.partitions) - 1)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._accumulator import Treatment
-from ._groups import Environments, Groups, make_groups
-from ._plan import Plan
+from ._groups import Checked, Groups, make_groups
+from ._plans import Plans
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setup:
     """The model, the options of Agreement, and the plans of earlier contexts.
 
@@ -22,9 +22,10 @@ class Setup:
         params: the parameters whose gradients are aggregated.
         names: the names of the parameters, by id.
         batch_dim: the batch dimension of the model's inputs and outputs.
+        output_batch_dim: that of its outputs, if it is given apart.
         reduction: ``"mean"`` or ``"sum"``, the reduction of the loss.
         check_mixing: the argument of Agreement.
-        plans: the plans of earlier graphs, by their structure.
+        plans: the plans of earlier graphs.
         treatments: the treatment of each parameter in the last context, by its number.
         partitions: the last partition of a batch into equal groups, by its description.
     """
@@ -34,9 +35,10 @@ class Setup:
     params: list[Tensor]
     names: dict[int, str]
     batch_dim: int
+    output_batch_dim: int | None
     reduction: str
     check_mixing: str
-    plans: dict[Any, Plan] = field(default_factory=dict)
+    plans: Plans = field(default_factory=Plans)
     treatments: dict[int, Treatment] = field(default_factory=dict)
     partitions: dict[Any, Groups] = field(default_factory=dict)
 
@@ -44,7 +46,7 @@ class Setup:
         """Return the name of a parameter, or its shape if it has no name."""
         return self.names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
 
-    def groups(self, environments: Environments, examples: int) -> Groups:
+    def groups(self, environments: Checked, examples: int) -> Groups:
         """Return the partition of a batch. A partition into equal groups is kept for reuse."""
         if isinstance(environments, Tensor):
             return make_groups(environments, examples)

@@ -14,7 +14,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..moments import Moments
 from ._batches import batch_size, take
-from ._groups import Environments, make_groups
+from ._groups import Checked, make_groups
 from ._losses import losses_that_are_no_mean
 from ._randomness import RandomNumbers, without_dropout
 
@@ -90,7 +90,7 @@ class Sample:
         groups: their partition.
     """
 
-    def __init__(self, batch: Any, batch_dim: int, environments: Environments, most: int) -> None:
+    def __init__(self, batch: Any, batch_dim: int, environments: Checked, most: int) -> None:
         if most < 1:
             raise ValueError(f"most: expected at least 1 environment, but got {most}")
         ids = environments if isinstance(environments, Tensor) else None
