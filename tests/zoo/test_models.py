@@ -7,8 +7,6 @@ by ids: plans that are kept are tested, too. A dozen models run in `make test`, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy
 import pytest
 import torch
@@ -67,16 +65,13 @@ def environments(kind: str, size: int) -> int | Tensor | None:
     return None if kind == "each" else int(kind)
 
 
-def models() -> Iterator[object]:
-    for name in ZOO:
-        marks = [] if name in FEW else [pytest.mark.zoo]
-        if name in BROKEN:
-            marks.append(pytest.mark.xfail(strict=True, reason=BROKEN[name]))
-        yield pytest.param(name, marks=marks, id=name)
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    broken = [pytest.mark.xfail(strict=True, reason=BROKEN[name])] if name in BROKEN else []
+    return broken if name in FEW else [pytest.mark.zoo, *broken]
 
 
 @pytest.mark.filterwarnings("ignore")  # those of transformers and peft
-@pytest.mark.parametrize("name", models())
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in ZOO])
 def test_model(name: str) -> None:
     pytest.importorskip("transformers", reason="optional: pip install transformers peft")
     pytest.importorskip("peft", reason="optional: pip install transformers peft")
