@@ -89,7 +89,7 @@ results: $(READY) game  ## every study in full, two to four hours; and one page 
 # In tiers: `test` is the library's suite, `test-rest` all else: studies, and what
 # compiles or installs the package. CI runs both. TESTS=tests/optim chooses a part.
 TESTS ?= tests
-LIBRARY := --ignore=tests/studies --ignore=tests/benchmarks -m 'not (large or build)'
+LIBRARY := --ignore=tests/studies --ignore=tests/benchmarks -m 'not (large or build or zoo)'
 
 .PHONY: test
 test: $(READY)  ## the library's test suite
@@ -107,14 +107,22 @@ test-rest: $(READY) game torchvision  ## the tests of studies, of CoinRun, of bu
 .PHONY: test-all
 test-all: test test-rest  ## every test but test-large
 
+.PHONY: test-zoo
+test-zoo: $(READY)  ## torch's databases of modules and ops, compared with the loop
+	$(PYTEST) tests/zoo --ignore=tests/zoo/test_models.py
+
+.PHONY: test-models
+test-models: $(READY)  ## 180 models of transformers and peft, tiny, compared with the loop
+	$(PYTEST) tests/zoo/test_models.py
+
 .PHONY: test-long
 test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hour)
-	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST) $(TESTS)
+	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST) -m 'not (large or zoo)' $(TESTS)
 
 .PHONY: test-processors
 test-processors: $(READY)  ## what computes, with the instructions of other processors (needs cc)
 	PYTHON=$(BIN)/python tools/check_processors.sh -n $(JOBS) --dist worksteal $(LIBRARY) \
-	  $(patsubst %,--ignore=tests/%,benchmarks plots repo) $(TESTS)
+	  $(patsubst %,--ignore=tests/%,benchmarks plots repo zoo) $(TESTS)
 
 .PHONY: test-large
 test-large: $(READY)  ## the test with more than 2^31 elements (needs 12 GiB)

@@ -37,6 +37,7 @@ MARKERS_OF_FOLDERS = {
     "plots": ["no_device"],
     "repo": ["no_device"],
     "studies": ["no_device", "study"],
+    "zoo": ["no_device"],
 }
 KERNELS = os.environ.get("ANDMASK_TEST_KERNELS", "own")
 

@@ -62,7 +62,10 @@ def loop(
 
 
 class OtherProcessor(TorchDispatchMode):
-    """Moves each result by a few roundings, as another processor might; what is zero stays zero."""
+    """Moves each result by a few roundings, as another processor might.
+
+    A whole number stays: a zero, a size, and the least number, by which masks hide scores.
+    """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -78,7 +81,8 @@ class OtherProcessor(TorchDispatchMode):
         if not result.is_floating_point():
             return result
         noise = torch.randn(result.shape, generator=self.generator, device="cpu").to(result)
-        return result * (1 + 4 * torch.finfo(result.dtype).eps * noise)
+        moved = result * (1 + 4 * torch.finfo(result.dtype).eps * noise)
+        return torch.where(result == result.round(), result, moved)
 
 
 def is_noise(grads: Tensor, floor: float) -> Tensor:

@@ -23,9 +23,12 @@ MIXING = "environments mix in the model"
 NO_BATCH = "cannot tell where the batch"
 NOT_FROM_OUTPUTS = "a gradient that does not come through the outputs of the model"
 PARAMETERS_ONLY = "a term of the loss is made of parameters only"
+BATCH_NORM = "takes statistics over all environments"
 REENTRANT_ARGUMENT = "a parameter is an argument of a function under reentrant checkpointing"
 
-CAUSES = (MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, REENTRANT_ARGUMENT)
+CAUSES = (
+    MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, BATCH_NORM, REENTRANT_ARGUMENT,
+)  # fmt: skip
 
 
 def outcome(step: Callable[[], object]) -> str:

@@ -1,0 +1,101 @@
+"""Every model of the zoo: exact, or refused for a cause that has a name.
+
+One Agreement sees batches of 4, 8 and 16 examples, each example an environment, in two groups and
+by ids: plans that are kept are tested, too. A dozen models run in `make test`, all of them in
+`make test-models`. One alone: ``pytest tests/zoo/test_models.py -k mixtral``.
+"""
+
+from __future__ import annotations
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+import andmask_ext as am
+
+from ..agreement.exact_loop import RULE, check
+from ..agreement.outcomes import BATCH_NORM, EXACT, MIXING, NO_BATCH, PARAMETERS_ONLY, outcome
+from .adapters import ADAPTERS
+from .case import Case
+from .decoders import DECODERS
+from .encoders import ENCODERS, TRANSLATORS
+from .others import OTHERS
+from .vision import VISION
+
+words = str.split
+
+ZOO: dict[str, Case] = {**ENCODERS, **TRANSLATORS, **DECODERS, **VISION, **OTHERS, **ADAPTERS}
+
+# Refused, at least for some of the batches: the cause, and the models.
+REFUSED = [
+    # Examples mix: in the loss, in a pseudo-inverse, in the class token of films, in a choice of
+    # lags.
+    (MIXING, "clip siglip nystromformer timesformer autoformer"),
+    (BATCH_NORM, "wav2vec2-conformer"),
+    # A size of a table or a parameter is divided by the batch.
+    (MIXING, "deberta funnel dora loha oft boft fourier prompt-tuning p-tuning"),
+    # Experts pick rows.
+    (MIXING, "mixtral mixtral-eager mixtral-balanced qwen2moe qwen2moe-eager olmoe olmoe-eager"),
+    (MIXING, "deepseekv3 deepseekv3-eager gptoss gptoss-eager jamba jamba-eager switch"),
+    (NO_BATCH, "qwen2moe-eager deepseekv3-eager switch"),
+    # The loss has a head whose output the model does not return.
+    (NO_BATCH, "upernet prophetnet dpt"),
+    (PARAMETERS_ONLY, "adalora"),
+]
+
+# What fails.
+BROKEN = {
+    "cohere": "a parameter that is only used in another precision",
+    "reformer": "a function that runs a backward pass of its own",
+    "levit": "a converted batch norm that sees rows of examples",
+    "patchtst": "a converted batch norm that sees rows of examples: wrong gradients",
+}
+
+# What `make test` runs.
+FEW = words("bert vit gpt2 t5")
+
+STEPS = [(4, "each"), (4, "2"), (4, "ids"), (8, "each"), (8, "each"), (8, "ids"), (16, "each"),
+         (16, "2"), (8, "2")]  # fmt: skip
+
+
+def environments(kind: str, size: int) -> int | Tensor | None:
+    if kind == "ids":  # environments of different sizes, not in order
+        return torch.arange(size).square() % 3
+    return None if kind == "each" else int(kind)
+
+
+def marks(name: str) -> list[pytest.MarkDecorator]:
+    broken = [pytest.mark.xfail(strict=True, reason=BROKEN[name])] if name in BROKEN else []
+    return broken if name in FEW else [pytest.mark.zoo, *broken]
+
+
+@pytest.mark.filterwarnings("ignore")  # those of transformers and peft
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in ZOO])
+def test_model(name: str) -> None:
+    pytest.importorskip("transformers", reason="optional: pip install transformers peft")
+    pytest.importorskip("peft", reason="optional: pip install transformers peft")
+    numpy.random.seed(0)
+    case = ZOO[name]
+    model = case.make()
+    agreement = am.Agreement(model, RULE, keep_moments=True)
+    causes = set()
+    for size, kind in STEPS:
+        if kind not in case.kinds:
+            continue
+        batch = case.tensors(size)
+        causes.add(
+            outcome(
+                lambda batch=batch, size=size, kind=kind: check(
+                    model, case.step(list(batch)), *batch.values(),
+                    environments=environments(kind, size), agreement=agreement,
+                    tolerance=case.tolerance,
+                )
+            )
+        )  # fmt: skip
+    assert causes - {EXACT} == {cause for cause, names in REFUSED if name in words(names)}
+
+
+def test_the_tables_name_models() -> None:
+    refused = {name for _, names in REFUSED for name in words(names)}
+    assert {*refused, *BROKEN, *FEW} <= set(ZOO)
