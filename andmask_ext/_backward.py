@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
 from ._checks import check_dense_grad, check_dtype, check_weight
+from ._loss_nodes import SAME, SCALINGS, TERMS, ends
+from ._notices import warn_once
+from ._pending import Hook
 from .moments import Moments
 from .rules import Rule
 
@@ -36,22 +39,23 @@ def backward(
 
     Zero gradients: a parameter that a loss does not reach has gradient zero in that environment.
     Zero votes for neither sign, so with ``tau=1`` the parameter does not move. A parameter that no
-    loss reaches keeps its ``.grad``.
+    loss reaches keeps its ``.grad``. If no loss reaches any parameter, it raises.
 
     Scaled losses: a common factor of all losses scales the result of the AND-mask, but does not
     change the mask. So ``GradScaler.scale`` may be applied to each loss. Some rules depend on
     magnitudes (:class:`andmask_ext.rules.SandMask`, :class:`andmask_ext.rules.GeometricMean`). For
     them pass ``weights=[1 / scaler.get_scale()] * d``, and do not unscale afterwards.
 
-    Hooks: hooks of ``Tensor.register_hook`` see the gradient of each environment. Hooks of
-    ``register_post_accumulate_grad_hook`` do not run. ``DistributedDataParallel`` and FSDP need
-    them, so they would not synchronise the gradients.
+    Hooks: hooks of ``Tensor.register_hook`` see the gradient of each environment. Parameters with
+    hooks of ``register_post_accumulate_grad_hook`` are refused, as these would never run.
+    ``DistributedDataParallel`` would not synchronise the gradients.
 
     Args:
         losses: one scalar loss per environment: a sequence, a tensor of shape :math:`(d,)`, or an
-            iterator. Losses of a sequence may share parts of their graphs. An iterator must yield
-            losses with separate graphs, and needs ``params``. Its next loss is requested after the
-            backward pass of the last one, so only one graph is in memory at a time.
+            iterator. The losses of d examples make each example an environment. Losses of a
+            sequence may share parts of their graphs. An iterator must yield losses with separate
+            graphs, and needs ``params``. Its next loss is requested after the backward pass of the
+            last one, so only one graph is in memory at a time.
         rule: a rule such as :class:`andmask_ext.AndMask`, or a callable that maps stacked
             gradients ``[d, *shape]`` to one gradient ``[*shape]``. It is called once per parameter,
             without gradient tracking.
@@ -62,11 +66,13 @@ def backward(
             gradient of the pooled loss.
 
     Raises:
-        TypeError: ``losses`` or ``params`` is not an iterable of tensors, a gradient is sparse or
-            has an unsupported dtype, or ``rule`` is not callable or returns no dense tensor.
+        TypeError: ``losses`` or ``params`` is not an iterable of tensors, a parameter is a DTensor,
+            a gradient is sparse or has an unsupported dtype, or ``rule`` is not callable or returns
+            no dense tensor.
         ValueError: there is no loss or no parameter; a loss is not scalar, does not require grad or
-            uses reentrant checkpointing; a parameter is not a leaf; ``rule`` returns a wrong shape
-            or device; or the weights are not positive, or not one per loss.
+            uses reentrant checkpointing; a parameter is not a leaf, has a post-accumulate hook, or
+            none is reached by a loss; ``rule`` returns a wrong shape or device; or the weights are
+            not positive, or not one per loss.
         RuntimeError: a backward pass writes to ``.grad`` itself.
 
     Example:
@@ -119,6 +125,12 @@ def backward(
         for leaf, grad in zip(leaves, before, strict=True):
             leaf.grad = grad
 
+    if all(update is None for update in updates):
+        raise ValueError(
+            "params: expected parameters that the losses depend on, but no loss reaches any of "
+            f"these {len(leaves)}; pass those that the model computes with, as model.parameters() "
+            "of the module that was called"
+        )
     with torch.no_grad():
         for leaf, update in zip(leaves, updates, strict=True):
             if update is None:
@@ -214,6 +226,7 @@ def _check_losses(losses: Iterable[Tensor] | Tensor) -> list[Tensor]:
                 "losses: expected a sequence of scalar losses or a tensor of shape (d,), "
                 f"but got shape {tuple(losses.shape)}"
             )
+        _note_unreduced(losses)
         with torch.enable_grad():
             scalars = list(losses.unbind())
     else:
@@ -223,6 +236,21 @@ def _check_losses(losses: Iterable[Tensor] | Tensor) -> list[Tensor]:
     for index, loss in enumerate(scalars):
         _check_loss(loss, index)
     return scalars
+
+
+def _note_unreduced(losses: Tensor) -> None:
+    """Warn if a vector of losses comes straight from a loss function with reduction="none"."""
+    if losses.grad_fn is None:
+        return
+    for node in ends([losses.grad_fn], (*SAME, *TERMS, *SCALINGS)):
+        if node.name() == "CtcLossBackward0" or getattr(node, "_saved_reduction", None) == 0:
+            warn_once(
+                backward,
+                "losses: expected one loss per environment, but got the losses of single examples "
+                "(reduction='none'), so that each example is an environment; take their mean in "
+                "each environment, or pass list(losses) if each example shall be one",
+            )
+            return
 
 
 def _check_loss(loss: object, index: int) -> None:
@@ -245,11 +273,29 @@ def _check_params(params: Iterable[Tensor], name: str) -> list[Tensor]:
             raise ValueError(f"{name}[{index}]: expected a leaf tensor, but got a computed one")
         if not param.requires_grad:
             continue
-        check_dtype(f"{name}[{index}] of shape {tuple(param.shape)}", param)
+        label = f"{name}[{index}] of shape {tuple(param.shape)}"
+        _check_plain(label, param)
+        check_dtype(label, param)
         if param.grad is not None:
             check_dense_grad(f"{name}[{index}].grad", param.grad)
         leaves[id(param)] = param
     return list(leaves.values())
+
+
+def _check_plain(label: str, param: Tensor) -> None:
+    """Raise if a parameter is spread over processes, or waits for hooks that would not run."""
+    if hasattr(param, "device_mesh"):
+        raise TypeError(
+            f"{label}: expected a plain tensor, but got a {type(param).__name__}, of which this "
+            "process holds a part; use the module before fully_shard or parallelize_module"
+        )
+    hooks = getattr(param, "_post_accumulate_grad_hooks", None) or {}
+    if any(not isinstance(hook, Hook) for hook in hooks.values()):
+        raise ValueError(
+            f"{label}: expected no hook of register_post_accumulate_grad_hook, but got one, which "
+            "would never run (an optimizer in the backward pass?); call remove() of what the "
+            "registration returned, and step the optimizer after andmask_ext.backward"
+        )
 
 
 def _as_list(values: Iterable[Tensor], name: str) -> list[Tensor]:

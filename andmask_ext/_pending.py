@@ -51,7 +51,13 @@ class Owner(Protocol):
 
 
 class Observer:
-    """Reads the moments of a step just before they are aggregated."""
+    """Reads the moments of a step just before they are aggregated.
+
+    Attributes:
+        kinds: the kinds of moments that it reads, beside those that the rules need.
+    """
+
+    kinds: tuple[str, ...] = ()
 
     def begin(self) -> bool:
         """Return whether the step that begins must track squared norms."""
@@ -360,7 +366,9 @@ class PendingStep:
             owner = self._owner()
             assert owner is not None
             groups = owner._rules()
-            kinds = [tuple(k for k in KINDS if k in (rule.moments or ())) for _, rule in groups]
+            observed = {kind for observer in self._observers for kind in observer.kinds}
+            wanted = [observed.union(rule.moments or ()) for _, rule in groups]
+            kinds = [tuple(kind for kind in KINDS if kind in some) for some in wanted]
             same_kinds = [moments.kinds for moments in self.moments] == kinds
             if not (same_kinds and all(map(_are_of, self.moments, groups))):
                 self.moments = [

@@ -123,7 +123,7 @@ def test_a_tensor_of_losses_that_share_one_graph() -> None:
     model = mlp(6, 8)
     x, y = torch.randn(ENVIRONMENTS, 6), torch.randint(0, 3, (ENVIRONMENTS,))
     expected = expected_grads(model, [(x[i : i + 1], y[i : i + 1]) for i in range(ENVIRONMENTS)])
-    am.backward(F.cross_entropy(model(x), y, reduction="none"), RULE)
+    am.backward(F.cross_entropy(model(x)[:, None].mT, y[:, None], reduction="none").mean(1), RULE)
     for name, param in model.named_parameters():
         torch.testing.assert_close(param.grad, expected[name], rtol=1e-4, atol=1e-6)
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import andmask_ext as am
-from andmask_ext import reference
+from andmask_ext import _notices, reference
 
 from .test_backward import RULE
 
 LEAF = torch.ones(2, requires_grad=True)
+Y = torch.tensor([0, 1, 2, 0])
 
 
 def good_losses() -> list[Tensor]:
@@ -151,3 +157,87 @@ def test_errors_of_iterators_and_weights(losses, kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
         am.backward(losses(), RULE, **{"params": [LEAF], **kwargs})
     assert LEAF.grad is None
+
+
+@pytest.mark.parametrize(
+    "unreduced",
+    [
+        lambda x: F.cross_entropy(x, Y, reduction="none"),
+        lambda x: F.cross_entropy(x, Y, reduction="none", label_smoothing=0.1),
+        lambda x: 0.5 * F.mse_loss(x[:, 0], torch.zeros(4), reduction="none"),
+        lambda x: (
+            F.mse_loss(x[:, :1], torch.zeros(4, 1), reduction="none").squeeze(1) + x.exp()[:, 0]
+        ),
+    ],
+    ids=["cross_entropy", "smoothed", "mse", "a term"],
+)
+def test_losses_of_single_examples_are_noted_once(
+    unreduced: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_notices, "_given", weakref.WeakKeyDictionary())
+    x = torch.randn(4, 3, requires_grad=True)
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            am.backward(unreduced(x), RULE)
+    (one,) = given
+    assert "reduction='none'" in str(one.message)
+    assert "pass list(losses)" in str(one.message)
+    assert one.filename == __file__
+
+
+def test_losses_of_environments_are_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_notices, "_given", weakref.WeakKeyDictionary())
+    x = torch.randn(4, 3, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        am.backward(list(F.cross_entropy(x, Y, reduction="none")), RULE)
+        am.backward(torch.stack([F.mse_loss(row, torch.zeros(3)) for row in x]), RULE)
+        am.backward(F.mse_loss(x, torch.zeros(4, 3), reduction="none").mean(1), RULE)
+        am.backward(x.sum(1), RULE)
+
+
+def test_hooks_that_would_not_run_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    handle = model.weight.register_post_accumulate_grad_hook(lambda param: None)
+    x = torch.randn(4, 3)
+    with pytest.raises(ValueError, match=r"params\[0\] .* would never run .*call remove\(\)"):
+        am.backward([model(x).sum(), model(x).sum()], RULE, model.parameters())
+    assert model.weight.grad is None
+    handle.remove()
+    am.backward([model(x).sum(), model(x).sum()], RULE, model.parameters())
+    assert model.weight.grad is not None
+
+
+def test_parameters_of_an_optimizer_of_this_package() -> None:
+    """Its own hooks, which pass gradients on inside its contexts, are no hindrance."""
+    model = nn.Linear(3, 2)
+    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, tau=0.5)
+    x = torch.randn(4, 3)
+    with optimizer.environment():
+        model(x).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    am.backward([model(x).sum(), model(x).sum()], RULE)
+    assert model.weight.grad is not None
+
+
+def test_parameters_that_no_loss_reaches_are_refused() -> None:
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    other.weight.grad = before = torch.ones(2, 3)
+    losses = [model(torch.randn(4, 3)).sum() for _ in range(2)]
+    for rule in (RULE, am.rules.Median()):
+        with pytest.raises(ValueError, match="no loss reaches any of these 2"):
+            am.backward(list(losses), rule, other.parameters())
+        losses = [model(torch.randn(4, 3)).sum() for _ in range(2)]
+    assert other.weight.grad is before
+    assert bool((before == 1).all())
+
+
+def test_sharded_parameters_are_refused() -> None:
+    class Sharded(torch.Tensor):
+        device_mesh = "a mesh"
+
+    weight = torch.randn(3).as_subclass(Sharded).requires_grad_()
+    with pytest.raises(TypeError, match="got a Sharded, of which this process holds a part"):
+        am.backward([LEAF.sum()], RULE, [weight])

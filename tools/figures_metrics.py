@@ -94,7 +94,12 @@ def draw_votes() -> Figure:
 
 def draw_tau_curve() -> Figure:
     """What every threshold would keep after training."""
-    return plots.tau_curve(metrics.tau_curve(plain_training().after))[0].figure
+    curve = metrics.tau_curve(plain_training().after)
+    figure, panels = plt.subplots(2, figsize=(7.2, 4.4), layout="constrained", sharex=True)
+    plots.tau_curve(curve, ax=panels[0])
+    plots.masked_norm(curve, ax=panels[1])
+    panels[0].label_outer()
+    return figure
 
 
 def draw_cosines() -> Figure:

@@ -12,26 +12,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
+from .._loss_nodes import NLL, REDUCED, SAME, SCALINGS, TERMS, ends
 from ._groups import Groups
 from ._nodes import saved
 
-_NLL = ("NllLossBackward0", "NllLoss2DBackward0")
-# Losses with the argument reduction: 1 is the mean, 2 the sum.
-_REDUCED = (
-    *_NLL, "BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0",
-    "HuberLossBackward0", "MseLossBackward0", "MultiMarginLossBackward0",
-    "MultilabelMarginLossBackward0", "SmoothL1LossBackward0", "SoftMarginLossBackward0",
-)  # fmt: skip
 _SUMS = ("SumBackward0", "SumBackward1")
 _MEANS = ("MeanBackward0", "MeanBackward1")
-_SCALINGS = ("DivBackward0", "MulBackward0", "DivBackward1", "MulBackward1")
-_TERMS = ("AddBackward0", "SubBackward0")
-_SAME = (
-    "AliasBackward0", "CloneBackward0", "NegBackward0", "ReshapeAliasBackward0",
-    "SqueezeBackward0", "SqueezeBackward1", "ToCopyBackward0", "UnsqueezeBackward0",
-    "ViewBackward0",
-)  # fmt: skip
-_MOST = 64  # nodes; a loss has a few
 
 
 def losses_that_are_no_mean(
@@ -51,11 +37,11 @@ def losses_that_are_no_mean(
     if groups.environments == 1:
         return None
     if reduction == "mean":
-        for node in _ends(roots, (*_SAME, *_TERMS, *_SCALINGS)):
-            cause = _uneven(node, groups, batch_dim) if node.name() in _NLL else None
+        for node in ends(roots, (*SAME, *TERMS, *SCALINGS)):
+            cause = _uneven(node, groups, batch_dim) if node.name() in NLL else None
             if cause:
                 return cause
-    terms = _ends(roots, (*_SAME, *_TERMS))
+    terms = ends(roots, (*SAME, *TERMS))
     kinds = {_kind(node, groups.examples, batch_dim) for node in terms}
     if kinds == {"sum"} and reduction == "mean":
         return (
@@ -70,22 +56,6 @@ def losses_that_are_no_mean(
             "loss_reduction='mean' to Agreement"
         )
     return None
-
-
-def _ends(roots: Sequence[Node], through: Sequence[str]) -> list[Node]:
-    """Return where the terms of the loss end: the first nodes that are none of ``through``."""
-    stack, seen = list(roots), set(roots)
-    ends = []
-    while stack and len(seen) < _MOST:
-        node = stack.pop()
-        if node.name() not in through or not _is_scalar(node):
-            ends.append(node)
-            continue
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                stack.append(following)
-    return ends + stack
 
 
 def _uneven(node: Node, groups: Groups, batch_dim: int) -> str | None:
@@ -142,7 +112,7 @@ def _by_example(target: Tensor, examples: int, batch_dim: int) -> Tensor | None:
 
 def _kind(node: Node, examples: int, batch_dim: int) -> str | None:
     """Return "sum" or "mean" if a term of the loss is certain to be that of the examples."""
-    if node.name() in _REDUCED:
+    if node.name() in REDUCED:
         target = saved(node, "target")
         whole = target.dim() > batch_dim and target.shape[batch_dim] == examples
         if not whole and _by_example(target, examples, batch_dim) is None:
@@ -161,10 +131,10 @@ def _kind_of_reduction(node: Node, examples: int, batch_dim: int) -> str | None:
     if not sizes or sizes[axis] != examples or sizes.count(examples) > 1:
         return None
     source = node.next_functions[0][0]
-    while source is not None and source.name() in _SAME:
+    while source is not None and source.name() in SAME:
         source = source.next_functions[0][0]
     # A factor may make it a mean, or weigh the examples.
-    if source is None or source.name() in (*_SCALINGS, *_SUMS[:1], *_MEANS[:1]):
+    if source is None or source.name() in (*SCALINGS, *_SUMS[:1], *_MEANS[:1]):
         return None
     if source.name() in (_SUMS[1], _MEANS[1]):
         before = tuple(saved(source, "self_sym_sizes"))
@@ -177,8 +147,3 @@ def _dims(node: Node, count: int) -> set[int]:
     """Return the dimensions over which a node reduces."""
     dims = tuple(saved(node, "dim") or range(count))
     return {(dim - 2**64 if dim >= 2**63 else dim) % count for dim in dims}
-
-
-def _is_scalar(node: Node) -> bool:
-    sizes: Sequence[int] = node._input_metadata[0].shape
-    return all(int(size) == 1 for size in sizes)

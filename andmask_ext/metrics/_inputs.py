@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._checks import check_grads
 from .._devices import by_device
+from .._notices import warn_once
 from ..moments import Moments
 
 Stacked: TypeAlias = Tensor | Mapping[str, Tensor] | Sequence[Tensor]
@@ -112,6 +113,14 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
     elif isinstance(grads, Sequence) and not isinstance(grads, str):
         keys = []
         labelled = [(f"{name}[{index}]", entry) for index, entry in enumerate(grads)]
+        if len(labelled) > 1 and all(_is_vector(entry) for entry in grads):
+            warn_once(
+                entries_of,
+                f"{name}: expected in a list the stacked gradients of one parameter after the "
+                "other, but got vectors, each of which is read as the gradients of a parameter "
+                "with one element; torch.stack a list of one gradient per environment, or pass a "
+                "dict of parameters",
+            )
     else:
         hint = "; its moments are in .moments" if hasattr(type(grads), "moments") else ""
         raise TypeError(
@@ -135,6 +144,10 @@ def entries_of(grads: Gradients, name: str = "grads") -> Entries:
             first.shape[0], stacked, None, keys, lambda values: dict(zip(keys, values, strict=True))
         )
     return Entries(first.shape[0], stacked, None, list(range(len(stacked))), list)
+
+
+def _is_vector(entry: object) -> bool:
+    return isinstance(entry, Tensor) and entry.dim() == 1
 
 
 def stacked_of(grads: object, name: str = "grads") -> list[Tensor]:

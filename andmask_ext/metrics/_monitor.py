@@ -38,13 +38,14 @@ class Monitor(Observer):
     - ``norm``, ``masked_norm``: norms of the mean gradient and of its kept coordinates;
     - ``coherence``: see :func:`andmask_ext.metrics.coherence`.
 
-    A recorded step makes one more pass over sums and votes. With ``coherence=True`` it also
+    A recorded step makes one more pass over sums and votes. If a rule does without votes
+    (``Mean()``), they are counted for the monitor, in every step. With ``coherence=True`` it also
     computes the squared norm of each environment's gradient. Other steps cost nothing. Results
     stay on the device of the parameters, so no step waits for the device. The source keeps the
     monitor until :meth:`detach`.
 
-    To monitor plain training, train with ``AndMask(tau=0.0)``, which is the mean.
-    ``Monitor(optimizer, tau=0.8)`` then records what a threshold of 0.8 would keep.
+    To monitor plain training, train with ``Mean()``. ``Monitor(optimizer, tau=0.8)`` then records
+    what a threshold of 0.8 would keep.
 
     Args:
         source: an optimizer of :mod:`andmask_ext.optim` that takes environments, or an
@@ -76,6 +77,8 @@ class Monitor(Observer):
         >>> monitor.latest["noise_kept_fraction/weight"]
         tensor(0.5000, dtype=torch.float64)
     """
+
+    kinds = ("votes",)
 
     def __init__(
         self,
@@ -192,8 +195,8 @@ class Monitor(Observer):
             metric: the name of a metric of :class:`Monitor`.
 
         Returns:
-            float64 ``[records, parameters]``. NaN if the parameter had no gradient, if its rule
-            keeps no votes, and for the coherence of gradients that are all zero.
+            float64 ``[records, parameters]``. NaN if the parameter had no gradient, and for
+            the coherence of gradients that are all zero.
 
         Raises:
             ValueError: ``metric`` is unknown.

@@ -36,8 +36,9 @@ def sign_agreement(grads: Gradients) -> Any:
     its agreement is at least tau. For noise the average is about :math:`\sqrt{2 / (\pi d)}`.
 
     Args:
-        grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of them, or
-            :class:`andmask_ext.Moments` with votes.
+        grads: gradients of d environments: a tensor ``[d, *shape]``, a dict or list of such tensors
+            with one for each *parameter*, or :class:`andmask_ext.Moments` with votes. A list of one
+            gradient per environment must be stacked before.
 
     Returns:
         One tensor ``[*shape]`` per parameter, float32, or float64 for float64 gradients. The form

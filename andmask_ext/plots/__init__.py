@@ -1,9 +1,8 @@
 """Figures of metrics. They need matplotlib: ``pip install andmask_ext[plots]``.
 
 Every function draws into matplotlib axes ``ax``, or opens a figure that fits a README. It returns
-the axes, or a list of axes if there are several panels. The figure is ``axes.figure`` or
-``axes[0].figure``. Nothing is shown or saved, and matplotlib's settings do not change.
-``palette`` and ``style`` hold the colours and the look, which other figures can use too.
+the axes; the figure is ``axes.figure``. Nothing is shown or saved, and matplotlib's settings do not
+change. ``palette`` and ``style`` hold the colours and the look, which other figures can use too.
 """
 
 try:
@@ -16,12 +15,13 @@ except ImportError as error:
 from . import palette, style
 from ._correlations import gradient_correlation, gradient_cosines
 from ._monitor import kept_fraction
-from ._votes import tau_curve, vote_histogram
+from ._votes import masked_norm, tau_curve, vote_histogram
 
 __all__ = [
     "gradient_correlation",
     "gradient_cosines",
     "kept_fraction",
+    "masked_norm",
     "palette",
     "style",
     "tau_curve",

@@ -31,26 +31,6 @@ def axes_or_new(ax: Axes | None, size: tuple[float, float]) -> Axes:
     return ax
 
 
-def panels_or_new(
-    ax: Sequence[Axes] | None, count: int, rows: int, size: tuple[float, float], **options: Any
-) -> list[Axes]:
-    """Return the ``count`` panels ``ax``, or panels of a new figure without surplus ones."""
-    if ax is None:
-        columns = -(-count // rows)
-        figure, grid = plt.subplots(
-            rows, columns, figsize=size, layout="constrained", squeeze=False, **options
-        )
-        for spare in grid.flat[count:]:
-            figure.delaxes(spare)
-        return list(grid.flat[:count])
-    panels = list(ax.flat if isinstance(ax, np.ndarray) else ax) if np.iterable(ax) else [ax]
-    if not all(isinstance(panel, Axes) for panel in panels):
-        raise TypeError("ax: expected a sequence of matplotlib Axes")
-    if len(panels) != count:
-        raise ValueError(f"ax: expected {count} axes, one for each panel, but got {len(panels)}")
-    return panels
-
-
 def environment_names(count: int, labels: Sequence[str] | None) -> list[str]:
     """Return ``labels``. Default: A, B, C and so on, or numbers if there are too few letters."""
     if labels is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ from matplotlib.axes import Axes
 from .._checks import check_bool, check_tau
 from ..rules._threshold import vote_threshold
 from . import palette
-from ._axes import Array, as_array, axes_or_new, check_has, panels_or_new, percent
+from ._axes import Array, as_array, axes_or_new, check_has, percent
 from ._data import Curve, Votes
 from .style import SMALL, WIDTH, style
 
@@ -167,23 +166,22 @@ def _mark_threshold(
     return not left
 
 
-def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = None) -> list[Axes]:
-    """Draw the share of kept coordinates and the norm of the update as functions of the threshold.
+def tau_curve(curve: Curve, *, log: bool = False, ax: Axes | None = None) -> Axes:
+    """Draw the share of coordinates that are kept as a function of the threshold.
 
-    Both are step functions, as nothing changes between two thresholds k / d. Values that are not
-    finite are left out, and a note in the figure counts them.
+    It is a step function, as nothing changes between two thresholds k / d.
 
     Args:
         curve: the result of :func:`andmask_ext.metrics.tau_curve`.
-        log: use a logarithmic scale for shares, as noise falls exponentially.
-        ax: two axes to draw into; default: a new figure.
+        log: use a logarithmic scale, as noise falls exponentially.
+        ax: axes to draw into; default: a new figure.
 
     Returns:
-        The axes of shares and the axes of norms.
+        The axes.
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: the parts of the curve differ in length, or ``ax`` does not hold two axes.
+        ValueError: the parts of the curve differ in length.
 
     Example:
         >>> import torch
@@ -193,51 +191,66 @@ def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = No
         ...     tau=torch.tensor([0.0, 0.5, 1.0]),
         ...     kept_fraction=torch.tensor([1.0, 0.7, 0.7]),
         ...     noise_kept_fraction=torch.tensor([1.0, 0.5, 0.5]),
-        ...     norm=torch.tensor([3.0, 2.0, 2.0]),
         ... )
-        >>> shares, norms = plots.tau_curve(curve)
-        >>> norms.get_xlabel()
+        >>> plots.tau_curve(curve).get_xlabel()
         'threshold τ of the AND-mask'
     """
-    check_has("curve", curve, ("kept_fraction", "norm"), "metrics.tau_curve(grads)")
+    tau, kept, null = _parts(curve, "tau", "kept_fraction", "noise_kept_fraction")
     check_bool("log", log)
-    tau, kept, null, norm = (
-        as_array(name, getattr(curve, name), 1)
-        for name in ("tau", "kept_fraction", "noise_kept_fraction", "norm")
-    )
-    if len({len(tau), len(kept), len(null), len(norm)}) > 1:
-        raise ValueError(
-            "curve: expected tau, kept_fraction, noise_kept_fraction and norm of one length, "
-            f"but got {len(tau)}, {len(kept)}, {len(null)} and {len(norm)}"
-        )
     with style():
-        panels = panels_or_new(ax, 2, 2, (WIDTH, 4.4), sharex=True)
-        shares, norms = panels
-        look: dict[str, Any] = {"where": "pre", "linewidth": 1.9, "marker": "o", "markersize": 4}
+        axes = axes_or_new(ax, (WIDTH, 2.6))
         for values, colour, dashes, label in (
             (kept, palette.BLUE, "-", "gradients"),
             (null, palette.BLACK, (0, (4, 1.6)), "pure noise"),
         ):
             shown = np.where(values > 0, values, np.nan) if log else values
-            shares.step(
-                tau, shown, color=colour, linestyle=dashes, label=label, **_ends(shown), **look
-            )
+            _steps(axes, tau, shown, color=colour, linestyle=dashes, label=label)
         if log:
             above = kept[kept > 0].min() if (kept > 0).any() else 1e-3
-            shares.set(yscale="log", ylim=(max(above / 10, 1e-12), 2))
+            axes.set(yscale="log", ylim=(max(above / 10, 1e-12), 2))
         else:
-            shares.set_ylim(0, 1.05)
-        shares.set_ylabel("share of\ncoordinates kept")
-        shares.legend(loc="lower left" if log else "upper right")
+            axes.set_ylim(0, 1.05)
+        axes.set_ylabel("share of\ncoordinates kept")
+        axes.legend(loc="lower left" if log else "upper right")
+    return axes
+
+
+def masked_norm(curve: Curve, *, ax: Axes | None = None) -> Axes:
+    """Draw the norm of the masked mean gradient as a function of the threshold.
+
+    It is a step function. Values that are not finite are left out, and a note in the figure counts
+    them.
+
+    Args:
+        curve: the result of :func:`andmask_ext.metrics.tau_curve`.
+        ax: axes to draw into; default: a new figure.
+
+    Returns:
+        The axes.
+
+    Raises:
+        TypeError: an argument has the wrong type.
+        ValueError: the parts of the curve differ in length.
+
+    Example:
+        >>> import torch
+        >>> from types import SimpleNamespace
+        >>> from andmask_ext import plots
+        >>> curve = SimpleNamespace(tau=torch.tensor([0.0, 1.0]), norm=torch.tensor([3.0, 2.0]))
+        >>> plots.masked_norm(curve).get_xlabel()
+        'threshold τ of the AND-mask'
+    """
+    tau, norm = _parts(curve, "tau", "norm")
+    with style():
+        axes = axes_or_new(ax, (WIDTH, 2.6))
         finite = np.where(np.isfinite(norm), norm, np.nan)
-        norms.step(tau, finite, color=palette.BLUE, **_ends(finite), **look)
+        _steps(axes, tau, finite, color=palette.BLUE)
         top = np.nanmax(finite, initial=0.0)
-        norms.set_ylim(0, 1.08 * top if top > 0 else 1)
-        norms.set(xlabel="threshold τ of the AND-mask", xlim=(-0.01, 1.01))
-        norms.set_ylabel("norm of\nmasked gradient")
+        axes.set_ylim(0, 1.08 * top if top > 0 else 1)
+        axes.set_ylabel("norm of\nmasked gradient")
         missing = int(np.isnan(finite).sum())
         if missing:
-            norms.annotate(
+            axes.annotate(
                 f"not finite at {missing} of {len(norm)} thresholds",
                 (0.99, 0.95),
                 xycoords="axes fraction",
@@ -246,10 +259,28 @@ def tau_curve(curve: Curve, *, log: bool = False, ax: Sequence[Axes] | None = No
                 fontsize=SMALL,
                 color=palette.VERMILION,
             )
-        for axes in panels:
-            axes.grid(alpha=0.25)
-        shares.set_xlim(-0.01, 1.01)
-    return panels
+    return axes
+
+
+def _parts(curve: Curve, *names: str) -> list[Array]:
+    """Return parts of a curve, which must have one length."""
+    check_has("curve", curve, names, "metrics.tau_curve(grads)")
+    parts = [as_array(name, getattr(curve, name), 1) for name in names]
+    if len({len(part) for part in parts}) > 1:
+        raise ValueError(
+            f"curve: expected {', '.join(names)} of one length, but got "
+            f"{', '.join(str(len(part)) for part in parts)}"
+        )
+    return parts
+
+
+def _steps(axes: Axes, tau: Array, values: Array, **look: Any) -> None:
+    """Draw a step function of the threshold."""
+    axes.step(
+        tau, values, where="pre", linewidth=1.9, marker="o", markersize=4, **_ends(values), **look
+    )
+    axes.set(xlabel="threshold τ of the AND-mask", xlim=(-0.01, 1.01))
+    axes.grid(alpha=0.25)
 
 
 def _ends(values: Array) -> dict[str, Any]:

@@ -65,6 +65,8 @@ class Rule:
     def __call__(self, grads: Tensor) -> Tensor:
         """Aggregate stacked gradients.
 
+        Dimension 0 is that of the environments: a vector holds d gradients of one element.
+
         Args:
             grads: ``[d, *shape]`` for d environments: float16, bfloat16, float32 or float64, any
                 strides.

@@ -57,7 +57,10 @@ class AndMask(_Tau):
     moments = ("votes",)
 
     def __call__(self, grads: Tensor) -> Tensor:
-        """Aggregate stacked gradients; see :func:`andmask_ext.ops.masked_mean`."""
+        """Aggregate stacked gradients ``[d, *shape]``; see :func:`andmask_ext.ops.masked_mean`.
+
+        Dimension 0 is that of the environments: a vector holds d gradients of one element.
+        """
         return ops.masked_mean(grads, self.tau, self.rescale)
 
 

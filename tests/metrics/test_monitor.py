@@ -178,16 +178,39 @@ def test_groups_rules_and_parameters_that_nothing_touches() -> None:
     optimizer.step()
     assert monitor.names == ["a", "b", "1.1"]
     whole = expected([grads[0], grads[2]], 0.4)
-    # The mean keeps no votes: agreement and shares are those of the other group.
-    first = expected(grads[:1], 0.4)
-    assert monitor.series("kept_fraction")[0].isnan().tolist() == [False, True, True]
-    assert monitor.total("kept_fraction").item() == pytest.approx(first["kept_fraction"][0])
-    assert monitor.total("sign_agreement").item() == pytest.approx(first["sign_agreement"][0])
-    assert monitor.total("masked_norm").item() == pytest.approx(first["masked_norm"][0])
+    # The mean needs no votes. They are counted for the monitor; without a threshold it keeps all.
+    assert monitor.series("kept_fraction")[0].isnan().tolist() == [False, True, False]
+    assert monitor.series("kept_fraction")[0, 2].item() == 1
+    assert monitor.series("masked_norm")[0, 2].item() == pytest.approx(whole["norm"][1])
+    assert monitor.series("sign_agreement")[0, [0, 2]].tolist() == pytest.approx(
+        whole["sign_agreement"][:2]
+    )
+    assert monitor.total("sign_agreement").item() == pytest.approx(whole["sign_agreement"][-1])
     assert monitor.series("norm")[0, [0, 2]].tolist() == pytest.approx(whole["norm"][:2])
     assert monitor.series("norm")[0].isnan().tolist() == [False, True, False]
     assert monitor.total("norm").item() == pytest.approx(whole["norm"][-1])
     assert monitor.total("coherence").item() == pytest.approx(whole["coherence"][-1])
+
+
+def test_a_rule_without_votes() -> None:
+    """What a threshold would keep of plain training, whose updates stay the same bits."""
+    sets = [parameters() for _ in range(2)]
+    grads = [torch.randn(4, *p.shape) for p in sets[0]]
+    for params, monitored in zip(sets, (True, False), strict=True):
+        with torch.no_grad():
+            for param in params:
+                param.fill_(1)
+        optimizer = am.optim.EnvironmentWrapper(torch.optim.AdamW(params), am.rules.Mean())
+        if monitored:
+            monitor = metrics.Monitor(optimizer, tau=0.6)
+        for _ in range(2):
+            environments(optimizer, params, grads)
+            optimizer.step()
+    wanted = expected(grads, 0.6)
+    for metric, values in wanted.items():
+        assert monitor.latest[f"{metric}/all"].item() == pytest.approx(values[-1]), metric
+    for one, other in zip(*sets, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_is_not_finite_is_not_hidden() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import andmask_ext as am
-from andmask_ext import metrics, reference
+from andmask_ext import _notices, metrics, reference
 from tests.strategies import stacked, taus, tie_taus
 
 from .forms import FORMS, in_order, parameters
@@ -287,3 +289,14 @@ def test_the_null_does_not_depend_on_where_it_was_first_asked_for() -> None:
         assert metrics.noise_kept_probability(37, 0.5) > 0
     assert metrics.noise_kept_probability(37, 0.5) > 0
     assert metrics.tau_curve(torch.randn(37, 5)).noise_kept_fraction.device.type == "cpu"
+
+
+def test_a_list_of_vectors_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_notices, "_given", weakref.WeakKeyDictionary())
+    with pytest.warns(UserWarning, match=r"one element; torch\.stack a list"):
+        metrics.kept_fraction([torch.randn(5), torch.randn(5)], 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        metrics.kept_fraction({"a": torch.randn(5), "b": torch.randn(5)}, 0.5)
+        metrics.kept_fraction([torch.randn(5)], 0.5)
+        metrics.kept_fraction([torch.randn(5, 2), torch.randn(5)], 0.5)

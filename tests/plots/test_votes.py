@@ -157,7 +157,8 @@ def read_off(line, tau):
 @pytest.mark.parametrize("environments", [1, 2, 7, 16])
 def test_the_steps_are_those_of_the_mask(environments):
     histogram = Histogram.of_noise(environments)
-    shares, norms = plots.tau_curve(Curve.of(histogram))
+    curve = Curve.of(histogram)
+    shares, norms = plots.tau_curve(curve), plots.masked_norm(curve)
     taus = np.linspace(0, 1, 101).tolist() + [k / environments for k in range(environments + 1)]
     for tau in taus:
         least = vote_threshold(tau, environments)
@@ -168,23 +169,22 @@ def test_the_steps_are_those_of_the_mask(environments):
 
 
 def test_dots_are_where_steps_end():
-    shares, _ = plots.tau_curve(Curve.of(Histogram.of_noise(4)))
+    shares = plots.tau_curve(Curve.of(Histogram.of_noise(4)))
     line = shares.lines[1]
     assert line.get_xdata()[line.get_markevery()].tolist() == [0, 0.5, 1]
 
 
-@pytest.mark.parametrize("log", [False, True])
-def test_norms_that_are_not_finite_are_left_out_and_told(log):
+def test_norms_that_are_not_finite_are_left_out_and_told():
     curve = Curve.of(Histogram.of_noise(8))
     curve.norm[:3] = torch.tensor([float("inf"), float("nan"), 1e300]).double()
     curve.norm[2] = 1e300
-    shares, norms = plots.tau_curve(curve, log=log)
-    draw([shares, norms])
+    norms = plots.masked_norm(curve)
+    draw(norms)
     assert "not finite at 2 of 9 thresholds" in texts(norms)
     assert norms.get_ylim()[1] > 1e300
     curve.norm[:] = float("inf")
-    shares, norms = plots.tau_curve(curve, log=log)
-    draw([shares, norms])
+    norms = plots.masked_norm(curve)
+    draw(norms)
     assert "not finite at 9 of 9 thresholds" in texts(norms)
     assert norms.get_ylim() == (0, 1)
 
@@ -193,8 +193,8 @@ def test_norms_that_are_not_finite_are_left_out_and_told(log):
 def test_a_logarithmic_curve_shows_all_that_is_kept(environments):
     counts = torch.zeros(environments + 1, dtype=torch.int64)
     counts[0], counts[-1] = 999, 1
-    shares, norms = plots.tau_curve(Curve.of(Histogram(environments, counts)), log=True)
-    draw([shares, norms])
+    shares = plots.tau_curve(Curve.of(Histogram(environments, counts)), log=True)
+    draw(shares)
     assert shares.get_yscale() == "log"
     assert shares.get_ylim()[0] < 1e-3
     nothing = Curve.of(Histogram(environments, torch.zeros_like(counts)))
@@ -203,11 +203,10 @@ def test_a_logarithmic_curve_shows_all_that_is_kept(environments):
 
 def test_curve_errors():
     curve = Curve.of(Histogram.of_noise(4))
-    figure, axes = plt.subplots()
-    with pytest.raises(ValueError, match="ax: expected 2 axes, one for each panel, but got 1"):
-        plots.tau_curve(curve, ax=axes)
-    with pytest.raises(TypeError, match="ax: expected a sequence of matplotlib Axes"):
-        plots.tau_curve(curve, ax=[axes, figure])
-    curve.norm = curve.norm[1:]
-    with pytest.raises(ValueError, match="of one length, but got 5, 5, 5 and 4"):
+    with pytest.raises(TypeError, match="ax: expected matplotlib Axes, but got list"):
+        plots.tau_curve(curve, ax=[plt.subplots()[1]])
+    curve.norm, curve.kept_fraction = curve.norm[1:], curve.kept_fraction[2:]
+    with pytest.raises(ValueError, match="tau, norm of one length, but got 5, 4"):
+        plots.masked_norm(curve)
+    with pytest.raises(ValueError, match="of one length, but got 5, 3, 5"):
         plots.tau_curve(curve)
