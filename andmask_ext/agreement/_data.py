@@ -93,11 +93,12 @@ class DataRecord:
         if self._takes_computed(args):
             self._note_data(name, result, args)
             return
+        if name in _LEAVING:
+            self._leave(name, args)
+            return
         made = [result] if isinstance(result, Tensor) else list(result)
         made = [tensor for tensor in made if isinstance(tensor, Tensor)]
         if not made:
-            if name in _LEAVING:
-                self._leave(name, args)
             return
         self._begin()
         taken = [] if name in _LIKE else list(tensors_in((args, kwargs)))

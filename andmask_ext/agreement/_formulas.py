@@ -306,8 +306,8 @@ FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
 _PRODUCT_AXES = {
     ("AddmmBackward0", 1): (1,),
     ("AddmmBackward0", 2): (0,),
-    ("BmmBackward0", 0): (2,),
-    ("BmmBackward0", 1): (1,),
+    ("BmmBackward0", 0): (2, 0),
+    ("BmmBackward0", 1): (1, 0),
     ("MmBackward0", 0): (1,),
     ("MmBackward0", 1): (0,),
 }

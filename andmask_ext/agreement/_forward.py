@@ -87,8 +87,10 @@ class ForwardRecorder:
         self._handles = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
-            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
         ]
+        if not isinstance(self._model, torch.jit.ScriptModule):  # it takes no such hooks
+            hook = self._model.register_forward_pre_hook(self._before_model, with_kwargs=True)
+            self._handles.append(hook)
 
     def __exit__(
         self,
@@ -122,7 +124,7 @@ class ForwardRecorder:
             if self._depth == 0:
                 if self._stale:
                     self.clear()
-                if module is not self._model:
+                if module is not self._model or isinstance(module, torch.jit.ScriptModule):
                     self._take(list(tensors_in(args)))
             self._depth += 1
             if isinstance(module, _BatchNorm) and uses_batch(module):

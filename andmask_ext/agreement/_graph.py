@@ -153,7 +153,9 @@ class Graph:
         name = self.names[index]
         if isinstance(name, tuple) or name in VIEWS:
             return False
-        return name in HIDDEN_DATA or None in self.edges[index]
+        # TorchScript's nodes have no edges for inputs that require no gradients.
+        hides = name in HIDDEN_DATA or name.endswith("DifferentiableGraphBackward")
+        return hides or None in self.edges[index]
 
     def operand(self, index: int, edge: int) -> Operand:
         """Describe an input of a node that is computed from parameters only."""

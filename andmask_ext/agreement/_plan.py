@@ -188,12 +188,18 @@ def make_plan(
             continue
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if any(below):
+            _refuse_opaque(name)
             if all(below) and _is_weight(graph, index, reader, code, data):
                 weight[index] = True
                 for output in range(len(node._input_metadata)):
                     _refuse_hooks(node, name, output)
                 continue
-            _refuse(name, node, code)
+            if name in _BATCH_NORMS and code is not None and _takes_statistics(node):
+                raise RuntimeError(
+                    "Agreement: torch.nn.functional.batch_norm in training mode takes statistics "
+                    "over all environments; use andmask_ext.nn.convert_batchnorm(model) with "
+                    "layers, or andmask_ext.backward with one forward pass per environment"
+                )
             consumer, alone = _consumer(graph, index, name, weight, reader, code, check_mixing)
             certain &= alone
             consumers.append(consumer)
@@ -211,8 +217,8 @@ def make_plan(
     return plan, reader.partitions
 
 
-def _refuse(name: str, node: Node, code: Code | None) -> None:
-    """Raise RuntimeError if the gradients of a node's parameters cannot be computed."""
+def _refuse_opaque(name: str) -> None:
+    """Raise RuntimeError if the uses of a node's parameters cannot be seen."""
     if name == _COMPILED:
         raise RuntimeError(
             "Agreement: the model, or a part of it that has parameters, was compiled with "
@@ -223,12 +229,6 @@ def _refuse(name: str, node: Node, code: Code | None) -> None:
         raise RuntimeError(
             "Agreement: a parameter is an argument of a function under reentrant "
             "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
-    if name in _BATCH_NORMS and code is not None and _takes_statistics(node):
-        raise RuntimeError(
-            "Agreement: torch.nn.functional.batch_norm in training mode takes statistics over "
-            "all environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
-            "andmask_ext.backward with one forward pass per environment"
         )
 
 
@@ -256,23 +256,18 @@ def _is_weight(
         return True
     if name in HIDDEN_DATA and graph.is_table(index):
         return True
+    if origin >= Origin.HIDDEN:
+        return False
     outputs = [(index, output) for output in range(len(node._input_metadata))]
     if not reader.seen(index):
         possible = any(reader.possible(at, axes_of(name)) for at in outputs)
-        return origin == Origin.FREE or not possible or (
-            origin == Origin.UNKNOWN and name not in LOOKUPS
-        )
-    rows = any(
+        return origin == Origin.FREE or not possible or name not in LOOKUPS
+    # Look-ups of constant lines, such as token types, may be rows of the batch.
+    return not any(
         (evidence := reader.evidence(at)) is not None
         and evidence.seen
         and reader.layouts(at, axes_of(name))
         for at in outputs
-    )
-    if origin <= Origin.UNKNOWN:
-        # Look-ups of constant lines, such as token types, may be rows of the batch.
-        return not rows
-    return not rows and origin == Origin.HIDDEN and not any(
-        reader.possible(at, axes_of(name)) for at in outputs
     )
 
 
