@@ -217,8 +217,7 @@ class Moments:
         """
         for index, grad in zip(indices, grads, strict=True):
             self._check_grad(index, grad, tuple(self._params[index].shape))
-        if not self._open.isdisjoint(indices):
-            raise RuntimeError("expected each parameter once in an environment, but got one twice")
+        self._require_new(indices)
         self._accumulate(indices, grads, [] if weight == 1 else [weight], 0)
         self._open.update(indices)
 
@@ -228,8 +227,7 @@ class Moments:
         This is for producers that add several environments themselves, before
         ``_end_environments``. If ``count`` is 0, the tensors are uninitialised.
         """
-        if not self._open.isdisjoint(indices):
-            raise RuntimeError("expected each parameter once in an environment, but got one twice")
+        self._require_new(indices)
         self._memory.widen_votes(self.count + environments)
         for index in indices:
             self._touch(index)
@@ -374,6 +372,10 @@ class Moments:
         self.count = state["count"]
 
     # ---- checks ----
+
+    def _require_new(self, indices: Sequence[int]) -> None:
+        if len(set(indices)) < len(indices) or not self._open.isdisjoint(indices):
+            raise RuntimeError("expected each parameter once in an environment, but got one twice")
 
     def _check_length(self, grads: Sequence[Tensor | None]) -> None:
         if isinstance(grads, Tensor):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import enable_reentrant_dispatch
 from torch.utils._pytree import tree_map_only
 
 
@@ -39,8 +38,7 @@ class UnwrittenGrad(Tensor):
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         args, kwargs = tree_map_only(UnwrittenGrad, UnwrittenGrad._written, (args, kwargs or {}))
-        with enable_reentrant_dispatch():  # versions are counted, also those of views
-            return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def _written(self) -> Tensor:
         places = self._places()
@@ -50,7 +48,8 @@ class UnwrittenGrad(Tensor):
             raise RuntimeError(
                 f".grad: a backward pass outside of an environment has reached a parameter of "
                 f"shape {tuple(self.shape)} that has environments since the last step; expected "
-                "`with optimizer.environment():` around it, or optimizer.step() before it"
+                "`with optimizer.environment():` around it, or optimizer.step() before it, or the "
+                "parameter to be frozen meanwhile"
             )
         if self._grad is None:
             if places is None:
@@ -72,14 +71,23 @@ class _Place:
     def __init__(self, param: Tensor, stand_in: UnwrittenGrad) -> None:
         self.param = param
         self.stand_in = stand_in
-        self.version = 0
+        self._versions = self._now()
+
+    def _now(self) -> tuple[int, int]:
+        # Operations on the stand-in and its views change the gradient, but count there.
+        written = self.stand_in._grad
+        return self.stand_in._version, 0 if written is None else written._version
+
+    def take(self, written: Tensor | None) -> None:
+        """Let a gradient take the place of the stand-in."""
+        self.stand_in._grad = written
+        self._versions = self._now()
 
     def is_unchanged(self) -> bool:
         """Return whether nobody but this module has changed ``.grad``."""
         now, written = self.param.grad, self.stand_in._grad
-        if written is None:
-            return now is self.stand_in
-        return (now is self.stand_in or now is written) and written._version == self.version
+        same = now is self.stand_in or (now is written and written is not None)
+        return same and self._now() == self._versions
 
 
 class UnwrittenGrads:
@@ -123,8 +131,7 @@ class UnwrittenGrads:
         with torch.inference_mode(False), torch.no_grad():
             owner._write_unread()
         for place, grad in before:
-            written = place.stand_in._grad = place.param.grad
-            place.version = 0 if written is None else written._version
+            place.take(place.param.grad)
             if grad is not place.stand_in:
                 place.param.grad = grad
 

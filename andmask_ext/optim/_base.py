@@ -17,7 +17,7 @@ from ..rules import AndMask, Mean, Rule
 from ._amp import overflowed
 from ._checks import check_params
 from ._environment import ContextMethod, Environment
-from ._rules import check_rule, require_one
+from ._rules import check_rule, require_one, with_plain_rules
 from ._state import load_state, makes_only_state
 
 
@@ -235,6 +235,7 @@ class EnvironmentOptimizer(Optimizer):
         """
         return self._step(closure)
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
@@ -335,6 +336,7 @@ class EnvironmentOptimizer(Optimizer):
         environments.
         """
         state = super().state_dict()
+        state["param_groups"] = with_plain_rules(state["param_groups"])
         if self._pending.environments:
             state["environments"] = self._pending.state_dict()
         return state

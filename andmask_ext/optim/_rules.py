@@ -1,7 +1,11 @@
-"""Checks of the rule of a group."""
+"""The rule of a group: its checks, and its form in a state."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
+from .. import rules
 from ..rules import Rule
 
 
@@ -37,3 +41,38 @@ def check_rule(rule: object) -> None:
             f"rule: expected a rule on moments, but {rule} needs the gradients of all "
             "environments at once; use andmask_ext.backward with it"
         )
+
+
+def with_plain_rules(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups whose rules are dicts of numbers: ``torch.distributed`` gathers only these."""
+    return [
+        {key: _plain(value) if key == "rule" else value for key, value in group.items()}
+        for group in groups
+    ]
+
+
+def with_rules(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return groups whose rules are objects."""
+    return [
+        {key: rule_of(value) if key == "rule" else value for key, value in group.items()}
+        for group in groups
+    ]
+
+
+def _plain(rule: object) -> object:
+    kind = type(rule)
+    if isinstance(rule, Rule) and getattr(rules, kind.__name__, None) is kind:
+        fields = dataclasses.fields(rule)  # type: ignore[arg-type]
+        return {"name": kind.__name__, **{f.name: getattr(rule, f.name) for f in fields}}
+    return rule
+
+
+def rule_of(value: Any) -> Any:
+    """Return the rule that a dict describes. Other values stay as they are."""
+    if not isinstance(value, dict):
+        return value
+    options = {key: option for key, option in value.items() if key != "name"}
+    try:
+        return getattr(rules, str(value["name"]))(**options)
+    except (KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"rule: expected a rule of andmask_ext.rules, but got {value}") from error

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .._dtypes import wide_dtype
 from .._pending import PendingStep, State
+from ._rules import with_rules
 
 _OPTIONAL = ("max_exp_avg_sq", "sign_avg")
 
@@ -33,12 +34,14 @@ def load_state(
     """
     loaded: list[dict[str, Any]] = []
 
-    def take(_: Optimizer, state: dict[str, Any]) -> None:
+    def take(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         _check_state(optimizer, state, needed)
-        loaded.append(state)
+        loaded.append({**state, "param_groups": with_rules(state["param_groups"])})
+        return loaded[0]
 
     def end(_: Optimizer) -> None:
         _load_wide_state(optimizer, loaded[0])
+        unshare(optimizer, loaded[0])
         finish(loaded[0])
 
     handles = [
@@ -50,6 +53,23 @@ def load_state(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def unshare(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Copy the tensors that a loaded state shares with the optimizer that it was taken from.
+
+    Torch shares them. Two optimizers that go on from one state then change each other's.
+    """
+    given = {
+        id(value)
+        for state in state_dict["state"].values()
+        if isinstance(state, dict)
+        for value in state.values()
+    }
+    for state in optimizer.state.values():
+        for key, value in state.items() if isinstance(state, dict) else ():
+            if isinstance(value, Tensor) and id(value) in given:
+                state[key] = value.clone()
 
 
 def _check_state(optimizer: Optimizer, state_dict: dict[str, Any], needed: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ from .._pending import Group, State
 from ..rules import AndMask, Rule
 from ._base import EnvironmentOptimizer
 from ._checks import check_params
-from ._rules import check_rule, require_one
+from ._rules import check_rule, require_one, rule_of, with_rules
+from ._state import unshare
 
 __all__ = ["EnvironmentWrapper"]
 
@@ -81,7 +82,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         self.param_groups = self.optimizer.param_groups
         self.state = self.optimizer.state
         for group in self.param_groups:
-            group.setdefault("rule", self.defaults["rule"])
+            group["rule"] = rule_of(group.get("rule", self.defaults["rule"]))
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
         if "param_groups" in self.__dict__:  # a state may have been loaded into the wrapped one
@@ -177,10 +178,12 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         state_dict = state_dict.copy()
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
+        state_dict["param_groups"] = with_rules(state_dict["param_groups"])
         self.optimizer.load_state_dict(state_dict)
-        self._share()
-        for group, rule in zip(self.param_groups, rules, strict=True):
+        for group, rule in zip(self.optimizer.param_groups, rules, strict=True):
             group.setdefault("rule", rule)
+        self._share()
+        unshare(self, state_dict)
         self._pending.drop()
         self._load_pending(state_dict)
         for after in self._optimizer_load_state_dict_post_hooks.values():
