@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ._dtypes import dtype_name
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_dtype(name: str, tensor: Tensor) -> None:
     """Raise unless the kernels support the dtype of ``tensor``."""
-    if tensor.dtype not in _DTYPES:
+    if tensor.dtype not in DTYPES:
         raise TypeError(
             f"{name}: expected dtype float16, bfloat16, float32 or float64, "
             f"but got {dtype_name(tensor.dtype)}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
@@ -37,7 +37,8 @@ class Moments:
     environment has a gradient for it.
 
     Args:
-        params: the parameters (or any tensors of their shape, dtype, device and layout).
+        params: the parameters (or any tensors of their shape, dtype, device and layout). Frozen
+            parameters of other dtypes are passed over.
         kinds: the moments to keep in addition to the sum: a subset of ``"votes"``, ``"squares"``,
             ``"logs"`` and ``"norms"``. For a rule pass ``rule.moments``.
 
@@ -57,14 +58,22 @@ class Moments:
         [[2.0, 1.0], [2.0, 0.0]]
     """
 
-    def __init__(self, params: Iterable[Tensor], kinds: Iterable[str] = ("votes",)) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        kinds: Iterable[str] = ("votes",),
+        *,
+        _frozen: bool = False,  # pass over all tensors without gradients, parameters or not
+    ) -> None:
         self._params = list(params)
         for index, param in enumerate(self._params):
             if not isinstance(param, Tensor):
                 raise TypeError(
                     f"params[{index}]: expected a Tensor, but got {type(param).__name__}"
                 )
-            check_dtype(f"params[{index}]", param)
+            frozen = not param.requires_grad and (_frozen or isinstance(param, nn.Parameter))
+            if not frozen:  # quantized weights never have a gradient
+                check_dtype(f"params[{index}]", param)
         wanted = tuple(kinds)
         known = (*KINDS, "norms")
         for kind in wanted:
@@ -208,8 +217,7 @@ class Moments:
         """
         for index, grad in zip(indices, grads, strict=True):
             self._check_grad(index, grad, tuple(self._params[index].shape))
-        if not self._open.isdisjoint(indices):
-            raise RuntimeError("expected each parameter once in an environment, but got one twice")
+        self._require_new(indices)
         self._accumulate(indices, grads, [] if weight == 1 else [weight], 0)
         self._open.update(indices)
 
@@ -219,8 +227,7 @@ class Moments:
         This is for producers that add several environments themselves, before
         ``_end_environments``. If ``count`` is 0, the tensors are uninitialised.
         """
-        if not self._open.isdisjoint(indices):
-            raise RuntimeError("expected each parameter once in an environment, but got one twice")
+        self._require_new(indices)
         self._memory.widen_votes(self.count + environments)
         for index in indices:
             self._touch(index)
@@ -366,6 +373,10 @@ class Moments:
 
     # ---- checks ----
 
+    def _require_new(self, indices: Sequence[int]) -> None:
+        if len(set(indices)) < len(indices) or not self._open.isdisjoint(indices):
+            raise RuntimeError("expected each parameter once in an environment, but got one twice")
+
     def _check_length(self, grads: Sequence[Tensor | None]) -> None:
         if isinstance(grads, Tensor):
             raise TypeError("grads: expected a sequence of tensors, but got one Tensor")
@@ -378,6 +389,7 @@ class Moments:
         param = self._params[index]
         if not isinstance(grad, Tensor):
             raise TypeError(f"grads[{index}]: expected a Tensor, but got {type(grad).__name__}")
+        check_dtype(f"params[{index}]", param)
         check_dense_grad(f"grads[{index}]", grad)
         if grad.shape != shape:
             raise ValueError(f"grads[{index}]: expected shape {shape}, but got {tuple(grad.shape)}")

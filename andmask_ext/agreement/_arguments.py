@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .._checks import check_dtype
+from .._checks import DTYPES, check_dtype
 from ..optim import EnvironmentOptimizer
-from ..optim._base import check_rule
+from ..optim._rules import check_rule
 from ..rules import Rule
 
 
@@ -46,7 +46,7 @@ def check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
     for index, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
-        if not given and not (param.requires_grad or param.is_floating_point()):
+        if not given and not param.requires_grad and param.dtype not in DTYPES:
             continue  # quantized: it never has a gradient
         check_dtype(f"params[{index}]", param)
         if given and not (param.is_leaf and param.requires_grad):

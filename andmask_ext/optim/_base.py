@@ -9,49 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._checks import check_bool, check_dtype, check_tau, check_weight
+from .._checks import check_bool, check_tau, check_weight
 from .._devices import by_device
+from .._notices import warn_once
 from .._pending import Group, PendingStep, State
 from ..rules import AndMask, Mean, Rule
 from ._amp import overflowed
-from ._environment import Environment
-from ._state import load_wide_state
-
-WEIGHT_DECAYS = ("before_mask", "after_mask", "decoupled")
-
-
-def require_one(tau: object, rescale: object, rule: object) -> None:
-    """Raise unless there is a threshold or a rule, and not both.
-
-    Raises:
-        ValueError: both are given, or neither; or ``rescale`` is given together with a rule.
-    """
-    if tau is None and rule is None:
-        raise ValueError(
-            "tau: expected a threshold in [0, 1] (0 averages, 1 asks for unanimity), or rule=..., "
-            "but got neither"
-        )
-    if rule is not None and (tau is not None or rescale is True):
-        name, value = ("rescale", rescale) if tau is None else ("tau", tau)
-        raise ValueError(
-            f"{name}: expected tau (with rescale) or rule, but got {name}={value} and "
-            f"rule={rule}; put it into the rule, rule=AndMask(tau, rescale), or set the other one "
-            "to None in the param group"
-        )
-
-
-def check_rule(rule: object) -> None:
-    """Raise TypeError unless ``rule`` is a rule that can be computed from moments."""
-    if not isinstance(rule, Rule):
-        raise TypeError(
-            "rule: expected a rule such as andmask_ext.AndMask(tau=0.8), "
-            f"but got {rule.__name__ if isinstance(rule, type) else type(rule).__name__}"
-        )
-    if rule.moments is None:
-        raise TypeError(
-            f"rule: expected a rule on moments, but {rule} needs the gradients of all "
-            "environments at once; use andmask_ext.backward with it"
-        )
+from ._checks import check_params
+from ._environment import ContextMethod, Environment
+from ._rules import check_rule, require_one, with_plain_rules
+from ._state import load_state, makes_only_state
 
 
 class EnvironmentOptimizer(Optimizer):
@@ -131,8 +98,7 @@ class EnvironmentOptimizer(Optimizer):
             )
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for index, param in enumerate(group["params"]):
-            check_dtype(f"params[{index}]", param)
+        check_params(group["params"])
         if group["rule"] is not None:
             check_rule(group["rule"])
         elif group["tau"] is not None:
@@ -142,6 +108,7 @@ class EnvironmentOptimizer(Optimizer):
 
     # ---- environments ----
 
+    @ContextMethod
     def environment(
         self,
         *,
@@ -152,7 +119,9 @@ class EnvironmentOptimizer(Optimizer):
         """Return a context. The backward pass inside it gives the gradient of one environment.
 
         Each gradient is added to the moments and freed as soon as it is complete. Environments
-        accumulate until :meth:`step` or :meth:`zero_grad`. Between contexts ``.grad`` is None.
+        accumulate until :meth:`step` or :meth:`zero_grad`. An environment that reaches no parameter
+        counts, and votes for neither side. Between contexts ``.grad`` holds a stand-in without
+        memory. Reading it writes the aggregated gradients, as :meth:`write_grads` does.
 
         Args:
             weight: positive factor of the environment's gradient. It acts like a factor of the
@@ -166,9 +135,11 @@ class EnvironmentOptimizer(Optimizer):
 
         Raises:
             RuntimeError: it is opened inside another environment, after :meth:`write_grads` without
-                :meth:`step`, or after an environment that raised; a parameter has a ``.grad`` from
-                outside; a parameter gets more than ``micro_batches`` gradients; or no parameter
-                gets a gradient.
+                :meth:`step`, or after an environment that raised; the context of another optimizer
+                over the same parameters is open; a parameter has a ``.grad`` from outside, or its
+                ``.grad`` has been changed since the last environment; a parameter was replaced or
+                cast since; a parameter gets more than ``micro_batches`` gradients; or an optimizer
+                over the same parameters steps inside.
             ValueError: ``weight`` is not positive and finite, or ``micro_batches`` is not positive.
             TypeError: a gradient is sparse.
         """
@@ -185,23 +156,53 @@ class EnvironmentOptimizer(Optimizer):
 
     @torch.no_grad()
     def write_grads(self) -> None:
-        """Write the aggregated gradients to ``.grad``, so that they can be read or clipped.
+        """Write the aggregated gradients to ``.grad``, and let the next ``step`` use ``.grad``.
 
-        The next ``step`` uses ``.grad``. The order is: environments, ``write_grads``, clipping,
-        ``step``. With a ``GradScaler``, call ``grad_scaler.unscale_(optimizer)`` before clipping.
-        A parameter that no environment reached keeps ``.grad = None``.
+        Without a ``GradScaler`` this happens by itself when a ``.grad`` is read or clipped after
+        the last environment. With one, the order is: environments, ``write_grads``,
+        ``grad_scaler.unscale_(optimizer)``, clipping, ``grad_scaler.step(optimizer)``. A parameter
+        that no environment reached keeps ``.grad = None``.
 
         Raises:
-            RuntimeError: there is no environment, their number is not ``expected_environments``, or
-                one of them raised.
+            RuntimeError: their number is not ``expected_environments``, one of them raised, or
+                there is none, under the conditions of :meth:`step`.
         """
         pending = self._pending
+        if self._has_nothing_to_do("write_grads"):
+            return
         pending.require_complete("write_grads", self._expected)
+        pending.settle("write_grads")
         if pending.state is not State.WRITTEN:
             pending.require_untouched("write_grads")
             scale = 1.0 if pending.scaler is None else pending.scaler.get_scale()
             self._write_grads(pending.complete(), scale)
             pending.wrote_grads()
+
+    def _write_unread(self) -> None:
+        """Write the gradients of the environments so far, as somebody reads ``.grad``."""
+        self._pending.require_complete(".grad", self._expected)
+        self._write_grads(self._pending.complete(), 1.0)
+        self._pending.hold_grads()
+
+    def _has_nothing_to_do(self, caller: str, closure: object = None) -> bool:
+        """Return whether a step has no environments, as its batch did not reach the optimizer.
+
+        Raises:
+            RuntimeError: there are gradients, or there never was an environment: one was forgotten.
+        """
+        pending = self._pending
+        if pending.state is not State.IDLE or pending.environments:
+            return False
+        has_grads = any(p.grad is not None for group in self.param_groups for p in group["params"])
+        took_part = pending.has_opened or bool(self.state)
+        if took_part and not has_grads and self._expected is None:
+            return True
+        where = "each backward pass" if closure is None else "each backward pass of the closure"
+        raise RuntimeError(
+            f"{caller}: expected at least one environment since the last step, but got 0"
+            f"{' and a .grad from outside of an environment' if has_grads else ''}; put {where} "
+            "inside `with optimizer.environment():`"
+        )
 
     def _write_grads(self, groups: list[Group], scale: float) -> None:
         for params, moments, rule in groups:
@@ -216,6 +217,10 @@ class EnvironmentOptimizer(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Aggregate the environments and update the parameters, in one pass over memory.
 
+        As in torch, nothing happens where no gradient has arrived: in a step without environments,
+        or whose environments have not reached a parameter. A step without environments raises if
+        the optimizer has never had one, or if there is a ``.grad``: then one was forgotten.
+
         Args:
             closure: runs the environments again and returns a loss.
 
@@ -223,20 +228,32 @@ class EnvironmentOptimizer(Optimizer):
             The loss of ``closure``; None without one.
 
         Raises:
-            RuntimeError: there is no environment since the last step, their number is not
+            RuntimeError: an environment was forgotten, their number is not
                 ``expected_environments``, one of them raised, or a ``GradScaler`` was not used as
-                :meth:`environment` describes.
+                :meth:`environment` describes; a parameter was replaced or cast, or got a ``.grad``
+                from outside since the first environment.
         """
+        return self._step(closure)
+
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         pending = self._pending
         try:
+            if closure is None and makes_only_state(self, pending):
+                self._make_state()
+                return loss
+            if self._has_nothing_to_do("step", closure):
+                return loss
             pending.require_complete("step", self._expected)
+            pending.settle("step")
             pending.groups()  # raises if the rule of a group is wrong, before anything moves
             overflow = overflowed(self, pending)
         except Exception:
+            pending.excuse()
             for name in ("grad_scale", "found_inf"):  # left here, they break a later step
                 self.__dict__.pop(name, None)
             raise
@@ -245,6 +262,14 @@ class EnvironmentOptimizer(Optimizer):
                 Optimizer.zero_grad(self, set_to_none=True)
             return loss
         groups = pending.complete()
+        if not (pending.has_reached or pending.reaches()):
+            warn_once(
+                self,
+                "step: expected an environment that reaches a parameter of this optimizer, but so "
+                "far none did, and nothing has been updated; if that is not meant, build the "
+                "optimizer over the parameters of the model that is trained, and put each backward "
+                "pass inside `with optimizer.environment():`",
+            )
         pending.observe(groups)
         self._update(groups)
         pending.finish()
@@ -274,13 +299,31 @@ class EnvironmentOptimizer(Optimizer):
         """Update parameters. ``arguments``: moments and rule, in the order of the native ops."""
         raise NotImplementedError
 
+    # What the state of a parameter holds, unless it is empty.
+    _needed_state: tuple[str, ...] = ()
+
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Return the state of a parameter, which is created or follows its dtype and device."""
+        raise NotImplementedError
+
+    def _make_state(self) -> None:
+        """Create the state of all parameters with a ``.grad``, as a step along zero does."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._state_of(param, group)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop all environments since the last step, and set ``.grad`` to None.
+
+        Call it once per step. It warns once if it drops complete environments without a reason.
+        Inside a context it may come before the backward pass; the context goes on.
 
         Args:
             set_to_none: accepted for compatibility and ignored.
         """
-        self._pending.require_closed("zero_grad")
+        self._pending.require_closed("zero_grad", may_wait=True)
+        self._pending.warn_of_drop()
         self._pending.drop()
         super().zero_grad(set_to_none=True)
 
@@ -293,6 +336,7 @@ class EnvironmentOptimizer(Optimizer):
         environments.
         """
         state = super().state_dict()
+        state["param_groups"] = with_plain_rules(state["param_groups"])
         if self._pending.environments:
             state["environments"] = self._pending.state_dict()
         return state
@@ -303,21 +347,27 @@ class EnvironmentOptimizer(Optimizer):
 
         States of the corresponding ``torch.optim`` classes load as well. Options that they lack
         keep this optimizer's values. State of 16-bit parameters stays in float32.
+
+        Raises:
+            RuntimeError: it is called inside an environment.
+            ValueError: the state is that of another class, or of parameters of other shapes.
         """
+        self._pending.require_closed("load_state_dict")
         defaults = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.param_groups
         ]
-        self._pending.require_closed("load_state_dict")
-        self._pending.drop()
-        super().load_state_dict(state_dict)
-        for group, default in zip(self.param_groups, defaults, strict=True):
-            if group.get("tau") is not None or group.get("rule") is not None:
-                default |= {"tau": None, "rescale": False, "rule": None}  # the state says it all
-            for key, value in default.items():
-                group.setdefault(key, value)
-        load_wide_state(self, state_dict)
-        self._load_pending(state_dict)
+
+        def finish(loaded: dict[str, Any]) -> None:
+            for group, default in zip(self.param_groups, defaults, strict=True):
+                if group.get("tau") is not None or group.get("rule") is not None:
+                    default |= {"tau": None, "rescale": False, "rule": None}  # the state says all
+                for key, value in default.items():
+                    group.setdefault(key, value)
+            self._pending.drop()
+            self._load_pending(loaded)
+
+        load_state(self, super().load_state_dict, state_dict, self._needed_state, finish)
 
     def _load_pending(self, state_dict: dict[str, Any]) -> None:
         self._pending.replace_moments()

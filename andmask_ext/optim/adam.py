@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,10 +11,19 @@ from torch import Tensor
 from .._checks import check_bool
 from ..rules import Rule
 from ._base import EnvironmentOptimizer
-from ._checks import check_betas, check_lr, check_range, check_weight_decay, decay_after_mask
-from ._state import no_steps, zeros_like_wide
+from ._checks import (
+    check_betas,
+    check_lr,
+    check_range,
+    check_torch_options,
+    check_weight_decay,
+    decay_after_mask,
+)
+from ._state import average_of, steps_of
 
 __all__ = ["AndMaskAdam", "AndMaskAdamW"]
+
+AVERAGES = ("exp_avg", "exp_avg_sq")
 
 
 class AndMaskAdam(EnvironmentOptimizer):
@@ -45,6 +54,8 @@ class AndMaskAdam(EnvironmentOptimizer):
             :class:`AndMaskSGD`.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
+        foreach, fused: accepted as in torch. They change nothing: a step is one fused pass.
+        capturable, differentiable: only False, as in torch.
 
     Raises:
         TypeError: an option has the wrong type, or the rule needs all gradients at once.
@@ -67,22 +78,29 @@ class AndMaskAdam(EnvironmentOptimizer):
         Kingma and Ba, *Adam*, ICLR 2015.
     """
 
+    _needed_state = ("step", *AVERAGES)
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         tau: float | None = None,
         rescale: bool = False,
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
         expected_environments: int | None = None,
     ) -> None:
+        check_torch_options(type(self).__name__, foreach, fused, capturable, differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -99,9 +117,9 @@ class AndMaskAdam(EnvironmentOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_lr(group["lr"])
-        check_betas(group["betas"], 2)
-        check_range("eps", group["eps"], 0.0)
+        check_lr(group)
+        check_betas(group, 2)
+        check_range(group, "eps", 0.0)
         check_weight_decay(group)
         for name in ("amsgrad", "maximize"):
             check_bool(name, group[name])
@@ -109,7 +127,7 @@ class AndMaskAdam(EnvironmentOptimizer):
     def _step_group(
         self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
     ) -> None:
-        states = [self._state(param, group["amsgrad"]) for param in params]
+        states = [self._state_of(param, group) for param in params]
         largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
         torch.ops.andmask._adam_step_.default(
             params,
@@ -127,14 +145,11 @@ class AndMaskAdam(EnvironmentOptimizer):
             maximize=group["maximize"],
         )
 
-    def _state(self, param: Tensor, amsgrad: bool) -> dict[str, Tensor]:
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state["step"] = no_steps(param)
-            state["exp_avg"] = zeros_like_wide(param)
-            state["exp_avg_sq"] = zeros_like_wide(param)
-        if amsgrad and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = zeros_like_wide(param)
+        steps_of(state, param)
+        for key in (*AVERAGES, *(("max_exp_avg_sq",) if group["amsgrad"] else ())):
+            average_of(state, key, param)
         return state
 
 
@@ -167,12 +182,16 @@ class AndMaskAdamW(AndMaskAdam):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: Sequence[float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         tau: float | None = None,
         rescale: bool = False,
         rule: Rule | None = None,
@@ -182,5 +201,6 @@ class AndMaskAdamW(AndMaskAdam):
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, tau=tau,
             rescale=rescale, rule=rule, weight_decay_mode=weight_decay_mode,
-            expected_environments=expected_environments,
+            expected_environments=expected_environments, foreach=foreach, fused=fused,
+            capturable=capturable, differentiable=differentiable,
         )  # fmt: skip

@@ -11,8 +11,14 @@ from torch import Tensor
 from .._checks import check_bool
 from ..rules import Rule
 from ._base import EnvironmentOptimizer
-from ._checks import check_lr, check_range, check_weight_decay, decay_after_mask
-from ._state import zeros_like_wide
+from ._checks import (
+    check_lr,
+    check_range,
+    check_torch_options,
+    check_weight_decay,
+    decay_after_mask,
+)
+from ._state import average_of
 
 __all__ = ["AndMaskSGD"]
 
@@ -44,6 +50,8 @@ class AndMaskSGD(EnvironmentOptimizer):
             vote. ``"decoupled"`` multiplies the parameter by ``1 - lr * weight_decay``.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
+        foreach, fused: accepted as in torch. They change nothing: a step is one fused pass.
+        capturable, differentiable: only False, as in torch.
 
     Raises:
         TypeError: an option has the wrong type, or the rule needs all gradients at once.
@@ -65,6 +73,8 @@ class AndMaskSGD(EnvironmentOptimizer):
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
 
+    _needed_state = ("momentum_buffer",)
+
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
@@ -75,12 +85,17 @@ class AndMaskSGD(EnvironmentOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         tau: float | None = None,
         rescale: bool = False,
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
         expected_environments: int | None = None,
     ) -> None:
+        check_torch_options(type(self).__name__, foreach, fused, capturable, differentiable)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -97,9 +112,9 @@ class AndMaskSGD(EnvironmentOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        check_lr(group["lr"])
-        check_range("momentum", group["momentum"], 0.0)
-        check_range("dampening", group["dampening"], float("-inf"))
+        check_lr(group)
+        check_range(group, "momentum", 0.0)
+        check_range(group, "dampening", float("-inf"))
         check_weight_decay(group)
         for name in ("nesterov", "maximize"):
             check_bool(name, group[name])
@@ -120,7 +135,8 @@ class AndMaskSGD(EnvironmentOptimizer):
                 chosen = list(range(len(params))) if first else []
             if not chosen:
                 continue
-            buffers = [self._buffer(params[i]) for i in chosen] if momentum else []
+            states = [self._state_of(params[i], group) for i in chosen]
+            buffers = [state["momentum_buffer"] for state in states] if momentum else []
             lists = [[moment[i] for i in chosen] if moment else [] for moment in arguments[:4]]
             torch.ops.andmask._sgd_step_.default(
                 [params[i] for i in chosen],
@@ -137,9 +153,8 @@ class AndMaskSGD(EnvironmentOptimizer):
                 first_step=first,
             )
 
-    def _buffer(self, param: Tensor) -> Tensor:
-        state = self.state[param]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = zeros_like_wide(param)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+    def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[param]
+        if group["momentum"]:
+            average_of(state, "momentum_buffer", param)
+        return state

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dense_grad, check_dtype, check_tau
 from .._devices import by_device
-from ._checks import check_betas, check_lr, check_range
-from ._state import load_wide_state, no_steps, zeros_like_wide
+from ._checks import check_betas, check_lr, check_params, check_range, check_torch_options
+from ._state import average_of, load_state, steps_of
+from .adam import AVERAGES
 
 __all__ = ["TemporalAndMaskAdam"]
 
@@ -43,6 +44,8 @@ class TemporalAndMaskAdam(Optimizer):
             ``"decoupled"`` multiplies all parameters by ``1 - lr * weight_decay``, as AdamW does.
         bias_correction: divide m, v and a by ``1 - beta^step`` each. With ``tau=0`` this is Adam.
         maximize: maximize the loss instead of minimizing it.
+        foreach, fused: accepted as in torch. They change nothing: a step is one fused pass.
+        capturable, differentiable: only False, as in torch.
 
     Raises:
         TypeError: an option has the wrong type, or a gradient is sparse.
@@ -68,7 +71,7 @@ class TemporalAndMaskAdam(Optimizer):
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float | Tensor = 1e-3,
-        betas: tuple[float, float, float] = (0.9, 0.999, 0.9),
+        betas: Sequence[float] = (0.9, 0.999, 0.9),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
@@ -76,7 +79,12 @@ class TemporalAndMaskAdam(Optimizer):
         weight_decay_mode: str = "after_mask",
         bias_correction: bool = False,
         maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
     ) -> None:
+        check_torch_options(type(self).__name__, foreach, fused, capturable, differentiable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -105,10 +113,10 @@ class TemporalAndMaskAdam(Optimizer):
 
     @staticmethod
     def _check_group(group: dict[str, Any]) -> None:
-        check_lr(group["lr"])
-        check_betas(group["betas"], 3)
-        check_range("eps", group["eps"], 0.0)
-        check_range("weight_decay", group["weight_decay"], 0.0)
+        check_lr(group)
+        check_betas(group, 3)
+        check_range(group, "eps", 0.0)
+        check_range(group, "weight_decay", 0.0)
         check_tau(group["tau"])
         for name in ("bias_correction", "maximize"):
             check_bool(name, group[name])
@@ -117,8 +125,15 @@ class TemporalAndMaskAdam(Optimizer):
                 "weight_decay_mode: expected after_mask or decoupled, "
                 f"but got {group['weight_decay_mode']!r}"
             )
-        for index, param in enumerate(group["params"]):
-            check_dtype(f"params[{index}]", param)
+        check_params(group["params"])
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("environment", "write_grads"):
+            raise AttributeError(
+                f"{name}: TemporalAndMaskAdam takes no environments: signs vote over steps; use an "
+                "ordinary loop, loss.backward() and step(), or an optimizer such as AndMaskAdam"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -143,6 +158,7 @@ class TemporalAndMaskAdam(Optimizer):
                 continue
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
+                    check_dtype(f"params[{index}]", param)
                     check_dense_grad(f"params[{index}].grad", param.grad)
             for places in by_device(params):
                 self._step_some(group, [params[place] for place in places])
@@ -170,17 +186,27 @@ class TemporalAndMaskAdam(Optimizer):
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[param]
-        if not state:
-            state["step"] = no_steps(param)
-            for key in ("exp_avg", "exp_avg_sq", "sign_avg"):
-                state[key] = zeros_like_wide(param)
+        steps_of(state, param)
+        for key in (*AVERAGES, "sign_avg"):  # a state of torch.optim.Adam has no signs yet
+            average_of(state, key, param)
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`.
 
-        State of 16-bit parameters stays in float32.
+        State of 16-bit parameters stays in float32. A state of :class:`torch.optim.Adam` loads,
+        too: the average of signs then starts at zero, and options keep this optimizer's values.
+
+        Raises:
+            ValueError: the state is that of another class, or of parameters of other shapes.
         """
-        super().load_state_dict(state_dict)
-        load_wide_state(self, state_dict)
+        options = [{**group} for group in self.param_groups]
+
+        def finish(_: dict[str, Any]) -> None:
+            for group, before in zip(self.param_groups, options, strict=True):
+                for key, value in before.items():
+                    group.setdefault(key, value)
+                group["betas"] = (*group["betas"], *before["betas"][len(group["betas"]) :])
+
+        load_state(self, super().load_state_dict, state_dict, ("step", *AVERAGES), finish)

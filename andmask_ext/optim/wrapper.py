@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._checks import check_dtype
 from .._pending import Group, State
 from ..rules import AndMask, Rule
-from ._base import EnvironmentOptimizer, check_rule, require_one
+from ._base import EnvironmentOptimizer
+from ._checks import check_params
+from ._rules import check_rule, require_one, rule_of, with_rules
+from ._state import unshare
 
 __all__ = ["EnvironmentWrapper"]
 
@@ -78,7 +82,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         self.param_groups = self.optimizer.param_groups
         self.state = self.optimizer.state
         for group in self.param_groups:
-            group.setdefault("rule", self.defaults["rule"])
+            group["rule"] = rule_of(group.get("rule", self.defaults["rule"]))
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
         if "param_groups" in self.__dict__:  # a state may have been loaded into the wrapped one
@@ -96,8 +100,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         return AndMask(group["tau"], group.get("rescale", False))
 
     def _check_group(self, group: dict[str, Any]) -> None:
-        for index, param in enumerate(group["params"]):
-            check_dtype(f"params[{index}]", param)
+        check_params(group["params"])
         check_rule(self._rule(group))
 
     @staticmethod
@@ -135,16 +138,56 @@ class EnvironmentWrapper(EnvironmentOptimizer):
             self._pending.hold_grads()  # written again, should the optimizer raise
         self.optimizer.step()
 
+    def _make_state(self) -> None:
+        self.optimizer.step()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Aggregate the environments, and let the wrapped optimizer step along the result.
+
+        Hooks for the steps of all optimizers run once, in the step of the wrapped optimizer, where
+        ``.grad`` is there. Hooks of this object run before the first and after the last thing.
+
+        Args:
+            closure: runs the environments again and returns a loss.
+
+        Returns:
+            The loss of ``closure``; None without one.
+
+        Raises:
+            RuntimeError: as :meth:`EnvironmentOptimizer.step`.
+        """
+        args: tuple[Any, ...] = (closure,)
+        kwargs: dict[str, Any] = {}
+        for before in self._optimizer_step_pre_hooks.values():
+            args, kwargs = before(self, args, kwargs) or (args, kwargs)
+        with torch.no_grad():
+            loss = self._step(*args, **kwargs)
+        for after in self._optimizer_step_post_hooks.values():
+            after(self, args, kwargs)
+        return loss
+
+    step.hooked = True  # type: ignore[attr-defined]  # torch then adds no hooks of all optimizers
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`."""
+        """Load a state, as :meth:`torch.optim.Optimizer.load_state_dict`.
+
+        The hooks of this object run around those of the wrapped optimizer.
+        """
         self._pending.require_closed("load_state_dict")
-        self._pending.drop()
         rules = [group["rule"] for group in self.param_groups]
+        state_dict = state_dict.copy()
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
+        state_dict["param_groups"] = with_rules(state_dict["param_groups"])
         self.optimizer.load_state_dict(state_dict)
-        self._share()
-        for group, rule in zip(self.param_groups, rules, strict=True):
+        for group, rule in zip(self.optimizer.param_groups, rules, strict=True):
             group.setdefault("rule", rule)
+        self._share()
+        unshare(self, state_dict)
+        self._pending.drop()
         self._load_pending(state_dict)
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "optimizer": self.optimizer}

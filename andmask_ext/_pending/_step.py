@@ -1,95 +1,22 @@
-"""The pending step: the environments since the last step, and the state of the step."""
+"""The class PendingStep."""
 
 from __future__ import annotations
 
-import enum
-import operator
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ._memory import KINDS
-from .moments import Moments
-from .rules import Rule
-
-
-class State(enum.Enum):
-    """The state of the pending step."""
-
-    IDLE = "no environment has been added"
-    OPEN = "a context is taking gradients"
-    PENDING = "environments are complete; more may come"
-    WRITTEN = "the aggregated gradients are in .grad, and the step will use them"
-    BROKEN = "a context raised after it had added to the moments, which are now invalid"
-
-
-class Group(NamedTuple):
-    """Parameters that one rule aggregates, and their moments."""
-
-    params: list[Tensor]
-    moments: Moments
-    rule: Rule
-
-
-class Context(Protocol):
-    """A context that receives gradients while it is open."""
-
-    grad_scaler: torch.amp.GradScaler | None
-
-    def receive(self, param: Tensor) -> None:
-        """Process ``param.grad``, which a backward pass has just completed."""
-
-
-class Owner(Protocol):
-    """The owner of a step: an optimizer, or an Agreement with a rule."""
-
-    def _rules(self) -> list[tuple[list[Tensor], Rule]]:
-        """Return the current parameters and rule of each group."""
-
-
-class Observer:
-    """Reads the moments of a step just before they are aggregated.
-
-    Attributes:
-        kinds: the kinds of moments that it reads, beside those that the rules need.
-    """
-
-    kinds: tuple[str, ...] = ()
-
-    def begin(self) -> bool:
-        """Return whether the step that begins must track squared norms."""
-        return False
-
-    def end(self, groups: Sequence[Group]) -> None:
-        """Read the moments of each group."""
-
-
-class Exchange(Protocol):
-    """Replaces the moments of this process by those of all processes."""
-
-    def __call__(self, groups: Sequence[Group]) -> int:
-        """Change the moments in place. Return the number of environments in all processes."""
-
-
-class Hook:
-    """Passes a complete gradient to the open context, if there is one.
-
-    It holds no strong reference to the step. A copied or pickled hook does nothing.
-    """
-
-    def __init__(self, pending: PendingStep | None) -> None:
-        self._pending = None if pending is None else weakref.ref(pending)
-
-    def __call__(self, param: Tensor) -> None:
-        pending = None if self._pending is None else self._pending()
-        if pending is not None and pending.context is not None:
-            pending.context.receive(param)
-
-    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
-        return Hook, (None,)
+from .._memory import KINDS
+from ..moments import Moments
+from ._hooks import Hooks
+from ._opened import opened
+from ._parts import Context, Exchange, Group, Observer, Owner, State
+from ._tracked import Tracked
+from ._unwritten import UnwrittenGrad, UnwrittenGrads
+from ._warnings import warn_of_drop, warn_of_processes
 
 
 class PendingStep:
@@ -109,10 +36,10 @@ class PendingStep:
         environments: the number of environments since the last step.
         context: the open context, or None.
         moments: one object for each group.
-        slots: the number of the group of each parameter and its index there, by the id of the
-            parameter.
+        tracked: the parameters.
         exchange: called once per step, before the observers see the moments. None: there is only
             this process.
+        has_opened, has_reached: whether any context was opened, or reached a parameter, before.
     """
 
     def __init__(self, owner: Owner, *, clears_grads: bool) -> None:
@@ -125,12 +52,22 @@ class PendingStep:
         self.exchange: Exchange | None = None
         self._exchanged = False
         self._observers: list[Observer] = []
-        self.slots: dict[int, tuple[int, int]] = {}
-        self._hooks: dict[int, Any] = {}
+        self.tracked = Tracked()
+        self.has_opened = False
+        self.has_reached = False
+        self._hooks = Hooks(self)
+        self._unwritten: UnwrittenGrads | None = None
+        self._excused = False  # an error has been raised, whose remedy is zero_grad()
+        self._told_of_drop = False
         self._scaler: torch.amp.GradScaler | None = None
         self._holds_grads = False  # whether this object wrote .grad
         self._shown: list[tuple[Tensor, int]] = []  # .grad for GradScaler, and its version
         self.is_unscaled = False  # the scale has been divided out of .grad
+
+    @property
+    def slots(self) -> dict[int, tuple[int, int]]:
+        """The number of the group of each parameter and its index there, by its id."""
+        return self.tracked.slots
 
     # ---- observers ----
 
@@ -149,19 +86,30 @@ class PendingStep:
         """Let a context add environments.
 
         Raises:
-            RuntimeError: another context is open, the step is broken or its gradients are written,
-                the scaler has changed, or a parameter has a ``.grad`` from outside.
+            RuntimeError: another context is open, also one of another step over one of the
+                parameters; the step is broken or its gradients are written or changed; the scaler
+                or the parameters have changed; or a parameter has a ``.grad`` from outside.
         """
         self._require_open_to_more()
+        try:
+            self._open(context)
+        except RuntimeError:
+            opened.remove(self)
+            self.excuse()
+            raise
+
+    def _open(self, context: Context) -> None:
         if self.environments:
             if self._clears_grads and self._scaler is not context.grad_scaler:
                 raise RuntimeError("environment: expected the same grad_scaler in all environments")
             self.require_untouched("environment")
+            self.groups()
         self._prepare()
+        opened.add(self)
         if self._clears_grads:
             self._clear_grads()
         self._scaler = context.grad_scaler if self._clears_grads else None
-        self.context, self.state = context, State.OPEN
+        self.context, self.state, self.has_opened = context, State.OPEN, True
 
     def add_environments(self, count: int) -> None:
         """Count environments whose gradients have been added to the moments."""
@@ -171,8 +119,10 @@ class PendingStep:
 
     def close(self) -> None:
         """End the context: all of its environments are complete."""
+        opened.remove(self)
         self.context, self.state = None, State.PENDING
         if self._scaler is None:
+            self._put_stand_ins()
             return
         # GradScaler looks for overflow in .grad. The sum of all environments shows any overflow.
         # A finite sum may overflow in float16, so 0 * sum is written: it is 0 or NaN.
@@ -191,6 +141,7 @@ class PendingStep:
         Args:
             changed: whether it may have added anything to the moments.
         """
+        opened.remove(self)
         self.context = None
         if changed:
             self.state = State.BROKEN
@@ -214,28 +165,41 @@ class PendingStep:
                 "put each backward pass inside `with optimizer.environment():`"
             )
         if expected is not None and self.environments != expected and not self._exchanged:
+            self.excuse()
             raise RuntimeError(
                 f"{caller}: expected {expected} environments since the last step, but got "
                 f"{self.environments} (left over from a skipped step? call zero_grad() to drop "
                 "them)"
             )
 
-    def require_closed(self, caller: str) -> None:
-        """Raise if a context is open."""
-        if self.state is State.OPEN:
-            raise RuntimeError(f"{caller}: expected to be called outside of an environment")
+    def require_closed(self, caller: str, *, may_wait: bool = False) -> None:
+        """Raise if a context is open; with ``may_wait`` only if it has received a gradient."""
+        if self.context is not None and (self.context.started or not may_wait):
+            also = ", or before its backward pass" if may_wait else ""
+            raise RuntimeError(f"{caller}: expected to be called outside of an environment{also}")
 
     def require_untouched(self, caller: str) -> None:
-        """Raise if ``.grad``, which GradScaler reads, has changed since the last environment."""
+        """Raise if ``.grad`` has changed since the last environment."""
+        if self._is_touched():
+            self.excuse()
+            expected = (
+                "clipping and other changes after all environments of a step; call zero_grad() "
+                if self._scaler is None
+                else "optimizer.write_grads() before grad_scaler.unscale_(optimizer) and clipping; "
+                "call zero_grad() and grad_scaler.update() "
+            )
+            raise RuntimeError(
+                f"{caller}: .grad has been changed since the last environment; expected {expected}"
+                "to start the step again"
+            )
+
+    def _is_touched(self) -> bool:
+        if self._unwritten is not None and self._unwritten.changed():
+            return True
         states = getattr(self._scaler, "_per_optimizer_states", {})
         stage = states.get(id(self._owner()), {}).get("stage")
         unscaled = getattr(stage, "name", None) == "UNSCALED"
-        if unscaled or any(grad._version != version for grad, version in self._shown):
-            raise RuntimeError(
-                f"{caller}: .grad has been changed since the last environment; expected "
-                "optimizer.write_grads() before grad_scaler.unscale_(optimizer) and clipping; "
-                "call zero_grad() and grad_scaler.update() to start the step again"
-            )
+        return unscaled or any(grad._version != version for grad, version in self._shown)
 
     @property
     def scaler(self) -> torch.amp.GradScaler | None:
@@ -246,9 +210,12 @@ class PendingStep:
         """Return parameters, moments and rule of each group."""
         owner = self._owner()
         assert owner is not None
+        rules = owner._rules()
+        if self.environments:
+            self.tracked.require_unchanged(rules)
         return [
             Group(params, moments, rule)
-            for (params, rule), moments in zip(owner._rules(), self.moments, strict=True)
+            for (params, rule), moments in zip(rules, self.moments, strict=True)
         ]
 
     def complete(self) -> list[Group]:
@@ -260,7 +227,23 @@ class PendingStep:
             for moments in self.moments:
                 moments.count = self.environments
             self._exchanged, self.state = True, state
+        if self.exchange is None:
+            warn_of_processes(self._owner())
         return groups
+
+    def settle(self, caller: str) -> None:
+        """Take over changes of ``.grad`` since the last environment; raise if it is foreign."""
+        if self.state is not State.PENDING or self._unwritten is None:
+            return
+        for param in self.tracked.params:
+            if param.grad is not None and not self._unwritten.holds(param):
+                self._refuse_grad(caller, param)
+        if self._unwritten.settle():
+            self.wrote_grads()
+
+    def reaches(self) -> bool:
+        """Return whether any environment of this step has reached a parameter."""
+        return any(moments._touched for moments in self.moments)
 
     def observe(self, groups: Sequence[Group]) -> None:
         """Show the moments to all observers."""
@@ -286,17 +269,39 @@ class PendingStep:
         Args:
             keep_moments: leave the moments as they are until the next context opens.
         """
+        self.has_reached |= self.reaches()
         if not keep_moments:
             for moments in self.moments:
                 moments.reset()
+        if self._unwritten is not None:
+            self._unwritten.clear()
         self.state, self.environments, self._exchanged = State.IDLE, 0, False
         self._scaler, self._shown, self.is_unscaled = None, [], False
+        self._unwritten, self._excused = None, False
 
     def drop(self) -> bool:
-        """Drop the environments. Return whether this object wrote ``.grad``."""
+        """Drop the environments. Return whether this object wrote ``.grad``.
+
+        A context that is open goes on, with the first environment of a new step.
+        """
+        scaler = self._scaler
         self.finish()
+        if self.context is not None:
+            self.state, self._scaler = State.OPEN, scaler
         held, self._holds_grads = self._holds_grads, False
         return held
+
+    def excuse(self) -> None:
+        """Record that an error has been raised, so environments are dropped for a reason."""
+        self._excused = True
+
+    def warn_of_drop(self) -> None:
+        """Warn once if complete environments are about to be dropped without a reason."""
+        # After write_grads() or clipping, dropping is how a loop skips a step.
+        whole = self.state in (State.PENDING, State.OPEN) and self.environments > 0
+        if whole and not (self._excused or self._told_of_drop or self._is_touched()):
+            self._told_of_drop = True
+            warn_of_drop(self._owner(), self.environments)
 
     def replace_moments(self) -> None:
         """Drop the environments and the moments, which the next context creates again."""
@@ -323,6 +328,7 @@ class PendingStep:
         for moments, saved in zip(self.moments, state["moments"], strict=True):
             moments.load_state_dict(saved)
         self.environments, self.state = state["count"], State.PENDING
+        self._put_stand_ins()
 
     # ---- parts ----
 
@@ -349,16 +355,25 @@ class PendingStep:
             )
 
     def _clear_grads(self) -> None:
-        for moments in self.moments:
-            for index, param in enumerate(moments._params):
-                if param.grad is not None:
-                    if not self._holds_grads:
-                        raise RuntimeError(
-                            f"environment: parameter {index} of shape {tuple(param.shape)} has a "
-                            ".grad from outside of an environment; call zero_grad() first"
-                        )
-                    param.grad = None
+        for param in self.tracked.params:
+            if param.grad is not None:
+                if not (self._holds_grads or isinstance(param.grad, UnwrittenGrad)):
+                    self._refuse_grad("environment", param)
+                param.grad = None
         self._holds_grads = False
+
+    def _refuse_grad(self, caller: str, param: Tensor) -> NoReturn:
+        raise RuntimeError(
+            f"{caller}: {self.tracked.name(param)} has a .grad from outside of an environment; put "
+            "each backward pass inside `with optimizer.environment():`, and call zero_grad() first"
+        )
+
+    def _put_stand_ins(self) -> None:
+        if self._clears_grads:
+            if self._unwritten is None:
+                self._unwritten = UnwrittenGrads(self._owner)
+            for moments in self.moments:
+                self._unwritten.put(moments._params[index] for index in moments._touched)
 
     def _prepare(self) -> None:
         """Create moments and hooks for the current groups."""
@@ -370,31 +385,17 @@ class PendingStep:
             wanted = [observed.union(rule.moments or ()) for _, rule in groups]
             kinds = [tuple(kind for kind in KINDS if kind in some) for some in wanted]
             same_kinds = [moments.kinds for moments in self.moments] == kinds
-            if not (same_kinds and all(map(_are_of, self.moments, groups))):
+            if not (same_kinds and self.tracked.are(groups)):
                 self.moments = [
-                    Moments(params, kept) for (params, _), kept in zip(groups, kinds, strict=True)
+                    Moments(params, kept, _frozen=True)
+                    for (params, _), kept in zip(groups, kinds, strict=True)
                 ]
-                for handle in self._hooks.values():
-                    handle.remove()
-                self._hooks.clear()  # an id may belong to another parameter by now
-                self.slots = {
-                    id(param): (number, index)
-                    for number, (params, _) in enumerate(groups)
-                    for index, param in enumerate(params)
-                }
+                self._hooks.detach()  # an id may belong to another parameter by now
+                self.tracked = Tracked(groups)
+            self.tracked.begin()
             wishes = [observer.begin() for observer in self._observers]  # all of them are told
             for moments in self.moments:
                 moments.reset()
                 moments._observed = any(wishes)
-        if self._clears_grads and len(self._hooks) < len(self.slots):
-            hook = Hook(self)
-            for moments in self.moments:
-                for param in moments._params:
-                    if param.requires_grad and id(param) not in self._hooks:
-                        self._hooks[id(param)] = param.register_post_accumulate_grad_hook(hook)
-
-
-def _are_of(moments: Moments, group: tuple[list[Tensor], Rule]) -> bool:
-    """Return whether moments were made for the parameters of a group, in their order."""
-    params = group[0]
-    return len(moments._params) == len(params) and all(map(operator.is_, moments._params, params))
+        if self._clears_grads:
+            self._hooks.attach(self.tracked.params)
