@@ -8,11 +8,12 @@ continued; anything else gets a file name of its own. All files appear whole or 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +27,7 @@ History = dict[str, list[Any]]
 
 CHECKPOINT_SECONDS = 1.0  # at least, between checkpoints
 CHECKPOINT_SHARE = 1 / 20  # of the time, at most, goes into them
+CHECKPOINT_HEAD = b"andmask checkpoint, sha256 "  # then the digest of the rest, and a line break
 
 
 class Stateful(Protocol):
@@ -73,7 +75,7 @@ class RunFiles:
         """Read the finished record; None where there is none of this very identity."""
         try:
             record = json.loads(self.record.read_text(encoding="utf-8"))
-        except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return None
         if not isinstance(record, dict) or record.get("identity") != self._identity:
             return None
@@ -84,8 +86,8 @@ class RunFiles:
     ) -> None:
         """Write weights and record, where NaN and infinities are null, then drop the checkpoint."""
         if weights is not None:
-            content = dict(weights)
-            write_atomically(self.weights, lambda file: torch.save(content, file))
+            content = _serialized(dict(weights))
+            write_atomically(self.weights, lambda file: file.write(content))
         record = {
             "identity": self._identity,
             **without_nan(dict(results)),
@@ -99,12 +101,14 @@ class RunFiles:
     def read_checkpoint(self) -> dict[str, Any] | None:
         """Read the state of an interrupted run; None without one, or where it is damaged."""
         try:
-            saved: dict[str, Any] = torch.load(self.checkpoint, weights_only=True)
+            head, _, content = self.checkpoint.read_bytes().partition(b"\n")
         except FileNotFoundError:
             return None
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:
-            print(f"{self.checkpoint} is damaged, the run begins anew: {error}", file=sys.stderr)
+        # torch.load sees neither flipped bits nor every cut.
+        if head != CHECKPOINT_HEAD + _digest(content):
+            print(f"{self.checkpoint} is damaged, the run begins anew", file=sys.stderr)
             return None
+        saved: dict[str, Any] = torch.load(io.BytesIO(content), weights_only=True)
         if saved["identity"] != self._identity:
             return None
         self._started = time.perf_counter() - saved["seconds"]
@@ -113,8 +117,11 @@ class RunFiles:
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint by tensors, numbers, strings and containers of them."""
-        saved = {"identity": self._identity, "seconds": self._seconds(), "state": dict(state)}
-        write_atomically(self.checkpoint, lambda file: torch.save(saved, file))
+        content = _serialized(
+            {"identity": self._identity, "seconds": self._seconds(), "state": dict(state)}
+        )
+        head = CHECKPOINT_HEAD + _digest(content) + b"\n"
+        write_atomically(self.checkpoint, lambda file: file.write(head + content))
 
     def epochs(
         self, total: int, seed: int, history: History, parts: Mapping[str, Stateful]
@@ -169,6 +176,17 @@ class RunFiles:
         return time.perf_counter() - self._started
 
 
+def _serialized(content: object) -> bytes:
+    """Return what torch.save writes. To a full disk it would raise no OSError."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.sha256(content).hexdigest().encode()
+
+
 def without_nan(value: Any) -> Any:
     """Return a JSON-like value with None in the place of NaN and infinities."""
     if isinstance(value, dict):
@@ -189,4 +207,5 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it would hide why nothing was written
+            temporary.unlink(missing_ok=True)

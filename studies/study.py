@@ -20,6 +20,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -136,7 +137,10 @@ class Study(ABC, Generic[S]):
         return self.name
 
     def main(self, arguments: Sequence[str], prog: str | None = None) -> int:
-        """Run the study: 0, or 130 when interrupted. Wrong arguments exit with 2."""
+        """Run the study: 0, 1 if a file cannot be read or written, or 130 when interrupted.
+
+        Wrong arguments exit with 2.
+        """
         prog = prog or f"python -m studies {self.name}"
         parser = self._parser(prog)
         options = parser.parse_args(arguments)
@@ -155,6 +159,8 @@ class Study(ABC, Generic[S]):
                     raise ValueError(f"seeds: expected numbers >= 0 and < 2**32, got {seed}")
             runs = list(self.plan(options))
             options.output.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=options.output):  # before hours of work
+                pass
         except ValueError as error:
             parser.error(str(error))
         except OSError as error:
@@ -197,6 +203,13 @@ class Study(ABC, Generic[S]):
                 file=sys.stderr,
             )
             return 130
+        except OSError as error:
+            print(
+                f"{prog}: stopped: {error}; finished runs and checkpoints are in {options.output}, "
+                "the same command goes on from there",
+                file=sys.stderr,
+            )
+            return 1
         return 0
 
     def _parser(self, prog: str) -> argparse.ArgumentParser:

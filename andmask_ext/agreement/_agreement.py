@@ -17,6 +17,7 @@ from ..optim import EnvironmentOptimizer
 from ..rules import AndMask, Rule
 from ._arguments import check_optimizer_or_rule, check_params, refuse_early_decay
 from ._backward_pass import BackwardPass
+from ._copies import Copyable
 from ._current import activate
 from ._groups import Environments, check_environments
 from ._mode import BackwardMode
@@ -27,7 +28,7 @@ from ._verify import Losses, Sample, Verification, compare, undisturbed
 __all__ = ["Agreement"]
 
 
-class Agreement:
+class Agreement(Copyable):
     r"""Aggregate the gradients of all environments of a batch in one ordinary backward pass.
 
     Inside the context, write a plain training step: one forward pass for the whole batch and one
@@ -45,6 +46,9 @@ class Agreement:
     multiplies the gradients of each environment by a different power of two. If all gradients
     scale with their environment, environments do not mix. The check also finds the batch axis of
     each tensor.
+
+    Copies and pickles hold the model, the optimizer or rule, and the options. Copy or save them in
+    one object, such as a dict, and the copies belong together.
 
     Args:
         model: the model that is called inside the context.
@@ -145,6 +149,14 @@ class Agreement:
         self._keep = keep_moments
         self._run: BackwardPass | None = None
         self._gram: dict[str, Tensor] | None = None
+
+    _make = __init__
+
+    def _arguments(self) -> dict[str, Any]:
+        waiting = self._rule is not None and self._pending.environments
+        self._require_idle(self._run is not None, waiting)
+        rule = {"optimizer_or_rule": self._optimizer or self._rule, "keep_moments": self._keep}
+        return {**self._require_setup("copy").arguments(self._optimizer is None), **rule}
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
         """Return parameters and rule, for the pending step that this object owns with a rule."""

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ._accumulator import Treatment
+from ._arguments import check_params
 from ._groups import Checked, Groups, make_groups
 from ._plans import Plans
 
@@ -45,6 +46,19 @@ class Setup:
     def name(self, param: Tensor) -> str:
         """Return the name of a parameter, or its shape if it has no name."""
         return self.names.get(id(param), f"a parameter of shape {tuple(param.shape)}")
+
+    def arguments(self, with_params: bool) -> dict[str, Any]:
+        """Return the arguments of Agreement that made this object."""
+        all_of_model = check_params(self.model.parameters(), given=False)
+        same = list(map(id, all_of_model)) == list(map(id, self.params))
+        return {
+            "model": self.model,
+            "params": self.params if with_params and not same else None,
+            "batch_dim": self.batch_dim,
+            "output_batch_dim": self.output_batch_dim,
+            "loss_reduction": self.reduction,
+            "check_mixing": self.check_mixing,
+        }
 
     def groups(self, environments: Checked, examples: int) -> Groups:
         """Return the partition of a batch. A partition into equal groups is kept for reuse."""

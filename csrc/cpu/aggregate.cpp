@@ -14,10 +14,6 @@
 namespace andmask {
 namespace {
 
-// The number of columns that a rule on moments takes at once: their sums fit on the stack of any
-// thread.
-constexpr int64_t kMomentBlock = 256;
-
 // Facts about a column rule that are needed before it runs.
 struct ColumnFacts {
   bool fills;
@@ -42,7 +38,7 @@ template <typename F>
 void run_moments(const AggregateTask& call) {
   constexpr int64_t kTypes = static_cast<int64_t>(sizeof(F) == sizeof(double));
   const MomentKernels& kernels = moment_kernels(active_isa());
-  const auto accumulate = kernels.accumulate[static_cast<int>(call.dtype)];
+  const auto accumulate = kernels.accumulate_all[static_cast<int>(call.dtype)];
   const auto resolve = kernels.resolve[kTypes][call.moment_rule];
   const auto total_factor = kernels.total_factor[kTypes][call.moment_rule];
   const auto store = step_kernels(active_isa()).store[static_cast<int>(call.dtype)];
@@ -50,11 +46,11 @@ void run_moments(const AggregateTask& call) {
   const Units units({call.columns});
   std::vector<double> totals(units.count());
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
-    alignas(64) F sum[kMomentBlock];
-    alignas(64) F squares[kMomentBlock];
-    alignas(64) F logs[kMomentBlock];
-    alignas(64) F update[kMomentBlock];
-    alignas(64) int32_t votes[kMomentBlock];
+    alignas(64) F sum[kJoinedBlock];
+    alignas(64) F squares[kJoinedBlock];
+    alignas(64) F logs[kJoinedBlock];
+    alignas(64) F update[kJoinedBlock];
+    alignas(64) int32_t votes[kJoinedBlock];
     const MomentArrays arrays{sum, moments & kVotes ? votes : nullptr, sizeof(int32_t),
                               moments & kSquares ? squares : nullptr,
                               moments & kLogs ? logs : nullptr};
@@ -62,12 +58,12 @@ void run_moments(const AggregateTask& call) {
                       .sum_dtype = sizeof(F) == sizeof(double) ? Dtype::float64 : Dtype::float32,
                       .arguments = call.arguments,
                       .count = call.environments};
-    for (int64_t first = begin; first < end; first += kMomentBlock) {
-      const int64_t columns = std::min(kMomentBlock, end - first);
+    for (int64_t first = begin; first < end; first += kJoinedBlock) {
+      const int64_t columns = std::min(kJoinedBlock, end - first);
       const void* const grads =
           static_cast<const char*>(call.grads) + first * item_size(call.dtype);
       accumulate(
-          {.grads = grads, .rows = call.environments, .stride = call.stride, .moments = arrays}, 0,
+          {.grads = grads, .rows = call.environments, .stride = call.stride, .moments = arrays},
           columns);
       if (call.rescale) {
         totals[unit] += total_factor(rule, 0, columns);

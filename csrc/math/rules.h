@@ -50,6 +50,18 @@ ANDMASK_INLINE const char* invalid_tau(double tau) {
   return tau >= 0 && tau <= 1 ? nullptr : "expected tau in [0, 1]";
 }
 
+// Stacked environments are added in groups of this many, and the groups in float64, so that
+// rounding does not grow with their number. The grouping is part of the result.
+constexpr int64_t kJoinedRows = 16;
+
+// The sum of squared deviations of `before` values and of `rows` others, joined (Chan, Golub and
+// LeVeque 1979).
+ANDMASK_INLINE double join_squares(double squares, double sum, double before, double more_squares,
+                                   double more_sum, double rows) {
+  const double deviation = more_sum / rows - sum / before;
+  return squares + more_squares + deviation * deviation * (before * rows / (before + rows));
+}
+
 struct Mean {
   static constexpr const char* kName = "mean";
   static constexpr int kArguments = 0;

@@ -12,10 +12,12 @@ import mmap
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+import andmask_ext  # noqa: F401  # its ops
 from tests.native import harness
 from tests.native.arrays import DTYPES, aligned, placed, same_bits, stored, wide_type
 from tests.native.rules import COLUMN_RULES, MOMENT_RULES
@@ -23,6 +25,7 @@ from tests.strategies import stacked
 
 native = harness.load()
 RANKED_RULES = ["median", "trimmed_mean", "winsorized_mean"]
+GROUP = 16  # environments whose moments are added in their own type
 TERM_RULES = {rule: a for rule, a in COLUMN_RULES.items() if rule not in RANKED_RULES}
 WHOLE_FACTORS = ("mean", "and_mask", "geometric_mean", "agreement_sum")  # 0 or 1: added up exactly
 
@@ -73,14 +76,38 @@ def by_cuda(
     return out
 
 
+def moments_of(grads: NDArray) -> dict[str, NDArray]:
+    columns, wide = grads.shape[1], wide_type(grads.dtype.type)
+    moments = {kind: np.empty(columns, wide) for kind in ("sum", "squares", "logs")}
+    moments["votes"] = np.empty(columns, np.int32)
+    native.accumulate("baseline", grads, 0, **moments)
+    return moments
+
+
+@np.errstate(all="ignore")
+def joined_moments(grads: NDArray) -> dict[str, NDArray]:
+    """The moments of groups of environments, joined in float64."""
+    whole = moments_of(grads[:GROUP])
+    types = {kind: values.dtype for kind, values in whole.items()}
+    if len(grads) <= GROUP:
+        return whole
+    whole = {kind: values.astype(np.float64) for kind, values in whole.items()}
+    for before in range(GROUP, len(grads), GROUP):
+        more = moments_of(grads[before : before + GROUP])
+        more = {kind: values.astype(np.float64) for kind, values in more.items()}
+        rows = min(GROUP, len(grads) - before)
+        deviation = more["sum"] / rows - whole["sum"] / before
+        share = np.float64(before * rows) / (before + rows)
+        squares = whole["squares"] + more["squares"] + deviation * deviation * share
+        whole = {kind: whole[kind] + more[kind] for kind in whole} | {"squares": squares}
+    return {kind: values.astype(types[kind]) for kind, values in whole.items()}
+
+
 def moments_by_cpu(
     grads: NDArray, rule: str, arguments: list[float], rescale: bool = False
 ) -> NDArray:
     environments, columns = grads.shape
-    wide = wide_type(grads.dtype.type)
-    moments = {kind: np.empty(columns, wide) for kind in ("sum", "squares", "logs")}
-    moments["votes"] = np.empty(columns, np.int32)
-    native.accumulate("baseline", grads, 0, **moments)
+    moments = joined_moments(grads)
     update, total = native.resolve("baseline", rule, arguments, environments, **moments)
     if rescale:
         factor = native.inverse_density(total, columns)
@@ -115,6 +142,16 @@ def assert_close(found: NDArray, expected: NDArray, size: NDArray | float, steps
     bound = np.minimum(size, 1e308) * (steps * epsilon(np.dtype(wide_type(found.dtype.type))))
     bound = bound + (epsilon(found.dtype) * np.abs(other) + SMALLEST[kind])
     assert (np.isnan(other) | (np.abs(one - other) <= bound)).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("rule", [rule for rule in MOMENT_RULES if rule != "and_mask"])
+@given(data=st.data())
+def test_the_op_joins_groups_of_environments(rule: str, dtype: type, data: st.DataObject) -> None:
+    grads = data.draw(gradients(dtype))
+    arguments = (torch.from_numpy(grads), rule, MOMENT_RULES[rule], False, None)
+    found = torch.ops.andmask._aggregate.default(*arguments).numpy()
+    assert same_bits(found, moments_by_cpu(grads, rule, MOMENT_RULES[rule]))
 
 
 @by_dtype

@@ -1,6 +1,7 @@
 """Records and checkpoints: found again by identity, never half written."""
 
 import doctest
+import io
 import json
 
 import pytest
@@ -46,7 +47,7 @@ def test_a_record_with_the_right_name_and_another_identity_is_not_taken(tmp_path
     assert files.read_record() is None
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\x01"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "\x00\x01", "[" * 100_000])
 def test_a_damaged_record_is_not_taken(tmp_path, text):
     files = finished(tmp_path)
     files.record.write_text(text)
@@ -69,6 +70,43 @@ def test_a_checkpoint_lasts_until_the_record(tmp_path):
     files.finish({}, {})
     assert files.read_checkpoint() is None
     assert not files.checkpoint.exists()
+
+
+def damage(content):
+    """Yield files that are no whole checkpoint: cut, with a flipped bit, of another kind."""
+    for place in range(0, len(content), len(content) // 50):
+        yield content[:place]
+        yield content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+        yield content[:place] + bytes(512) + content[place + 512 :]
+    for other in ([1, 2], {"identity": IDENTITY}, 5, None):
+        file = io.BytesIO()
+        torch.save(other, file)
+        yield file.getvalue()
+    yield content + b"more"
+
+
+def test_a_damaged_checkpoint_is_not_taken(tmp_path, capsys):
+    files = RunFiles(tmp_path, "run", IDENTITY)
+    files.write_checkpoint({"w": torch.ones(20), "epoch": 3})
+    whole = files.checkpoint.read_bytes()
+    assert files.read_checkpoint()["epoch"] == 3
+    for content in damage(whole):
+        if content != whole:  # 512 zeros in the place of zeros
+            files.checkpoint.write_bytes(content)
+            assert files.read_checkpoint() is None
+            assert "is damaged, the run begins anew" in capsys.readouterr().err
+
+
+def test_a_failed_cleanup_does_not_hide_why(tmp_path, monkeypatch):
+    def full(file):
+        monkeypatch.setattr("pathlib.Path.unlink", read_only)
+        raise OSError(28, "No space left on device")
+
+    def read_only(path, missing_ok=False):
+        raise OSError(30, "Read-only file system")
+
+    with pytest.raises(OSError, match="No space left"):
+        write_atomically(tmp_path / "file", full)
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):

@@ -154,6 +154,41 @@ def test_a_damaged_checkpoint_is_told(tmp_path, capsys, content):
     assert record.exists()
 
 
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_full_disk_is_told_and_the_same_command_goes_on(tmp_path, capsys, monkeypatch, after):
+    arguments = ["--output", str(tmp_path)]
+    room = [None] * after  # files that still fit
+
+    def full(descriptor):
+        if not room:
+            raise OSError(28, "No space left on device", "a file")
+        room.pop()
+
+    with monkeypatch.context() as disk:
+        disk.setattr("studies.records.os.fsync", full)
+        assert main(arguments) == 1
+    told = capsys.readouterr().err
+    assert "No space left on device" in told
+    assert "the same command goes on from there" in told
+    assert "Traceback" not in told
+    assert len(list(tmp_path.iterdir())) == after
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.count("done before") == after
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_any_run(tmp_path, capsys, monkeypatch):
+    def read_only(dir):
+        raise OSError(30, "Read-only file system", str(dir))
+
+    monkeypatch.setattr("studies.study.TemporaryFile", read_only)
+    with pytest.raises(SystemExit) as stopped:
+        main(["--output", str(tmp_path)])
+    assert stopped.value.code == 2
+    told = capsys.readouterr()
+    assert "output: expected a folder that can be written" in told.err
+    assert "lr=" not in told.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

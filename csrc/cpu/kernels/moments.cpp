@@ -99,6 +99,73 @@ void accumulate(const AccumulateTask& task, int64_t begin, int64_t end) {
   }
 }
 
+// ---- accumulate_all: groups of rows, joined in float64 ----
+
+struct Joined {
+  alignas(64) double sum[kJoinedBlock];
+  alignas(64) double squares[kJoinedBlock];
+  alignas(64) double logs[kJoinedBlock];
+  alignas(64) int32_t votes[kJoinedBlock];
+};
+
+template <typename From, typename To>
+void add_group(const From* __restrict group, int64_t columns, bool first, To* __restrict all) {
+  if (first) {
+    for (int64_t i = 0; i < columns; ++i) all[i] = static_cast<To>(group[i]);
+  } else {
+    for (int64_t i = 0; i < columns; ++i) all[i] += static_cast<To>(group[i]);
+  }
+}
+
+template <typename F>
+void add_group_squares(const F* __restrict squares, const F* __restrict sum, int64_t rows,
+                       int64_t before, int64_t columns, Joined& all) {
+  if (before == 0) return add_group(squares, columns, true, all.squares);
+  const double count = static_cast<double>(before);
+  const double more = static_cast<double>(rows);
+  for (int64_t i = 0; i < columns; ++i) {
+    all.squares[i] =
+        join_squares(all.squares[i], all.sum[i], count, static_cast<double>(squares[i]),
+                     static_cast<double>(sum[i]), more);
+  }
+}
+
+template <typename F>
+void round_all(const double* __restrict all, int64_t columns, void* moments) {
+  auto* const __restrict out = static_cast<F*>(moments);
+  for (int64_t i = 0; i < columns; ++i) out[i] = static_cast<F>(all[i]);
+}
+
+template <typename T>
+void accumulate_all(const AccumulateTask& task, int64_t columns) {
+  using F = accumulate_t<T>;
+  if (task.rows <= kJoinedRows) return accumulate<T>(task, 0, columns);
+  Joined all;
+  const MomentArrays& moments = task.moments;
+  for (int64_t row = 0; row < task.rows; row += kJoinedRows) {
+    AccumulateTask group = task;
+    group.grads = static_cast<const T*>(task.grads) + row * task.stride;
+    group.rows = task.rows - row < kJoinedRows ? task.rows - row : kJoinedRows;
+    accumulate<T>(group, 0, columns);
+    const bool first = row == 0;
+    const auto* const sum = static_cast<const F*>(moments.sum);
+    if (moments.squares) {
+      add_group_squares(static_cast<const F*>(moments.squares), sum, group.rows, row, columns, all);
+    }
+    add_group(sum, columns, first, all.sum);
+    if (moments.logs) add_group(static_cast<const F*>(moments.logs), columns, first, all.logs);
+    if (moments.votes) {
+      add_group(static_cast<const int32_t*>(moments.votes), columns, first, all.votes);
+    }
+  }
+  round_all<F>(all.sum, columns, moments.sum);
+  if (moments.squares) round_all<F>(all.squares, columns, moments.squares);
+  if (moments.logs) round_all<F>(all.logs, columns, moments.logs);
+  if (moments.votes) {
+    add_group(all.votes, columns, true, static_cast<int32_t*>(moments.votes));
+  }
+}
+
 // ---- resolve ----
 
 template <typename F>
@@ -216,6 +283,8 @@ template <typename... Rules>
 constexpr MomentKernels table(RuleList<Rules...>) {
   return {
       {accumulate<Half>, accumulate<BFloat16>, accumulate<float>, accumulate<double>},
+      {accumulate_all<Half>, accumulate_all<BFloat16>, accumulate_all<float>,
+       accumulate_all<double>},
       {{total_factor<float, Rules>...}, {total_factor<double, Rules>...}},
       {{resolve<float, Rules>...}, {resolve<double, Rules>...}},
   };

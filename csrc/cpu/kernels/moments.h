@@ -14,6 +14,8 @@ constexpr int kWidths = 2;
 struct MomentKernels {
   // Adds to columns [begin, end) of the moments.
   void (*accumulate[kDtypes])(const AccumulateTask& task, int64_t begin, int64_t end);
+  // Sets the moments of at most kJoinedBlock columns to those of all rows. Votes are int32.
+  void (*accumulate_all[kDtypes])(const AccumulateTask& task, int64_t columns);
   // The sum of the rule's factors over columns [begin, end).
   double (*total_factor[kWidths][MomentRules::kSize])(const Update& task, int64_t begin,
                                                       int64_t end);
@@ -25,6 +27,7 @@ struct MomentKernels {
 
 // All arrays of a block of this many columns stay in L1, and fit on the stack of any thread.
 constexpr int64_t kUpdateBlock = 512;
+constexpr int64_t kJoinedBlock = 256;
 
 ANDMASK_DECLARE_KERNELS(MomentKernels, moment_kernels)
 

@@ -67,6 +67,38 @@ ANDMASK_INLINE void for_rows(const ColumnGrads& task, const At& at, const F& f) 
 template <typename Rule>
 constexpr unsigned kFurther = Rule::kMoments & (kSquares | kLogs);
 
+// The moments of groups of environments, joined in float64 as on the CPU. Votes need no groups.
+template <unsigned further, typename F, int width>
+struct JoinedMoments {
+  double sum[width] = {};
+  double squares[width] = {};
+  double logs[width] = {};
+
+  // Joins `rows` environments to `before` others, and lets the next group begin.
+  ANDMASK_METHOD void join(MomentsOf<F, width>& group, int64_t before, int64_t rows) {
+#pragma unroll
+    for (int i = 0; i < width; ++i) {
+      const double more = static_cast<double>(group.sum[i]);
+      if constexpr ((further & kSquares) != 0) {
+        const double deviations = static_cast<double>(group.squares[i]);
+        squares[i] = before == 0 ? deviations
+                                 : join_squares(squares[i], sum[i], static_cast<double>(before),
+                                                deviations, more, static_cast<double>(rows));
+        group.squares[i] = 0;
+      }
+      if constexpr ((further & kLogs) != 0) {
+        const double log = static_cast<double>(group.logs[i]);
+        logs[i] = before == 0 ? log : logs[i] + log;
+      }
+      sum[i] = before == 0 ? more : sum[i] + more;  // 0 + -0 would be 0
+    }
+  }
+
+  ANDMASK_METHOD Sums<F> sums(int32_t votes, int i) const {
+    return {static_cast<F>(sum[i]), votes, static_cast<F>(squares[i]), static_cast<F>(logs[i])};
+  }
+};
+
 // One kernel has all rules that need the same further moments.
 template <typename T, unsigned further>
 struct MomentRuleBody {
@@ -85,11 +117,18 @@ struct MomentRuleBody {
   ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
     double total = 0;
     for_columns<kWidth>(task, index, parts != nullptr, [&](const auto& at) {
-      MomentsOf<F, kWidth> moments;
+      MomentsOf<F, kWidth> moments;  // sums of a group, votes of all
+      JoinedMoments<further, F, kWidth> joined;
+      static_assert(kJoinedRows % kInFlight == 0);
       for_rows<kInFlight, kWidth, T>(task, at, [&](int64_t row, const auto* packs, int rows) {
+        const int64_t first = row / kJoinedRows * kJoinedRows;
 #pragma unroll
         for (int i = 0; i < kInFlight; ++i) {
-          if (i < rows) add(packs[i], row + i, moments);
+          if (i < rows) add(packs[i], row - first + i, moments);
+        }
+        const int64_t end = row + rows;
+        if (end == first + kJoinedRows || end == task.environments) {
+          joined.join(moments, first, end - first);
         }
       });
       Pack<F, kWidth> updates{};
@@ -97,8 +136,7 @@ struct MomentRuleBody {
         if constexpr (kFurther<std::remove_cvref_t<decltype(rule)>> == further) {
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) {
-            const Aggregate<F> aggregate = rule(
-                Sums<F>{moments.sum[i], moments.votes[i], moments.squares[i], moments.logs[i]});
+            const Aggregate<F> aggregate = rule(joined.sums(moments.votes[i], i));
             // The factor multiplies; it never selects: a value that is not finite shows as NaN.
             updates[i] = aggregate.factor * aggregate.value;
             if (at.has(i)) total += static_cast<double>(aggregate.factor);
