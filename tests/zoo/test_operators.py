@@ -66,7 +66,9 @@ def drawn(sample: Sample) -> bool:
         torch.manual_seed(seed)
         results.append(sample(sample.function, sample.tensors))
     one, other = results
-    return not all(torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True))
+    return not all(
+        torch.equal(x.nan_to_num(), y.nan_to_num()) for x, y in zip(one, other, strict=True)
+    )
 
 
 def samples_of(name: str, dtype: torch.dtype) -> Iterator[Sample]:
