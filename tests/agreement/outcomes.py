@@ -43,6 +43,17 @@ def outcome(step: Callable[[], object]) -> str:
     return EXACT
 
 
+def refusal(step: Callable[[], object]) -> str:
+    """Run a step; return the message with which Agreement refuses it, or nothing."""
+    try:
+        step()
+    except (RuntimeError, ValueError) as error:
+        if not str(error).startswith(("Agreement: ", "environments: ")):
+            raise
+        return str(error)
+    return ""
+
+
 class Tally:
     """Counts what becomes of random programs.
 

@@ -18,6 +18,8 @@ import andmask_ext as am
 
 Batch = dict[str, Tensor]
 
+words = str.split
+
 VOCABULARY, TOKENS, CLASSES = 50, 10, 3
 
 # The relative tolerances of what computes in float64, of what casts a part of it to float32, as

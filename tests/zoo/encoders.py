@@ -110,7 +110,10 @@ ENCODERS = {
         attention_type="block_sparse", max_position_embeddings=128,
     ),
     "bigbird-full": classifier("BigBird", attention_type="original_full"),
-    "longformer": classifier("Longformer", long_texts, attention_window=[4, 4]),
+    "longformer": Case(
+        "LongformerForSequenceClassification", long_texts, {**SMALL, "attention_window": [4, 4]},
+        THROUGH_SINGLE,
+    ),
     "canine": Case(  # float64 overflows in its mask
         "CanineForSequenceClassification", long_texts, {**SMALL, **CANINE}, IN_SINGLE
     ),

@@ -17,13 +17,11 @@ import andmask_ext as am
 from ..agreement.exact_loop import RULE, check
 from ..agreement.outcomes import BATCH_NORM, EXACT, MIXING, NO_BATCH, PARAMETERS_ONLY, outcome
 from .adapters import ADAPTERS
-from .case import Case
+from .case import Case, words
 from .decoders import DECODERS
 from .encoders import ENCODERS, TRANSLATORS
 from .others import OTHERS
 from .vision import VISION
-
-words = str.split
 
 ZOO: dict[str, Case] = {**ENCODERS, **TRANSLATORS, **DECODERS, **VISION, **OTHERS, **ADAPTERS}
 
