@@ -12,6 +12,7 @@ from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 from .._pending import PendingStep
 from ._accumulator import GradientAccumulator, Target
 from ._constants import Constants, storage
+from ._current import require_batch
 from ._formulas import make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
@@ -58,7 +59,7 @@ class BackwardPass:
         self.grad_scaler = grad_scaler
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
-        self.recorder = ForwardRecorder(setup.members, setup.batch_dim)
+        self.recorder = ForwardRecorder(setup.model, setup.members, setup.batch_dim)
         self.constants = Constants(setup.model)
         self.products: Gramian | None = None
         self._setup = setup
@@ -154,6 +155,7 @@ class BackwardPass:
                     "environment; remove it, or use andmask_ext.backward"
                 )
         groups = self._groups = self._make_groups()
+        require_batch(groups.examples)
         if groups.environments > 1:
             self._refuse_batch_norms()
         self.recorder.paused = True

@@ -2,29 +2,106 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ._groups import Environments, Groups, make_groups
 
-_active: ContextVar[Environments | str] = ContextVar("environments", default="none")
+
+@dataclass
+class _Open:
+    """An open context.
+
+    Attributes:
+        environments: its argument.
+        batch: the size of the batch of the last call of the model, as far as its inputs show it.
+        assumed: the sizes that layers have relied on.
+    """
+
+    environments: Environments
+    batch: int | None = None
+    assumed: set[int] = field(default_factory=set)
+
+
+_open: ContextVar[_Open | None] = ContextVar("open", default=None)
 
 
 @contextmanager
 def activate(environments: Environments) -> Iterator[None]:
     """Show the argument ``environments`` to layers that take statistics per environment."""
-    token = _active.set(environments)
+    token = _open.set(_Open(environments))
     try:
         yield
     finally:
-        _active.reset(token)
+        _open.reset(token)
 
 
-def current_groups(examples: int) -> Groups | None:
-    """Return the partition of a batch in the open context; None: no context is open."""
-    environments = _active.get()
-    return None if isinstance(environments, str) else make_groups(environments, examples)
+def is_open() -> bool:
+    """Return whether a context is open."""
+    return _open.get() is not None
+
+
+def announce(inputs: Iterable[Tensor], batch_dim: int, *, again: bool = False) -> None:
+    """Take the size of the batch from the inputs of a call, before the layers run.
+
+    Args:
+        inputs: tensors. The first one counts that is not broadcast (of size 1).
+        batch_dim: the batch dimension.
+        again: these are further inputs of the same call.
+    """
+    context = _open.get()
+    if context is None or (again and context.batch not in (None, 1)):
+        return
+    sizes = [tensor.shape[batch_dim] for tensor in inputs if tensor.dim() > batch_dim]
+    first = next((size for size in sizes if size != 1), 1 if sizes else None)
+    context.batch = first if first is not None or not again else context.batch
+
+
+def require_batch(examples: int) -> None:
+    """Raise RuntimeError if layers have relied on another size of the batch."""
+    context = _open.get()
+    if context is None or context.environments is not None:
+        return  # ids tell the size, and equal groups do not depend on it
+    wrong = context.assumed - {examples}
+    context.assumed = set()
+    if wrong:
+        raise RuntimeError(
+            f"Agreement: layers of convert_batchnorm took the batch to have {min(wrong)} examples, "
+            f"as the first tensor that the model was given, but it has {examples}; give the "
+            f"environment of each example: agreement(torch.arange({examples}))"
+        )
+
+
+def current_groups(rows: int) -> tuple[Groups, int] | None:
+    """Return the partition of the rows of a layer's input, and how many rows an example has.
+
+    The rows of an example lie one after the other. None: no context is open.
+
+    Raises:
+        RuntimeError: the rows are not those of the examples of the batch.
+        ValueError: the examples cannot be split into these environments.
+    """
+    context = _open.get()
+    if context is None:
+        return None
+    environments = context.environments
+    if isinstance(environments, Tensor):
+        each = rows // len(environments) if rows % len(environments) == 0 else 1
+        return make_groups(environments.repeat_interleave(each), rows), each
+    batch = context.batch or rows
+    if rows % batch:
+        raise RuntimeError(
+            f"Agreement: expected as many rows for each of the {batch} examples of the batch, but "
+            f"a layer of convert_batchnorm got {rows} rows; use andmask_ext.backward with one "
+            "forward pass per environment"
+        )
+    context.assumed.add(batch)
+    groups = make_groups(batch if environments is None else environments, rows)
+    return groups, rows // batch
 
 
 class PerEnvironment:

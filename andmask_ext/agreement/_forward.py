@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from ._current import PerEnvironment
+from ._current import PerEnvironment, announce
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -48,9 +48,10 @@ def uses_batch(module: _BatchNorm) -> bool:
 
 
 class ForwardRecorder:
-    """Global hooks on all modules while the context is open. The model itself gets no hooks.
+    """Hooks while the context is open: on all modules, and one on the model for its keywords.
 
     Args:
+        model: the model.
         members: the ids of the model's modules, including the model.
         batch_dim: the batch dimension of inputs and outputs.
 
@@ -61,7 +62,8 @@ class ForwardRecorder:
         inputs: the input tensors of these calls.
     """
 
-    def __init__(self, members: set[int], batch_dim: int) -> None:
+    def __init__(self, model: nn.Module, members: set[int], batch_dim: int) -> None:
+        self._model = model
         self._members = members
         self.batch_dim = batch_dim
         self._depth = 0
@@ -78,6 +80,7 @@ class ForwardRecorder:
         self._handles = [
             register_module_forward_pre_hook(self._before),
             register_module_forward_hook(self._after, with_kwargs=True, always_call=True),
+            self._model.register_forward_pre_hook(self._before_model, with_kwargs=True),
         ]
 
     def __exit__(
@@ -109,11 +112,17 @@ class ForwardRecorder:
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if id(module) in self._members and not self.paused:
-            if self._depth == 0 and self._stale:
-                self.clear()
+            if self._depth == 0:
+                if self._stale:
+                    self.clear()
+                announce(tensors_in(args), self.batch_dim)
             self._depth += 1
             if isinstance(module, _BatchNorm) and uses_batch(module):
                 self.batch_norms.append(module)
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self._depth == 1 and not self.paused:  # hooks on all modules do not see the keywords
+            announce(tensors_in(kwargs), self.batch_dim, again=True)
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Record the inputs and outputs of a module. If it raised, only note that it ended."""

@@ -21,6 +21,12 @@ def leaf(node: Node) -> Tensor:
     return variable
 
 
+def rows_of(node: Node) -> Tensor | None:
+    """Return the environment of each row that a function relies on, int64; None: on none."""
+    rows: Tensor | None = getattr(node, "environment_of_rows", None)
+    return rows
+
+
 def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
     """Return the shape of one output of a node in the forward pass."""
     return tuple(int(size) for size in node._input_metadata[output].shape)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch.autograd.graph import Node
 
 from ._constants import Constants
@@ -13,7 +14,7 @@ from ._formulas import axes_of
 from ._graph import HIDDEN_DATA, LOOKUPS, Graph, Operand
 from ._groups import Groups
 from ._layout import Evidence, Layout, candidates, pick
-from ._nodes import has_hooks, saved_tensors, shape_of
+from ._nodes import has_hooks, rows_of, saved_tensors, shape_of
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"
@@ -111,6 +112,9 @@ def suspects(graph: Graph) -> list[int]:
         if graph.param(index) is not None:
             possible[index] = certain[index] = True
             continue
+        if rows_of(graph.nodes[index]) is not None:
+            indices.append(index)
+            continue
         below = [entry[0] for entry in graph.edges[index] if entry]
         possible[index] = bool(below) and all(possible[child] for child in below)
         certain[index] = (
@@ -153,10 +157,12 @@ def make_plan(
             if not weight[index]:
                 leaves.append(index)
             continue
+        evidence = evidences.get(index)
+        if evidence is not None and not trivial:
+            _check_rows(node, groups, evidence[0])
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if not any(below):
             continue
-        evidence = evidences.get(index)
         if all(below) and (
             not graph.may_carry_batch(index)
             or (not trivial and _is_weight(graph, index, groups, evidence, constants))
@@ -192,6 +198,22 @@ def make_plan(
                 "environment; use weight_decay, or add its gradient outside of the context"
             )
     return Plan(tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain)
+
+
+def _check_rows(node: Node, groups: Groups, evidence: Evidence) -> None:
+    """Raise RuntimeError if a layer has taken rows for those of other environments."""
+    rows = rows_of(node)
+    if rows is None or not evidence.seen:
+        return
+    if not any(
+        layout.axis == 0 and torch.equal(layout.spread(groups.ids), rows)
+        for layout in evidence.left
+    ):
+        raise RuntimeError(
+            "Agreement: expected the rows of each example one after the other in the input of a "
+            "layer of convert_batchnorm, but they lie in another order, or environments mix after "
+            "it; use andmask_ext.backward with one forward pass per environment"
+        )
 
 
 def _refuse_hooks(node: Node, name: str, output: int) -> None:
