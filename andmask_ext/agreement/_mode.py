@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,15 +30,37 @@ _RECURRENT = frozenset(
 )  # their fused kernels hide the steps from autograd
 
 
-@contextmanager
-def _without_fused_kernels() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+class _WithoutFusedKernels:
+    """A context without oneDNN and cuDNN, whose switches belong to the process.
+
+    Threads may be inside at once: the first one in saves the switches, the last one out restores
+    them.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = (True, True)
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+                self._set(False, False)
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._set(*self._before)
+
+    def _set(self, mkldnn: bool, cudnn: bool) -> None:
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
+_WITHOUT_FUSED_KERNELS = _WithoutFusedKernels()
 
 
 class BackwardMode(TorchFunctionMode):
@@ -59,7 +81,7 @@ class BackwardMode(TorchFunctionMode):
         if func in BACKWARDS:
             return _call_backward(self._backward_pass, *args, **(kwargs or {}))
         if func in _RECURRENT:
-            with _without_fused_kernels():
+            with _WITHOUT_FUSED_KERNELS:
                 return func(*args, **(kwargs or {}))
         result = func(*args, **kwargs) if kwargs else func(*args)
         if isinstance(result, (Tensor, tuple)) or func is _SETITEM:
