@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._switches import Switches
 from ._constants import Constants
 from ._nodes import BACKWARDS
 
@@ -30,37 +30,10 @@ _RECURRENT = frozenset(
 )  # their fused kernels hide the steps from autograd
 
 
-class _WithoutFusedKernels:
-    """A context without oneDNN and cuDNN, whose switches belong to the process.
-
-    Threads may be inside at once: the first one in saves the switches, the last one out restores
-    them.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = (True, True)
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-                self._set(False, False)
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._set(*self._before)
-
-    def _set(self, mkldnn: bool, cudnn: bool) -> None:
-        torch._C._set_mkldnn_enabled(mkldnn)
-        torch._C._set_cudnn_enabled(cudnn)
-
-
-_WITHOUT_FUSED_KERNELS = _WithoutFusedKernels()
+_WITHOUT_FUSED_KERNELS = Switches(
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False),
+)
 
 
 class BackwardMode(TorchFunctionMode):
@@ -124,4 +97,14 @@ def _call_backward(
     ]
     if not live:
         raise RuntimeError("Agreement: expected a loss that requires gradients, but none does")
-    backward_pass.backward([r for r, _ in live], [g for _, g in live], bool(retain_graph))
+    try:
+        backward_pass.backward([r for r, _ in live], [g for _, g in live], bool(retain_graph))
+    except RuntimeError as error:
+        if "selective activation checkpoint" not in str(error):
+            raise
+        raise RuntimeError(
+            "Agreement: expected regions of torch.utils.checkpoint without context_fn, but got one "
+            "with it: selective checkpointing allows one backward pass, and the check for mixing "
+            "takes more; leave out context_fn, or use andmask_ext.backward, or, if verify() has "
+            "passed without context_fn, check_mixing='never'"
+        ) from error

@@ -55,6 +55,13 @@ def keep_checkpoints(node: Node, name: str) -> None:
             tensor.data.handles = _KeepHandles(tensor.data.handles)
 
 
+def keep_all_checkpoints(node: Node) -> None:
+    """Allow each checkpointed saved tensor of a node to be unpacked more than once."""
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            keep_checkpoints(node, name.removeprefix("_raw_saved_"))
+
+
 def saved_tensors(node: Node) -> list[Tensor]:
     """Return all tensors that a node of a native function has saved."""
     tensors: list[Tensor] = []
