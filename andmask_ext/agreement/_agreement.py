@@ -228,7 +228,7 @@ class Agreement(Copyable):
         complete = False
         try:
             run.open()
-            with BackwardMode(run), activate(checked), run.recorder:
+            with BackwardMode(run), activate(checked, batch_size), run.recorder:
                 yield
             run.require_complete(before)
             self._pending.close()

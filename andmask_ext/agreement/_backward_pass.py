@@ -15,6 +15,7 @@ from .._pending import PendingStep
 from ._accumulator import GradientAccumulator, Target
 from ._anchors import Anchor, of_loss, of_outputs
 from ._contributions import Contribution, Shared
+from ._current import require_batch
 from ._data import DataRecord
 from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
@@ -164,6 +165,8 @@ class BackwardPass:
                     "environment; remove it, or use andmask_ext.backward"
                 )
         self._batches = self._make_batches()
+        if len(self._batches) == 1:
+            require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
         if environments > 1:

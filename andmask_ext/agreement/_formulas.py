@@ -23,7 +23,7 @@ from ._contributions import (
 )
 from ._graph import Operand
 from ._node_gradient import NodeGradient, environments_of
-from ._nodes import aside, call_node, computes_all, refuse_sparse
+from ._nodes import aside, call_node, computes_all, keep_all_checkpoints, refuse_sparse
 
 _NO_PADDING = (2**64 - 1, -1)
 
@@ -374,6 +374,7 @@ def _one_by_one(node_grad: NodeGradient, name: str, operand: Operand) -> Contrib
         # The formula is linear in the deltas: with those of one environment only, it gives the
         # gradient of that environment.
         by_environment = []
+        keep_all_checkpoints(node_grad.node)
 
         def body() -> None:
             for environment in range(begin, end):

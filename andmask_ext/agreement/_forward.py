@@ -16,7 +16,7 @@ from torch.nn.modules.module import (
     register_module_forward_pre_hook,
 )
 
-from ._current import PerEnvironment
+from ._current import PerEnvironment, announce
 from ._data import DataRecord, Origin, tensors_in
 
 
@@ -136,6 +136,7 @@ class ForwardRecorder:
 
     def _take(self, inputs: list[Tensor]) -> None:
         """Record inputs as data. One that is broadcast over the batch may hold constants."""
+        announce(inputs, self.batch_dim)
         single = [
             tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == 1
             and self._rows not in tensor.shape

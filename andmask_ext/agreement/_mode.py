@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .._switches import Switches
 from ._data import DataRecord
 from ._nodes import BACKWARDS
 
@@ -34,15 +34,10 @@ _RECURRENT = frozenset(
 )  # their fused kernels hide the steps from autograd
 
 
-@contextmanager
-def _without_fused_kernels() -> Iterator[None]:
-    enabled = torch._C._get_mkldnn_enabled()
-    torch._C._set_mkldnn_enabled(False)
-    try:
-        with torch.backends.cudnn.flags(enabled=False):
-            yield
-    finally:
-        torch._C._set_mkldnn_enabled(enabled)
+_WITHOUT_FUSED_KERNELS = Switches(
+    (torch._C._get_mkldnn_enabled, torch._C._set_mkldnn_enabled, False),
+    (torch._C._get_cudnn_enabled, torch._C._set_cudnn_enabled, False),
+)
 
 
 class BackwardMode(TorchFunctionMode):
@@ -63,7 +58,7 @@ class BackwardMode(TorchFunctionMode):
         if func in BACKWARDS:
             return _call_backward(self._backward_pass, *args, **(kwargs or {}))
         if func in _RECURRENT:
-            with _without_fused_kernels():
+            with _WITHOUT_FUSED_KERNELS:
                 result = func(*args, **(kwargs or {}))
         else:
             result = func(*args, **kwargs) if kwargs else func(*args)
@@ -108,4 +103,14 @@ def _call_backward(
     ]
     if not live:
         raise RuntimeError("Agreement: expected a loss that requires gradients, but none does")
-    backward_pass.backward([r for r, _ in live], [g for _, g in live], bool(retain_graph))
+    try:
+        backward_pass.backward([r for r, _ in live], [g for _, g in live], bool(retain_graph))
+    except RuntimeError as error:
+        if "selective activation checkpoint" not in str(error):
+            raise
+        raise RuntimeError(
+            "Agreement: expected regions of torch.utils.checkpoint without context_fn, but got one "
+            "with it: selective checkpointing allows one backward pass, and the check for mixing "
+            "takes more; leave out context_fn, or use andmask_ext.backward, or, if verify() has "
+            "passed without context_fn, check_mixing='never'"
+        ) from error

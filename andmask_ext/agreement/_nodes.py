@@ -21,6 +21,12 @@ def leaf(node: Node) -> Tensor:
     return variable
 
 
+def rows_of(node: Node) -> Tensor | None:
+    """Return the environment of each row that a function relies on, int64; None: on none."""
+    rows: Tensor | None = getattr(node, "environment_of_rows", None)
+    return rows
+
+
 def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
     """Return the shape of one output of a node in the forward pass."""
     return tuple(int(size) for size in node._input_metadata[output].shape)
@@ -47,6 +53,13 @@ def keep_checkpoints(node: Node, name: str) -> None:
     for tensor in raw if isinstance(raw, (tuple, list)) else (raw,):
         if tensor is not None and isinstance(tensor.data, checkpoint._Holder):
             tensor.data.handles = _KeepHandles(tensor.data.handles)
+
+
+def keep_all_checkpoints(node: Node) -> None:
+    """Allow each checkpointed saved tensor of a node to be unpacked more than once."""
+    for name in dir(node):
+        if name.startswith("_raw_saved_"):
+            keep_checkpoints(node, name.removeprefix("_raw_saved_"))
 
 
 def saved_tensors(node: Node) -> list[Tensor]:

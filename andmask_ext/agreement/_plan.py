@@ -12,8 +12,8 @@ from ._data import DataRecord, Origin
 from ._formulas import axes_of
 from ._graph import HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
-from ._layout import Code, Layout
-from ._nodes import has_hooks, shape_of
+from ._layout import Code, Layout, fits
+from ._nodes import has_hooks, rows_of, shape_of
 from ._picks import PICKING, Pick, follow
 from ._reading import Evidences, Reader
 
@@ -123,6 +123,9 @@ def suspects(graph: Graph) -> list[int]:
         if graph.param(index) is not None:
             possible[index] = certain[index] = True
             continue
+        if rows_of(graph.nodes[index]) is not None:
+            indices.append(index)
+            continue
         below = [entry[0] for entry in graph.edges[index] if entry]
         possible[index] = bool(below) and all(possible[child] for child in below)
         certain[index] = (
@@ -186,6 +189,8 @@ def make_plan(
             if not weight[index]:
                 leaves.append(index)
             continue
+        if code is not None:
+            _check_rows(node, index, reader, code)
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if any(below):
             _refuse_opaque(name)
@@ -229,6 +234,20 @@ def _refuse_opaque(name: str) -> None:
         raise RuntimeError(
             "Agreement: a parameter is an argument of a function under reentrant "
             "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def _check_rows(node: Node, index: int, reader: Reader, code: Code) -> None:
+    """Raise RuntimeError if a layer has taken rows for those of other environments."""
+    rows, evidence = rows_of(node), reader.evidence((index, 0))
+    if rows is None or evidence is None or not evidence.seen:
+        return
+    ids = evidence.ids(0, code)
+    if ids is None or not fits(rows, ids):
+        raise RuntimeError(
+            "Agreement: expected the rows of each example one after the other in the input of a "
+            "layer of convert_batchnorm, but they lie in another order, or environments mix after "
+            "it; use andmask_ext.backward with one forward pass per environment"
         )
 
 

@@ -91,6 +91,7 @@ class _Normalize(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, ctx.groups, ctx.parts, ctx.eps = inputs
         normal, scale, mean, variance = output
+        ctx.environment_of_rows = ctx.groups.ids  # the check for mixing compares them
         ctx.mark_non_differentiable(mean, variance)
         ctx.save_for_backward(normal, scale)
         ctx.set_materialize_grads(False)

@@ -220,7 +220,6 @@ UNUSUAL: dict[str, Callable[[Function, Tensor], Tensor]] = {
 REFUSED: dict[str, dict[int, str]] = {
     "padded, rows turned": dict.fromkeys((3, 4, 6), MIXING),
     "a buffer as input, rows turned": dict.fromkeys((3, 4, 6), MIXING),
-    "written after a reentrant region": dict.fromkeys((3, 4, 6), NO_BATCH),
     "queries over one key": dict.fromkeys((3, 4, 6), MIXING),
     "biases only": dict.fromkeys((3, 4, 6), PARAMETERS_ONLY),
     "row by row": {3: MIXING, 4: MIXING, 6: PARAMETERS_ONLY},

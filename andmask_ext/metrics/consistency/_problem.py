@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import dtype_name
+from ..._switches import Switches
 
 Params: TypeAlias = "Tensor | dict[str, Tensor]"
 Loss: TypeAlias = Callable[[Params], Tensor]
 
 CHUNK = 64  # number of points in one vmap call
+
+# Fused kernels of attention have no second derivative.
+_MATH_ATTENTION = Switches(
+    (torch._C._get_flash_sdp_enabled, torch._C._set_sdp_use_flash, False),
+    (torch._C._get_mem_efficient_sdp_enabled, torch._C._set_sdp_use_mem_efficient, False),
+    (torch._C._get_cudnn_sdp_enabled, torch._C._set_sdp_use_cudnn, False),
+    (torch._C._get_math_sdp_enabled, torch._C._set_sdp_use_math, True),
+)
 
 
 class FlatLayout:
@@ -95,7 +104,8 @@ class Problem:
 
     def loss(self, environment: int, vector: Tensor) -> Tensor:
         """Return one environment's loss at one flat point."""
-        value = self.losses[environment](self.layout.unflatten(vector))
+        with _MATH_ATTENTION:
+            value = self.losses[environment](self.layout.unflatten(vector))
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"losses[{environment}]: expected a 0-dim Tensor, but got {type(value).__name__}"

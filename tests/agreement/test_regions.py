@@ -1,19 +1,24 @@
-"""Nodes whose formula is called once per environment, where a reentrant region is in the model."""
+"""Nodes that are called once per environment, where a checkpointed region is in the model."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+)
 
 import andmask_ext as am
 from andmask_ext.agreement import _formulas
 
-from ..models import curved
+from ..models import curved, mlp
 from .exact_loop import RULE, check, loop
 from .layers import Function, rand
 
@@ -22,6 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires
 
 
 Use = Callable[[Function, Tensor], Tensor]
+Region = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 
 
 class Halves(torch.autograd.Function):
@@ -68,44 +74,46 @@ USES: dict[str, Use] = {
 }
 
 
-def after(s: Function, x: Tensor, use: Use) -> Tensor:
-    return checkpoint(s.b, use(s, x), use_reentrant=True)
+def after(s: Function, x: Tensor, use: Use, region: Region) -> Tensor:
+    return region(s.b, use(s, x))
 
 
-def before(s: Function, x: Tensor, use: Use) -> Tensor:
-    return use(s, checkpoint(s.b, x, use_reentrant=True))
+def before(s: Function, x: Tensor, use: Use, region: Region) -> Tensor:
+    return use(s, region(s.b, x))
 
 
-def within(s: Function, x: Tensor, use: Use) -> Tensor:
-    return s.b(checkpoint(lambda y: use(s, y), x, use_reentrant=True))
+def within(s: Function, x: Tensor, use: Use, region: Region) -> Tensor:
+    return s.b(region(lambda y: use(s, y), x))
 
 
-def nested(s: Function, x: Tensor, use: Use) -> Tensor:
+def nested(s: Function, x: Tensor, use: Use, region: Region) -> Tensor:
     def inner(y: Tensor) -> Tensor:
-        return checkpoint(s.b, use(s, y), use_reentrant=True).maximum(s.v)
+        return region(s.b, use(s, y)).maximum(s.v)
 
-    return checkpoint(inner, use(s, x), use_reentrant=True)
+    return region(inner, use(s, x))
 
 
-def residual(s: Function, x: Tensor, use: Use) -> Tensor:
+def residual(s: Function, x: Tensor, use: Use, region: Region) -> Tensor:
     x = use(s, x).cumsum(-1)
-    return x + checkpoint(lambda y: s.b(y.maximum(s.v)), x, use_reentrant=True)
+    return x + region(lambda y: s.b(y.maximum(s.v)), x)
 
 
 PLACES = (after, before, within, nested, residual)
 
 
-def model(use: Use, place: Callable[..., Tensor]) -> Function:
+def model(use: Use, place: Callable[..., Tensor], reentrant: bool = True) -> Function:
+    region = partial(checkpoint, use_reentrant=reentrant)
     return Function(
-        lambda s, x: place(s, s.a(x), use).tanh() * s.v,
+        lambda s, x: place(s, s.a(x), use, region).tanh() * s.v,
         a=nn.Linear(4, 4), b=nn.Linear(4, 4), w=rand(4), v=rand(4),
     ).double()  # fmt: skip
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.__name__)
 @pytest.mark.parametrize("use", USES)
-def test_once_per_environment(use: str, place: Callable[..., Tensor]) -> None:
-    built, agreement = model(USES[use], place), None
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_once_per_environment(use: str, place: Callable[..., Tensor], reentrant: bool) -> None:
+    built, agreement = model(USES[use], place, reentrant), None
     for environments in (None, torch.tensor([1, 0, 2, 1, 1, 0])):
         agreement = check(
             built, curved, rand(6, 3, 4), environments=environments, agreement=agreement
@@ -214,3 +222,31 @@ def test_a_function_that_runs_a_backward_pass(argument: bool) -> None:
         torch.testing.assert_close(built.get_parameter(name).grad, RULE(grads[name]))
     for name in ("a.bias", "r.weight", "r.bias"):
         torch.testing.assert_close(built.get_parameter(name).grad, grads[name].mean(0))
+
+
+# ---- selective checkpointing ----
+
+KEPT = (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+
+
+def policy(context: object, op: object, *args: object, **kwargs: object) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def selective(chosen: bool) -> Function:
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    options = {"context_fn": contexts} if chosen else {}
+    return Function(
+        lambda s, x: s.b(checkpoint(s.m, s.a(x), use_reentrant=False, **options)),
+        a=nn.Linear(4, 4), b=nn.Linear(4, 4), m=mlp(4, 5, 4),
+    ).double()  # fmt: skip
+
+
+def test_selective_checkpointing() -> None:
+    """The remedies that the message names are exact."""
+    x, built = rand(6, 4), selective(True)
+    with pytest.raises(RuntimeError, match="leave out context_fn"), am.Agreement(built, RULE)():
+        curved(built, x).backward()
+    assert all(param.grad is None for param in built.parameters())
+    check(built, curved, x, check_mixing="never")
+    check(selective(False), curved, x)
