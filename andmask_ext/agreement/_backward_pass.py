@@ -27,7 +27,7 @@ from ._mixing import MixingCheck
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
-from ._plan import CHECKPOINT, Consumer, Plan, make_plan, suspects
+from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled, suspects
 from ._setup import Setup
 
 
@@ -153,6 +153,7 @@ class BackwardPass:
     def _outer_pass(
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
+        refuse_compiled(graph)
         if self._gram and self._passes:
             raise RuntimeError(
                 "Agreement: expected one backward pass in a context with gram=True, but got another"

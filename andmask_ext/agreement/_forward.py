@@ -120,6 +120,8 @@ class ForwardRecorder:
         self.calls, self._held = [], []
 
     def _before(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():  # what is compiled is one function of its inputs
+            return
         if id(module) in self._members and not self.paused:
             if self._depth == 0:
                 if self._stale:
@@ -131,6 +133,8 @@ class ForwardRecorder:
                 self.batch_norms.append(module)
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         if self._depth == 1 and not self.paused:  # hooks on all modules do not see the keywords
             self._take(list(tensors_in((args, kwargs))))
 
@@ -148,7 +152,7 @@ class ForwardRecorder:
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Record the inputs and outputs of a module. If it raised, only note that it ended."""
-        if id(module) not in self._members or self.paused:
+        if torch.compiler.is_compiling() or id(module) not in self._members or self.paused:
             return
         self._depth -= 1
         if self._depth or not torch.is_grad_enabled() or len(rest) < 2:

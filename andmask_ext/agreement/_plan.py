@@ -222,6 +222,14 @@ def make_plan(
     return plan, reader.partitions
 
 
+def refuse_compiled(graph: Graph) -> None:
+    """Raise RuntimeError if a compiled function of the graph takes tracked parameters."""
+    for index, name in enumerate(graph.names):
+        below = [entry[0] for entry in graph.edges[index] if entry is not None]
+        if name == _COMPILED and any(graph.param(child) is not None for child in below):
+            _refuse_opaque(_COMPILED)
+
+
 def _refuse_opaque(name: str) -> None:
     """Raise RuntimeError if the uses of a node's parameters cannot be seen."""
     if name == _COMPILED:
