@@ -63,6 +63,7 @@ class PendingStep:
         self._holds_grads = False  # whether this object wrote .grad
         self._shown: list[tuple[Tensor, int]] = []  # .grad for GradScaler, and its version
         self.is_unscaled = False  # the scale has been divided out of .grad
+        self.owes_hooks = False  # hooks of parameters have not seen the gradients of this step
 
     @property
     def slots(self) -> dict[int, tuple[int, int]]:
@@ -277,6 +278,7 @@ class PendingStep:
             self._unwritten.clear()
         self.state, self.environments, self._exchanged = State.IDLE, 0, False
         self._scaler, self._shown, self.is_unscaled = None, [], False
+        self.owes_hooks = False
         self._unwritten, self._excused = None, False
 
     def drop(self) -> bool:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from .._notices import warn_once
-from .._pending import PendingStep
+from .._pending import Hook, PendingStep
 from ._accumulator import GradientAccumulator, Target
 from ._anchors import Anchor, of_loss, of_outputs
 from ._contributions import Contribution, Shared
@@ -23,12 +24,14 @@ from ._gramian import Gramian
 from ._graph import Graph
 from ._groups import Checked, Groups, make_groups
 from ._layout import Code
+from ._losses import losses_that_are_no_mean
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled, suspects
 from ._setup import Setup
+from ._user_hooks import UserHooks
 
 
 class BackwardPass:
@@ -67,7 +70,7 @@ class BackwardPass:
         self.data = DataRecord(setup.model)
         rows = len(environments) if isinstance(environments, Tensor) else batch_size or 0
         self.recorder = ForwardRecorder(
-            setup.model, setup.members, setup.batch_dim, self.data, rows
+            setup.model, {id(one) for one in setup.modules}, setup.batch_dim, self.data, rows
         )
         self.products: Gramian | None = None
         self._setup = setup
@@ -79,6 +82,7 @@ class BackwardPass:
         self._targets: list[Target] = []
         self._accumulator: GradientAccumulator | None = None
         self._mixing = MixingCheck(self._engine)
+        self.hooks = UserHooks(lambda: self._mixing.running)
         self._inner = 0  # backward passes inside this one
         self._outer: Any = None  # the key of the plan of the outer one
         self._batches: list[Groups] = []  # the partitions of the batch
@@ -96,11 +100,23 @@ class BackwardPass:
                     f"Agreement: {self._setup.name(param)} is no parameter of the optimizer any "
                     "more; make a new Agreement"
                 )
+            hooks = param._post_accumulate_grad_hooks or {}
+            if any(not isinstance(hook, Hook) for hook in hooks.values()):
+                raise RuntimeError(
+                    f"Agreement: {self._setup.name(param)} has a hook of "
+                    "register_post_accumulate_grad_hook, which would never run (an optimizer in "
+                    "the backward pass?); call remove() of what the registration returned, and "
+                    "step the optimizer after the context"
+                )
         places = [slots[id(param)] for param in self._setup.params]
         self._targets = [
             Target(param, self._pending.moments[group], index)
             for param, (group, index) in zip(self._setup.params, places, strict=True)
         ]
+
+    def module_hooks(self) -> AbstractContextManager[None]:
+        """Return a context in which backward hooks of modules do not see the probes."""
+        return self.hooks.of_modules(self._setup.modules)
 
     def close(self) -> None:
         """Release the graph, the moments and the hooks."""
@@ -158,18 +174,14 @@ class BackwardPass:
             raise RuntimeError(
                 "Agreement: expected one backward pass in a context with gram=True, but got another"
             )
-        for target in self._targets:
-            if target.param._backward_hooks:
-                raise RuntimeError(
-                    f"Agreement: {self._setup.name(target.param)} has a hook "
-                    "(Tensor.register_hook), which would have to change the gradient of each "
-                    "environment; remove it, or use andmask_ext.backward"
-                )
+        if any(target.param._backward_hooks for target in self._targets):
+            self._pending.owes_hooks = True
         self._batches = self._make_batches()
         if len(self._batches) == 1:
             require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
+        self._note_loss(graph)
         if environments > 1:
             self._refuse_batch_norms()
             half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
@@ -183,6 +195,17 @@ class BackwardPass:
         self.data.forget()
         self._pending.add_environments(environments)
         self._passes += 1
+
+    def _note_loss(self, graph: Graph) -> None:
+        """Warn once if the loss is seen to be no mean over the examples, or no sum."""
+        nodes = [graph.nodes[root] for root in graph.roots]
+        if any(node._input_metadata[0].device.type != "cpu" for node in nodes):
+            return  # the labels would have to be read from the device
+        setup = self._setup
+        dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
+        message = losses_that_are_no_mean(nodes, self._batches[0], dim, setup.reduction)
+        if message is not None:
+            warn_once(setup, message)
 
     def _paused_pass(
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
@@ -199,6 +222,7 @@ class BackwardPass:
         self._accumulator = accumulator
         self.started = True
         others = [leaf(graph.nodes[index]) for index in plan.leaves]
+        self._refuse_new_params(others)
         before = [other.grad for other in others]
         try:
             for other in others:
@@ -216,6 +240,18 @@ class BackwardPass:
         for other, grad in zip(others, before, strict=True):
             if grad is not None:  # not in place: the context may still fail
                 other.grad = grad if other.grad is None else grad + other.grad
+
+    def _refuse_new_params(self, others: Sequence[Tensor]) -> None:
+        """Raise RuntimeError if the model has got a parameter since the Agreement was made."""
+        names = self._setup.names
+        new = {id(o) for o in others if isinstance(o, nn.Parameter) and id(o) not in names}
+        for name, param in self._setup.model.named_parameters() if new else ():
+            if id(param) in new:
+                raise RuntimeError(
+                    f"Agreement: {name} was not in the model when the Agreement was made, so it "
+                    "would get its plain gradient; make a new Agreement, and a new optimizer over "
+                    "the parameters that the model has now"
+                )
 
     def _take(self, products: Gramian) -> None:
         self.products = products
@@ -343,7 +379,7 @@ class BackwardPass:
                     for anchor in of_loss(graph, dim, self._batches)
                     if graph.nodes.index(anchor.node) not in below
                 ]
-        with untouched(self._setup.model.parameters()):
+        with untouched(self._setup.model.parameters()), self.hooks.untouched():
             self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code)
 
     def _batch_of_loss(self) -> int:
