@@ -103,8 +103,8 @@ class PendingStep:
         if self.environments:
             if self._clears_grads and self._scaler is not context.grad_scaler:
                 raise RuntimeError("environment: expected the same grad_scaler in all environments")
-            self.require_untouched("environment")
             self.groups()
+            self.require_untouched("environment")
         self._prepare()
         opened.add(self)
         if self._clears_grads:
