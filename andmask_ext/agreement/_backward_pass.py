@@ -8,13 +8,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
-from .._notices import warn_once
 from .._pending import Hook, PendingStep
 from ._accumulator import GradientAccumulator, Target
-from ._anchors import Anchor, of_loss, of_outputs
+from ._anchors import Anchor, find_anchors
+from ._batch import (
+    batch_of_loss,
+    make_batches,
+    note_loss,
+    refuse_batch_norms,
+    refuse_new_params,
+    weights_of,
+)
 from ._contributions import Contribution, Shared
 from ._current import require_batch
 from ._data import DataRecord
@@ -22,9 +29,8 @@ from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
-from ._groups import Checked, Groups, make_groups
+from ._groups import Checked, Groups
 from ._layout import Code
-from ._losses import losses_that_are_no_mean
 from ._mixing import MixingCheck
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
@@ -176,14 +182,16 @@ class BackwardPass:
             )
         if any(target.param._backward_hooks for target in self._targets):
             self._pending.owes_hooks = True
-        self._batches = self._make_batches()
+        self._batches = make_batches(
+            self._setup, self.recorder, self._environments, self._batch_size
+        )
         if len(self._batches) == 1:
             require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
-        self._note_loss(graph)
+        note_loss(self._setup, graph, self._batches[0])
         if environments > 1:
-            self._refuse_batch_norms()
+            refuse_batch_norms(self._setup, self.recorder.batch_norms)
             half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
             self._code = Code(environments, 7 if half else 15)
         self.recorder.paused = True
@@ -196,24 +204,13 @@ class BackwardPass:
         self._pending.add_environments(environments)
         self._passes += 1
 
-    def _note_loss(self, graph: Graph) -> None:
-        """Warn once if the loss is seen to be no mean over the examples, or no sum."""
-        nodes = [graph.nodes[root] for root in graph.roots]
-        if any(node._input_metadata[0].device.type != "cpu" for node in nodes):
-            return  # the labels would have to be read from the device
-        setup = self._setup
-        dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
-        message = losses_that_are_no_mean(nodes, self._batches[0], dim, setup.reduction)
-        if message is not None:
-            warn_once(setup, message)
-
     def _paused_pass(
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
         plan, partitions = self._plan(graph)
         self._inner = 0
         groups = self._batches[plan.batch]
-        weights, products = self._weights(groups), None
+        weights, products = weights_of(groups, self._setup.reduction, self.scale), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
         accumulator = GradientAccumulator(
@@ -222,7 +219,7 @@ class BackwardPass:
         self._accumulator = accumulator
         self.started = True
         others = [leaf(graph.nodes[index]) for index in plan.leaves]
-        self._refuse_new_params(others)
+        refuse_new_params(self._setup, others)
         before = [other.grad for other in others]
         try:
             for other in others:
@@ -241,91 +238,12 @@ class BackwardPass:
             if grad is not None:  # not in place: the context may still fail
                 other.grad = grad if other.grad is None else grad + other.grad
 
-    def _refuse_new_params(self, others: Sequence[Tensor]) -> None:
-        """Raise RuntimeError if the model has got a parameter since the Agreement was made."""
-        names = self._setup.names
-        new = {id(o) for o in others if isinstance(o, nn.Parameter) and id(o) not in names}
-        for name, param in self._setup.model.named_parameters() if new else ():
-            if id(param) in new:
-                raise RuntimeError(
-                    f"Agreement: {name} was not in the model when the Agreement was made, so it "
-                    "would get its plain gradient; make a new Agreement, and a new optimizer over "
-                    "the parameters that the model has now"
-                )
-
     def _take(self, products: Gramian) -> None:
         self.products = products
         for number, found in products.found.items():
             target = self._targets[number]
             norms = found.diagonal() if products.pairs else found
             target.moments._add_squared_norm(target.index, norms.sum())
-
-    # ---- the batch ----
-
-    def _make_batches(self) -> list[Groups]:
-        """Return the partitions of the batch. There are several if its parts differ in size."""
-        environments, sizes = self._environments, self.recorder.sizes()
-        if self._batch_size is not None:
-            sizes = [self._batch_size]
-        if isinstance(environments, Tensor):
-            return self._batches_of_ids(environments, sizes)
-        if not sizes:
-            raise RuntimeError(
-                "Agreement: expected the model to be called inside the context, before backward: "
-                "its first input tells the size of the batch; or pass batch_size=... to the "
-                "context, or the environment of each example"
-            )
-        if len(sizes) > 1 and environments is None:
-            raise RuntimeError(
-                "Agreement: parts of the model were called with batches of different sizes, "
-                f"{', '.join(map(str, sizes))}, so one example cannot be one environment; pass a "
-                "number of environments that divides them, each of which then has its share of "
-                "every batch; or batch_size=... of the one that counts; or use "
-                "andmask_ext.backward, with one loss per environment"
-            )
-        single = sizes == [1] and self._batch_size is None and environments is None
-        if single and not self._setup.partitions:  # the last batch of an epoch may be so small
-            warn_once(
-                self._setup,
-                "Agreement: the batch has one example, so there is one environment and nothing to "
-                "agree on; if the batch is packed into one row, pass the environment of each "
-                "token; if its size cannot be seen, pass batch_size=... to the context",
-            )
-        return [self._setup.groups(environments, size) for size in sizes]
-
-    def _batches_of_ids(self, ids: Tensor, sizes: list[int]) -> list[Groups]:
-        given = self.recorder.all_sizes() if self._batch_size is None else set(sizes)
-        if given and len(ids) not in given:
-            raise ValueError(
-                "environments: expected one id for each example of the batch, of "
-                f"{', '.join(map(str, sizes))}, but got {len(ids)}"
-            )
-        groups = make_groups(ids, len(ids))
-        if groups.environments in (1, groups.examples):
-            return [groups]
-        # A model may pool rows into one output for each environment, as graph networks do.
-        return [groups, make_groups(None, groups.environments)]
-
-    def _weights(self, groups: Groups) -> list[float]:
-        factor = (groups.examples if self._setup.reduction == "mean" else 1.0) / self.scale
-        if groups.size is not None:
-            return [factor / groups.size]
-        return [factor / size for size in groups.sizes.tolist()]
-
-    def _refuse_batch_norms(self) -> None:
-        modules = self.recorder.batch_norms
-        if not modules:
-            return
-        names = [
-            f"{name or 'the model'} ({type(module).__name__})"
-            for name, module in self._setup.model.named_modules()
-            if any(module is one for one in modules)
-        ]
-        raise RuntimeError(
-            f"Agreement: {', '.join(names)} takes statistics over all environments; convert the "
-            "model with andmask_ext.nn.convert_batchnorm(model), which takes them in each "
-            "environment, or use andmask_ext.backward with one forward pass per environment"
-        )
 
     # ---- the plan ----
 
@@ -355,7 +273,8 @@ class BackwardPass:
             self._setup.check_mixing != "never",
         )  # fmt: skip
         if not inner:
-            plan = replace(plan, batch=self._batch_of_loss())
+            batch = batch_of_loss(self._anchors, self._batches, self._setup.reduction)
+            plan = replace(plan, batch=batch)
         if plan.certain:
             plans.keep(key, sizes, graph, plan, self._setup.check_mixing == "auto")
         elif inner:
@@ -364,35 +283,14 @@ class BackwardPass:
 
     def _check(self, graph: Graph) -> None:
         """Run the mixing check."""
-        self._anchors = []
-        if self._setup.check_mixing != "never" and self._code is not None:
-            setup = self._setup
-            self._anchors = of_outputs(
-                graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
-                self._batches, self.data,
-            )  # fmt: skip
-            below = graph.below(*[graph.nodes.index(anchor.node) for anchor in self._anchors])
-            if any(index not in below for index in suspects(graph)):
-                dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
-                self._anchors += [
-                    anchor
-                    for anchor in of_loss(graph, dim, self._batches)
-                    if graph.nodes.index(anchor.node) not in below
-                ]
+        setup = self._setup
+        wanted = setup.check_mixing != "never" and self._code is not None
+        self._anchors = [] if not wanted else find_anchors(
+            graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
+            self._batches, self.data, suspects(graph),
+        )  # fmt: skip
         with untouched(self._setup.model.parameters()), self.hooks.untouched():
             self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code)
-
-    def _batch_of_loss(self) -> int:
-        """Return the partition of the examples that the loss is the mean of."""
-        found = sorted({anchor.partition for anchor in self._anchors})
-        factors = {tuple(self._weights(self._batches[number])) for number in found}
-        if len(factors) > 1:
-            raise RuntimeError(
-                "Agreement: the loss is made of outputs of different sizes, in which the "
-                "environments have different shares, so they have no common mean; let the model "
-                "return outputs of one size, or use andmask_ext.backward"
-            )
-        return found[0] if found else 0
 
     # ---- the engine ----
 

@@ -111,9 +111,7 @@ def shape_of_large(graph: Graph, index: int) -> tuple[int, ...]:
     return shape_of(graph.nodes[entry[0]], entry[1])
 
 
-def route(
-    node: Node, name: str, ids: Tensor, axis: int, graph: Graph, index: int
-) -> Rows | None:
+def route(node: Node, name: str, ids: Tensor, axis: int, graph: Graph, index: int) -> Rows | None:
     """Return the environment of each row of the small tensor; None: rows have no single one.
 
     Args:

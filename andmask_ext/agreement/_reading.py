@@ -90,9 +90,9 @@ class Reader:
                 return left
         for axis in range(len(shape)) if axes is None else axes:
             ids = evidence.ids(axis, self._code) if axis < len(shape) else None
-            number = None if ids is None else self._source(at[0], ids)
-            if number is not None:
-                return [Layout(axis, 1, 1, number)]
+            source = None if ids is None else self._source(at[0], ids)
+            if source is not None:
+                return [Layout(axis, 1, 1, source)]
         return []
 
     def choose(self, at: At, axes: Sequence[int] | None) -> tuple[Layout | None, bool]:
