@@ -155,7 +155,8 @@ def check_environments(environments: Environments) -> Checked:
     ids = ids.detach().cpu().long()
     if int(ids.min()) == 0 and int(ids.max()) < len(ids) and bool((torch.bincount(ids) > 0).all()):
         return ids
-    return torch.unique(ids, return_inverse=True)[1]
+    numbered: Tensor = torch.unique(ids, return_inverse=True)[1]
+    return numbered
 
 
 def _as_tensor(environments: Any) -> Tensor:
