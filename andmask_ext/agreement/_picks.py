@@ -75,11 +75,31 @@ class Pick:
     small: Layout
 
 
-def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
+@dataclass(frozen=True)
+class Single:
+    """Rows that all belong to one environment, where a model treats examples one by one.
+
+    Attributes:
+        rows: their number.
+        environment: the environment.
+    """
+
+    rows: int
+    environment: int
+
+    def groups(self, environments: int) -> Groups:
+        """Return the partition of the rows."""
+        return group_rows(torch.full((self.rows,), self.environment), environments)
+
+
+def follow(
+    picks: Sequence[Pick | Single], graph: Graph, batches: Sequence[Groups]
+) -> list[Groups] | None:
     """Return the partitions of a pass: those of the batch, and those of rows that were picked.
 
     Args:
-        picks: in an order in which each partition is made before it is used.
+        picks: the nodes that pick rows, and the rows of single environments, in an order in which
+            each partition is made before it is used.
         graph: the graph of the pass.
         batches: the partitions of the batch.
 
@@ -88,6 +108,9 @@ def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> li
     """
     partitions = list(batches)
     for pick in picks:
+        if isinstance(pick, Single):
+            partitions.append(pick.groups(partitions[0].environments))
+            continue
         node, name = graph.nodes[pick.index], str(graph.names[pick.index])
         groups, large = partitions[pick.large.partition], pick.large
         if shape_of_large(graph, pick.index)[large.axis] != large.size * groups.examples:

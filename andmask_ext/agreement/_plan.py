@@ -14,7 +14,7 @@ from ._graph import HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
 from ._nodes import has_hooks, rows_of, shape_of
-from ._picks import PICKING, Pick, follow
+from ._picks import PICKING, Pick, Single, follow
 from ._reading import Evidences, Reader
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -86,7 +86,7 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
-    picks: tuple[Pick, ...]
+    picks: tuple[Pick | Single, ...]
     contents: tuple[int, ...]
     batch: int = 0
 
