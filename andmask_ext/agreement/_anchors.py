@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from ._data import DataRecord, Origin
+from ._data import DataRecord
 from ._graph import Graph
 from ._groups import Groups
 from ._nodes import shape_of
@@ -85,7 +85,7 @@ def _of_outputs(
             node, output = node.next_functions[0]
             if node is None:
                 break
-        if node is None or node not in nodes or data.of_node(node) == Origin.FREE:
+        if node is None or node not in nodes or data.is_weight(node):
             continue
         found = _axis(shape_of(node, output), dim, exact_dim, batches)
         if found is not None:
