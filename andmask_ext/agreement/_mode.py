@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from .._switches import Switches
 from ._data import DataRecord
 from ._nodes import BACKWARDS
+from ._picks import BATCH_SIZES
 from ._user_hooks import UserHooks
 
 
@@ -72,6 +73,8 @@ class BackwardMode(TorchFunctionMode):
         if made or func in _NOTED:
             name = getattr(func, "__name__", "")
             self._backward_pass.data.note(name, result, args, kwargs)
+            if name == "_pack_padded_sequence" and result[0].grad_fn is not None:
+                result[0].grad_fn.metadata[BATCH_SIZES] = result[1]  # the node keeps it to itself
         return result
 
 

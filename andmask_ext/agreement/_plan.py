@@ -281,10 +281,10 @@ def _is_weight(
         origin = Origin.FREE
     if origin == Origin.FREE and name not in HIDDEN_DATA:
         return True
-    if name in HIDDEN_DATA and graph.is_table(index):
-        return True
     if origin >= Origin.HIDDEN:
         return False
+    if name in HIDDEN_DATA and graph.is_table(index):
+        return True
     outputs = [(index, output) for output in range(len(node._input_metadata))]
     if not reader.seen(index):
         possible = any(reader.possible(at, axes_of(name)) for at in outputs)

@@ -173,13 +173,19 @@ class Reader:
     def pick(self, index: int) -> None:
         """Explain a node that picks rows of data. All nodes below it must have been explained."""
         name = str(self._graph.names[index])
-        if not self._explains(index, name, PICKING[name]):
+        outputs = range(len(self._graph.nodes[index]._input_metadata))
+        several = name in ("SplitBackward0", "SplitWithSizesBackward0")
+        explained = [
+            self._explains(index, output, PICKING[name])
+            for output in (outputs if several else (0,))
+        ]
+        if not all(explained):
             self.unexplained.append(index)
 
-    def _explains(self, index: int, name: str, small_input: int | None) -> bool:
+    def _explains(self, index: int, output: int, small_input: int | None) -> bool:
         edges = self._graph.edges[index]
         large: At | None = (index, 0)
-        small: At | None = (index, 0)
+        small: At | None = (index, output)
         if small_input is None:
             large = edges[0]
         else:
@@ -191,7 +197,7 @@ class Reader:
             return False
         for layout in self.layouts(large):
             ids = layout.spread(self.partitions[layout.partition].ids)
-            rows = route(self._graph.nodes[index], name, ids, layout.axis, self._graph, index)
+            rows = route(self._graph, index, output, ids, layout.axis)
             if rows is None:
                 continue
             found = evidence.ids(rows[1], self._code)
@@ -201,7 +207,7 @@ class Reader:
                 return True
             target = self._small(index, small, rows, small_input is None)
             if target is not None:
-                self.picks.append(Pick(index, layout, target))
+                self.picks.append(Pick(index, output, layout, target))
                 return True
         return False
 
