@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_count
-from .._pending import PendingStep, State
+from .._pending import PendingStep, State, show_to_hooks
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
 from ..rules import AndMask, Rule
@@ -137,7 +137,7 @@ class Agreement(Copyable):
             )
         self._setup: Setup | None = Setup(
             model=model,
-            members={id(module) for module in model.modules()},
+            modules=tuple(model.modules()),
             params=chosen,
             names={id(param): name for name, param in model.named_parameters()},
             batch_dim=batch_dim,
@@ -228,7 +228,7 @@ class Agreement(Copyable):
         complete = False
         try:
             run.open()
-            with BackwardMode(run), activate(checked, batch_size), run.recorder:
+            with BackwardMode(run), activate(checked, batch_size), run.recorder, run.module_hooks():
                 yield
             run.require_complete(before)
             self._pending.close()
@@ -262,14 +262,17 @@ class Agreement(Copyable):
     def _write_grads(self, scale: float) -> None:
         groups = self._pending.complete()
         self._pending.observe(groups)
+        written: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for params, moments, rule in groups:
                 updates = rule.update(moments) if self._keep else rule._update_in_place(moments)
                 if scale != 1:
                     torch._foreach_mul_([update for update in updates if update is not None], scale)
-                for param, update in zip(params, updates, strict=True):
-                    if update is not None:
-                        param.grad = update if param.grad is None else param.grad.add_(update)
+                pairs = zip(params, updates, strict=True)
+                written += [(param, update) for param, update in pairs if update is not None]
+            show_to_hooks(written)
+            for param, update in written:
+                param.grad = update if param.grad is None else param.grad.add_(update)
 
     def _require_setup(self, caller: str) -> Setup:
         if self._setup is None:

@@ -14,7 +14,7 @@ from ._graph import HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
 from ._nodes import has_hooks, rows_of, shape_of
-from ._picks import PICKING, Pick, follow
+from ._picks import PICKING, Pick, Single, follow
 from ._reading import Evidences, Reader
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -86,7 +86,7 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
-    picks: tuple[Pick, ...]
+    picks: tuple[Pick | Single, ...]
     contents: tuple[int, ...]
     batch: int = 0
 
@@ -281,10 +281,10 @@ def _is_weight(
         origin = Origin.FREE
     if origin == Origin.FREE and name not in HIDDEN_DATA:
         return True
-    if name in HIDDEN_DATA and graph.is_table(index):
-        return True
     if origin >= Origin.HIDDEN:
         return False
+    if name in HIDDEN_DATA and graph.is_table(index):
+        return True
     outputs = [(index, output) for output in range(len(node._input_metadata))]
     if not reader.seen(index):
         possible = any(reader.possible(at, axes_of(name)) for at in outputs)
