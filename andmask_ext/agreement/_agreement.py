@@ -339,9 +339,8 @@ class Agreement(Copyable):
     ) -> Verification:
         """Compare with the exact loop, one forward and backward pass per environment.
 
-        Do this first with a new model. Gradients, buffers and modes of the model and the moments
-        do not change. Dropout is off during the comparison. Each pass draws the same random
-        numbers.
+        Do this first with a new model. Gradients, buffers, modes and moments do not change. Dropout
+        is off during the comparison. Each pass draws the same random numbers.
 
         Args:
             batch: the second argument of ``loss_fn``: tensors and arrays in tuples, lists, mappings
