@@ -352,8 +352,8 @@ class BackwardPass:
     def _shares(self, groups: Groups) -> Tensor:
         """Return the share of each environment in the loss of the batch."""
         if self._setup.reduction == "sum":
-            return torch.ones(groups.environments)
-        return groups.sizes / groups.examples
+            return torch.ones(groups.environments, dtype=torch.float64)
+        return groups.sizes.double() / groups.examples
 
     def _engine(
         self,

@@ -346,7 +346,8 @@ def _consumer(
         if layout is None or (check_mixing and evidence is None):
             shape, examples = reader.shape(at), reader.partitions[0].examples
             if evidence is not None and evidence.seen:
-                raise RuntimeError(_mixing(name, shape, examples))
+                message = _out_of_place if reader.is_apart(at, axes) else _mixing
+                raise RuntimeError(message(name, shape, examples))
             raise RuntimeError(_not_found(name, shape, examples))
     unseen = reached and not reader.seen(index) and code is not None
     return Consumer(index, name, operands, tuple(layouts), unseen), certain
@@ -356,6 +357,16 @@ def _mixing(name: str, shape: Sequence[int], examples: int) -> str:
     return (
         f"Agreement: environments mix in the model: the gradient at {name} (output of shape "
         f"{tuple(shape)}, batch of {examples}) depends on examples of several environments; use "
+        "andmask_ext.backward, with one forward pass per environment"
+    )
+
+
+def _out_of_place(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: environments mix in the model: the rows of {name} (output of shape "
+        f"{tuple(shape)}, batch of {examples}) reach other environments than those of their place, "
+        "and no index in the graph says why; if the model picks rows of its inputs and puts them "
+        "back, call requires_grad_() on the inputs, so that autograd sees it; else use "
         "andmask_ext.backward, with one forward pass per environment"
     )
 
