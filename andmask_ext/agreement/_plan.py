@@ -365,9 +365,10 @@ def _out_of_place(name: str, shape: Sequence[int], examples: int) -> str:
     return (
         f"Agreement: environments mix in the model: the rows of {name} (output of shape "
         f"{tuple(shape)}, batch of {examples}) reach other environments than those of their place, "
-        "and no index in the graph says why; if the model picks rows of its inputs and puts them "
-        "back, call requires_grad_() on the inputs, so that autograd sees it; else use "
-        "andmask_ext.backward, with one forward pass per environment"
+        "and no index in the graph says why; if the model packs its examples into rows, pass the "
+        "environment of each row; if it picks rows of its inputs and puts them back, call "
+        "requires_grad_() on the inputs, so that autograd sees it; else use andmask_ext.backward, "
+        "with one forward pass per environment"
     )
 
 
