@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 import andmask_ext as am
 
 from ..models import curved, mlp
-from .exact_loop import RULE, check
+from .exact_loop import RULE, check, loop
 from .layers import Function, rand
 
 IDS = torch.tensor([1, 0, 2, 1, 1, 0])
@@ -143,14 +144,14 @@ def test_wrong_arguments(
         (0, ValueError, "environments: expected a positive number, but got 0"),
         (True, TypeError, "environments: .* but got bool"),
         (2.0, TypeError, "environments: .* but got float"),
-        ([0, 1], TypeError, "environments: .* but got list"),
+        ("012210", TypeError, "environments: .* but got str"),
+        ([[0, 1]] * 6, TypeError, r"shape \(6, 2\)"),
         (4, ValueError, "divides the batch of 6 examples, but got 4"),
         (12, ValueError, "divides the batch of 6 examples, but got 12"),
-        (torch.arange(6).float(), TypeError, "int64 tensor .* float32"),
+        (torch.arange(6).float(), TypeError, "integer ids .* float32"),
         (torch.arange(6)[None], TypeError, r"shape \(1, 6\)"),
         (torch.arange(5), ValueError, "one id for each .* 6.* but got 5"),
-        (torch.tensor([0, 1, 3, 3, 1, 0]), ValueError, "environment 2 has no examples"),
-        (torch.tensor([0, 1, -1, 1, 1, 0]), ValueError, "ids from 0 on"),
+        ([0, 1], ValueError, "one id for each .* 6.* but got 2"),
         (torch.arange(0), ValueError, "at least 1 example"),
     ],
 )
@@ -162,3 +163,28 @@ def test_wrong_environments(environments: object, error: type[Exception], messag
     assert all(p.grad is None for p in model.parameters())
     with agreement():
         curved(model, x).backward()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [1, 0, 2, 1, 1, 0],
+        (7, -3, 100, 7, 7, -3),
+        numpy.array([7, 5, 9, 7, 7, 5], dtype=numpy.uint16),
+        torch.tensor([1, 0, 2, 1, 1, 0], dtype=torch.int8),
+        torch.tensor([3, 1, 2**40, 3, 3, 1]),
+    ],
+    ids=["list", "negative", "array", "int8", "gaps"],
+)
+def test_ids_of_any_kind(ids: object) -> None:
+    """They name the environments: all these are the same partition."""
+    model, x = mlp().double(), rand(6, 4)
+    grads = loop(model, curved, [x], IDS)
+    agreement = am.Agreement(model, RULE, keep_moments=True)
+    for _ in range(2):
+        model.zero_grad()
+        with agreement(ids):
+            curved(model, x).backward()
+        assert agreement.moments[0].count == 3
+        for name, param in model.named_parameters():
+            torch.testing.assert_close(param.grad, RULE(grads[name]), msg=name)

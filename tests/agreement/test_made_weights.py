@@ -5,7 +5,7 @@ The sizes include those of the batch: what is made of parameters has no batch, h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -21,14 +21,6 @@ from .outcomes import refusal
 BATCHES = [4, 5, 8, 16]
 
 Make = Callable[[Function], Tensor]
-
-
-def cases(table: Mapping[str, object], missing: str, reason: str) -> pytest.MarkDecorator:
-    """All names of a table; what is ``missing`` still has to be done."""
-    mark = pytest.mark.xfail(strict=True, reason=reason)
-    assert set(missing.split()) <= set(table)
-    names = [pytest.param(n, marks=mark if n in missing.split() else ()) for n in table]
-    return pytest.mark.parametrize("name", names)
 
 
 def made(make: Make, *shape: int, **more: Tensor) -> nn.Module:
@@ -51,8 +43,6 @@ def seeded(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(x), labels)
 
 
-OF_THE_SIZE = "refused if the batch divides a size of the weight"
-
 # ---- weights ----
 
 NORMS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -68,7 +58,7 @@ NORMS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@cases(NORMS, "layer-norm", OF_THE_SIZE)
+@pytest.mark.parametrize("name", NORMS)
 def test_standardized_convolutions(name: str) -> None:
     model = made(lambda s: NORMS[name](s.w.flatten(1)).view_as(s.w), 16, 8, 3, 3)
     for batch in BATCHES:
@@ -91,11 +81,7 @@ DRAWS: dict[str, Make] = {
 }  # fmt: skip
 
 
-@cases(
-    DRAWS,
-    "noise noise-of-rows-and-columns normal-distribution dropped-weights dropped-rows mask uniform",
-    OF_THE_SIZE,
-)
+@pytest.mark.parametrize("name", DRAWS)
 def test_weights_that_are_drawn(name: str) -> None:
     model = made(DRAWS[name], 16, 8, spread=0.3 * rand(16, 8))
     for batch in BATCHES:
@@ -122,7 +108,7 @@ CONSTANTS: dict[str, Make] = {
 }  # fmt: skip
 
 
-@cases(CONSTANTS, "written detached-norm cayley frequencies", OF_THE_SIZE)
+@pytest.mark.parametrize("name", CONSTANTS)
 def test_weights_made_of_parameters_and_constants(name: str) -> None:
     model = made(CONSTANTS[name], 16, 8, left=0.3 * rand(8, 8))
     for batch in BATCHES:
@@ -145,8 +131,6 @@ class Tasks(nn.Module):
         return self.one(hidden), self.two(hidden)
 
 
-ADVICE = "refused, with advice that does not serve"
-
 Weigh = Callable[[Tasks, Tensor, Tensor], Tensor]
 
 WEIGHTS: dict[str, Weigh] = {
@@ -168,7 +152,7 @@ WEIGHTS: dict[str, Weigh] = {
 
 
 @pytest.mark.parametrize("environments", [None, 3])
-@cases(WEIGHTS, "uncertainty variance one-weight penalty size-of-all orthogonal-rows", ADVICE)
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_losses_with_weights_and_penalties(name: str, environments: int | None) -> None:
     """Each environment has the same weight and the same penalty: exact, or advice that serves."""
 

@@ -21,20 +21,14 @@ from .layers import Function, rand
 from .outcomes import EXACT, MIXING, NOT_FROM_OUTPUTS, outcome
 
 
-def steps(model: nn.Module, batches: Sequence[Tensor]) -> list[str]:
-    """Check batch after batch with one Agreement; return the outcome of each."""
+def assert_exact(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Check batch after batch with one Agreement."""
     agreement = am.Agreement(model.double(), RULE, keep_moments=True)
-    outcomes = []
     for number, x in enumerate(batches):
         try:
-            outcomes.append(outcome(partial(check, model, curved, x, agreement=agreement)))
-        except AssertionError as error:
+            check(model, curved, x, agreement=agreement)
+        except (AssertionError, RuntimeError) as error:
             raise AssertionError(f"step {number}: {error}") from error
-    return outcomes
-
-
-def assert_exact(model: nn.Module, batches: Sequence[Tensor]) -> None:
-    assert steps(model, batches) == [EXACT] * len(batches)
 
 
 LENGTHS = [4, 6, 3, 1, 2, 9, 8, 4]
@@ -205,17 +199,24 @@ HALVES = [[1, 1], [1, 1], [-1, -1], [-1, -1]]
 
 @pytest.mark.parametrize("below", [True, False])
 @pytest.mark.parametrize("order", [(EVEN, PAIRS, HALVES), (HALVES, EVEN), (PAIRS, EVEN, PAIRS)])
-def test_experts_are_refused_unless_each_has_a_row_of_each_example(
+def test_experts_that_get_rows_of_some_examples(
     below: bool, order: Sequence[list[list[int]]]
 ) -> None:
-    """As many rows for each expert in each step, but of other examples."""
+    """As many rows for each expert in each step, but of other examples.
+
+    Where no gradient reaches the rows, nothing tells whose they are, unless each expert has a row
+    of each example.
+    """
     batches = []
     for signs in order:
         x = rand(4, 2, 4)
         x[..., 0] = torch.tensor(signs)
         batches.append(x)
-    outcomes = steps(Experts(below), batches)
-    assert outcomes == [EXACT if signs is EVEN else MIXING for signs in order]
+    model = Experts(below).double()
+    agreement = am.Agreement(model, RULE, keep_moments=True)
+    for x, signs in zip(batches, order, strict=True):
+        result = outcome(partial(check, model, curved, x, agreement=agreement))
+        assert result == (EXACT if below or signs is EVEN else MIXING)
 
 
 TABLES = {
