@@ -23,7 +23,7 @@ from ._gramian import Gramian
 from ._graph import Graph
 from ._groups import Checked, Groups, make_groups
 from ._layout import Code
-from ._mixing import MixingCheck
+from ._mixing import MixingCheck, make_code
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
@@ -172,8 +172,6 @@ class BackwardPass:
         self._code = None
         if environments > 1:
             self._refuse_batch_norms()
-            half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
-            self._code = Code(environments, 7 if half else 15)
         self.recorder.paused = True
         try:
             self._paused_pass(graph, roots, grads, retain_graph)
@@ -312,6 +310,7 @@ class BackwardPass:
             known = plans.find(key, sizes, graph, self._batches, again)
             if known is not None:
                 return known
+        self._code = self._code or make_code(self._batches[0].environments, graph)
         if not inner:
             self._check(graph)
         plan, partitions = make_plan(
