@@ -63,3 +63,24 @@ class Hooks:
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
+
+
+def show_to_hooks(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Call the hooks of parameters (``Tensor.register_hook``) with aggregated gradients.
+
+    Args:
+        grads: parameters and their aggregated gradients.
+
+    Raises:
+        RuntimeError: a hook returned a gradient, so it is more than a record.
+    """
+    for param, grad in grads:
+        for hook in list((param._backward_hooks or {}).values()):
+            if hook(grad) is not None:
+                raise RuntimeError(
+                    f"Agreement: a parameter of shape {tuple(param.shape)} has a hook "
+                    "(Tensor.register_hook) that returns a gradient, so it would have to change "
+                    "the gradient of each environment; expected one that returns None, which sees "
+                    "the aggregated gradient; change .grad after the context, or use "
+                    "optimizer.environment() or andmask_ext.backward"
+                )

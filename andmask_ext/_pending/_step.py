@@ -63,6 +63,7 @@ class PendingStep:
         self._holds_grads = False  # whether this object wrote .grad
         self._shown: list[tuple[Tensor, int]] = []  # .grad for GradScaler, and its version
         self.is_unscaled = False  # the scale has been divided out of .grad
+        self.owes_hooks = False  # of parameters, which have not seen the gradients
 
     @property
     def slots(self) -> dict[int, tuple[int, int]]:
@@ -102,8 +103,8 @@ class PendingStep:
         if self.environments:
             if self._clears_grads and self._scaler is not context.grad_scaler:
                 raise RuntimeError("environment: expected the same grad_scaler in all environments")
-            self.require_untouched("environment")
             self.groups()
+            self.require_untouched("environment")
         self._prepare()
         opened.add(self)
         if self._clears_grads:
@@ -276,7 +277,7 @@ class PendingStep:
         if self._unwritten is not None:
             self._unwritten.clear()
         self.state, self.environments, self._exchanged = State.IDLE, 0, False
-        self._scaler, self._shown, self.is_unscaled = None, [], False
+        self._scaler, self._shown, self.is_unscaled, self.owes_hooks = None, [], False, False
         self._unwritten, self._excused = None, False
 
     def drop(self) -> bool:
@@ -307,8 +308,6 @@ class PendingStep:
         """Drop the environments and the moments, which the next context creates again."""
         self.drop()
         self.moments = []
-
-    # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
         """Return the environments since the last step."""

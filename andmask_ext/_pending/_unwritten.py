@@ -57,6 +57,8 @@ class UnwrittenGrad(Tensor):
                     ".grad: expected it to be read before step() or zero_grad(), but got the "
                     "gradient of a step that is over and was never written"
                 )
+            if places.is_cast(self):
+                return torch.zeros((), dtype=self.dtype, device=self.device).expand(self.shape)
             places.write()
         assert self._grad is not None
         return self._grad
@@ -100,6 +102,7 @@ class UnwrittenGrads:
     def __init__(self, owner: weakref.ref[Any]) -> None:
         self._owner = owner
         self._places: dict[int, _Place] = {}
+        self._has_cast = False
         self.clear = weakref.finalize(self, _take_out, self._places)
         self.clear.atexit = False
 
@@ -108,6 +111,19 @@ class UnwrittenGrads:
         owner = self._owner()
         if owner is not None:
             owner._pending.excuse()
+
+    def is_cast(self, stand_in: UnwrittenGrad) -> bool:
+        """Return whether the parameter of a stand-in has been cast or moved, and remember it.
+
+        ``Module.to`` casts ``.grad`` after its parameter. It must not stop half-way, so it gets
+        zeros, and the step is refused.
+        """
+        param = self._places[stand_in._key].param
+        if param.dtype != stand_in.dtype or param.device != stand_in.device:
+            self._has_cast = True
+            self.excuse()
+            return True
+        return False
 
     def put(self, params: Iterable[Tensor]) -> None:
         """Put stand-ins into ``.grad`` of parameters, where it is None."""
@@ -142,7 +158,7 @@ class UnwrittenGrads:
         """
         places = self._places.values()
         read = any(place.stand_in._grad is not None for place in places)
-        if not self._has_grads() or not (read or self.changed()):
+        if not (self.changed() or (read and self._has_grads())):
             return False
         if any(place.stand_in._grad is None for place in places):
             self.write()
@@ -152,7 +168,17 @@ class UnwrittenGrads:
         return True
 
     def changed(self) -> bool:
-        """Return whether anybody has changed ``.grad`` since the last environment."""
+        """Return whether anybody has changed ``.grad`` since the last environment.
+
+        Raises:
+            RuntimeError: the model has been cast or moved, and its gradients are lost.
+        """
+        if self._has_cast:
+            raise RuntimeError(
+                "param_groups: expected parameters to stay as they are until the step, but they "
+                "have been cast or moved after the first environment; call zero_grad() and start "
+                "the step again"
+            )
         return self._has_grads() and not all(p.is_unchanged() for p in self._places.values())
 
     def _has_grads(self) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from ._data import DataRecord, Origin
+from ._data import DataRecord
 from ._graph import Graph
 from ._groups import Groups
 from ._nodes import shape_of
@@ -37,15 +37,16 @@ class Anchor:
         return GradientEdge(self.node, self.output)
 
 
-def of_outputs(
+def find_anchors(
     graph: Graph,
     outputs: Iterable[Tensor],
     dim: int,
     exact_dim: int | None,
     batches: Sequence[Groups],
     data: DataRecord,
+    wanted: Iterable[int],
 ) -> list[Anchor]:
-    """Return the outputs of the model that the loss is made of.
+    """Return the outputs of the model, and what the loss is made of where these do not reach.
 
     Args:
         graph: the graph of the loss.
@@ -54,7 +55,25 @@ def of_outputs(
         exact_dim: their batch dimension, if the user gave it for outputs.
         batches: the partitions of the batch.
         data: outputs that are made of parameters only hold no batch.
+        wanted: the indices of the nodes that the probes shall reach.
     """
+    anchors = _of_outputs(graph, outputs, dim, exact_dim, batches, data)
+    below = graph.below(*[graph.nodes.index(anchor.node) for anchor in anchors])
+    if any(index not in below for index in wanted):
+        further = _of_loss(graph, dim if exact_dim is None else exact_dim, batches)
+        anchors += [one for one in further if graph.nodes.index(one.node) not in below]
+    return anchors
+
+
+def _of_outputs(
+    graph: Graph,
+    outputs: Iterable[Tensor],
+    dim: int,
+    exact_dim: int | None,
+    batches: Sequence[Groups],
+    data: DataRecord,
+) -> list[Anchor]:
+    """Return the outputs of the model that the loss is made of."""
     nodes = set(graph.nodes)
     anchors = []
     for tensor in outputs:
@@ -66,7 +85,7 @@ def of_outputs(
             node, output = node.next_functions[0]
             if node is None:
                 break
-        if node is None or node not in nodes or data.of_node(node) == Origin.FREE:
+        if node is None or node not in nodes or data.is_weight(node):
             continue
         found = _axis(shape_of(node, output), dim, exact_dim, batches)
         if found is not None:
@@ -105,7 +124,7 @@ _TERMS = frozenset((
 _SOFTMAX = ("LogSoftmaxBackward0", "SoftmaxBackward0")
 
 
-def of_loss(graph: Graph, dim: int, batches: Sequence[Groups]) -> list[Anchor]:
+def _of_loss(graph: Graph, dim: int, batches: Sequence[Groups]) -> list[Anchor]:
     """Return the tensors that the loss is the sum or mean of, where their batch axis is plain.
 
     From the loss down, this passes sums of scalars, sums over elements, views and soft-maxima.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -10,10 +11,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
-from .._notices import warn_once
-from .._pending import PendingStep
+from .._pending import Hook, PendingStep
 from ._accumulator import GradientAccumulator, Target
-from ._anchors import Anchor, of_loss, of_outputs
+from ._anchors import Anchor, find_anchors
+from ._batch import (
+    BatchOptions,
+    batch_of_loss,
+    make_batches,
+    note_loss,
+    refuse_batch_norms,
+    refuse_new_params,
+    weights_of,
+)
 from ._contributions import Contribution, Shared
 from ._current import require_batch
 from ._data import DataRecord
@@ -21,7 +30,7 @@ from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
-from ._groups import Checked, Groups, make_groups
+from ._groups import Groups
 from ._layout import Code
 from ._mixing import MixingCheck, make_code
 from ._mode import BackwardMode
@@ -29,6 +38,7 @@ from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
 from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled, suspects
 from ._setup import Setup
+from ._user_hooks import UserHooks
 
 
 class BackwardPass:
@@ -37,8 +47,7 @@ class BackwardPass:
     Args:
         setup: the model and what is known about it.
         pending: the step that the environments belong to.
-        environments: as :func:`check_environments` returned it.
-        batch_size: the number of examples, if the user gave it.
+        batch: what the user said of the batch.
         grad_scaler: the scaler that scaled the loss.
         gram: whether scalar products of all pairs of environments are wanted.
 
@@ -56,8 +65,7 @@ class BackwardPass:
         self,
         setup: Setup,
         pending: PendingStep,
-        environments: Checked,
-        batch_size: int | None,
+        batch: BatchOptions,
         grad_scaler: torch.amp.GradScaler | None,
         gram: bool,
     ) -> None:
@@ -65,20 +73,19 @@ class BackwardPass:
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
         self.data = DataRecord(setup.model)
-        rows = len(environments) if isinstance(environments, Tensor) else batch_size or 0
         self.recorder = ForwardRecorder(
-            setup.model, setup.members, setup.batch_dim, self.data, rows
+            setup.model, {id(one) for one in setup.modules}, setup.batch_dim, self.data, batch.rows
         )
         self.products: Gramian | None = None
         self._setup = setup
         self._pending = pending
-        self._environments = environments
-        self._batch_size = batch_size
+        self._batch = batch
         self._gram = gram
         self._tracked = {id(param): number for number, param in enumerate(setup.params)}
         self._targets: list[Target] = []
         self._accumulator: GradientAccumulator | None = None
         self._mixing = MixingCheck(self._engine)
+        self.hooks = UserHooks(lambda: self._mixing.running)
         self._inner = 0  # backward passes inside this one
         self._outer: Any = None  # the key of the plan of the outer one
         self._batches: list[Groups] = []  # the partitions of the batch
@@ -96,11 +103,23 @@ class BackwardPass:
                     f"Agreement: {self._setup.name(param)} is no parameter of the optimizer any "
                     "more; make a new Agreement"
                 )
+            hooks = param._post_accumulate_grad_hooks or {}
+            if any(not isinstance(hook, Hook) for hook in hooks.values()):
+                raise RuntimeError(
+                    f"Agreement: {self._setup.name(param)} has a hook of "
+                    "register_post_accumulate_grad_hook, which would never run (an optimizer in "
+                    "the backward pass?); call remove() of what the registration returned, and "
+                    "step the optimizer after the context"
+                )
         places = [slots[id(param)] for param in self._setup.params]
         self._targets = [
             Target(param, self._pending.moments[group], index)
             for param, (group, index) in zip(self._setup.params, places, strict=True)
         ]
+
+    def module_hooks(self) -> AbstractContextManager[None]:
+        """Return a context in which backward hooks of modules do not see the probes."""
+        return self.hooks.of_modules(self._setup.modules)
 
     def close(self) -> None:
         """Release the graph, the moments and the hooks."""
@@ -158,20 +177,16 @@ class BackwardPass:
             raise RuntimeError(
                 "Agreement: expected one backward pass in a context with gram=True, but got another"
             )
-        for target in self._targets:
-            if target.param._backward_hooks:
-                raise RuntimeError(
-                    f"Agreement: {self._setup.name(target.param)} has a hook "
-                    "(Tensor.register_hook), which would have to change the gradient of each "
-                    "environment; remove it, or use andmask_ext.backward"
-                )
-        self._batches = self._make_batches()
+        if any(target.param._backward_hooks for target in self._targets):
+            self._pending.owes_hooks = True
+        self._batches = make_batches(self._setup, self.recorder, self._batch)
         if len(self._batches) == 1:
             require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
+        note_loss(self._setup, graph, self._batches[0], self._batch)
         if environments > 1:
-            self._refuse_batch_norms()
+            refuse_batch_norms(self._setup, self.recorder.batch_norms)
         self.recorder.paused = True
         try:
             self._paused_pass(graph, roots, grads, retain_graph)
@@ -197,6 +212,7 @@ class BackwardPass:
         self._accumulator = accumulator
         self.started = True
         others = [leaf(graph.nodes[index]) for index in plan.leaves]
+        refuse_new_params(self._setup, others)
         before = [other.grad for other in others]
         try:
             for other in others:
@@ -222,72 +238,8 @@ class BackwardPass:
             norms = found.diagonal() if products.pairs else found
             target.moments._add_squared_norm(target.index, norms.sum())
 
-    # ---- the batch ----
-
-    def _make_batches(self) -> list[Groups]:
-        """Return the partitions of the batch. There are several if its parts differ in size."""
-        environments, sizes = self._environments, self.recorder.sizes()
-        if self._batch_size is not None:
-            sizes = [self._batch_size]
-        if isinstance(environments, Tensor):
-            return self._batches_of_ids(environments, sizes)
-        if not sizes:
-            raise RuntimeError(
-                "Agreement: expected the model to be called inside the context, before backward: "
-                "its first input tells the size of the batch; or pass batch_size=... to the "
-                "context, or the environment of each example"
-            )
-        if len(sizes) > 1 and environments is None:
-            raise RuntimeError(
-                "Agreement: parts of the model were called with batches of different sizes, "
-                f"{', '.join(map(str, sizes))}, so one example cannot be one environment; pass a "
-                "number of environments that divides them, each of which then has its share of "
-                "every batch; or batch_size=... of the one that counts; or use "
-                "andmask_ext.backward, with one loss per environment"
-            )
-        single = sizes == [1] and self._batch_size is None and environments is None
-        if single and not self._setup.partitions:  # the last batch of an epoch may be so small
-            warn_once(
-                self._setup,
-                "Agreement: the batch has one example, so there is one environment and nothing to "
-                "agree on; if the batch is packed into one row, pass the environment of each "
-                "token; if its size cannot be seen, pass batch_size=... to the context",
-            )
-        return [self._setup.groups(environments, size) for size in sizes]
-
-    def _batches_of_ids(self, ids: Tensor, sizes: list[int]) -> list[Groups]:
-        given = self.recorder.all_sizes() if self._batch_size is None else set(sizes)
-        if given and len(ids) not in given:
-            raise ValueError(
-                "environments: expected one id for each example of the batch, of "
-                f"{', '.join(map(str, sizes))}, but got {len(ids)}"
-            )
-        groups = make_groups(ids, len(ids))
-        if groups.environments in (1, groups.examples):
-            return [groups]
-        # A model may pool rows into one output for each environment, as graph networks do.
-        return [groups, make_groups(None, groups.environments)]
-
     def _weights(self, groups: Groups) -> list[float]:
-        factor = (groups.examples if self._setup.reduction == "mean" else 1.0) / self.scale
-        if groups.size is not None:
-            return [factor / groups.size]
-        return [factor / size for size in groups.sizes.tolist()]
-
-    def _refuse_batch_norms(self) -> None:
-        modules = self.recorder.batch_norms
-        if not modules:
-            return
-        names = [
-            f"{name or 'the model'} ({type(module).__name__})"
-            for name, module in self._setup.model.named_modules()
-            if any(module is one for one in modules)
-        ]
-        raise RuntimeError(
-            f"Agreement: {', '.join(names)} takes statistics over all environments; convert the "
-            "model with andmask_ext.nn.convert_batchnorm(model), which takes them in each "
-            "environment, or use andmask_ext.backward with one forward pass per environment"
-        )
+        return weights_of(groups, self._setup.reduction, self.scale * self._batch.loss_scale)
 
     # ---- the plan ----
 
@@ -318,7 +270,8 @@ class BackwardPass:
             self._setup.check_mixing != "never",
         )  # fmt: skip
         if not inner:
-            plan = replace(plan, batch=self._batch_of_loss())
+            batch = batch_of_loss(self._anchors, self._batches, self._setup.reduction)
+            plan = replace(plan, batch=batch)
         if plan.certain:
             plans.keep(key, sizes, graph, plan, self._setup.check_mixing == "auto")
         elif inner:
@@ -327,35 +280,14 @@ class BackwardPass:
 
     def _check(self, graph: Graph) -> None:
         """Run the mixing check."""
-        self._anchors = []
-        if self._setup.check_mixing != "never" and self._code is not None:
-            setup = self._setup
-            self._anchors = of_outputs(
-                graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
-                self._batches, self.data,
-            )  # fmt: skip
-            below = graph.below(*[graph.nodes.index(anchor.node) for anchor in self._anchors])
-            if any(index not in below for index in suspects(graph)):
-                dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
-                self._anchors += [
-                    anchor
-                    for anchor in of_loss(graph, dim, self._batches)
-                    if graph.nodes.index(anchor.node) not in below
-                ]
-        with untouched(self._setup.model.parameters()):
+        setup = self._setup
+        wanted = setup.check_mixing != "never" and self._code is not None
+        self._anchors = [] if not wanted else find_anchors(
+            graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
+            self._batches, self.data, suspects(graph),
+        )  # fmt: skip
+        with untouched(self._setup.model.parameters()), self.hooks.untouched():
             self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code)
-
-    def _batch_of_loss(self) -> int:
-        """Return the partition of the examples that the loss is the mean of."""
-        found = sorted({anchor.partition for anchor in self._anchors})
-        factors = {tuple(self._weights(self._batches[number])) for number in found}
-        if len(factors) > 1:
-            raise RuntimeError(
-                "Agreement: the loss is made of outputs of different sizes, in which the "
-                "environments have different shares, so they have no common mean; let the model "
-                "return outputs of one size, or use andmask_ext.backward"
-            )
-        return found[0] if found else 0
 
     # ---- the engine ----
 
@@ -419,8 +351,8 @@ class BackwardPass:
     def _shares(self, groups: Groups) -> Tensor:
         """Return the share of each environment in the loss of the batch."""
         if self._setup.reduction == "sum":
-            return torch.ones(groups.environments)
-        return groups.sizes / groups.examples
+            return torch.ones(groups.environments, dtype=torch.float64)
+        return groups.sizes.double() / groups.examples
 
     def _engine(
         self,

@@ -33,7 +33,7 @@ _open: ContextVar[_Open | None] = ContextVar("open", default=None)
 
 
 @contextmanager
-def activate(environments: Checked, batch_size: int | None) -> Iterator[None]:
+def activate(environments: Checked, batch_size: int | None = None) -> Iterator[None]:
     """Show the arguments of a context to layers that take statistics per environment."""
     token = _open.set(_Open(environments, batch_size, fixed=batch_size is not None))
     try:

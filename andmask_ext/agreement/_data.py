@@ -215,6 +215,10 @@ class DataRecord:
             return Origin.HIDDEN
         return max(self.origin(tensor) for tensor in constants)
 
+    def is_weight(self, node: Node) -> bool:
+        """Return whether a node is known to be made of parameters only."""
+        return self._nodes.get(node) == Origin.FREE
+
     def forget(self) -> None:
         """Forget all tensors and nodes."""
         self._began, self._left, self._unknown = False, False, Origin.UNKNOWN

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor
 from .._dtypes import dtype_name
 
 # As a context takes them, and once checked: ids are int64 from 0 on without gaps, on the CPU.
-Environments = int | Tensor | Sequence[int] | Any | None
+Environments = Any  # None, an int, or integers in a tensor, list or array
 Checked = int | Tensor | None
 
 
@@ -141,10 +140,11 @@ def check_environments(environments: Environments) -> Checked:
                 "environments: expected None, an int, or the integer id of each example, "
                 "but got bool"
             )
-        if environments < 1:
-            raise ValueError(f"environments: expected a positive number, but got {environments}")
-        return operator.index(environments)
-    ids = _as_tensor(environments)
+        count: int = operator.index(environments)
+        if count < 1:
+            raise ValueError(f"environments: expected a positive number, but got {count}")
+        return count
+    ids: Tensor = _as_tensor(environments)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool or ids.dim() != 1:
         raise TypeError(
             "environments: expected integer ids [examples], "
@@ -155,7 +155,8 @@ def check_environments(environments: Environments) -> Checked:
     ids = ids.detach().cpu().long()
     if int(ids.min()) == 0 and int(ids.max()) < len(ids) and bool((torch.bincount(ids) > 0).all()):
         return ids
-    return torch.unique(ids, return_inverse=True)[1]
+    numbered: Tensor = torch.unique(ids, return_inverse=True)[1]
+    return numbered
 
 
 def _as_tensor(environments: Any) -> Tensor:

@@ -12,12 +12,15 @@ from torch.overrides import TorchFunctionMode
 from .._switches import Switches
 from ._data import DataRecord
 from ._nodes import BACKWARDS
+from ._picks import BATCH_SIZES
+from ._user_hooks import UserHooks
 
 
 class Backward(Protocol):
     """The replacement of ``torch.autograd.backward``."""
 
     data: DataRecord
+    hooks: UserHooks
     mode: BackwardMode
 
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
@@ -57,6 +60,10 @@ class BackwardMode(TorchFunctionMode):
     ) -> Any:
         if func in BACKWARDS:
             return _call_backward(self._backward_pass, *args, **(kwargs or {}))
+        if func is Tensor.register_hook:
+            return self._backward_pass.hooks.register(*args, **(kwargs or {}))
+        if func is Tensor.retain_grad:
+            return self._backward_pass.hooks.retain(*args)
         if func in _RECURRENT:
             with _WITHOUT_FUSED_KERNELS:
                 result = func(*args, **(kwargs or {}))
@@ -66,6 +73,8 @@ class BackwardMode(TorchFunctionMode):
         if made or func in _NOTED:
             name = getattr(func, "__name__", "")
             self._backward_pass.data.note(name, result, args, kwargs)
+            if name == "_pack_padded_sequence" and result[0].grad_fn is not None:
+                result[0].grad_fn.metadata[BATCH_SIZES] = result[1]  # the node keeps it to itself
         return result
 
 

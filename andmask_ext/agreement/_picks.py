@@ -39,12 +39,16 @@ PICKING: dict[str, int | None] = {
     "MedianBackward1": None,
     "MinBackward0": None,
     "ModeBackward0": None,
+    "PackPaddedSequenceBackward0": None,
     "RollBackward0": None,
     "ScatterAddBackward0": 1,
     "ScatterBackward0": 1,
     "ScatterBackward1": 1,
     "ScatterReduceBackward0": 1,
+    "SliceBackward0": None,
     "SortBackward0": None,
+    "SplitBackward0": None,
+    "SplitWithSizesBackward0": None,
     "TakeBackward0": None,
     "TopkBackward0": None,
 }
@@ -52,10 +56,14 @@ _ORDERING = (
     "CummaxBackward0", "CumminBackward0", "KthvalueBackward0", "MaxBackward0", "MedianBackward1",
     "MinBackward0", "ModeBackward0", "SortBackward0", "TopkBackward0",
 )  # fmt: skip
-_STATIC = ("FlipBackward0", "RollBackward0")
+_MOVES = ("FlipBackward0", "RollBackward0", "SliceBackward0", "SplitBackward0",
+          "SplitWithSizesBackward0")  # fmt: skip
 _BY_INDEX = ("IndexBackward0", "IndexPutBackward0")
 _BY_ROW = ("IndexAddBackward0", "IndexCopyBackward0", "IndexReduceBackward0",
            "IndexSelectBackward0")  # fmt: skip
+
+# The key of the metadata of a node of pack_padded_sequence: the number of rows of each step.
+BATCH_SIZES = "andmask_ext.batch_sizes"
 
 Rows = tuple[Tensor, int]  # the environment of each row, and the axis of the rows
 
@@ -66,20 +74,42 @@ class Pick:
 
     Attributes:
         index: the index of the node.
+        output: the number of its output, if it has several.
         large: the batch axis of the large tensor.
         small: the batch axis of the small one, which must follow from the index.
     """
 
     index: int
+    output: int
     large: Layout
     small: Layout
 
 
-def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
+@dataclass(frozen=True)
+class Single:
+    """Rows that all belong to one environment, where a model treats examples one by one.
+
+    Attributes:
+        rows: their number.
+        environment: the environment.
+    """
+
+    rows: int
+    environment: int
+
+    def groups(self, environments: int) -> Groups:
+        """Return the partition of the rows."""
+        return group_rows(torch.full((self.rows,), self.environment), environments)
+
+
+def follow(
+    picks: Sequence[Pick | Single], graph: Graph, batches: Sequence[Groups]
+) -> list[Groups] | None:
     """Return the partitions of a pass: those of the batch, and those of rows that were picked.
 
     Args:
-        picks: in an order in which each partition is made before it is used.
+        picks: the nodes that pick rows, and the rows of single environments, in an order in which
+            each partition is made before it is used.
         graph: the graph of the pass.
         batches: the partitions of the batch.
 
@@ -88,11 +118,13 @@ def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> li
     """
     partitions = list(batches)
     for pick in picks:
-        node, name = graph.nodes[pick.index], str(graph.names[pick.index])
+        if isinstance(pick, Single):
+            partitions.append(pick.groups(partitions[0].environments))
+            continue
         groups, large = partitions[pick.large.partition], pick.large
         if shape_of_large(graph, pick.index)[large.axis] != large.size * groups.examples:
             return None
-        rows = route(node, name, large.spread(groups.ids), large.axis, graph, pick.index)
+        rows = route(graph, pick.index, pick.output, large.spread(groups.ids), large.axis)
         if rows is None or rows[1] != pick.small.axis:
             return None
         if pick.small.partition == len(partitions):
@@ -111,23 +143,26 @@ def shape_of_large(graph: Graph, index: int) -> tuple[int, ...]:
     return shape_of(graph.nodes[entry[0]], entry[1])
 
 
-def route(
-    node: Node, name: str, ids: Tensor, axis: int, graph: Graph, index: int
-) -> Rows | None:
+def route(graph: Graph, index: int, output: int, ids: Tensor, axis: int) -> Rows | None:
     """Return the environment of each row of the small tensor; None: rows have no single one.
 
     Args:
-        node: the node.
-        name: its type.
+        graph: the graph of the node.
+        index: the index of the node.
+        output: the number of its output.
         ids: the environment of each row of the large tensor along ``axis``.
         axis: the batch axis of the large tensor.
-        graph: the graph of the node.
-        index: its index there.
     """
+    node, name = graph.nodes[index], str(graph.names[index])
     if name in _BY_INDEX:
         return _indexed(saved(node, "indices"), ids, axis)
-    if name in _STATIC:
-        return _moved(node, name, ids, axis, len(shape_of(node)))
+    if name in _MOVES:
+        return _moved(node, name, output, ids, axis)
+    if name == "PackPaddedSequenceBackward0":
+        sizes = node.metadata.get(BATCH_SIZES)  # type: ignore[attr-defined]
+        if sizes is None or axis != (0 if saved(node, "batch_first") else 1):
+            return None
+        return torch.cat([ids[:count] for count in sizes.tolist()]), 0
     if name == "MaskedSelectBackward0":
         return _masked(saved(node, "mask"), ids, axis, shape_of_large(graph, index))
     if not hasattr(node, "_saved_dim"):
@@ -149,15 +184,26 @@ def route(
     return ids[: indices.shape[axis]], axis
 
 
-def _moved(node: Node, name: str, ids: Tensor, axis: int, count: int) -> Rows | None:
-    dims = [_signed(dim) % max(1, count) for dim in saved(node, "dims")]
-    if name == "RollBackward0" and not dims:  # it rolls the flattened tensor
-        return None
-    if axis not in dims:
+def _moved(node: Node, name: str, output: int, ids: Tensor, axis: int) -> Rows | None:
+    count = max(1, len(shape_of(node)))
+    if name in ("FlipBackward0", "RollBackward0"):
+        dims = [_signed(dim) % count for dim in saved(node, "dims")]
+        if name == "RollBackward0" and not dims:  # it rolls the flattened tensor
+            return None
+        if axis not in dims:
+            return ids, axis
+        if name == "FlipBackward0":
+            return ids.flip(0), axis
+        return ids.roll(int(saved(node, "shifts")[dims.index(axis)])), axis
+    if _signed(saved(node, "dim")) % count != axis:
         return ids, axis
-    if name == "FlipBackward0":
-        return ids.flip(0), axis
-    return ids.roll(int(saved(node, "shifts")[dims.index(axis)])), axis
+    if name == "SliceBackward0":
+        start, end, step = (saved(node, argument) for argument in ("start", "end", "step"))
+        first, last = (None if one is None else _signed(one) for one in (start, end))
+        return ids[slice(first, last, int(step))], axis
+    if name == "SplitBackward0":
+        return ids.split(int(saved(node, "split_size")))[output], axis
+    return ids.split([int(size) for size in saved(node, "split_sizes")])[output], axis
 
 
 def _signed(dim: Any) -> int:

@@ -14,7 +14,7 @@ from ._graph import HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
 from ._nodes import has_hooks, rows_of, shape_of
-from ._picks import PICKING, Pick, follow
+from ._picks import PICKING, Pick, Single, follow
 from ._reading import Evidences, Reader
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -86,7 +86,7 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
-    picks: tuple[Pick, ...]
+    picks: tuple[Pick | Single, ...]
     contents: tuple[int, ...]
     batch: int = 0
 
@@ -283,10 +283,10 @@ def _is_weight(
         origin = Origin.FREE
     if origin == Origin.FREE and name not in HIDDEN_DATA:
         return True
-    if name in HIDDEN_DATA and graph.is_table(index):
-        return True
     if origin >= Origin.HIDDEN:
         return False
+    if name in HIDDEN_DATA and graph.is_table(index):
+        return True
     outputs = [(index, output) for output in range(len(node._input_metadata))]
     if not reader.seen(index):
         possible = any(reader.possible(at, axes_of(name)) for at in outputs)
@@ -348,7 +348,8 @@ def _consumer(
         if layout is None or (check_mixing and evidence is None):
             shape, examples = reader.shape(at), reader.partitions[0].examples
             if evidence is not None and evidence.seen:
-                raise RuntimeError(_mixing(name, shape, examples))
+                message = _out_of_place if reader.is_apart(at, axes) else _mixing
+                raise RuntimeError(message(name, shape, examples))
             raise RuntimeError(_not_found(name, shape, examples))
     unseen = reached and not reader.seen(index) and code is not None
     return Consumer(index, name, operands, tuple(layouts), unseen), certain
@@ -358,6 +359,16 @@ def _mixing(name: str, shape: Sequence[int], examples: int) -> str:
     return (
         f"Agreement: environments mix in the model: the gradient at {name} (output of shape "
         f"{tuple(shape)}, batch of {examples}) depends on examples of several environments; use "
+        "andmask_ext.backward, with one forward pass per environment"
+    )
+
+
+def _out_of_place(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: environments mix in the model: the rows of {name} (output of shape "
+        f"{tuple(shape)}, batch of {examples}) reach other environments than those of their place, "
+        "and no index in the graph says why; if the model picks rows of its inputs and puts them "
+        "back, call requires_grad_() on the inputs, so that autograd sees it; else use "
         "andmask_ext.backward, with one forward pass per environment"
     )
 

@@ -19,7 +19,7 @@ class Key(NamedTuple):
 
     structure: Any
     inner: int
-    batches: tuple[tuple[int, int], ...]
+    batches: tuple[tuple[int, int, bool], ...]
 
 
 class Plans:
@@ -44,7 +44,8 @@ class Plans:
             inner: 0 for the outer pass, else the number of the backward pass inside it.
         """
         signature = graph.structure(batches[0].examples)
-        return Key(signature, inner, tuple((one.examples, one.environments) for one in batches))
+        sizes = tuple((one.examples, one.environments, one.size is not None) for one in batches)
+        return Key(signature, inner, sizes)
 
     def find(
         self, key: Key, sizes: Any, graph: Graph, batches: Sequence[Groups], adapt: bool

@@ -11,7 +11,7 @@ from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
 from ._nodes import shape_of
-from ._picks import PICKING, Pick, Rows, route
+from ._picks import PICKING, Pick, Rows, Single, route
 
 # By the index of a node: the evidence on each of its outputs.
 Evidences = Mapping[int, list[Evidence]]
@@ -29,7 +29,8 @@ class Reader:
         code: the powers of the environments; None: there is only one.
 
     Attributes:
-        picks: the nodes that move rows, and whose indices explain the environments of the rows.
+        picks: the nodes that move rows, and whose indices explain the environments of the rows;
+            and the rows of single environments.
         unexplained: the other nodes that pick rows of data.
         partitions: the partitions of the batch, and those of picked rows.
     """
@@ -37,14 +38,16 @@ class Reader:
     def __init__(
         self, graph: Graph, batches: Sequence[Groups], evidences: Evidences, code: Code | None
     ) -> None:
-        self.picks: list[Pick] = []
+        self.picks: list[Pick | Single] = []
         self.unexplained: list[int] = []
         self.partitions = list(batches)
         self._graph = graph
         self._static = len(batches)
+        self._is_regular = batches[0].size is not None
         self._evidences = evidences
         self._code = code
         self._origins: dict[int, int] = {}  # number of a partition -> node that picked its rows
+        self._singles: dict[Single, int] = {}
         self._users: dict[int, list[int]] = {}
         for user, edges in enumerate(graph.edges):
             for entry in edges:
@@ -90,10 +93,32 @@ class Reader:
                 return left
         for axis in range(len(shape)) if axes is None else axes:
             ids = evidence.ids(axis, self._code) if axis < len(shape) else None
-            number = None if ids is None else self._source(at[0], ids)
-            if number is not None:
-                return [Layout(axis, 1, 1, number)]
+            source = None if ids is None else self._source(at[0], ids)
+            if source is not None:
+                return [Layout(axis, 1, 1, source)]
+        environment = self._single(at)
+        if environment is not None and shape:
+            return [Layout(0, 1, 1, self._partition_of(Single(shape[0], environment)))]
         return []
+
+    def _single(self, at: At) -> int | None:
+        """Return the environment that all gradients of an output belong to, if there is one."""
+        evidence = self.evidence(at)
+        if evidence is None or self._code is None:
+            return None
+        for axis in range(len(evidence.shape)):
+            ids = evidence.ids(axis, self._code)
+            known = None if ids is None else ids[ids >= 0]
+            if known is not None and len(known) and bool((known == known[0]).all()):
+                return int(known[0])
+        return None
+
+    def _partition_of(self, single: Single) -> int:
+        if single not in self._singles:
+            self.picks.append(single)
+            self.partitions.append(single.groups(self.partitions[0].environments))
+            self._singles[single] = len(self.partitions) - 1
+        return self._singles[single]
 
     def choose(self, at: At, axes: Sequence[int] | None) -> tuple[Layout | None, bool]:
         """Return the layout of an output (None: there is none), and whether it is the only one."""
@@ -106,6 +131,9 @@ class Reader:
         if len({split_of(shape, layout) for layout in left}) > 1:
             left = self._as_reshaped(at, left)
         alone = len({split_of(shape, layout) for layout in left}) == 1
+        if alone and self._single(at) is not None:
+            # Which example it is follows from the place in the graph, unless ids tell.
+            alone = left[0].partition in self._singles.values() and self._is_regular
         sure = self._code is None or self.evidence(at) is not None
         return (left[0] if alone or sure else None), alone or self._code is None
 
@@ -140,18 +168,32 @@ class Reader:
                     waiting.append(entry[0])
         return None
 
+    def is_apart(self, at: At, axes: Sequence[int] | None) -> bool:
+        """Return whether each row of an output belongs to one environment, whatever its order."""
+        evidence, code = self.evidence(at), self._code
+        if evidence is None or code is None:
+            return False
+        found = range(len(evidence.shape)) if axes is None else axes
+        return any(a < len(evidence.shape) and evidence.ids(a, code) is not None for a in found)
+
     # ---- nodes that pick rows ----
 
     def pick(self, index: int) -> None:
         """Explain a node that picks rows of data. All nodes below it must have been explained."""
         name = str(self._graph.names[index])
-        if not self._explains(index, name, PICKING[name]):
+        outputs = range(len(self._graph.nodes[index]._input_metadata))
+        several = name in ("SplitBackward0", "SplitWithSizesBackward0")
+        explained = [
+            self._explains(index, output, PICKING[name])
+            for output in (outputs if several else (0,))
+        ]
+        if not all(explained):
             self.unexplained.append(index)
 
-    def _explains(self, index: int, name: str, small_input: int | None) -> bool:
+    def _explains(self, index: int, output: int, small_input: int | None) -> bool:
         edges = self._graph.edges[index]
         large: At | None = (index, 0)
-        small: At | None = (index, 0)
+        small: At | None = (index, output)
         if small_input is None:
             large = edges[0]
         else:
@@ -159,11 +201,14 @@ class Reader:
         if large is None or small is None or self._code is None:
             return False
         evidence = self.evidence(small)
-        if evidence is None or not evidence.seen or self.evidence(large) is None:
+        is_input = isinstance(self._graph.names[large[0]], tuple)  # no probe ends there
+        if evidence is None or not evidence.seen:
+            return False
+        if self.evidence(large) is None and not is_input:
             return False
         for layout in self.layouts(large):
             ids = layout.spread(self.partitions[layout.partition].ids)
-            rows = route(self._graph.nodes[index], name, ids, layout.axis, self._graph, index)
+            rows = route(self._graph, index, output, ids, layout.axis)
             if rows is None:
                 continue
             found = evidence.ids(rows[1], self._code)
@@ -173,7 +218,7 @@ class Reader:
                 return True
             target = self._small(index, small, rows, small_input is None)
             if target is not None:
-                self.picks.append(Pick(index, layout, target))
+                self.picks.append(Pick(index, output, layout, target))
                 return True
         return False
 

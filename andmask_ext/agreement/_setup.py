@@ -19,7 +19,7 @@ class Setup:
 
     Attributes:
         model: the model.
-        members: the ids of the model's modules.
+        modules: the model and its modules.
         params: the parameters whose gradients are aggregated.
         names: the names of the parameters, by id.
         batch_dim: the batch dimension of the model's inputs and outputs.
@@ -32,7 +32,7 @@ class Setup:
     """
 
     model: nn.Module
-    members: set[int]
+    modules: tuple[nn.Module, ...]
     params: list[Tensor]
     names: dict[int, str]
     batch_dim: int

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .._checks import check_bool, check_tau, check_weight
 from .._devices import by_device
 from .._notices import warn_once
-from .._pending import Group, PendingStep, State
+from .._pending import Group, PendingStep, State, show_to_hooks
 from ..rules import AndMask, Mean, Rule
 from ._amp import overflowed
 from ._checks import check_params
@@ -212,6 +212,10 @@ class EnvironmentOptimizer(Optimizer):
                 torch._foreach_mul_(present, scale)
             for param, update in zip(params, updates, strict=True):
                 param.grad = update
+        if self._pending.owes_hooks:
+            self._pending.owes_hooks = False
+            tracked = [param for params, _, _ in groups for param in params]
+            show_to_hooks([(p, p.grad) for p in tracked if p.grad is not None])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -271,6 +275,9 @@ class EnvironmentOptimizer(Optimizer):
                 "pass inside `with optimizer.environment():`",
             )
         pending.observe(groups)
+        if pending.owes_hooks and pending.state is not State.WRITTEN:
+            self._write_grads(groups, 1.0)
+            pending.wrote_grads()
         self._update(groups)
         pending.finish()
         return loss

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -19,6 +21,15 @@ RULE = am.AndMask(tau=0.6, rescale=True)
 
 # From a model and a batch (or the part of a batch that is an environment) to its mean loss.
 Step = Callable[..., Tensor]
+
+
+@contextmanager
+def one_example_is_known(examples: int, environments: int | Tensor | None) -> Iterator[None]:
+    """Ignore the warning of a batch that is one example, and so one environment."""
+    with warnings.catch_warnings():
+        if examples == 1 and environments is None:
+            warnings.filterwarnings("ignore", "Agreement: the batch has one example", UserWarning)
+        yield
 
 
 def members_of(environments: int | Tensor | None, examples: int) -> list[Tensor]:
@@ -202,7 +213,7 @@ def check(
         agreement = am.Agreement(model, rule, keep_moments=True, **options)
     model.zero_grad()
     examples = batch[0].shape[dims[0] if dims else 0]
-    with agreement(environments):
+    with one_example_is_known(examples, environments), agreement(environments):
         (step(model, *batch) * (examples if total else 1)).backward()
     assert len(agreement.moments) == 1
     moments = agreement.moments[0]

@@ -15,7 +15,7 @@ import andmask_ext as am
 from andmask_ext.agreement import _accumulator, _gramian
 
 from ..models import curved
-from .exact_loop import loop
+from .exact_loop import loop, one_example_is_known
 from .layers import LAYERS, batches
 from .test_layers import Scaled, environments
 
@@ -39,7 +39,7 @@ def check(
     for gram in (True, False):
         agreement = am.Agreement(model, am.AndMask(0.6), keep_moments=True, **options)
         monitor = am.metrics.Monitor(agreement)  # has norms tracked
-        with agreement(groups, gram=gram):
+        with one_example_is_known(len(x), groups), agreement(groups, gram=gram):
             curved(model, x).backward()
         assert torch.isfinite(monitor.total("norm")).all()
         results.append(agreement)

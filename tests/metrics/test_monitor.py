@@ -157,7 +157,7 @@ def test_squares_that_a_rule_keeps_give_the_coherence() -> None:
     rule = am.rules.SandMask(tau=0.3, k=1.0)
     first = MAKERS["sgd"](params, rule=rule)
     environments(first, params, grads)
-    second = MAKERS["sgd"](params, rule=rule)
+    second = MAKERS["sgd"]([nn.Parameter(p.detach().clone()) for p in params], rule=rule)
     monitor = metrics.Monitor(second)
     second.load_state_dict(first.state_dict())
     second.step()

@@ -35,12 +35,11 @@ def fresh() -> tuple[nn.Module, DistributedDataParallel, Any]:
 def late_grad_is_refused(rank: int) -> None:
     _, wrapped, optimizer = fresh()
 
-
     def synchronised() -> None:
         with optimizer.environment():
             loss_of(wrapped, rank, 0).backward()
 
-    with pytest.raises(RuntimeError, match=r"DistributedDataParallel .* no_sync\(\)"):
+    with pytest.raises(RuntimeError, match=r"DistributedDataParallel .*no_sync\(\)"):
         synchronised()
 
 

@@ -273,6 +273,29 @@ def test_a_parameter_that_is_cast_between_environments(make: Any) -> None:
 
 
 @makers
+@pytest.mark.parametrize("back", [False, True])
+def test_a_model_that_is_cast_between_environments(make: Any, back: bool) -> None:
+    """It is cast as a whole, and the step is refused, also after a cast there and back."""
+    model = nn.Linear(3, 2)
+    params = list(model.parameters())
+    optimizer = make(params)
+    environments(optimizer, params, random_grads(params))
+    model.bfloat16()
+    assert {param.dtype for param in model.parameters()} == {torch.bfloat16}
+    if back:
+        model.float()
+    before = values(params)
+    for call in (optimizer.environment().__enter__, optimizer.step, optimizer.write_grads):
+        with pytest.raises(RuntimeError, match=r"param_groups: .* call zero_grad\(\)"):
+            call()
+    assert_equal(params, before)
+    optimizer.zero_grad()
+    model.float()
+    environments(optimizer, params, random_grads(params))
+    optimizer.step()
+
+
+@makers
 def test_requires_grad_is_switched(make: Any) -> None:
     params = parameters()
     optimizer = make(params, tau=0.0)

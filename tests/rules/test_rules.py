@@ -149,37 +149,6 @@ def test_special_cases() -> None:
         torch.testing.assert_close(rule(same), same[0], rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("environments", [17, 64, 400, 4096, 50_000])
-@pytest.mark.parametrize(
-    "rule",
-    [am.AndMask(0.0), am.rules.Mean(), am.rules.MaskedAverage(0.0), am.rules.AgreementSum()],
-    ids=lambda rule: type(rule).__name__,
-)
-def test_rounding_does_not_grow_with_the_environments(
-    rule: am.rules.Rule, environments: int
-) -> None:
-    """All gradients are positive, so that each rule keeps all, and errors do not cancel."""
-    for grads in (torch.full((environments, 5), 0.1), torch.rand(environments, 5)):
-        expected = grads.double().mean(0)
-        if isinstance(rule, am.rules.AgreementSum):
-            expected = expected * environments
-        error = (rule(grads).double() - expected).abs() / expected
-        assert (error <= 20 * 2.0**-24).all()  # 18, and two of the mean
-
-
-def test_squares_and_logs_of_many_environments() -> None:
-    grads = 3 + 0.01 * torch.randn(20_000, 50)
-    mean = grads.double().log().mean(0).exp()
-    torch.testing.assert_close(
-        am.rules.GeometricMean(0.0)(grads).double(), mean, rtol=30 * 2.0**-24, atol=0
-    )
-    variance = grads.double().var(0)
-    expected = grads.double().mean(0) * torch.tanh(1e-4 * 0.5 / variance)
-    torch.testing.assert_close(
-        am.rules.SandMask(0.5, 1e-4, rescale=False)(grads).double(), expected, rtol=1e-4, atol=0
-    )
-
-
 def test_winsorized_mean_clips_to_the_percentiles_of_numpy() -> None:
     grads = torch.randn(13, 200, dtype=torch.float64)
     for c in (5.0, 12.5, 25.0, 37.1):

@@ -14,8 +14,9 @@ from ..agreement.exact_loop import RULE, check
 from ..agreement.outcomes import outcome
 from .samples import Batched, Joined, one_by_one, same
 
-STEPS = [(6, "each"), (6, "each"), (6, "2"), (4, "each"), (6, "ids"), (4, "2")]
-IDS = torch.tensor([0, 1, 1, 2, 0, 1])
+# No environment has three examples: `torch.cross` would take them for the axes of space.
+STEPS = [(8, "each"), (8, "each"), (4, "2"), (4, "each"), (8, "ids"), (8, "2")]
+IDS = torch.tensor([0, 1, 1, 2, 0, 1, 2, 1])
 
 # Outcomes beside those of Agreement.
 NOT_SEPARATE = "data decide whether the batch is separate"
@@ -23,7 +24,10 @@ NO_GRADIENT = "no gradient, or one that is not finite"
 
 
 def mean_loss(model: nn.Module, *batch: Tensor) -> Tensor:
-    """The mean over examples of a curved function of all outputs."""
+    """The mean over examples of a curved function of all outputs, or the model's own loss."""
+    if isinstance(model, Batched) and model.reduction:
+        (loss,) = model.call(model(*batch))
+        return loss if model.reduction == "mean" else loss / len(batch[0])
     total = torch.zeros((), dtype=torch.float64)
     for out in model(*batch):
         real = torch.view_as_real(out) if out.is_complex() else out
@@ -34,17 +38,17 @@ def mean_loss(model: nn.Module, *batch: Tensor) -> Tensor:
 
 def comparable(model: Batched | Joined, batch: Sequence[Tensor]) -> str | None:
     """Return why a batch cannot be compared, or None."""
-    if isinstance(model, Batched):
+    if isinstance(model, Batched) and not model.reduction:
         with torch.no_grad():
             whole, parts = model(*batch), one_by_one(model, batch)
         for out, each in zip(whole, zip(*parts, strict=True), strict=True):
             if not same(out, torch.cat(each)):
                 return NOT_SEPARATE
     params = [param for param in model.parameters() if param.requires_grad]
-    loss = mean_loss(model, *batch)
-    if not params or not loss.requires_grad:
-        return NO_GRADIENT
     try:
+        loss = mean_loss(model, *batch)
+        if not params or not loss.requires_grad:
+            return NO_GRADIENT
         grads = torch.autograd.grad(loss, params, allow_unused=True)
     except (RuntimeError, NotImplementedError):
         return NO_GRADIENT

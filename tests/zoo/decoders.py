@@ -120,7 +120,6 @@ STATES = {
         "Mamba2", SMALL, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4
     ),
     "rwkv": decoder("Rwkv", SMALL, **RWKV),
-    "xlstm": decoder("xLSTM", SMALL, hidden_size=64, num_heads=2, mode="train", chunk_size=5),
     "recurrent-gemma": Case(
         "RecurrentGemmaForCausalLM", next_tokens, {**GROUPED, **GRIFFIN}, THROUGH_SINGLE,
         change=forgetful, arguments=lambda batch: {**batch, "use_cache": False},

@@ -80,7 +80,11 @@ class Batched(nn.Module):
         places: where the batch lies in each tensor; None: the tensor is constant.
         learned: this tensor is the parameter.
         scaled: these are multiplied by the parameter.
-        outputs: where the batch lies in the outputs; None: not known yet.
+        outputs: where the batch lies in the outputs; None: not known yet, or the function is a
+            loss.
+
+    Attributes:
+        reduction: ``"mean"`` or ``"sum"`` of a loss. Its model returns what the loss is made of.
     """
 
     def __init__(
@@ -93,26 +97,31 @@ class Batched(nn.Module):
     ) -> None:
         super().__init__()
         self.sample, self.places, self.outputs = sample, places, outputs
-        self.learned, self.scaled = learned, scaled
+        self.learned, self.scaled, self.reduction = learned, scaled, ""
         self.function = copy.deepcopy(sample.function)
         if learned is not None:
             self.param = nn.Parameter(sample.tensors[learned].clone())
         elif scaled:
-            self.param = nn.Parameter(torch.tensor(1.1, dtype=sample.tensors[scaled[0]].dtype))
+            self.param = nn.Parameter(torch.tensor(0.8, dtype=sample.tensors[scaled[0]].dtype))
 
     def forward(self, *batch: Tensor) -> tuple[Tensor, ...]:
         given = iter(batch)
         tensors = []
-        for number, (constant, place) in enumerate(
-            zip(self.sample.tensors, self.places, strict=True)
-        ):
-            tensor = constant if place is None else next(given)
+        for number, constant in enumerate(self.sample.tensors):
+            tensor = constant if self.places[number] is None else next(given)
             if number == self.learned:
                 tensor = self.param
             elif number in self.scaled:
                 tensor = tensor * self.param
-            tensors.append(tensor if place is None else placed(tensor, place))
-        outs = self.sample(self.function, tensors)
+            tensors.append(tensor)
+        return tuple(tensors) if self.reduction else self.call(tensors)
+
+    def call(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Return the outputs of the function of all its tensors, whose batch is in front."""
+        pairs = zip(tensors, self.places, strict=True)
+        outs = self.sample(
+            self.function, [t if place is None else placed(t, place) for t, place in pairs]
+        )
         if self.outputs is None:
             return tuple(outs)
         found = zip(outs, self.outputs, strict=True)
@@ -134,11 +143,22 @@ def same(one: Tensor, other: Tensor) -> bool:
 def rows(whole: Tensor, parts: Sequence[Tensor]) -> int | None:
     """Return the dimension in which the output for a batch consists of those for its examples."""
     for place in range(whole.dim()):
-        if whole.shape[place] == len(parts) and all(
-            same(whole.narrow(place, e, 1), part) for e, part in enumerate(parts)
-        ):
+        if whole.shape[place] != len(parts) or all(same(part, parts[0]) for part in parts):
+            continue
+        if all(same(whole.narrow(place, e, 1), part) for e, part in enumerate(parts)):
             return place
     return None
+
+
+def has_no_parameters(function: Callable[..., Any]) -> bool:
+    return not isinstance(function, nn.Module) or not list(function.parameters())
+
+
+def reduction(whole: Tensor, parts: Tensor) -> str:
+    """Return how a loss reduces those of its examples; ``""``: in no way that is known."""
+    if same(whole, parts.mean()):
+        return "mean"
+    return "sum" if same(whole, parts.sum()) else ""
 
 
 def one_by_one(model: Batched, batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
@@ -174,8 +194,11 @@ def batched(
         outputs = [
             rows(out, each) for out, each in zip(whole, zip(*parts, strict=True), strict=False)
         ]
-        if any(place is not None for place in outputs):
+        if scaled and len(whole) == 1 and whole[0].dim() == 0 and has_no_parameters(model.function):
+            model.reduction = reduction(whole[0], torch.stack([part[0] for part in parts]))
+        elif any(place is not None for place in outputs):
             model.outputs = outputs
+        if model.reduction or model.outputs:
             found.append(model)
             if len(found) == most:
                 break

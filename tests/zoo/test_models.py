@@ -36,7 +36,7 @@ REFUSED = [
     # Experts pick rows.
     (MIXING, "mixtral mixtral-eager mixtral-balanced qwen2moe qwen2moe-eager olmoe olmoe-eager"),
     (MIXING, "deepseekv3 deepseekv3-eager gptoss gptoss-eager jamba jamba-eager switch"),
-    (NO_BATCH, "qwen2moe-eager deepseekv3-eager switch"),
+    (NO_BATCH, "qwen2moe-eager switch"),
     # The loss has a head whose output the model does not return.
     (NO_BATCH, "upernet prophetnet dpt"),
     (PARAMETERS_ONLY, "adalora"),

@@ -24,8 +24,8 @@ DATABASE = {info.name.removeprefix("nn."): info for info in module_db}
 
 REFUSED: list[tuple[str, str]] = []
 
-# The samples of these have no batch.
-NOT_COMPARED: list[str] = []
+# What draws, and losses whose arguments the search leaves.
+NOT_COMPARED = words("FractionalMaxPool2d FractionalMaxPool3d BCELoss CTCLoss")
 
 # What `make test` runs.
 FEW = list(DATABASE)[::12]
@@ -61,14 +61,8 @@ def models_of(sample: Sample) -> list[Batched]:
     if any(tensor.numel() == 0 for tensor in sample.tensors):
         return []
     floats = [n for n, tensor in enumerate(sample.tensors) if tensor.is_floating_point()]
-    found = []
-    for model in batched(sample):
-        scaled = [n for n in floats if model.places[n] is not None]
-        if any(param.requires_grad for param in model.parameters()):
-            found.append(model)
-        if scaled:
-            found.append(Batched(sample, model.places, None, scaled, model.outputs))
-    return found
+    alone = batched(sample) if any(p.requires_grad for p in sample.function.parameters()) else []
+    return alone + batched(sample, scaled=floats[:1])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -25,7 +25,9 @@ from .samples import Batched, Joined, Sample, batched
 from .test_modules import TOLERANCES, chosen
 
 # Out of bounds in torch itself, with arguments that the search tries.
-UNSAFE = words("lu_unpack native_batch_norm _native_batch_norm_legit matrix_exp")
+UNSAFE = words(
+    "lu_unpack matrix_exp native_batch_norm _native_batch_norm_legit _batch_norm_with_update"
+)
 
 
 def name_of(info: Any) -> str:
@@ -48,7 +50,7 @@ NOT_COMPARED = ""
 # What `make test` runs.
 FEW = list(DATABASE)[::16]
 
-SAMPLES = {torch.float64: 4, torch.float32: 1}
+SAMPLES = {torch.float64: 3, torch.float32: 1}
 LARGEST = 2000  # elements
 
 
