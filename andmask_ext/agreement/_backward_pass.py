@@ -32,7 +32,7 @@ from ._gramian import Gramian
 from ._graph import Graph
 from ._groups import Groups
 from ._layout import Code
-from ._mixing import MixingCheck
+from ._mixing import MixingCheck, make_code
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
@@ -187,8 +187,6 @@ class BackwardPass:
         note_loss(self._setup, graph, self._batches[0], self._batch)
         if environments > 1:
             refuse_batch_norms(self._setup, self.recorder.batch_norms)
-            half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
-            self._code = Code(environments, 7 if half else 15)
         self.recorder.paused = True
         try:
             self._paused_pass(graph, roots, grads, retain_graph)
@@ -264,6 +262,7 @@ class BackwardPass:
             known = plans.find(key, sizes, graph, self._batches, again)
             if known is not None:
                 return known
+        self._code = self._code or make_code(self._batches[0].environments, graph)
         if not inner:
             self._check(graph)
         plan, partitions = make_plan(

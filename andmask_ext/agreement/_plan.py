@@ -224,8 +224,10 @@ def make_plan(
 
 def refuse_compiled(graph: Graph) -> None:
     """Raise RuntimeError if a compiled function of the graph takes tracked parameters."""
-    for index, name in enumerate(graph.names):
-        below = [entry[0] for entry in graph.edges[index] if entry is not None]
+    if _COMPILED not in graph.names:
+        return
+    for name, edges in zip(graph.names, graph.edges, strict=True):
+        below = [entry[0] for entry in edges if entry is not None]
         if name == _COMPILED and any(graph.param(child) is not None for child in below):
             _refuse_opaque(_COMPILED)
 
