@@ -272,7 +272,7 @@ class Agreement(Copyable):
                     torch._foreach_mul_([update for update in updates if update is not None], scale)
                 pairs = zip(params, updates, strict=True)
                 written += [(param, update) for param, update in pairs if update is not None]
-            show_to_hooks(written)
+            show_to_hooks(written, self._require_setup("hook").name)
             for param, update in written:
                 param.grad = update if param.grad is None else param.grad.add_(update)
 

@@ -130,7 +130,7 @@ def test_batches_of_two_sizes_have_their_share_of_each_environment() -> None:
     ]
     exact(model, lambda _: loss(x, y, u), parts, 4)
     for environments in (None, torch.arange(8), torch.arange(24)):
-        with pytest.raises(RuntimeError, match="andmask_ext.backward"), \
+        with pytest.raises(RuntimeError, match=r"andmask_ext\.backward"), \
                 am.Agreement(model, RULE)(environments):  # fmt: skip
             loss(x, y, u).backward()
 
@@ -173,7 +173,7 @@ def test_tokens_packed_into_one_row() -> None:
         rows = x[:, ids == e]
         return model(rows, torch.zeros(1, rows.shape[1])).sin().mean()
 
-    with pytest.warns(UserWarning, match="one example"):
+    with pytest.warns(UserWarning, match="one example"):  # noqa: PT031
         am_once = am.Agreement(model, RULE)
         with am_once():
             model(x, ids[None]).sin().mean().backward()
