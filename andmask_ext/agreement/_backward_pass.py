@@ -21,6 +21,7 @@ from ._batch import (
     note_loss,
     refuse_batch_norms,
     refuse_new_params,
+    shares_of,
     weights_of,
 )
 from ._contributions import Contribution, Shared
@@ -91,6 +92,7 @@ class BackwardPass:
         self._batches: list[Groups] = []  # the partitions of the batch
         self._anchors: list[Anchor] = []
         self._code: Code | None = None
+        self._shares = torch.empty(0)  # of the environments in the loss of the batch
         self._passes = 0
         self._dropping = 0  # > 0: plain gradients that arrive are discarded
 
@@ -203,6 +205,7 @@ class BackwardPass:
         plan, partitions = self._plan(graph)
         self._inner = 0
         groups = self._batches[plan.batch]
+        self._shares = shares_of(groups, self._setup.reduction)
         weights, products = self._weights(groups), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
@@ -340,19 +343,13 @@ class BackwardPass:
                 use: Contribution | None = None
                 if not none and consumer.shared:
                     grad = gradient_of(node, operand, deltas)
-                    use = Shared(grad, operand.shape, self._shares(partitions[0]))
+                    use = Shared(grad, operand.shape, self._shares)
                 elif not none:
                     at = NodeGradient(node, deltas, consumer.layouts, partitions)
                     use = make_contribution(at, consumer.name, operand)
                 accumulator.add(use, operand, graph)
 
         return hook
-
-    def _shares(self, groups: Groups) -> Tensor:
-        """Return the share of each environment in the loss of the batch."""
-        if self._setup.reduction == "sum":
-            return torch.ones(groups.environments, dtype=torch.float64)
-        return groups.sizes.double() / groups.examples
 
     def _engine(
         self,

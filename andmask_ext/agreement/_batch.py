@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .._notices import warn_once
@@ -152,6 +153,13 @@ def weights_of(groups: Groups, reduction: str, scale: float) -> list[float]:
     if groups.size is not None:
         return [factor / groups.size]
     return [factor / size for size in groups.sizes.tolist()]
+
+
+def shares_of(groups: Groups, reduction: str) -> Tensor:
+    """Return the share of each environment in a term of the loss that all of them have."""
+    if reduction == "sum":
+        return torch.ones(groups.environments, dtype=torch.float64)
+    return groups.sizes.double() / groups.examples
 
 
 def batch_of_loss(anchors: Sequence[Anchor], batches: Sequence[Groups], reduction: str) -> int:

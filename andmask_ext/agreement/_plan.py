@@ -24,6 +24,7 @@ _COMPILED = "CompiledFunctionBackward"
 _SUMS = frozenset((
     "AddBackward0", "CatBackward0", "RsubBackward0", "StackBackward0", "SubBackward0",
 ))  # fmt: skip
+_LISTS = ("CatBackward0", "StackBackward0")
 
 
 @dataclass(frozen=True)
@@ -318,8 +319,9 @@ def _consumer(
     reached = reader.evidence((index, 0)) is not None
     terms = all(math.prod(operand.shape) == 1 for operand in operands)
     if code is not None and not reached and terms:
-        single = math.prod(reader.shape((index, 0))) == 1
-        if name in _SUMS and (single or name in ("StackBackward0", "CatBackward0")):
+        size = math.prod(reader.shape((index, 0)))
+        single = size == 1
+        if name in _SUMS and (single or (name in _LISTS and size == len(edges))):
             return Consumer(index, name, operands, (None,) * outputs, shared=True), True
         if single:
             raise RuntimeError(

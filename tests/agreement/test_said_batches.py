@@ -152,6 +152,16 @@ def test_graphs_are_told_by_their_nodes() -> None:
     parts = [lambda g=g: part(g) for g in range(3)]
     for environments in (graph, graph.tolist(), graph.int() * 7, graph.numpy()):
         exact(model, lambda _: F.cross_entropy(model(x, graph), y), parts, environments)
+
+    def penalised(loss: Tensor) -> Tensor:
+        return torch.stack([loss, 0.1 * model.a.weight.square().sum()]).sum()
+
+    ragged = torch.tensor([0, 0, 1])  # two graphs in one environment
+    with_penalty = [lambda g=g: penalised(part(g)) for g in range(3)]
+    exact(model, lambda _: penalised(F.cross_entropy(model(x, graph), y)), with_penalty, graph)
+    with pytest.raises(RuntimeError, match=r"andmask_ext\.backward"), \
+            am.Agreement(model, RULE)(ragged[graph]):  # fmt: skip
+        F.cross_entropy(model(x, graph), y).backward()
     with pytest.raises(RuntimeError, match="environment of each row"), \
             am.Agreement(model, RULE)(batch_size=3):  # fmt: skip
         F.cross_entropy(model(x, graph), y).backward()
