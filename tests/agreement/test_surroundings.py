@@ -29,11 +29,6 @@ def classified(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(model(x), labels)
 
 
-def missing(value: object) -> Any:
-    """A case that still has to be done."""
-    return pytest.param(value, marks=pytest.mark.xfail(strict=True, reason="not done yet"))
-
-
 def labels(count: int = 6) -> Tensor:
     return torch.randint(0, 3, (count,))
 
@@ -64,11 +59,19 @@ class Selective(nn.Module):
         return self.b(checkpoint(self.block, hidden, use_reentrant=False, context_fn=contexts))
 
 
-@pytest.mark.parametrize("saved", [missing("products"), missing("activations"), "nothing"])
+@pytest.mark.parametrize("saved", SAVED)
 def test_checkpoints_that_save_some_results(saved: str) -> None:
-    model, agreement = Selective(saved).double(), None
+    """They allow one backward pass, so the mixing check cannot run before it."""
+    model = Selective(saved).double()
+    if saved != "nothing":
+        with pytest.raises(RuntimeError, match="context_fn"), am.Agreement(model, RULE)():
+            classified(model, rand(6, 4), labels()).backward()
+    how = "auto" if saved == "nothing" else "never"
+    agreement = None
     for _ in range(2):
-        agreement = check(model, classified, rand(6, 4), labels(), agreement=agreement)
+        agreement = check(
+            model, classified, rand(6, 4), labels(), agreement=agreement, check_mixing=how
+        )
 
 
 # ---- compiled functions without parameters ----
