@@ -90,7 +90,7 @@ class DataRecord:
         """Record a call of the function ``name``."""
         if name == "__setitem__":
             result = args[0]
-        if self._takes_computed(args):
+        if self._takes_computed(args[:1] if name in _AS else args):
             self._note_data(name, result, args)
             return
         if name in _LEAVING:
@@ -102,6 +102,8 @@ class DataRecord:
             return
         self._begin()
         taken = [] if name in _LIKE else list(tensors_in((args, kwargs)))
+        if name in _AS:
+            taken = taken[:1]
         origin = max((self.origin(tensor) for tensor in taken), default=Origin.FREE)
         if self._left and name in _RETURNING:
             origin = max(origin, Origin.HIDDEN)
@@ -236,6 +238,9 @@ _LIKE = frozenset((
     "empty_like", "full_like", "new_empty", "new_full", "new_ones", "new_zeros", "ones_like",
     "rand_like", "randint_like", "randn_like", "zeros_like",
 ))  # fmt: skip
+
+# Functions that take the shape, the dtype or the device of their second tensor.
+_AS = frozenset(("expand_as", "reshape_as", "to", "type_as", "view_as"))
 
 # Functions by which the values of a tensor leave torch, and others by which they come back.
 _AS_ARRAY = frozenset(("numpy", "__array__", "__dlpack__"))

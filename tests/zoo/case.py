@@ -63,6 +63,9 @@ class Case:
         without_dropout(config)
         model = self.change(made(config)).to(self.dtype).train()
         draw(model)
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):  # of a rate that no option sets
+                module.p = 0.0
         if self.convert:
             am.nn.convert_batchnorm(model)
         return model

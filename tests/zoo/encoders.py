@@ -96,7 +96,9 @@ ENCODERS = {
     "xlm-roberta": classifier("XLMRoberta"),
     "camembert": Case("CamembertForMaskedLM", filled_tokens, SMALL),
     "albert": classifier("Albert", embedding_size=8),
-    "deberta": classifier("Deberta", **RELATIVE),
+    "deberta": Case(
+        "DebertaForSequenceClassification", texts, {**SMALL, **RELATIVE}, THROUGH_SINGLE
+    ),
     "deberta-v2": Case(
         "DebertaV2ForSequenceClassification", texts, {**SMALL, **RELATIVE, **DISTANCES},
         THROUGH_SINGLE,
@@ -104,7 +106,7 @@ ENCODERS = {
     "electra": classifier("Electra", embedding_size=8),
     "distilbert": classifier("DistilBert", dim=16, n_layers=2, n_heads=2, hidden_dim=24),
     "mpnet": classifier("MPNet"),
-    "funnel": Case("FunnelForSequenceClassification", texts, FUNNEL),
+    "funnel": Case("FunnelForSequenceClassification", texts, FUNNEL, THROUGH_SINGLE),
     "bigbird-sparse": classifier(
         "BigBird", lambda n: whole_texts(n, 64), block_size=4, num_random_blocks=1,
         attention_type="block_sparse", max_position_embeddings=128,
@@ -176,6 +178,8 @@ PROPHETNET = {
 SWITCH = {
     **T5, "num_decoder_layers": 2, "num_experts": 3, "num_sparse_encoder_layers": 1,
     "num_sparse_decoder_layers": 1,
+    # The losses of the router are statistics of the batch.
+    "router_z_loss_coef": 0.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.0,
 }  # fmt: skip
 
 
@@ -190,7 +194,7 @@ TRANSLATORS = {
     "mt5": translator("MT5", T5, THROUGH_SINGLE),
     "umt5": translator("UMT5", T5, THROUGH_SINGLE),
     "longt5": translator("LongT5", T5, THROUGH_SINGLE, local_radius=3),
-    "switch": translator("SwitchTransformers", SWITCH, THROUGH_SINGLE),
+    "switch": translator("SwitchTransformers", SWITCH, IN_SINGLE),
     "bart": translator("Bart", BART),
     "bart-classes": Case("BartForSequenceClassification", ended, BART),
     "mbart": translator("MBart", BART),
@@ -199,5 +203,5 @@ TRANSLATORS = {
     "blenderbot": translator("Blenderbot", BART),
     "m2m100": translator("M2M100", BART),
     "led": translator("LED", LED, IN_SINGLE),
-    "prophetnet": translator("ProphetNet", PROPHETNET),
+    "prophetnet": translator("ProphetNet", PROPHETNET, IN_SINGLE),
 }

@@ -15,7 +15,7 @@ from torch import Tensor
 import andmask_ext as am
 
 from ..agreement.exact_loop import RULE, check
-from ..agreement.outcomes import BATCH_NORM, EXACT, MIXING, NO_BATCH, PARAMETERS_ONLY, outcome
+from ..agreement.outcomes import BATCH_NORM, EXACT, MIXING, outcome
 from .adapters import ADAPTERS
 from .case import Case, words
 from .decoders import DECODERS
@@ -31,23 +31,12 @@ REFUSED = [
     # lags.
     (MIXING, "clip siglip nystromformer timesformer autoformer"),
     (BATCH_NORM, "wav2vec2-conformer"),
-    # A size of a table or a parameter is divided by the batch.
-    (MIXING, "deberta funnel dora loha oft boft fourier prompt-tuning p-tuning"),
-    # Experts pick rows.
-    (MIXING, "mixtral mixtral-eager mixtral-balanced qwen2moe qwen2moe-eager olmoe olmoe-eager"),
-    (MIXING, "deepseekv3 deepseekv3-eager gptoss gptoss-eager jamba jamba-eager switch"),
-    (NO_BATCH, "qwen2moe-eager switch"),
-    # The loss has a head whose output the model does not return.
-    (NO_BATCH, "upernet prophetnet dpt"),
-    (PARAMETERS_ONLY, "adalora"),
 ]
 
 # What fails.
 BROKEN = {
-    "cohere": "a parameter that is only used in another precision",
     "reformer": "a function that runs a backward pass of its own",
-    "levit": "a converted batch norm that sees rows of examples",
-    "patchtst": "a converted batch norm that sees rows of examples: wrong gradients",
+    "mixtral-balanced": "a term of the loss is made of statistics of the batch, which is not seen",
 }
 
 # What `make test` runs.
