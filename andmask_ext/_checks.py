@@ -68,12 +68,12 @@ def check_bool(name: str, value: object) -> None:
         raise TypeError(f"{name}: expected a bool, but got {type(value).__name__}")
 
 
-def check_weight(weight: object) -> None:
+def check_weight(weight: object, name: str = "weight") -> None:
     """Raise unless ``weight`` is a positive finite number."""
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-        raise TypeError(f"weight: expected a number, but got {type(weight).__name__}")
+        raise TypeError(f"{name}: expected a number, but got {type(weight).__name__}")
     if not 0 < weight < float("inf"):
-        raise ValueError(f"weight: expected a positive finite number, but got {weight}")
+        raise ValueError(f"{name}: expected a positive finite number, but got {weight}")
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from torch import Tensor
@@ -65,11 +65,12 @@ class Hooks:
         self._handles.clear()
 
 
-def show_to_hooks(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
+def show_to_hooks(grads: Iterable[tuple[Tensor, Tensor]], name: Callable[[Tensor], str]) -> None:
     """Call the hooks of parameters (``Tensor.register_hook``) with aggregated gradients.
 
     Args:
         grads: parameters and their aggregated gradients.
+        name: returns the name of a parameter for messages.
 
     Raises:
         RuntimeError: a hook returned a gradient, so it is more than a record.
@@ -78,7 +79,7 @@ def show_to_hooks(grads: Iterable[tuple[Tensor, Tensor]]) -> None:
         for hook in list((param._backward_hooks or {}).values()):
             if hook(grad) is not None:
                 raise RuntimeError(
-                    f"Agreement: a parameter of shape {tuple(param.shape)} has a hook "
+                    f"Agreement: {name(param)} has a hook "
                     "(Tensor.register_hook) that returns a gradient, so it would have to change "
                     "the gradient of each environment; expected one that returns None, which sees "
                     "the aggregated gradient; change .grad after the context, or use "

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_bool, check_count
+from .._checks import check_bool, check_count, check_weight
 from .._pending import PendingStep, State, show_to_hooks
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
 from ..rules import AndMask, Rule
 from ._arguments import check_optimizer_or_rule, check_params, refuse_early_decay
 from ._backward_pass import BackwardPass
+from ._batch import BatchOptions
 from ._copies import Copyable
 from ._current import activate
 from ._groups import Environments, check_environments
@@ -39,13 +40,11 @@ class Agreement(Copyable):
     How it works: ``backward`` inside the context reads the autograd graph and finds every node
     that joins a parameter with data. The backward pass does not compute gradients of parameters.
     When the gradient of such a node's output arrives, the votes of the node's parameters are
-    computed from it and from the tensors that the node has saved. No module is wrapped, and no
-    use of a parameter can be missed.
+    computed from it and from what the node has saved. No module is wrapped, and no use is missed.
 
     The first pass over each graph structure is preceded by a few more, the mixing check. It
-    multiplies the gradients of each environment by a different power of two. If all gradients
-    scale with their environment, environments do not mix. The check also finds the batch axis of
-    each tensor.
+    multiplies the gradients of each environment by a power of two of its own. That names the
+    environment of every row, and shows whether environments mix.
 
     Copies and pickles hold the model, the optimizer or rule, and the options. Copy or save them in
     one object, such as a dict, and the copies belong together.
@@ -64,12 +63,11 @@ class Agreement(Copyable):
         loss_reduction: ``"mean"`` if the loss is the mean over the examples of the batch,
             ``"sum"`` if it is their sum. The result is that of :math:`L_e` in both cases.
         check_mixing: when to check that environments do not mix. ``"auto"``: at the first backward
-            pass of each graph structure, and again if indices pick other rows. A model that cannot
-            be checked is refused, such as one that returns only its loss. ``"once"``: as
-            ``"auto"``, but not again for other indices. ``"always"``: at each backward pass.
-            ``"never"``: no check; a tensor whose batch axis is ambiguous is refused.
+            pass of each graph structure, and again where it cannot follow the rows that indices
+            pick. ``"once"``: not again. ``"always"``: at each backward pass. ``"never"``: no check;
+            a tensor whose batch axis is ambiguous is refused.
         keep_moments: keep the moments of the last context, for metrics. Otherwise a rule writes
-            the gradients over them. An optimizer keeps them until its step in any case.
+            the gradients over them. An optimizer keeps them until its step.
 
     Raises:
         TypeError: an argument has the wrong type, or the rule needs the gradients of all
@@ -172,6 +170,7 @@ class Agreement(Copyable):
         environments: Environments = None,
         *,
         batch_size: int | None = None,
+        loss_scale: float = 1.0,
         write_grads: bool = True,
         grad_scaler: torch.amp.GradScaler | None = None,
         gram: bool = False,
@@ -185,11 +184,12 @@ class Agreement(Copyable):
         Args:
             environments: None: each example of the batch is an environment. An int d: d equal
                 groups of consecutive examples. Integers ``[batch]`` in a tensor, list or array: the
-                environment of each example. Numbers may have gaps, and sizes may differ. If the
-                model packs its examples into rows, as graph networks do, the environment of each
-                row.
+                environment of each example, or of each row, if the model packs its examples into
+                rows, as graph networks do. Numbers may have gaps, and sizes may differ.
             batch_size: the number of examples. None: the size of the first input that is not
                 broadcast, or the one that an input shares with all outputs.
+            loss_scale: the factor by which a framework has multiplied the loss, such as 1 / k over
+                k micro-batches. It is undone.
             write_grads: False, with a rule: do not write ``.grad`` yet. The next context then adds
                 to the same environments. This is for micro-batches that each hold whole
                 environments. If one of them raises, the environments of all are dropped. With an
@@ -201,13 +201,14 @@ class Agreement(Copyable):
 
         Raises:
             RuntimeError: at ``backward``: environments mix, or the model is compiled. At the end:
-                there was no backward pass, or one ran outside of the context's control.
+                no backward pass was seen, or one ran outside of the context's control.
             TypeError: ``environments`` has the wrong type.
             ValueError: the examples cannot be split like that, or an environment is empty.
         """
         checked = check_environments(environments)
         if batch_size is not None:
             check_count("batch_size", batch_size, 1)
+        check_weight(loss_scale, "loss_scale")
         check_bool("gram", gram)
         setup = self._require_setup("Agreement")
         if self._run is not None:
@@ -220,7 +221,8 @@ class Agreement(Copyable):
         ]
         self._gram = None
         first = self._pending.state is not State.PENDING
-        run = BackwardPass(setup, self._pending, checked, batch_size, grad_scaler, gram)
+        batch = BatchOptions(checked, batch_size, loss_scale, not (write_grads and first))
+        run = BackwardPass(setup, self._pending, batch, grad_scaler, gram)
         self._pending.open(run)
         if first:
             setup.treatments.clear()
@@ -270,7 +272,7 @@ class Agreement(Copyable):
                     torch._foreach_mul_([update for update in updates if update is not None], scale)
                 pairs = zip(params, updates, strict=True)
                 written += [(param, update) for param, update in pairs if update is not None]
-            show_to_hooks(written)
+            show_to_hooks(written, self._require_setup("hook").name)
             for param, update in written:
                 param.grad = update if param.grad is None else param.grad.add_(update)
 
@@ -337,9 +339,8 @@ class Agreement(Copyable):
     ) -> Verification:
         """Compare with the exact loop, one forward and backward pass per environment.
 
-        Do this first with a new model. Gradients, buffers and modes of the model and the moments
-        do not change. Dropout is off during the comparison. Each pass draws the same random
-        numbers.
+        Do this first with a new model. Gradients, buffers, modes and moments do not change. Dropout
+        is off during the comparison. Each pass draws the same random numbers.
 
         Args:
             batch: the second argument of ``loss_fn``: tensors and arrays in tuples, lists, mappings

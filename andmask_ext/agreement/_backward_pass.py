@@ -15,11 +15,13 @@ from .._pending import Hook, PendingStep
 from ._accumulator import GradientAccumulator, Target
 from ._anchors import Anchor, find_anchors
 from ._batch import (
+    BatchOptions,
     batch_of_loss,
     make_batches,
     note_loss,
     refuse_batch_norms,
     refuse_new_params,
+    shares_of,
     weights_of,
 )
 from ._contributions import Contribution, Shared
@@ -29,9 +31,9 @@ from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
 from ._graph import Graph
-from ._groups import Checked, Groups
+from ._groups import Groups
 from ._layout import Code
-from ._mixing import MixingCheck
+from ._mixing import MixingCheck, make_code
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
@@ -46,8 +48,7 @@ class BackwardPass:
     Args:
         setup: the model and what is known about it.
         pending: the step that the environments belong to.
-        environments: as :func:`check_environments` returned it.
-        batch_size: the number of examples, if the user gave it.
+        batch: what the user said of the batch.
         grad_scaler: the scaler that scaled the loss.
         gram: whether scalar products of all pairs of environments are wanted.
 
@@ -65,8 +66,7 @@ class BackwardPass:
         self,
         setup: Setup,
         pending: PendingStep,
-        environments: Checked,
-        batch_size: int | None,
+        batch: BatchOptions,
         grad_scaler: torch.amp.GradScaler | None,
         gram: bool,
     ) -> None:
@@ -74,15 +74,13 @@ class BackwardPass:
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
         self.data = DataRecord(setup.model)
-        rows = len(environments) if isinstance(environments, Tensor) else batch_size or 0
         self.recorder = ForwardRecorder(
-            setup.model, {id(one) for one in setup.modules}, setup.batch_dim, self.data, rows
+            setup.model, {id(one) for one in setup.modules}, setup.batch_dim, self.data, batch.rows
         )
         self.products: Gramian | None = None
         self._setup = setup
         self._pending = pending
-        self._environments = environments
-        self._batch_size = batch_size
+        self._batch = batch
         self._gram = gram
         self._tracked = {id(param): number for number, param in enumerate(setup.params)}
         self._targets: list[Target] = []
@@ -94,6 +92,7 @@ class BackwardPass:
         self._batches: list[Groups] = []  # the partitions of the batch
         self._anchors: list[Anchor] = []
         self._code: Code | None = None
+        self._shares = torch.empty(0)  # of the environments in the loss of the batch
         self._passes = 0
         self._dropping = 0  # > 0: plain gradients that arrive are discarded
 
@@ -182,18 +181,14 @@ class BackwardPass:
             )
         if any(target.param._backward_hooks for target in self._targets):
             self._pending.owes_hooks = True
-        self._batches = make_batches(
-            self._setup, self.recorder, self._environments, self._batch_size
-        )
+        self._batches = make_batches(self._setup, self.recorder, self._batch)
         if len(self._batches) == 1:
             require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
-        note_loss(self._setup, graph, self._batches[0])
+        note_loss(self._setup, graph, self._batches[0], self._batch)
         if environments > 1:
             refuse_batch_norms(self._setup, self.recorder.batch_norms)
-            half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
-            self._code = Code(environments, 7 if half else 15)
         self.recorder.paused = True
         try:
             self._paused_pass(graph, roots, grads, retain_graph)
@@ -210,7 +205,8 @@ class BackwardPass:
         plan, partitions = self._plan(graph)
         self._inner = 0
         groups = self._batches[plan.batch]
-        weights, products = weights_of(groups, self._setup.reduction, self.scale), None
+        self._shares = shares_of(groups, self._setup.reduction)
+        weights, products = self._weights(groups), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
         accumulator = GradientAccumulator(
@@ -245,6 +241,9 @@ class BackwardPass:
             norms = found.diagonal() if products.pairs else found
             target.moments._add_squared_norm(target.index, norms.sum())
 
+    def _weights(self, groups: Groups) -> list[float]:
+        return weights_of(groups, self._setup.reduction, self.scale * self._batch.loss_scale)
+
     # ---- the plan ----
 
     def _plan(self, graph: Graph, inner: int = 0) -> tuple[Plan, list[Groups]]:
@@ -266,6 +265,7 @@ class BackwardPass:
             known = plans.find(key, sizes, graph, self._batches, again)
             if known is not None:
                 return known
+        self._code = self._code or make_code(self._batches[0].environments, graph)
         if not inner:
             self._check(graph)
         plan, partitions = make_plan(
@@ -343,19 +343,13 @@ class BackwardPass:
                 use: Contribution | None = None
                 if not none and consumer.shared:
                     grad = gradient_of(node, operand, deltas)
-                    use = Shared(grad, operand.shape, self._shares(partitions[0]))
+                    use = Shared(grad, operand.shape, self._shares)
                 elif not none:
                     at = NodeGradient(node, deltas, consumer.layouts, partitions)
                     use = make_contribution(at, consumer.name, operand)
                 accumulator.add(use, operand, graph)
 
         return hook
-
-    def _shares(self, groups: Groups) -> Tensor:
-        """Return the share of each environment in the loss of the batch."""
-        if self._setup.reduction == "sum":
-            return torch.ones(groups.environments)
-        return groups.sizes / groups.examples
 
     def _engine(
         self,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from .._notices import warn_once
@@ -11,25 +13,45 @@ from ._anchors import Anchor
 from ._forward import ForwardRecorder
 from ._graph import Graph
 from ._groups import Checked, Groups, make_groups
-from ._losses import losses_that_are_no_mean
+from ._losses import is_scaled, losses_that_are_no_mean
 from ._setup import Setup
 
 
-def make_batches(
-    setup: Setup, recorder: ForwardRecorder, environments: Checked, batch_size: int | None
-) -> list[Groups]:
+@dataclass(frozen=True)
+class BatchOptions:
+    """What the user said of the batch of a context.
+
+    Attributes:
+        environments: as :func:`check_environments` returned it.
+        size: the number of examples, or None.
+        loss_scale: the factor by which the loss has been multiplied.
+        accumulates: whether the context adds to others of the same step.
+    """
+
+    environments: Checked
+    size: int | None
+    loss_scale: float
+    accumulates: bool
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that the user gave; 0: not given."""
+        return len(self.environments) if isinstance(self.environments, Tensor) else self.size or 0
+
+
+def make_batches(setup: Setup, recorder: ForwardRecorder, batch: BatchOptions) -> list[Groups]:
     """Return the partitions of the batch. There are several if its parts differ in size.
 
     Args:
         setup: the model.
         recorder: the calls of the model.
-        environments: as :func:`check_environments` returned it.
-        batch_size: the number of examples, if the user gave it.
+        batch: what the user said of the batch.
 
     Raises:
         RuntimeError: the size of the batch is not known, or there are several.
         ValueError: the examples cannot be split into these environments.
     """
+    environments, batch_size = batch.environments, batch.size
     sizes = recorder.sizes() if batch_size is None else [batch_size]
     if isinstance(environments, Tensor):
         given = recorder.all_sizes() if batch_size is None else {batch_size}
@@ -88,11 +110,18 @@ def refuse_batch_norms(setup: Setup, modules: Sequence[nn.Module]) -> None:
     )
 
 
-def note_loss(setup: Setup, graph: Graph, groups: Groups) -> None:
+def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -> None:
     """Warn once if the loss is seen to be no mean over the examples, or no sum."""
     nodes = [graph.nodes[root] for root in graph.roots]
     if any(node._input_metadata[0].device.type != "cpu" for node in nodes):
         return  # the labels would have to be read from the device
+    if batch.accumulates and batch.loss_scale == 1.0 and any(map(is_scaled, nodes)):
+        warn_once(
+            setup,
+            "Agreement: expected the mean loss of each micro-batch, as environments are averaged "
+            "already, but the loss is divided or multiplied by a number; leave it out, or pass "
+            "loss_scale=... to the context, such as 1 / k for a loss that is divided by k",
+        )
     dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
     message = losses_that_are_no_mean(nodes, groups, dim, setup.reduction)
     if message is not None:
@@ -124,6 +153,13 @@ def weights_of(groups: Groups, reduction: str, scale: float) -> list[float]:
     if groups.size is not None:
         return [factor / groups.size]
     return [factor / size for size in groups.sizes.tolist()]
+
+
+def shares_of(groups: Groups, reduction: str) -> Tensor:
+    """Return the share of each environment in a term of the loss that all of them have."""
+    if reduction == "sum":
+        return torch.ones(groups.environments, dtype=torch.float64)
+    return groups.sizes.double() / groups.examples
 
 
 def batch_of_loss(anchors: Sequence[Anchor], batches: Sequence[Groups], reduction: str) -> int:

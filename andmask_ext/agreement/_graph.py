@@ -94,8 +94,8 @@ class Graph:
         of data, nor indices.
         """
         tokens = [
-            _token(node, examples) if type(node) in _TOKENS or type(node) not in _PLAIN else None
-            for node in self.nodes
+            None if type(node) in _PLAIN else _token(node, name, examples)
+            for node, name in zip(self.nodes, self.names, strict=True)
         ]
         return tuple(self.names), tuple(self.edges), tuple(tokens)
 
@@ -204,8 +204,8 @@ _TOKENS: dict[type, tuple[str, ...]] = {}
 _PLAIN: set[type] = set()
 
 
-def _token(node: Node, examples: int) -> Any:
-    kind, name = type(node), node.name()
+def _token(node: Node, name: str | tuple[str, int | None], examples: int) -> Any:
+    kind = type(node)
     if kind not in _TOKENS:
         present = tuple(argument for argument in _STATIC if hasattr(kind, f"_saved_{argument}"))
         if not present and name not in (*RESHAPES, *_INDEXED):

@@ -58,6 +58,17 @@ def losses_that_are_no_mean(
     return None
 
 
+def is_scaled(root: Node) -> bool:
+    """Return whether a loss is a number times another scalar, or divided by a number."""
+    if root.name() not in ("DivBackward0", "MulBackward0") or len(root.next_functions) != 2:
+        return False
+    (one, _), (two, _) = root.next_functions
+    if (one is None) == (two is None):
+        return False
+    other = saved(root, "other" if two is None else "self")
+    return isinstance(other, Tensor) and other.dim() == 0 and float(other) != 1.0
+
+
 def _uneven(node: Node, groups: Groups, batch_dim: int) -> str | None:
     """Return what makes the environments count unevenly in a mean of cross entropies."""
     if saved(node, "reduction") != 1:

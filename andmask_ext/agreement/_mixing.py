@@ -134,6 +134,14 @@ class MixingCheck:
                 handle.remove()
 
 
+def make_code(environments: int, graph: Graph) -> Code | None:
+    """Return the powers of the environments, as the dtypes of a graph allow; None: there is one."""
+    if environments == 1:
+        return None
+    half = any(node._input_metadata[0].dtype == torch.float16 for node in graph.nodes)
+    return Code(environments, 7 if half else 15)
+
+
 def _noise(anchor: Anchor, generator: torch.Generator) -> Tensor:
     metadata = anchor.node._input_metadata[anchor.output]
     values = torch.randn(shape_of(anchor.node, anchor.output), generator=generator)

@@ -29,7 +29,7 @@ def rows_of(node: Node) -> Tensor | None:
 
 def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
     """Return the shape of one output of a node in the forward pass."""
-    return tuple(int(size) for size in node._input_metadata[output].shape)
+    return tuple(map(int, node._input_metadata[output].shape))
 
 
 class _KeepHandles(dict[int, Any]):

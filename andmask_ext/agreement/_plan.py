@@ -24,6 +24,7 @@ _COMPILED = "CompiledFunctionBackward"
 _SUMS = frozenset((
     "AddBackward0", "CatBackward0", "RsubBackward0", "StackBackward0", "SubBackward0",
 ))  # fmt: skip
+_LISTS = ("CatBackward0", "StackBackward0")
 
 
 @dataclass(frozen=True)
@@ -224,8 +225,10 @@ def make_plan(
 
 def refuse_compiled(graph: Graph) -> None:
     """Raise RuntimeError if a compiled function of the graph takes tracked parameters."""
-    for index, name in enumerate(graph.names):
-        below = [entry[0] for entry in graph.edges[index] if entry is not None]
+    if _COMPILED not in graph.names:
+        return
+    for name, edges in zip(graph.names, graph.edges, strict=True):
+        below = [entry[0] for entry in edges if entry is not None]
         if name == _COMPILED and any(graph.param(child) is not None for child in below):
             _refuse_opaque(_COMPILED)
 
@@ -316,8 +319,9 @@ def _consumer(
     reached = reader.evidence((index, 0)) is not None
     terms = all(math.prod(operand.shape) == 1 for operand in operands)
     if code is not None and not reached and terms:
-        single = math.prod(reader.shape((index, 0))) == 1
-        if name in _SUMS and (single or name in ("StackBackward0", "CatBackward0")):
+        size = math.prod(reader.shape((index, 0)))
+        single = size == 1
+        if name in _SUMS and (single or (name in _LISTS and size == len(edges))):
             return Consumer(index, name, operands, (None,) * outputs, shared=True), True
         if single:
             raise RuntimeError(
@@ -346,7 +350,8 @@ def _consumer(
         if layout is None or (check_mixing and evidence is None):
             shape, examples = reader.shape(at), reader.partitions[0].examples
             if evidence is not None and evidence.seen:
-                raise RuntimeError(_mixing(name, shape, examples))
+                message = _out_of_place if reader.is_apart(at, axes) else _mixing
+                raise RuntimeError(message(name, shape, examples))
             raise RuntimeError(_not_found(name, shape, examples))
     unseen = reached and not reader.seen(index) and code is not None
     return Consumer(index, name, operands, tuple(layouts), unseen), certain
@@ -357,6 +362,17 @@ def _mixing(name: str, shape: Sequence[int], examples: int) -> str:
         f"Agreement: environments mix in the model: the gradient at {name} (output of shape "
         f"{tuple(shape)}, batch of {examples}) depends on examples of several environments; use "
         "andmask_ext.backward, with one forward pass per environment"
+    )
+
+
+def _out_of_place(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: environments mix in the model: the rows of {name} (output of shape "
+        f"{tuple(shape)}, batch of {examples}) reach other environments than those of their place, "
+        "and no index in the graph says why; if the model packs its examples into rows, pass the "
+        "environment of each row; if it picks rows of its inputs and puts them back, call "
+        "requires_grad_() on the inputs, so that autograd sees it; else use andmask_ext.backward, "
+        "with one forward pass per environment"
     )
 
 

@@ -168,6 +168,14 @@ class Reader:
                     waiting.append(entry[0])
         return None
 
+    def is_apart(self, at: At, axes: Sequence[int] | None) -> bool:
+        """Return whether each row of an output belongs to one environment, whatever its order."""
+        evidence, code = self.evidence(at), self._code
+        if evidence is None or code is None:
+            return False
+        found = range(len(evidence.shape)) if axes is None else axes
+        return any(a < len(evidence.shape) and evidence.ids(a, code) is not None for a in found)
+
     # ---- nodes that pick rows ----
 
     def pick(self, index: int) -> None:
@@ -193,7 +201,10 @@ class Reader:
         if large is None or small is None or self._code is None:
             return False
         evidence = self.evidence(small)
-        if evidence is None or not evidence.seen or self.evidence(large) is None:
+        is_input = isinstance(self._graph.names[large[0]], tuple)  # no probe ends there
+        if evidence is None or not evidence.seen:
+            return False
+        if self.evidence(large) is None and not is_input:
             return False
         for layout in self.layouts(large):
             ids = layout.spread(self.partitions[layout.partition].ids)

@@ -215,7 +215,8 @@ class EnvironmentOptimizer(Optimizer):
         if self._pending.owes_hooks:
             self._pending.owes_hooks = False
             tracked = [param for params, _, _ in groups for param in params]
-            show_to_hooks([(p, p.grad) for p in tracked if p.grad is not None])
+            grads = [(p, p.grad) for p in tracked if p.grad is not None]
+            show_to_hooks(grads, self._pending.tracked.name)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

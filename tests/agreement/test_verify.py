@@ -132,6 +132,7 @@ def cross_entropy(**options: Any) -> Callable[[nn.Module, Any], Tensor]:
     return lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"], **options)
 
 
+@pytest.mark.filterwarnings("ignore:Agreement:UserWarning")
 @pytest.mark.parametrize("environments", [None, 2, torch.tensor([0, 0, 1, 0, 2, 1])], ids=str)
 def test_another_reduction_is_named(environments: Any) -> None:
     batch = {"x": X[:, 0], "y": Y}
@@ -145,6 +146,7 @@ def test_another_reduction_is_named(environments: Any) -> None:
         assert fine.cause is None
 
 
+@pytest.mark.filterwarnings("ignore:Agreement:UserWarning")
 def test_class_weights_and_ignored_labels_are_named() -> None:
     agreement = am.Agreement(mlp(8, 6, 3), RULE)
     batch = {"x": X[:, 0], "y": Y}

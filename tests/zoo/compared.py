@@ -11,16 +11,16 @@ from torch import Tensor, nn
 import andmask_ext as am
 
 from ..agreement.exact_loop import RULE, check
-from ..agreement.outcomes import outcome
+from ..agreement.outcomes import EXACT, outcome
 from .samples import Batched, Joined, one_by_one, same
 
 # No environment has three examples: `torch.cross` would take them for the axes of space.
 STEPS = [(8, "each"), (8, "each"), (4, "2"), (4, "each"), (8, "ids"), (8, "2")]
 IDS = torch.tensor([0, 1, 1, 2, 0, 1, 2, 1])
 
-# Outcomes beside those of Agreement.
+# Outcomes beside those of Agreement: nothing was compared.
 NOT_SEPARATE = "data decide whether the batch is separate"
-NO_GRADIENT = "no gradient, or one that is not finite"
+NO_GRADIENT = "no gradient, or one that is sparse or not finite"
 
 
 def mean_loss(model: nn.Module, *batch: Tensor) -> Tensor:
@@ -53,7 +53,8 @@ def comparable(model: Batched | Joined, batch: Sequence[Tensor]) -> str | None:
     except (RuntimeError, NotImplementedError):
         return NO_GRADIENT
     reached = [grad for grad in grads if grad is not None]
-    if not reached or not all(grad.isfinite().all() for grad in reached):
+    dense = all(grad.layout == torch.strided for grad in reached)
+    if not reached or not dense or not all(grad.isfinite().all() for grad in reached):
         return NO_GRADIENT
     return None
 
@@ -81,3 +82,8 @@ def compared(
         )  # fmt: skip
         outcomes[result] += 1
     return outcomes
+
+
+def causes_of(outcomes: Counter[str]) -> set[str]:
+    """Return why some of the steps were refused."""
+    return set(outcomes) - {EXACT, NO_GRADIENT, NOT_SEPARATE}

@@ -51,7 +51,9 @@ class Sample:
         return [
             out
             for out in found
-            if isinstance(out, Tensor) and (out.is_floating_point() or out.is_complex())
+            if isinstance(out, Tensor)
+            and out.layout == torch.strided
+            and (out.is_floating_point() or out.is_complex())
         ]
 
 
@@ -156,6 +158,8 @@ def has_no_parameters(function: Callable[..., Any]) -> bool:
 
 def reduction(whole: Tensor, parts: Tensor) -> str:
     """Return how a loss reduces those of its examples; ``""``: in no way that is known."""
+    if same(parts, torch.zeros_like(parts)):
+        return ""
     if same(whole, parts.mean()):
         return "mean"
     return "sum" if same(whole, parts.sum()) else ""

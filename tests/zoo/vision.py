@@ -93,7 +93,7 @@ NORMED = {
         kinds=GROUPS_ONLY,
     ),
     "mobilenetv2": normed(
-        "MobileNetV2", {"depth_multiplier": 0.25, "num_labels": 3}, kinds=GROUPS_ONLY
+        "MobileNetV2", {"depth_multiplier": 0.25, "num_labels": 3}, 64, kinds=GROUPS_ONLY
     ),
     "resnet": normed("ResNet", {**STAGES, "embedding_size": 8}, kinds=GROUPS_ONLY),
     "regnet": normed("RegNet", {**STAGES, "embedding_size": 8, "groups_width": 4}, 64),
