@@ -192,7 +192,7 @@ MIXERS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "rolled": lambda x, b: x.roll(1, b),
     "turned": lambda x, b: x.flip(b),
     "mean": lambda x, b: x - x.mean(b, keepdim=True),
-    "deviation": lambda x, b: x / (1 + x.std(b, keepdim=True)),
+    "deviation": lambda x, b: x / (1 + x.var(b, keepdim=True, correction=0)),
     "softmax": lambda x, b: x.softmax(b),
     "sum so far": lambda x, b: x.cumsum(b),
     "largest": lambda x, b: x - x.amax(b, keepdim=True),
