@@ -112,7 +112,7 @@ test-zoo: $(READY)  ## torch's databases of modules and ops, compared with the l
 	$(PYTEST) tests/zoo --ignore=tests/zoo/test_models.py
 
 .PHONY: test-models
-test-models: $(READY)  ## 180 models of transformers and peft, tiny, compared with the loop
+test-models: $(READY)  ## models of transformers and peft, tiny, compared with the loop
 	$(PYTEST) tests/zoo/test_models.py
 
 .PHONY: test-long
