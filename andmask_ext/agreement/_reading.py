@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -88,7 +89,7 @@ class Reader:
                 and fits(layout.spread(groups.ids), ids)
             ]
             if left:
-                return left
+                return self._plain(at, left, groups.examples)
         picked = self._picked(at, axes)
         if picked is not None:
             return [picked]
@@ -97,6 +98,41 @@ class Reader:
         if environment is not None and shape:
             return [Layout(0, 1, 1, self._partition_of(Single(shape[0], environment)))]
         return []
+
+    def _plain(self, at: At, left: list[Layout], examples: int) -> list[Layout]:
+        """Keep the layouts that shapes make plain, as rows without a gradient allow too many.
+
+        Of a tensor that has an axis of the size of the batch, and of rows that are split into such
+        an axis next, the batch is that axis.
+        """
+        evidence, shape = self.evidence(at), self.shape(at)
+        assert evidence is not None
+        assert self._code is not None
+        kept = []
+        for layout in left:
+            ids = evidence.ids(layout.axis, self._code)
+            if ids is None or bool((ids >= 0).all()):
+                kept.append(layout)
+                continue
+            plain = {split_of(shape, one) for one in self._exact(shape, examples, layout)}
+            for user in self._users.get(at[0], ()):
+                after = self.shape((user, 0))
+                if self._graph.names[user] in RESHAPES and len(after) > len(shape):
+                    found = self._exact(after, examples, layout)
+                    lead = math.prod(shape[: layout.axis + 1])
+                    inside = [one for one in found if math.prod(after[: one.axis + 1]) <= lead]
+                    plain |= {split_of(after, one) for one in inside}
+            if not plain or split_of(shape, layout) in plain:
+                kept.append(layout)
+        return kept
+
+    @staticmethod
+    def _exact(shape: Sequence[int], examples: int, like: Layout) -> list[Layout]:
+        return [
+            Layout(axis, 1, 1, like.partition)
+            for axis, size in enumerate(shape)
+            if size == examples
+        ]
 
     def _single(self, at: At) -> int | None:
         """Return the environment that all gradients of an output belong to, if there is one."""
