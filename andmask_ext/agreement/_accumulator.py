@@ -13,7 +13,16 @@ from .._devices import by_device
 from .._dtypes import wide_dtype
 from .._norms import squared_norm
 from ..moments import Moments
-from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Stacked, add_up
+from ._contributions import (
+    Contribution,
+    Convolution,
+    Lookup,
+    Matrices,
+    OneByOne,
+    Outer,
+    Stacked,
+    add_up,
+)
 from ._entries import Entry, covered, join_outer_products
 from ._gramian import Gramian, Part, exact
 from ._graph import Graph, Operand
@@ -197,9 +206,7 @@ class GradientAccumulator:
         if squares is not None:
             memory[2] = squares
         if partial_use and target.moments.count == 0:
-            for tensor in memory:
-                if tensor is not None:
-                    tensor.zero_()
+            _clear(memory)
         for entry in entries:
             views = [None if tensor is None else entry.view.of(tensor) for tensor in memory]
             self._add(target, views, entry.contribution)
@@ -235,6 +242,13 @@ class GradientAccumulator:
                 groups.filled_offsets, count, contribution.stride, contribution.padding,
                 contribution.dilation, contribution.channel_groups, self._weights_of(groups),
             )  # fmt: skip
+        elif isinstance(contribution, Matrices):
+            for number, product in enumerate(contribution.products):
+                matrix = [None if tensor is None else tensor[number] for tensor in memory]
+                if product is not None:
+                    self._add(target, matrix, product)
+                elif count == 0:
+                    _clear(matrix)
         elif isinstance(contribution, Lookup):
             self._add_lookup(memory, contribution, count)
         else:
@@ -278,9 +292,8 @@ class GradientAccumulator:
     def _add_lookup(self, memory: list[Tensor | None], lookup: Lookup, count: int) -> None:
         total, votes = memory[:2]
         gradients, lines, environments = lookup.segments()
-        for tensor in (total, votes):
-            if tensor is not None and count == 0:
-                tensor.zero_()
+        if count == 0:
+            _clear(memory)
         if votes is not None:
             signs = (gradients > 0).to(votes.dtype) - (gradients < 0).to(votes.dtype)
             votes.index_add_(0, lines, signs)
@@ -303,6 +316,12 @@ class GradientAccumulator:
             torch.ops.andmask._accumulate_.default(
                 *lists, [add_up(parts, begin, end)], target.moments.count + begin, weights, True
             )
+
+
+def _clear(memory: Sequence[Tensor | None]) -> None:
+    for tensor in memory:
+        if tensor is not None:
+            tensor.zero_()
 
 
 def _parts(target: Target, entries: Sequence[Entry]) -> list[Part]:

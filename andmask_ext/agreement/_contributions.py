@@ -74,31 +74,32 @@ class Outer(Contribution):
 
 
 @dataclass
-class OuterBatch(Contribution):
-    """A batch of sums of outer products, one for each matrix of an operand ``[matrices, I, O]``.
+class Matrices(Contribution):
+    """Sums of outer products, for each matrix of an operand ``[matrices, I, O]``.
 
     Attributes:
-        activations: ``[matrices, examples, rows of each, I]``.
-        grads: ``[matrices, examples, rows of each, O]``.
+        products: the sums of each matrix; None: no row uses it, so its gradients are zero.
+        grads: the gradient of the output of the node.
     """
 
-    activations: Tensor
+    products: Sequence[Outer | None]
     grads: Tensor
-    groups: Groups
     shape: tuple[int, ...]
 
-    path = "batches of outer products"
+    path = "outer products of several matrices"
 
     def stacked(self, begin: int, end: int) -> Tensor:
-        gradients = []
-        for environment in range(begin, end):
-            members = self.groups.members(environment)
-            rows, grads = (
-                factor[:, members].flatten(1, 2).to(wide_dtype(factor))
-                for factor in (self.activations, self.grads)
-            )
-            gradients.append(torch.bmm(rows.transpose(1, 2), grads))
-        return torch.stack(gradients)
+        wide = wide_dtype(self.grads)
+        result = self.grads.new_zeros(end - begin, *self.shape, dtype=wide)
+        for number, product in enumerate(self.products):
+            if product is not None:
+                result[:, number] = product.stacked(begin, end)
+        return result
+
+    @property
+    def is_full(self) -> bool:
+        """Whether each matrix has rows of each environment."""
+        return all(one is not None and one.groups.filled is None for one in self.products)
 
 
 @dataclass

@@ -27,6 +27,11 @@ class Origin(enum.IntEnum):
     """An input of the model, or made of one."""
 
 
+# What holds no tensors that a function takes. Most arguments are told by their exact type.
+_ATOMS = frozenset((bool, float, int, slice, str, type(None), torch.device, torch.dtype))
+_WITHOUT = (str, int, float, type, nn.Module)
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield all tensors in nested lists, tuples, dicts and dataclass-like objects."""
     seen: set[int] = set()
@@ -36,7 +41,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
             yield value
             continue
-        if isinstance(value, (str, int, float, type, nn.Module)) or id(value) in seen:
+        if type(value) in _ATOMS or isinstance(value, _WITHOUT) or id(value) in seen:
             continue
         seen.add(id(value))
         if isinstance(value, dict):

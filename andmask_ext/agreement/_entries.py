@@ -12,7 +12,16 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from .._dtypes import wide_dtype
-from ._contributions import Contribution, Convolution, Lookup, OneByOne, Outer, Shared, Stacked
+from ._contributions import (
+    Contribution,
+    Convolution,
+    Lookup,
+    Matrices,
+    OneByOne,
+    Outer,
+    Shared,
+    Stacked,
+)
 from ._graph import Graph, Operand
 from ._nodes import refuse_sparse
 from ._views import View
@@ -51,6 +60,8 @@ class Entry:
             if isinstance(contribution, Outer):
                 return _is_matrix(view, contribution)
             return view.order == "same"
+        if isinstance(contribution, Matrices):
+            return 1 in view.stride[1:] and (contribution.is_full or not zeros_count)
         if isinstance(contribution, Lookup):
             return view.order == "same" and not zeros_count
         return isinstance(contribution, Stacked)

@@ -14,13 +14,14 @@ from ._contributions import (
     Contribution,
     Convolution,
     Lookup,
+    Matrices,
     OneByOne,
     Outer,
-    OuterBatch,
     Stacked,
     groups_of_axis,
     ids_of_axis,
 )
+from ._experts import grouped_mm
 from ._graph import Operand
 from ._node_gradient import NodeGradient, environments_of
 from ._nodes import aside, call_node, computes_all, keep_all_checkpoints, refuse_sparse
@@ -61,11 +62,12 @@ def _bmm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | Non
     if node_grad.delta.shape[0] != 1:
         if edge != 1 or layout.axis != 1:
             return None
-        inputs, grads = (
-            torch.stack([node_grad.rows(matrix) for matrix in factor])
-            for factor in (saved("self"), node_grad.delta)
-        )
-        return OuterBatch(inputs, grads, node_grad.groups, shape)
+        factors = zip(node_grad.delta, saved("self"), strict=True)
+        products = [
+            Outer(node_grad.rows(delta), node_grad.rows(rows), node_grad.groups, shape[1:])
+            for delta, rows in factors
+        ]
+        return Matrices(products, node_grad.delta, shape)
     delta, rows = node_grad.delta[0], replace(layout, axis=0)
     if edge == 1 and layout.axis == 1:
         matrix_grad = NodeGradient(node_grad.node, (delta,), (rows,), node_grad.partitions)
@@ -289,6 +291,7 @@ FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
     "EmbeddingBagBackward0": (_embedding_bag, (0,)),
     "ExpandBackward0": (_expand, None),
     "FusedRmsNormBackward0": (_rms_norm, None),
+    "GroupedMmBackward0": (grouped_mm, None),
     "MmBackward0": (_mm, (0, 1)),
     "MulBackward0": (_mul, None),
     "NativeBatchNormBackward0": (_batch_norm, (0,)),
