@@ -114,7 +114,8 @@ class Reader:
             if ids is None or bool((ids >= 0).all()):
                 kept.append(layout)
                 continue
-            plain = {split_of(shape, one) for one in self._exact(shape, examples, layout)}
+            exact = self._exact(shape, examples, layout)
+            plain = {split_of(shape, one) for one in exact if one.axis <= layout.axis}
             for user in self._users.get(at[0], ()):
                 after = self.shape((user, 0))
                 if self._graph.names[user] in RESHAPES and len(after) > len(shape):

@@ -228,7 +228,9 @@ def test_unusual_programs(name: str, batch: int) -> None:
     agreement = am.Agreement(model, RULE, keep_moments=True)
     for _ in range(2):
         step = partial(check, model, curved, rand(batch, 3, 4), agreement=agreement)
-        assert outcome(step) == REFUSED.get(name, EXACT)
+        # Where the batch divides a size of the rows, one example cannot be told from a mixture.
+        fits = batch < 6 and name in ("row by row", "one row at a time")
+        assert outcome(step) == (MIXING if fits else REFUSED.get(name, EXACT))
 
 
 def test_a_gradient_penalty() -> None:
