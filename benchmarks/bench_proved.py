@@ -1,0 +1,143 @@
+"""Steps after the first: ``Agreement`` on known models whose plan is kept.
+
+python -m benchmarks.bench_proved --quick
+
+Each example is an environment, and each step has other data. A vision transformer of 197 patches,
+BERT, and Mixtral, whose experts are one grouped product, in sizes in which a plain step takes about
+50 ms on one thread. They come from transformers, which the extra ``dev`` installs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
+
+import andmask_ext as am
+from andmask_ext.agreement._mixing import MixingCheck
+
+from .common import Row, measure, parser, peak_memory, run
+from .measuring import Step
+
+CLASSES, LENGTH, WORDS = 10, 64, 1000
+STEPS = 4  # batches that are drawn; the first makes the plan
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Setting = tuple[nn.Module, Loss, list[tuple[Tensor, Tensor]]]
+
+
+def vit(examples: int) -> Setting:
+    """Make a vision transformer of 14 x 14 patches and a token for the class."""
+    config = ViTConfig(
+        hidden_size=128, num_hidden_layers=16 // examples, num_attention_heads=4,
+        intermediate_size=512, image_size=112, patch_size=8, num_labels=CLASSES,
+    )  # fmt: skip
+    batches = [
+        (torch.randn(examples, 3, 112, 112), torch.randint(CLASSES, (examples,)))
+        for _ in range(STEPS)
+    ]
+    return ViTForImageClassification(config), _classes, batches
+
+
+def bert(examples: int) -> Setting:
+    """Make a BERT that classifies sentences."""
+    config = BertConfig(
+        vocab_size=WORDS, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=512, num_labels=CLASSES,
+    )  # fmt: skip
+    batches = [
+        (torch.randint(WORDS, (examples, LENGTH)), torch.randint(CLASSES, (examples,)))
+        for _ in range(STEPS)
+    ]
+    return BertForSequenceClassification(config), _classes, batches
+
+
+def mixtral(examples: int) -> Setting:
+    """Make a language model of which each token takes two of eight experts."""
+    config = MixtralConfig(
+        vocab_size=WORDS, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=256, num_local_experts=8,
+        experts_implementation="grouped_mm", use_cache=False,
+    )  # fmt: skip
+    words = [torch.randint(WORDS, (examples, LENGTH + 1)) for _ in range(STEPS)]
+    return MixtralForCausalLM(config), _words, [(one[:, :-1], one[:, 1:]) for one in words]
+
+
+def _classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(model(inputs).logits, labels)
+
+
+def _words(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
+    scores = model(inputs).logits
+    return F.cross_entropy(scores.flatten(0, 1), labels.flatten())
+
+
+MODELS: dict[str, Callable[[int], Setting]] = {"ViT": vit, "BERT": bert, "Mixtral": mixtral}
+BATCHES = {"ViT": (4, 8, 16), "BERT": (8,), "Mixtral": (8,)}
+
+
+def case(name: str, examples: int, last: int) -> list[Row]:
+    """Measure one model; memory with the last number of threads only."""
+    torch.manual_seed(0)
+    model, loss, batches = MODELS[name](examples)
+    params = list(model.parameters())
+    agreement = am.Agreement(model, am.AndMask(tau=0.6))
+    ours, plain = itertools.cycle(batches), itertools.cycle(batches)
+
+    def plain_step() -> None:
+        for param in params:
+            param.grad = None
+        loss(model, *next(plain)).backward()
+
+    def our_step() -> None:
+        for param in params:
+            param.grad = None
+        with agreement():
+            loss(model, *next(ours)).backward()
+
+    find, checks = MixingCheck.find, []
+
+    def counted(check: MixingCheck, *arguments: object) -> None:
+        checks.append(check)
+        find(check, *arguments)  # type: ignore[arg-type]
+
+    contestants: dict[str, Step] = {"plain": plain_step, "Agreement": our_step}
+    title = f"{name}, batch {examples}, {sum(p.numel() for p in params) / 1e6:.2f} M"
+    with mock.patch.object(MixingCheck, "find", counted):
+        for _ in range(STEPS):
+            our_step()
+        first = len(checks)
+        rows = measure(title, contestants, bytes_moved=0, yardstick="plain", patience=2.0)
+        if torch.get_num_threads() == last:
+            used = [peak_memory(contestants[row.contestant]) / 2**20 for row in rows]
+            for row, megabytes in zip(rows, used, strict=True):
+                row.megabytes, row.memory_ratio = megabytes, megabytes / used[0]
+    rows[1].note = f"mixing checks: {first} in {STEPS} steps, then {len(checks) - first}"
+    return rows
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    arguments = options.parse_args()
+    last = arguments.threads[-1]
+    chosen = [(name, n) for name in arguments.models for n in BATCHES[name]]
+    if arguments.quick:
+        chosen, arguments.threads = [(name, BATCHES[name][0]) for name in arguments.models], [last]
+    run(arguments, [partial(case, name, examples, last) for name, examples in chosen])
+
+
+if __name__ == "__main__":
+    main()
