@@ -332,7 +332,7 @@ class BackwardPass:
         accumulator: GradientAccumulator,
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
-            none = all(delta is None for delta in deltas)
+            none = all(delta is None or delta.numel() == 0 for delta in deltas)
             if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
                 raise RuntimeError(
                     f"Agreement: {consumer.name} has a gradient that does not come through the "

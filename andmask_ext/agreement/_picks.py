@@ -194,7 +194,7 @@ def _moved(node: Node, name: str, output: int, ids: Tensor, axis: int) -> Rows |
             return ids, axis
         if name == "FlipBackward0":
             return ids.flip(0), axis
-        return ids.roll(int(saved(node, "shifts")[dims.index(axis)])), axis
+        return ids.roll(_signed(saved(node, "shifts")[dims.index(axis)])), axis
     if _signed(saved(node, "dim")) % count != axis:
         return ids, axis
     if name == "SliceBackward0":

@@ -346,6 +346,9 @@ def _consumer(
             continue  # not used
         if code is None:
             continue
+        if 0 in reader.shape(at):  # as of an expert without rows
+            certain = False
+            continue
         certain &= alone and (evidence is None or evidence.seen)
         if layout is None or (check_mixing and evidence is None):
             shape, examples = reader.shape(at), reader.partitions[0].examples

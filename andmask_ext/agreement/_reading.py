@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
 
 from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
@@ -43,7 +42,6 @@ class Reader:
         self.partitions = list(batches)
         self._graph = graph
         self._static = len(batches)
-        self._is_regular = batches[0].size is not None
         self._evidences = evidences
         self._code = code
         self._origins: dict[int, int] = {}  # number of a partition -> node that picked its rows
@@ -91,12 +89,11 @@ class Reader:
             ]
             if left:
                 return left
-        for axis in range(len(shape)) if axes is None else axes:
-            ids = evidence.ids(axis, self._code) if axis < len(shape) else None
-            source = None if ids is None else self._source(at[0], ids)
-            if source is not None:
-                return [Layout(axis, 1, 1, source)]
-        environment = self._single(at)
+        picked = self._picked(at, axes)
+        if picked is not None:
+            return [picked]
+        # Where the batch would fit, another environment in its rows means that they mix.
+        environment = None if self.possible(at, None) else self._single(at)
         if environment is not None and shape:
             return [Layout(0, 1, 1, self._partition_of(Single(shape[0], environment)))]
         return []
@@ -131,9 +128,8 @@ class Reader:
         if len({split_of(shape, layout) for layout in left}) > 1:
             left = self._as_reshaped(at, left)
         alone = len({split_of(shape, layout) for layout in left}) == 1
-        if alone and self._single(at) is not None:
-            # Which example it is follows from the place in the graph, unless ids tell.
-            alone = left[0].partition in self._singles.values() and self._is_regular
+        # Which example a row is may change from step to step.
+        alone = alone and self._single(at) is None
         sure = self._code is None or self.evidence(at) is not None
         return (left[0] if alone or sure else None), alone or self._code is None
 
@@ -149,20 +145,25 @@ class Reader:
                     return same
         return left
 
-    def _source(self, index: int, ids: Tensor) -> int | None:
-        """Return the partition of the nearest node below that picked rows of these environments."""
-        matching = {
-            node: number
-            for number, node in self._origins.items()
-            if fits(self.partitions[number].ids, ids)
-        }
+    def _picked(self, at: At, axes: Sequence[int] | None) -> Layout | None:
+        """Return the layout by the nearest node below that picked rows of these environments."""
+        evidence, shape = self.evidence(at), self.shape(at)
+        assert evidence is not None
+        assert self._code is not None
+        matching: dict[int, Layout] = {}
+        for number, node in self._origins.items():
+            groups = self.partitions[number]
+            for layout in candidates(shape, groups.examples, axes, number):
+                ids = evidence.ids(layout.axis, self._code)
+                if ids is not None and fits(layout.spread(groups.ids), ids):
+                    matching.setdefault(node, layout)
         if not matching:
             return None
-        seen, waiting = {index}, [index]
-        for at in waiting:
-            if at in matching:
-                return matching[at]
-            for entry in self._graph.edges[at]:
+        seen, waiting = {at[0]}, [at[0]]
+        for index in waiting:
+            if index in matching:
+                return matching[index]
+            for entry in self._graph.edges[index]:
                 if entry is not None and entry[0] not in seen:
                     seen.add(entry[0])
                     waiting.append(entry[0])

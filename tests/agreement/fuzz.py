@@ -12,7 +12,8 @@ import traceback
 import warnings
 from collections import Counter
 
-from .networks import MIXERS, draw
+from .moves import MIXERS
+from .networks import draw
 from .outcomes import EXACT, outcome
 
 MOST_REFUSED = 0.02

@@ -14,7 +14,8 @@ from andmask_ext.agreement._mixing import MixingCheck
 from ..models import curved
 from .exact_loop import RULE, check
 from .layers import Function, rand
-from .networks import MIXERS, MOVES, draw, experts, order_of
+from .moves import MIXERS, MOVES, experts, order_of
+from .networks import draw
 from .outcomes import MIXING, NO_BATCH, Tally, outcome
 
 # Regions within reentrant ones are called without gradients at first.
