@@ -115,6 +115,14 @@ test-zoo: $(READY)  ## torch's databases of modules and ops, compared with the l
 test-models: $(READY)  ## models of transformers and peft, tiny, compared with the loop
 	$(PYTEST) tests/zoo/test_models.py
 
+# Each seed is a network; `make fuzz-agreement FIRST=5000` goes on where 5,000 seeds ended.
+FIRST ?= 0
+COUNT ?= 5000
+
+.PHONY: fuzz-agreement
+fuzz-agreement: $(READY)  ## random networks that move rows about, compared with the loop; COUNT=5000
+	$(BIN)/python -m tests.agreement.fuzz --first $(FIRST) --count $(COUNT)
+
 .PHONY: test-long
 test-long: $(READY)  ## the suite with 5,000 drawn examples per property (an hour)
 	ANDMASK_HYPOTHESIS_PROFILE=long $(PYTEST) -m 'not (large or zoo)' $(TESTS)

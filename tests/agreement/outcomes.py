@@ -22,7 +22,7 @@ EXACT = "exact"
 MIXING = "environments mix in the model"
 NO_BATCH = "cannot tell where the batch"
 NOT_FROM_OUTPUTS = "a gradient that does not come through the outputs of the model"
-PARAMETERS_ONLY = "a term of the loss is made of parameters only"
+PARAMETERS_ONLY = "made of parameters only, so it belongs to no environment"
 BATCH_NORM = "takes statistics over all environments"
 REENTRANT_ARGUMENT = "a parameter is an argument of a function under reentrant checkpointing"
 

@@ -17,7 +17,7 @@ import andmask_ext as am
 
 from .exact_loop import RULE, check
 from .layers import Function, rand
-from .outcomes import EXACT, MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, Tally, outcome
+from .outcomes import EXACT, MIXING, NO_BATCH, NOT_FROM_OUTPUTS, Tally, outcome
 from .test_layers import EXAMPLES, environments
 
 
@@ -129,7 +129,7 @@ def test_random_programs() -> None:
 
 def test_random_programs_of_one_column_or_with_frozen_parameters() -> None:
     """One column makes equal keys more often; of frozen ones constants may be all that is left."""
-    tally = Tally(MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, exact=0.9)
+    tally = Tally(MIXING, NO_BATCH, NOT_FROM_OUTPUTS, exact=0.9)
     # An empty slice of a weight is not known yet, nor are reentrant regions with frozen parameters.
     names = sorted(STEPS.keys() - {"half of the weight", "checkpointed, reentrant"})
 
