@@ -102,8 +102,8 @@ class Reader:
     def _plain(self, at: At, left: list[Layout], examples: int) -> list[Layout]:
         """Keep the layouts that shapes make plain, as rows without a gradient allow too many.
 
-        Of a tensor that has an axis of the size of the batch, and of rows that are split into such
-        an axis next, the batch is that axis.
+        If the first axis has the size of the batch, in the tensor or in the next one, whose rows
+        are split, the batch is an axis of that size.
         """
         evidence, shape = self.evidence(at), self.shape(at)
         assert evidence is not None
@@ -129,11 +129,10 @@ class Reader:
 
     @staticmethod
     def _exact(shape: Sequence[int], examples: int, like: Layout) -> list[Layout]:
-        return [
-            Layout(axis, 1, 1, like.partition)
-            for axis, size in enumerate(shape)
-            if size == examples
-        ]
+        if not shape or shape[0] != examples:
+            return []
+        sizes = enumerate(shape)
+        return [Layout(axis, 1, 1, like.partition) for axis, size in sizes if size == examples]
 
     def _single(self, at: At) -> int | None:
         """Return the environment that all gradients of an output belong to, if there is one."""

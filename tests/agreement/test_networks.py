@@ -27,7 +27,8 @@ SEEDS = st.integers(0, 2**32)
 
 @pytest.mark.xfail(
     reason="rows that move while most of the outputs have no gradient: refused too often, and with "
-    "two examples a wrong order may fit"
+    "two examples a wrong order may fit",
+    strict=False,
 )
 @pytest.mark.parametrize("move", MOVES)
 def test_networks_that_move_rows(move: str) -> None:
