@@ -27,17 +27,19 @@ from ._batch import (
 from ._contributions import Contribution, Shared
 from ._current import require_batch
 from ._data import DataRecord
+from ._flows import Entrance
 from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
 from ._gramian import Gramian
-from ._graph import Graph
+from ._graph import CHECKPOINT, Graph
 from ._groups import Groups
 from ._layout import Code
 from ._mixing import MixingCheck, make_code
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
-from ._plan import CHECKPOINT, Consumer, Plan, make_plan, refuse_compiled, suspects
+from ._plan import Consumer, Plan, make_plan, suspects
+from ._refusals import refuse_compiled
 from ._setup import Setup
 from ._user_hooks import UserHooks
 
@@ -88,6 +90,7 @@ class BackwardPass:
         self._mixing = MixingCheck(self._engine)
         self.hooks = UserHooks(lambda: self._mixing.running)
         self._inner = 0  # backward passes inside this one
+        self._entrance = Entrance()
         self._outer: Any = None  # the key of the plan of the outer one
         self._batches: list[Groups] = []  # the partitions of the batch
         self._anchors: list[Anchor] = []
@@ -261,7 +264,7 @@ class BackwardPass:
         # Functions under reentrant checkpointing run their own backward passes. Their graphs are
         # not known yet, so a plan for other sizes cannot be adapted.
         again = CHECKPOINT not in graph.names and bool(sizes)
-        if self._setup.check_mixing != "always":
+        if self._setup.check_mixing != "always" and not self._entrance.moved:
             known = plans.find(key, sizes, graph, self._batches, again)
             if known is not None:
                 return known
@@ -270,7 +273,8 @@ class BackwardPass:
             self._check(graph)
         plan, partitions = make_plan(
             graph, self._batches, self._mixing.evidence(inner), self._code, self.data,
-            self._setup.check_mixing != "never",
+            replace(self._entrance, moves_inside=self._mixing.moves_inside),
+            self._setup.batch_dim, self._setup.check_mixing != "never",
         )  # fmt: skip
         if not inner:
             batch = batch_of_loss(self._anchors, self._batches, self._setup.reduction)
@@ -317,9 +321,12 @@ class BackwardPass:
             raise RuntimeError(
                 "Agreement: expected a loss that depends on a parameter, but none was reached"
             )
+        outside = self._entrance
+        self._entrance = outside.of_regions(plan.apart, plan.moves)
         try:
             self._engine(graph, roots, grads, retain_graph, inputs)
         finally:
+            self._entrance = outside
             for handle in handles:
                 handle.remove()
 
@@ -333,7 +340,7 @@ class BackwardPass:
     ) -> Callable[[tuple[Tensor | None, ...]], None]:
         def hook(deltas: tuple[Tensor | None, ...]) -> None:
             none = all(delta is None or delta.numel() == 0 for delta in deltas)
-            if consumer.unseen and any(d is not None and bool(d.any()) for d in deltas):
+            if consumer.is_new(deltas):
                 raise RuntimeError(
                     f"Agreement: {consumer.name} has a gradient that does not come through the "
                     "outputs of the model, so it cannot be checked that environments do not mix "

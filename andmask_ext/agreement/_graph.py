@@ -197,6 +197,7 @@ def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int |
 _STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "offset", "shifts", "start",
            "step", "training")  # fmt: skip
 _INDEXED = ("IndexBackward0", "IndexPutBackward0")
+CHECKPOINT = "CheckpointFunctionBackward"  # reentrant checkpointing
 RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
 
 # Per type of node: its arguments that belong to the structure. Types without such arguments.

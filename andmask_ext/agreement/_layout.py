@@ -62,7 +62,7 @@ def candidates(
     """Return all possible layouts of a batch, the most usual ones first."""
     layouts = []
     for axis in range(len(shape)) if axes is None else axes:
-        if axis >= len(shape) or shape[axis] == 0 or shape[axis] % examples:
+        if axis >= len(shape) or 0 in (shape[axis], examples) or shape[axis] % examples:
             continue
         factor = shape[axis] // examples
         befores = [b for b in range(1, factor + 1) if factor % b == 0]
@@ -182,6 +182,11 @@ class Evidence:
                     found = torch.where(none, -1, found)
             self._ids[axis] = found
         return self._ids[axis]
+
+    def is_clear(self, axis: int) -> bool:
+        """Return whether the rows along an axis that count as without a gradient have none."""
+        first = self._first[axis]
+        return bool((first[self._none[axis] | ~first.isfinite()] == 0).all())
 
 
 ALL = -1  # in place of an axis: each element by itself

@@ -15,6 +15,7 @@ from ._graph import Graph
 from ._groups import Groups
 from ._layout import Code, Evidence
 from ._nodes import leaf, shape_of
+from ._picks import PICKING
 from ._plan import suspects, witnesses
 from ._reading import Evidences
 
@@ -28,10 +29,15 @@ class MixingCheck:
     Args:
         engine: runs a backward pass over a graph. It takes the graph, its roots, their gradients,
             whether to retain the graph, and the nodes and leaves to reach.
+
+    Attributes:
+        running: whether a probe is under way.
+        moves_inside: whether a backward pass inside a probe had nodes that pick rows.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.running = False
+        self.moves_inside = False
         self._engine = engine
         self._probe = 0
         self._inner = 0  # number of backward passes inside this one
@@ -64,7 +70,7 @@ class MixingCheck:
             batches: the partitions of the batch.
             code: the powers of the environments; None: there is only one.
         """
-        self._by_pass, self._evidence = {}, {}
+        self._by_pass, self._evidence, self.moves_inside = {}, {}, False
         if code is None or not anchors:
             return
         probe = Graph([anchor.node for anchor in anchors], tracked)
@@ -95,6 +101,7 @@ class MixingCheck:
     def inner_pass(self, graph: Graph, roots: Sequence[Any], grads: list[Tensor]) -> None:
         """Run a backward pass inside a probe (reentrant checkpointing)."""
         self._inner += 1
+        self.moves_inside |= any(name in PICKING for name in graph.names)
         leaves = [leaf(n) for i, n in enumerate(graph.nodes) if graph.is_untracked_leaf(i)]
         self._pass(graph, roots, grads, self._by_pass.setdefault(self._inner, {}), leaves)
 

@@ -85,31 +85,12 @@ class Pick:
     small: Layout
 
 
-@dataclass(frozen=True)
-class Single:
-    """Rows that all belong to one environment, where a model treats examples one by one.
-
-    Attributes:
-        rows: their number.
-        environment: the environment.
-    """
-
-    rows: int
-    environment: int
-
-    def groups(self, environments: int) -> Groups:
-        """Return the partition of the rows."""
-        return group_rows(torch.full((self.rows,), self.environment), environments)
-
-
-def follow(
-    picks: Sequence[Pick | Single], graph: Graph, batches: Sequence[Groups]
-) -> list[Groups] | None:
+def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
     """Return the partitions of a pass: those of the batch, and those of rows that were picked.
 
     Args:
-        picks: the nodes that pick rows, and the rows of single environments, in an order in which
-            each partition is made before it is used.
+        picks: the nodes that pick rows, in an order in which each partition is made before it is
+            used.
         graph: the graph of the pass.
         batches: the partitions of the batch.
 
@@ -118,9 +99,6 @@ def follow(
     """
     partitions = list(batches)
     for pick in picks:
-        if isinstance(pick, Single):
-            partitions.append(pick.groups(partitions[0].environments))
-            continue
         groups, large = partitions[pick.large.partition], pick.large
         if shape_of_large(graph, pick.index)[large.axis] != large.size * groups.examples:
             return None
@@ -241,8 +219,10 @@ def _masked(mask: Tensor, ids: Tensor, axis: int, shape: Sequence[int]) -> Rows:
 
 def _along_one_axis(ids: Tensor, first: int) -> Rows | None:
     """Return ids that vary along one axis only, with the number of this axis from ``first`` on."""
+    if 0 in ids.shape:
+        return ids.new_empty(0), first + ids.shape.index(0)
     for axis in range(ids.dim()):
         rows = ids.movedim(axis, 0).reshape(ids.shape[axis], -1)
-        if rows.numel() and bool((rows == rows[:, :1]).all()):
+        if bool((rows == rows[:, :1]).all()):
             return rows[:, 0].contiguous(), first + axis
     return None

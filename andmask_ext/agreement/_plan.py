@@ -6,20 +6,28 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from torch import Tensor
 from torch.autograd.graph import Node
 
 from ._data import DataRecord, Origin
+from ._flows import Entrance, Flows
 from ._formulas import axes_of
-from ._graph import HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
+from ._graph import CHECKPOINT, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
-from ._nodes import has_hooks, rows_of, shape_of
-from ._picks import PICKING, Pick, Single, follow
+from ._nodes import rows_of, shape_of
+from ._picks import PICKING, Pick, follow
 from ._reading import Evidences, Reader
+from ._refusals import (
+    BATCH_NORM,
+    mixing,
+    not_found,
+    out_of_place,
+    refuse_hooks,
+    refuse_opaque,
+)
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-CHECKPOINT = "CheckpointFunctionBackward"
-_COMPILED = "CompiledFunctionBackward"
 # The gradient of a term does not depend on the other terms.
 _SUMS = frozenset((
     "AddBackward0", "CatBackward0", "RsubBackward0", "StackBackward0", "SubBackward0",
@@ -37,6 +45,8 @@ class Consumer:
         operands: its inputs that are computed from parameters only.
         layouts: the batch axis of each of its outputs; None: it has none.
         unseen: no probe had a gradient here, so a gradient is an error.
+        quiet: for each output, the rows along the batch axis that had none in any probe, if the
+            probes alone tell whose rows they are. None: all may have one.
         shared: the operands are terms of the loss. Each environment has them in full.
     """
 
@@ -45,7 +55,18 @@ class Consumer:
     operands: tuple[Operand, ...]
     layouts: tuple[Layout | None, ...]
     unseen: bool = False
+    quiet: tuple[Tensor | None, ...] = ()
     shared: bool = False
+
+    def is_new(self, deltas: Sequence[Tensor | None]) -> bool:
+        """Return whether there is a gradient where no probe had one."""
+        if self.unseen:
+            return any(delta is not None and bool(delta.any()) for delta in deltas)
+        return any(
+            delta is not None and layout is not None and rows is not None
+            and bool(delta.index_select(layout.axis, rows.to(delta.device)).any())
+            for delta, layout, rows in zip(deltas, self.layouts, self.quiet, strict=False)
+        )  # fmt: skip
 
     def at(self, graph: Graph, partitions: Sequence[Groups]) -> Consumer | None:
         """Return this consumer for a graph of other sizes; None: the plan must be made again."""
@@ -80,6 +101,7 @@ class Plan:
         certain: whether the plan holds for any backward pass of the same structure.
         picks: the nodes that pick rows of data, see :func:`follow`.
         contents: the nodes that must pick the same rows if the plan is to hold.
+        apart: whether environments are proved to be apart in what enters regions that hide nodes.
         batch: the partition of the examples that the loss is the mean of.
     """
 
@@ -87,9 +109,15 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
-    picks: tuple[Pick | Single, ...]
+    picks: tuple[Pick, ...]
     contents: tuple[int, ...]
+    apart: bool
     batch: int = 0
+
+    @property
+    def moves(self) -> bool:
+        """Whether nodes move rows of data."""
+        return bool(self.picks or self.contents)
 
     def partitions(self, graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
         """Return the partitions of rows of a pass; None: the plan does not hold for it."""
@@ -164,6 +192,8 @@ def make_plan(
     evidences: Evidences,
     code: Code | None,
     data: DataRecord,
+    entrance: Entrance,
+    batch_dim: int,
     check_mixing: bool,
 ) -> tuple[Plan, list[Groups]]:
     """Make the plan of a graph, and the partitions of this pass.
@@ -174,19 +204,24 @@ def make_plan(
         evidences: the results of the mixing check.
         code: the powers of the environments; None: there is only one.
         data: what the nodes are made of.
+        entrance: how data come into the graph.
+        batch_dim: the batch dimension of the model.
         check_mixing: refuse nodes that no probe has reached.
 
     Raises:
         RuntimeError: the gradients of the environments cannot be computed exactly.
     """
-    reader = Reader(graph, batches, evidences, code)
+    flows = Flows(graph, entrance)
+    reader = Reader(graph, batches, evidences, code, flows, batch_dim)
     weight = [False] * len(graph.nodes)
     consumers, leaves = [], []
     certain = True
     for index in graph.children_first():
         node, name = graph.nodes[index], graph.names[index]
+        weight[index] = graph.param(index) is not None
+        if not weight[index]:
+            flows.enter(index, weight)
         if isinstance(name, tuple):
-            weight[index] = name[1] is not None
             if not weight[index]:
                 leaves.append(index)
             continue
@@ -194,18 +229,14 @@ def make_plan(
             _check_rows(node, index, reader, code)
         below = [weight[entry[0]] for entry in graph.edges[index] if entry]
         if any(below):
-            _refuse_opaque(name)
+            refuse_opaque(name)
             if all(below) and _is_weight(graph, index, reader, code, data):
                 weight[index] = True
                 for output in range(len(node._input_metadata)):
-                    _refuse_hooks(node, name, output)
+                    refuse_hooks(node, name, output)
                 continue
             if name in _BATCH_NORMS and code is not None and _takes_statistics(node):
-                raise RuntimeError(
-                    "Agreement: torch.nn.functional.batch_norm in training mode takes statistics "
-                    "over all environments; use andmask_ext.nn.convert_batchnorm(model) with "
-                    "layers, or andmask_ext.backward with one forward pass per environment"
-                )
+                raise RuntimeError(BATCH_NORM)
             consumer, alone = _consumer(graph, index, name, weight, reader, code, check_mixing)
             certain &= alone
             consumers.append(consumer)
@@ -216,36 +247,14 @@ def make_plan(
             "Agreement: the loss, or one of several, is made of parameters only, so it belongs to "
             "no environment; add it to the loss of the data: `(loss + penalty).backward()`"
         )
+    deferred = CHECKPOINT in graph.names
     plan = Plan(
-        tuple(consumers), tuple(leaves), CHECKPOINT in graph.names, certain,
-        tuple(reader.picks), tuple(reader.unexplained),
+        tuple(consumers), tuple(leaves), deferred, certain, tuple(reader.picks),
+        tuple(reader.unexplained), flows.regions_are_proved(),
     )  # fmt: skip
+    if deferred and plan.moves:  # the region does not see which rows were moved
+        plan = replace(plan, certain=False)
     return plan, reader.partitions
-
-
-def refuse_compiled(graph: Graph) -> None:
-    """Raise RuntimeError if a compiled function of the graph takes tracked parameters."""
-    if _COMPILED not in graph.names:
-        return
-    for name, edges in zip(graph.names, graph.edges, strict=True):
-        below = [entry[0] for entry in edges if entry is not None]
-        if name == _COMPILED and any(graph.param(child) is not None for child in below):
-            _refuse_opaque(_COMPILED)
-
-
-def _refuse_opaque(name: str) -> None:
-    """Raise RuntimeError if the uses of a node's parameters cannot be seen."""
-    if name == _COMPILED:
-        raise RuntimeError(
-            "Agreement: the model, or a part of it that has parameters, was compiled with "
-            "torch.compile, which hides the uses of parameters in its backward pass; call the "
-            "original module (model._orig_mod) inside the context, or use andmask_ext.backward"
-        )
-    if name == CHECKPOINT:
-        raise RuntimeError(
-            "Agreement: a parameter is an argument of a function under reentrant "
-            "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
-        )
 
 
 def _check_rows(node: Node, index: int, reader: Reader, code: Code) -> None:
@@ -259,14 +268,6 @@ def _check_rows(node: Node, index: int, reader: Reader, code: Code) -> None:
             "Agreement: expected the rows of each example one after the other in the input of a "
             "layer of convert_batchnorm, but they lie in another order, or environments mix after "
             "it; use andmask_ext.backward with one forward pass per environment"
-        )
-
-
-def _refuse_hooks(node: Node, name: str, output: int) -> None:
-    if has_hooks(node, output):
-        raise RuntimeError(
-            f"Agreement: {name} has a hook (Tensor.register_hook), which would have to change the "
-            "gradient of each environment; remove it, or use andmask_ext.backward"
         )
 
 
@@ -336,55 +337,22 @@ def _consumer(
         if axes_of(name, operand.edge) != axes:
             axes = axes_of(name, operand.edge)
     layouts: list[Layout | None] = []
-    certain = True
+    certain, unseen = True, False
     for output in range(outputs):
         at = (index, output)
-        evidence = reader.evidence(at)
+        evidence, shape = reader.evidence(at), reader.shape(at)
         layout, alone = reader.choose(at, axes)
         layouts.append(layout)
-        if output > 0 and (evidence is None or not evidence.seen):
-            continue  # not used
-        if code is None:
+        seen = evidence is not None and evidence.seen
+        if code is None or (output > 0 and not seen):  # not used
             continue
-        if 0 in reader.shape(at):  # as of an expert without rows
-            certain = False
-            continue
-        certain &= alone and (evidence is None or evidence.seen)
-        if layout is None or (check_mixing and evidence is None):
-            shape, examples = reader.shape(at), reader.partitions[0].examples
-            if evidence is not None and evidence.seen:
-                message = _out_of_place if reader.is_apart(at, axes) else _mixing
-                raise RuntimeError(message(name, shape, examples))
-            raise RuntimeError(_not_found(name, shape, examples))
-    unseen = reached and not reader.seen(index) and code is not None
-    return Consumer(index, name, operands, tuple(layouts), unseen), certain
-
-
-def _mixing(name: str, shape: Sequence[int], examples: int) -> str:
-    return (
-        f"Agreement: environments mix in the model: the gradient at {name} (output of shape "
-        f"{tuple(shape)}, batch of {examples}) depends on examples of several environments; use "
-        "andmask_ext.backward, with one forward pass per environment"
-    )
-
-
-def _out_of_place(name: str, shape: Sequence[int], examples: int) -> str:
-    return (
-        f"Agreement: environments mix in the model: the rows of {name} (output of shape "
-        f"{tuple(shape)}, batch of {examples}) reach other environments than those of their place, "
-        "and no index in the graph says why; if the model packs its examples into rows, pass the "
-        "environment of each row; if it picks rows of its inputs and puts them back, call "
-        "requires_grad_() on the inputs, so that autograd sees it; else use andmask_ext.backward, "
-        "with one forward pass per environment"
-    )
-
-
-def _not_found(name: str, shape: Sequence[int], examples: int) -> str:
-    return (
-        f"Agreement: cannot tell where the batch of {examples} examples lies in the output of "
-        f"{name}, of shape {tuple(shape)}; expected a model that is called inside the context and "
-        "returns the tensors that the loss is computed from; if their batch is not in dimension "
-        "batch_dim, pass Agreement(output_batch_dim=...); if the number of examples is not "
-        f"{examples}, pass batch_size=... to the context, or the environment of each example; or "
-        "use andmask_ext.backward"
-    )
+        if not seen and output == 0:
+            unseen = reached and not alone and not reader.seen(index)
+        certain &= alone
+        if seen and layout is None:
+            message = out_of_place if reader.is_apart(at, axes) else mixing
+            raise RuntimeError(message(name, shape, reader.partitions[0].examples))
+        if not reached and (layout is None or check_mixing):
+            raise RuntimeError(not_found(name, shape, reader.partitions[0].examples))
+    quiet = tuple(reader.quiet.get((index, output)) for output in range(outputs))
+    return Consumer(index, name, operands, tuple(layouts), unseen, quiet), certain

@@ -6,17 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
+from ._flows import GIVEN, UNKNOWN, At, Flow, Flows
 from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
 from ._nodes import shape_of
-from ._picks import PICKING, Pick, Rows, Single, route
+from ._picks import PICKING, Pick, Rows, route
 
 # By the index of a node: the evidence on each of its outputs.
 Evidences = Mapping[int, list[Evidence]]
-
-At = tuple[int, int]  # the index of a node, and the number of its output
 
 
 class Reader:
@@ -27,26 +27,35 @@ class Reader:
         batches: the partitions of the batch.
         evidences: the results of the mixing check.
         code: the powers of the environments; None: there is only one.
+        flows: where rows come from. A node must have entered before it is read.
+        batch_dim: the batch dimension of the model.
 
     Attributes:
-        picks: the nodes that move rows, and whose indices explain the environments of the rows;
-            and the rows of single environments.
+        picks: the nodes that move rows, and whose indices explain the environments of the rows.
         unexplained: the other nodes that pick rows of data.
         partitions: the partitions of the batch, and those of picked rows.
+        quiet: the rows without a gradient of outputs whose rows go by the probes alone.
     """
 
     def __init__(
-        self, graph: Graph, batches: Sequence[Groups], evidences: Evidences, code: Code | None
+        self,
+        graph: Graph,
+        batches: Sequence[Groups],
+        evidences: Evidences,
+        code: Code | None,
+        flows: Flows,
+        batch_dim: int,
     ) -> None:
-        self.picks: list[Pick | Single] = []
+        self.picks: list[Pick] = []
         self.unexplained: list[int] = []
         self.partitions = list(batches)
+        self.quiet: dict[At, Tensor] = {}
         self._graph = graph
-        self._static = len(batches)
+        self._given = len(batches)
         self._evidences = evidences
         self._code = code
-        self._origins: dict[int, int] = {}  # number of a partition -> node that picked its rows
-        self._singles: dict[Single, int] = {}
+        self._flows = flows
+        self._batch_dim = batch_dim
         self._users: dict[int, list[int]] = {}
         for user, edges in enumerate(graph.edges):
             for entry in edges:
@@ -69,18 +78,21 @@ class Reader:
     def possible(self, at: At, axes: Sequence[int] | None) -> list[Layout]:
         """Return the layouts that the shape of an output allows, the most usual first."""
         shape = self.shape(at)
-        for number in range(self._static):
+        for number in range(self._given):
             found = candidates(shape, self.partitions[number].examples, axes, number)
             if found:
                 return found
         return []
 
     def layouts(self, at: At, axes: Sequence[int] | None = None) -> list[Layout]:
-        """Return the layouts that agree with all probes."""
+        """Return the layouts that agree with all probes, and with the nodes that move rows."""
         evidence, shape = self.evidence(at), self.shape(at)
-        if evidence is None or self._code is None or not evidence.seen:
+        if evidence is None or self._code is None:
             return self.possible(at, axes)
-        for number in range(self._static):
+        moved = [number for number in sorted(self._flows.of(at)) if number >= self._given]
+        if 0 in shape:  # as of an expert without rows
+            return [Layout(shape.index(0), 1, 1, number) for number in moved[:1]]
+        for number in (*moved, *range(self._given)):
             groups = self.partitions[number]
             left = [
                 layout
@@ -89,21 +101,15 @@ class Reader:
                 and fits(layout.spread(groups.ids), ids)
             ]
             if left:
-                return self._plain(at, left, groups.examples)
-        picked = self._picked(at, axes)
-        if picked is not None:
-            return [picked]
-        # Where the batch would fit, another environment in its rows means that they mix.
-        environment = None if self.possible(at, None) else self._single(at)
-        if environment is not None and shape:
-            return [Layout(0, 1, 1, self._partition_of(Single(shape[0], environment)))]
+                plain = number in moved or not evidence.seen
+                return left if plain else self._plain(at, left, groups.examples)
         return []
 
     def _plain(self, at: At, left: list[Layout], examples: int) -> list[Layout]:
         """Keep the layouts that shapes make plain, as rows without a gradient allow too many.
 
-        If the first axis has the size of the batch, in the tensor or in the next one, whose rows
-        are split, the batch is an axis of that size.
+        If the batch dimension has the size of the batch, in the tensor or in the next one, whose
+        rows are split, the batch is an axis of that size.
         """
         evidence, shape = self.evidence(at), self.shape(at)
         assert evidence is not None
@@ -127,47 +133,67 @@ class Reader:
                 kept.append(layout)
         return kept
 
-    @staticmethod
-    def _exact(shape: Sequence[int], examples: int, like: Layout) -> list[Layout]:
-        if not shape or shape[0] != examples:
+    def _exact(self, shape: Sequence[int], examples: int, like: Layout) -> list[Layout]:
+        if examples not in (*shape[:1], *shape[self._batch_dim :][:1]):
             return []
         sizes = enumerate(shape)
         return [Layout(axis, 1, 1, like.partition) for axis, size in sizes if size == examples]
 
-    def _single(self, at: At) -> int | None:
-        """Return the environment that all gradients of an output belong to, if there is one."""
-        evidence = self.evidence(at)
-        if evidence is None or self._code is None:
-            return None
-        for axis in range(len(evidence.shape)):
-            ids = evidence.ids(axis, self._code)
-            known = None if ids is None else ids[ids >= 0]
-            if known is not None and len(known) and bool((known == known[0]).all()):
-                return int(known[0])
-        return None
-
-    def _partition_of(self, single: Single) -> int:
-        if single not in self._singles:
-            self.picks.append(single)
-            self.partitions.append(single.groups(self.partitions[0].environments))
-            self._singles[single] = len(self.partitions) - 1
-        return self._singles[single]
-
     def choose(self, at: At, axes: Sequence[int] | None) -> tuple[Layout | None, bool]:
-        """Return the layout of an output (None: there is none), and whether it is the only one."""
-        left = self.layouts(at, axes)
+        """Return the layout of an output (None: there is none), and whether it holds for others.
+
+        If the probes leave several layouts, all of them treat the gradients of this graph alike.
+        For another graph of the same structure they may differ.
+        """
+        left, evidence = self.layouts(at, axes), self.evidence(at)
         if not left:
-            return None, False
-        shape = self.shape(at)
-        # If the probes leave several layouts, all of them treat the gradients of this graph alike.
-        # For another graph of the same structure they may differ.
+            return self._by_row(at, axes), False
+        if self._code is None:
+            return left[0], True
+        shape, number = self.shape(at), left[0].partition
         if len({split_of(shape, layout) for layout in left}) > 1:
             left = self._as_reshaped(at, left)
         alone = len({split_of(shape, layout) for layout in left}) == 1
-        # Which example a row is may change from step to step.
-        alone = alone and self._single(at) is None
-        sure = self._code is None or self.evidence(at) is not None
-        return (left[0] if alone or sure else None), alone or self._code is None
+        if evidence is None:
+            return (left[0] if alone else None), alone
+        self._flows.prove(at[0])
+        ids = evidence.ids(left[0].axis, self._code)
+        if ids is None or bool((ids < 0).any()) or 0 in shape:
+            # Rows without a gradient fit everywhere: nodes must tell where they come from.
+            alone &= self._flows.of(at) == self._flow_of(number)
+            if number < self._given:
+                alone &= ids is not None and len(ids[ids >= 0].unique()) > 1
+        return left[0], alone
+
+    def _flow_of(self, number: int) -> Flow:
+        return Flow((number,)) if number >= self._given else GIVEN
+
+    def _by_row(self, at: At, axes: Sequence[int] | None) -> Layout | None:
+        """Return a layout by which each row belongs to the environment that the probes name.
+
+        It holds for this pass only. None: rows do not belong to one environment each, or nothing
+        tells that environments are apart.
+        """
+        evidence, shape = self.evidence(at), self.shape(at)
+        if evidence is None or self._code is None:
+            return None
+        for axis in range(len(shape)) if axes is None else axes:
+            ids = evidence.ids(axis, self._code) if axis < len(shape) else None
+            if ids is None or not evidence.seen or not evidence.is_clear(axis):
+                continue
+            known = ids[ids >= 0]
+            # A model may treat examples one by one. Where the batch would fit, rows of one example
+            # mean that environments mix.
+            single = bool((known == known[0]).all()) and not self.possible(at, None)
+            if single or self._flows.is_proved(at[0]):
+                rows = group_rows(ids.clamp(min=0), self._code.environments)
+                self.quiet[at] = (ids < 0).nonzero()[:, 0]
+                return Layout(axis, 1, 1, self._add(rows))
+        return None
+
+    def _add(self, rows: Groups) -> int:
+        self.partitions.append(rows)
+        return len(self.partitions) - 1
 
     def _as_reshaped(self, at: At, left: list[Layout]) -> list[Layout]:
         """Keep the layouts that agree with the tensor's next shape, where axes are apart."""
@@ -180,30 +206,6 @@ class Reader:
                 if same and len(splits) == 1:
                     return same
         return left
-
-    def _picked(self, at: At, axes: Sequence[int] | None) -> Layout | None:
-        """Return the layout by the nearest node below that picked rows of these environments."""
-        evidence, shape = self.evidence(at), self.shape(at)
-        assert evidence is not None
-        assert self._code is not None
-        matching: dict[int, Layout] = {}
-        for number, node in self._origins.items():
-            groups = self.partitions[number]
-            for layout in candidates(shape, groups.examples, axes, number):
-                ids = evidence.ids(layout.axis, self._code)
-                if ids is not None and fits(layout.spread(groups.ids), ids):
-                    matching.setdefault(node, layout)
-        if not matching:
-            return None
-        seen, waiting = {at[0]}, [at[0]]
-        for index in waiting:
-            if index in matching:
-                return matching[index]
-            for entry in self._graph.edges[index]:
-                if entry is not None and entry[0] not in seen:
-                    seen.add(entry[0])
-                    waiting.append(entry[0])
-        return None
 
     def is_apart(self, at: At, axes: Sequence[int] | None) -> bool:
         """Return whether each row of an output belongs to one environment, whatever its order."""
@@ -220,14 +222,17 @@ class Reader:
         name = str(self._graph.names[index])
         outputs = range(len(self._graph.nodes[index]._input_metadata))
         several = name in ("SplitBackward0", "SplitWithSizesBackward0")
-        explained = [
-            self._explains(index, output, PICKING[name])
-            for output in (outputs if several else (0,))
-        ]
-        if not all(explained):
+        found = [self._explain(index, out, PICKING[name]) for out in (outputs if several else (0,))]
+        if all(flow is not None for flow in found):
+            self._flows.prove(index)
+        else:
             self.unexplained.append(index)
+        for output in outputs:
+            flow = found[output] if several else found[0]
+            self._flows.move((index, output), UNKNOWN if flow is None else flow)
 
-    def _explains(self, index: int, output: int, small_input: int | None) -> bool:
+    def _explain(self, index: int, output: int, small_input: int | None) -> Flow | None:
+        """Return where the rows of an output come from; None: the index does not tell."""
         edges = self._graph.edges[index]
         large: At | None = (index, 0)
         small: At | None = (index, output)
@@ -236,30 +241,33 @@ class Reader:
         else:
             small = edges[small_input]
         if large is None or small is None or self._code is None:
-            return False
+            return None
         evidence = self.evidence(small)
         is_input = isinstance(self._graph.names[large[0]], tuple)  # no probe ends there
-        if evidence is None or not evidence.seen:
-            return False
-        if self.evidence(large) is None and not is_input:
-            return False
+        if evidence is None or (self.evidence(large) is None and not is_input):
+            return None
+        explained: dict[tuple[int, int, int], tuple[Layout, Rows, bool]] = {}
         for layout in self.layouts(large):
             ids = layout.spread(self.partitions[layout.partition].ids)
             rows = route(self._graph, index, output, ids, layout.axis)
             if rows is None:
                 continue
             found = evidence.ids(rows[1], self._code)
-            if found is None or not fits(rows[0], found):
-                continue
-            if rows[0] is ids:  # all rows stay where they are, for any index
-                return True
-            target = self._small(index, small, rows, small_input is None)
-            if target is not None:
-                self.picks.append(Pick(index, output, layout, target))
-                return True
-        return False
+            if found is not None and fits(rows[0], found):
+                explained[split_of(self.shape(large), layout)] = layout, rows, rows[0] is ids
+        if len(explained) != 1:
+            return None
+        [(layout, rows, stay)] = explained.values()
+        source = self._flow_of(layout.partition)
+        if stay:  # for any index
+            return source
+        target = self._small(small, rows, small_input is None)
+        if target is None:
+            return None
+        self.picks.append(Pick(index, output, layout, target))
+        return source if small_input is not None else self._flow_of(target.partition)
 
-    def _small(self, index: int, small: At, rows: Rows, picked: bool) -> Layout | None:
+    def _small(self, small: At, rows: Rows, picked: bool) -> Layout | None:
         """Return the layout of the small tensor. Only rows that are picked may have a new order."""
         ids, axis = rows
         for layout in self.layouts(small, (axis,)):
@@ -267,6 +275,4 @@ class Reader:
                 return layout
         if not picked or self._code is None:
             return None
-        self.partitions.append(group_rows(ids, self._code.environments))
-        self._origins[len(self.partitions) - 1] = index
-        return Layout(axis, 1, 1, len(self.partitions) - 1)
+        return Layout(axis, 1, 1, self._add(group_rows(ids, self._code.environments)))

@@ -1,0 +1,106 @@
+"""Where the rows of each tensor come from, and whether environments are proved to be apart there.
+
+Environments are apart if at each source, where data enter the graph, every row belongs to the
+environment of its own example. Then the loss of an environment reaches no row of another one,
+whatever lies between: the rows may have any order there, and the probes tell whose they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ._graph import CHECKPOINT, Graph
+
+At = tuple[int, int]  # the index of a node, and the number of its output
+
+# The partitions that the rows of a tensor may belong to, by their numbers. Each partition of the
+# batch counts as GIVEN. UNKNOWN: nodes below have moved the rows in a way that nothing tells.
+Flow = frozenset[int]
+GIVEN, UNKNOWN = Flow((0,)), Flow((-1,))
+
+_JOINS = ("CatBackward0", "StackBackward0")
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """How data come into a graph.
+
+    Attributes:
+        proved: whether environments are proved to be apart in the inputs that require gradients.
+        moved: whether nodes outside of the graph may have moved the rows of these.
+        moves_inside: whether regions of the graph that hide their nodes (reentrant checkpointing)
+            may move rows.
+    """
+
+    proved: bool = False
+    moved: bool = False
+    moves_inside: bool = False
+
+    def of_regions(self, apart: bool, moves: bool) -> Entrance:
+        """Return how data come into the regions of a graph that hide their nodes.
+
+        Args:
+            apart: whether environments are proved to be apart there.
+            moves: whether nodes of the graph move rows.
+        """
+        return Entrance(apart, self.moved or moves)
+
+
+class Flows:
+    """Follows rows through a graph. Nodes must enter inputs first.
+
+    Args:
+        graph: the graph of a backward pass.
+        entrance: how data come into it.
+    """
+
+    def __init__(self, graph: Graph, entrance: Entrance) -> None:
+        self._graph = graph
+        self._entrance = entrance
+        self._flows: dict[At, Flow] = {}
+        self._proved = [False] * len(graph.nodes)
+
+    def enter(self, index: int, weight: Sequence[bool]) -> None:
+        """Follow rows into a node.
+
+        Args:
+            index: the node.
+            weight: for each node, whether it is made of parameters only.
+        """
+        graph = self._graph
+        if graph.is_untracked_leaf(index):
+            self._flows[index, 0] = UNKNOWN if self._entrance.moved else GIVEN
+            self._proved[index] = self._entrance.proved
+            return
+        entries = [one for one in graph.edges[index] if one is not None and not weight[one[0]]]
+        self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
+        flow = Flow().union(*(self.of(entry) for entry in entries)) or GIVEN
+        name = graph.names[index]
+        if (name in _JOINS and flow != GIVEN) or (
+            name == CHECKPOINT and self._entrance.moves_inside
+        ):
+            flow = UNKNOWN
+        for output in range(len(graph.nodes[index]._input_metadata)):
+            self._flows[index, output] = flow
+
+    def of(self, at: At) -> Flow:
+        """Return where the rows of an output come from."""
+        return self._flows.get(at, UNKNOWN)
+
+    def move(self, at: At, flow: Flow) -> None:
+        """Say that a node has moved rows."""
+        self._flows[at] = flow
+
+    def is_proved(self, index: int) -> bool:
+        """Return whether environments are apart in a node, by itself or by the nodes below it."""
+        return self._proved[index]
+
+    def prove(self, index: int) -> None:
+        """Say that each row of a node belongs to the environment of its own example."""
+        self._proved[index] = True
+
+    def regions_are_proved(self) -> bool:
+        """Return whether environments are apart in what enters regions that hide their nodes."""
+        names = enumerate(self._graph.names)
+        return all(self._proved[index] for index, name in names if name == CHECKPOINT)

@@ -1,0 +1,80 @@
+"""What a plan cannot be made for, and what to do about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch.autograd.graph import Node
+
+from ._graph import CHECKPOINT, Graph
+from ._nodes import has_hooks
+
+_COMPILED = "CompiledFunctionBackward"
+BATCH_NORM = (
+    "Agreement: torch.nn.functional.batch_norm in training mode takes statistics over all "
+    "environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
+    "andmask_ext.backward with one forward pass per environment"
+)
+
+
+def refuse_compiled(graph: Graph) -> None:
+    """Raise RuntimeError if a compiled function of the graph takes tracked parameters."""
+    if _COMPILED not in graph.names:
+        return
+    for name, edges in zip(graph.names, graph.edges, strict=True):
+        below = [entry[0] for entry in edges if entry is not None]
+        if name == _COMPILED and any(graph.param(child) is not None for child in below):
+            refuse_opaque(_COMPILED)
+
+
+def refuse_opaque(name: str) -> None:
+    """Raise RuntimeError if the uses of a node's parameters cannot be seen."""
+    if name == _COMPILED:
+        raise RuntimeError(
+            "Agreement: the model, or a part of it that has parameters, was compiled with "
+            "torch.compile, which hides the uses of parameters in its backward pass; call the "
+            "original module (model._orig_mod) inside the context, or use andmask_ext.backward"
+        )
+    if name == CHECKPOINT:
+        raise RuntimeError(
+            "Agreement: a parameter is an argument of a function under reentrant "
+            "checkpointing; use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+        )
+
+
+def refuse_hooks(node: Node, name: str, output: int) -> None:
+    if has_hooks(node, output):
+        raise RuntimeError(
+            f"Agreement: {name} has a hook (Tensor.register_hook), which would have to change the "
+            "gradient of each environment; remove it, or use andmask_ext.backward"
+        )
+
+
+def mixing(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: environments mix in the model: the gradient at {name} (output of shape "
+        f"{tuple(shape)}, batch of {examples}) depends on examples of several environments; use "
+        "andmask_ext.backward, with one forward pass per environment"
+    )
+
+
+def out_of_place(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: environments mix in the model: the rows of {name} (output of shape "
+        f"{tuple(shape)}, batch of {examples}) reach other environments than those of their place, "
+        "and no index in the graph says why; if the model packs its examples into rows, pass the "
+        "environment of each row; if it picks rows of its inputs and puts them back, call "
+        "requires_grad_() on the inputs, so that autograd sees it; else use andmask_ext.backward, "
+        "with one forward pass per environment"
+    )
+
+
+def not_found(name: str, shape: Sequence[int], examples: int) -> str:
+    return (
+        f"Agreement: cannot tell where the batch of {examples} examples lies in the output of "
+        f"{name}, of shape {tuple(shape)}; expected a model that is called inside the context and "
+        "returns the tensors that the loss is computed from; if their batch is not in dimension "
+        "batch_dim, pass Agreement(output_batch_dim=...); if the number of examples is not "
+        f"{examples}, pass batch_size=... to the context, or the environment of each example; or "
+        "use andmask_ext.backward"
+    )
