@@ -281,7 +281,7 @@ class BackwardPass:
             plan = replace(plan, batch=batch)
         if plan.certain:
             plans.keep(key, sizes, graph, plan, self._setup.check_mixing == "auto")
-        elif inner:
+        if inner and (plan.moves or not plan.certain):  # next time it may have to be made again
             plans.drop(self._outer)
         return plan, partitions
 

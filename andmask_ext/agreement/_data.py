@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import Node
 
 from ._nodes import saved_tensors
@@ -79,6 +80,7 @@ class DataRecord:
         self._kept: list[Tensor] = []  # kept alive so that the address is not reused
         self._began = False
         self._left = False  # data have left torch
+        self._shown: dict[int, Tensor] = {}  # by id
         self._unknown = Origin.UNKNOWN  # of a tensor of which nothing is known
 
     def take(self, inputs: Iterable[Tensor], origin: Origin) -> None:
@@ -116,6 +118,42 @@ class DataRecord:
             self._set(tensor, origin)
             if tensor.grad_fn is not None:
                 self._record(tensor.grad_fn, origin)
+
+    # ---- data that require no gradients, and whose rows are moved ----
+
+    def show(self, func: Any, args: Any) -> Any:
+        """Return arguments with which autograd records a function that moves rows of data.
+
+        Of data that require no gradients, as the input of a packed sequence, autograd records
+        nothing, and nothing would tell which example a row is. Regions under checkpointing are left
+        alone, as they are computed again without this.
+        """
+        first = args[0] if args else None
+        if (
+            not isinstance(first, Tensor)
+            or first.requires_grad
+            or not (first.is_floating_point() or first.is_complex())
+            or not torch.is_grad_enabled()
+            or _top_saved_tensors_default_hooks(True) is not None
+            or first.is_inference()
+            or (func is Tensor.__getitem__ and not _picks(args[1]))
+            or storage(first) == -1
+            or self.origin(first) < Origin.DATA
+        ):
+            return args
+        leaf = first.detach().requires_grad_()
+        self._shown[id(leaf)] = leaf
+        return (leaf, *args[1:])
+
+    def hide(self, args: Any) -> Any:
+        """Return arguments of a function that takes no tensor that requires gradients."""
+        if not self._shown or not (isinstance(args[0], Tensor) and args[0].requires_grad):
+            return args
+        return (args[0].detach(), *args[1:])
+
+    def is_shown(self, node: Node) -> bool:
+        """Return whether a node is that of a leaf that :meth:`show` made."""
+        return id(getattr(node, "variable", None)) in self._shown
 
     def _leave(self, name: str, args: Any) -> None:
         """Record that data have left torch, from where they may come back as new tensors."""
@@ -228,6 +266,10 @@ class DataRecord:
 
     def forget(self) -> None:
         """Forget all tensors and nodes."""
+        for buffer in self._model.buffers() if self._shown else ():
+            if buffer.grad_fn is not None:  # it was made of data that require no gradients
+                buffer.detach_()
+        self._shown = {}
         self._began, self._left, self._unknown = False, False, Origin.UNKNOWN
         self._origins, self._weights, self._nodes, self._kept = {}, {}, {}, []
 
@@ -235,6 +277,13 @@ class DataRecord:
 def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.is_leaf
 
+
+def _picks(index: Any) -> bool:
+    """Return whether an index holds a tensor, a list or an array."""
+    return not all(type(one) in _BASIC for one in (index if type(index) is tuple else (index,)))
+
+
+_BASIC = frozenset((int, slice, type(None), type(Ellipsis)))
 
 _PYTHON = torch.autograd.function.BackwardCFunction
 

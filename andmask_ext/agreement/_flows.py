@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ._graph import CHECKPOINT, Graph
+from ._refusals import REENTRANT_INPUT
 
 At = tuple[int, int]  # the index of a node, and the number of its output
 
@@ -60,15 +61,24 @@ class Flows:
         self._entrance = entrance
         self._flows: dict[At, Flow] = {}
         self._proved = [False] * len(graph.nodes)
+        self._shown = [False] * len(graph.nodes)  # gradients only go to what DataRecord.show made
 
-    def enter(self, index: int, weight: Sequence[bool]) -> None:
+    def enter(self, index: int, weight: Sequence[bool], shown: bool) -> None:
         """Follow rows into a node.
 
         Args:
             index: the node.
             weight: for each node, whether it is made of parameters only.
+            shown: whether the node is a leaf that was made by :meth:`DataRecord.show`.
+
+        Raises:
+            RuntimeError: a region would have no gradients without that leaf.
         """
         graph = self._graph
+        below = [one[0] for one in graph.edges[index] if one is not None]
+        self._shown[index] = shown or (bool(below) and all(self._shown[one] for one in below))
+        if graph.names[index] == CHECKPOINT and self._shown[index]:
+            raise RuntimeError(REENTRANT_INPUT)
         if graph.is_untracked_leaf(index):
             self._flows[index, 0] = UNKNOWN if self._entrance.moved else GIVEN
             self._proved[index] = self._entrance.proved

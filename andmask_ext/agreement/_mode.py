@@ -28,10 +28,16 @@ class Backward(Protocol):
 
 
 # Functions that return no tensor, and yet matter to what is made of data.
-_NOTED = frozenset((
-    Tensor.__setitem__, Tensor.numpy, Tensor.item, Tensor.tolist, Tensor.__array__,
-    Tensor.__dlpack__,
-))  # fmt: skip
+_AS_ARRAY = frozenset((Tensor.numpy, Tensor.__array__, Tensor.__dlpack__))
+_NOTED = _AS_ARRAY | {Tensor.__setitem__, Tensor.item, Tensor.tolist}
+# Functions that copy rows of their first argument to other places.
+_MOVING = frozenset(
+    getattr(owner, name)
+    for owner in (torch, Tensor)
+    for name in ("__getitem__", "_pack_padded_sequence", "flip", "fliplr", "flipud", "gather",
+                 "index_select", "masked_select", "roll", "take", "take_along_dim")
+    if hasattr(owner, name)
+)  # fmt: skip
 _RECURRENT = frozenset(
     (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 )  # their fused kernels hide the steps from autograd
@@ -64,6 +70,10 @@ class BackwardMode(TorchFunctionMode):
             return self._backward_pass.hooks.register(*args, **(kwargs or {}))
         if func is Tensor.retain_grad:
             return self._backward_pass.hooks.retain(*args)
+        if func in _MOVING:
+            args = self._backward_pass.data.show(func, args)
+        elif func in _AS_ARRAY:
+            args = self._backward_pass.data.hide(args)
         if func in _RECURRENT:
             with _WITHOUT_FUSED_KERNELS:
                 result = func(*args, **(kwargs or {}))

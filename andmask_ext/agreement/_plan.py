@@ -220,10 +220,11 @@ def make_plan(
         node, name = graph.nodes[index], graph.names[index]
         weight[index] = graph.param(index) is not None
         if not weight[index]:
-            flows.enter(index, weight)
-        if isinstance(name, tuple):
-            if not weight[index]:
+            shown = data.is_shown(node)
+            flows.enter(index, weight, shown)
+            if isinstance(name, tuple) and not shown:
                 leaves.append(index)
+        if isinstance(name, tuple):
             continue
         if code is not None:
             _check_rows(node, index, reader, code)
@@ -241,7 +242,9 @@ def make_plan(
             certain &= alone
             consumers.append(consumer)
         if name in PICKING and code is not None and not (below and below[0]):
-            reader.pick(index)
+            entry = graph.edges[index][0]
+            shown = entry is not None and data.is_shown(graph.nodes[entry[0]])
+            reader.pick(index, shown)
     if any(weight[root] for root in graph.roots):
         raise RuntimeError(
             "Agreement: the loss, or one of several, is made of parameters only, so it belongs to "

@@ -217,22 +217,31 @@ class Reader:
 
     # ---- nodes that pick rows ----
 
-    def pick(self, index: int) -> None:
-        """Explain a node that picks rows of data. All nodes below it must have been explained."""
+    def pick(self, index: int, shown: bool) -> None:
+        """Explain a node that picks rows of data. All nodes below it must have been explained.
+
+        Args:
+            index: the node.
+            shown: it picks rows of data that require no gradients, such as a table that all
+                examples share.
+        """
         name = str(self._graph.names[index])
         outputs = range(len(self._graph.nodes[index]._input_metadata))
         several = name in ("SplitBackward0", "SplitWithSizesBackward0")
         found = [self._explain(index, out, PICKING[name]) for out in (outputs if several else (0,))]
         if all(flow is not None for flow in found):
             self._flows.prove(index)
-        else:
+        if UNKNOWN in found or (None in found and not shown):
             self.unexplained.append(index)
         for output in outputs:
             flow = found[output] if several else found[0]
-            self._flows.move((index, output), UNKNOWN if flow is None else flow)
+            self._flows.move((index, output), flow or (GIVEN if shown else UNKNOWN))
 
     def _explain(self, index: int, output: int, small_input: int | None) -> Flow | None:
-        """Return where the rows of an output come from; None: the index does not tell."""
+        """Return where the rows of an output come from, or None if environments may mix here.
+
+        UNKNOWN: they are apart, but the index may be read in several ways.
+        """
         edges = self._graph.edges[index]
         large: At | None = (index, 0)
         small: At | None = (index, output)
@@ -256,14 +265,14 @@ class Reader:
             if found is not None and fits(rows[0], found):
                 explained[split_of(self.shape(large), layout)] = layout, rows, rows[0] is ids
         if len(explained) != 1:
-            return None
+            return UNKNOWN if explained else None
         [(layout, rows, stay)] = explained.values()
         source = self._flow_of(layout.partition)
         if stay:  # for any index
             return source
         target = self._small(small, rows, small_input is None)
         if target is None:
-            return None
+            return UNKNOWN
         self.picks.append(Pick(index, output, layout, target))
         return source if small_input is not None else self._flow_of(target.partition)
 

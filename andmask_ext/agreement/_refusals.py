@@ -15,6 +15,11 @@ BATCH_NORM = (
     "environments; use andmask_ext.nn.convert_batchnorm(model) with layers, or "
     "andmask_ext.backward with one forward pass per environment"
 )
+REENTRANT_INPUT = (
+    "Agreement: no input of a region under reentrant checkpointing requires gradients, so torch "
+    "leaves out the gradients of its parameters; use "
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+)
 
 
 def refuse_compiled(graph: Graph) -> None:

@@ -25,9 +25,11 @@ NOT_FROM_OUTPUTS = "a gradient that does not come through the outputs of the mod
 PARAMETERS_ONLY = "made of parameters only, so it belongs to no environment"
 BATCH_NORM = "takes statistics over all environments"
 REENTRANT_ARGUMENT = "a parameter is an argument of a function under reentrant checkpointing"
+REENTRANT_INPUT = "no input of a region under reentrant checkpointing requires gradients"
 
 CAUSES = (
     MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, BATCH_NORM, REENTRANT_ARGUMENT,
+    REENTRANT_INPUT,
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ import andmask_ext as am
 from ..models import curved
 from .exact_loop import RULE, check, compare, loop
 from .layers import Function, rand
-from .outcomes import EXACT, MIXING, NOT_FROM_OUTPUTS, outcome
+from .outcomes import NOT_FROM_OUTPUTS, outcome
 
 
 def assert_exact(model: nn.Module, batches: Sequence[Tensor]) -> None:
@@ -204,8 +204,7 @@ def test_experts_that_get_rows_of_some_examples(
 ) -> None:
     """As many rows for each expert in each step, but of other examples.
 
-    Where no gradient reaches the rows, nothing tells whose they are, unless each expert has a row
-    of each example.
+    They are rows of a layer, or of the input, which requires no gradients.
     """
     batches = []
     for signs in order:
@@ -214,9 +213,8 @@ def test_experts_that_get_rows_of_some_examples(
         batches.append(x)
     model = Experts(below).double()
     agreement = am.Agreement(model, RULE, keep_moments=True)
-    for x, signs in zip(batches, order, strict=True):
-        result = outcome(partial(check, model, curved, x, agreement=agreement))
-        assert result == (EXACT if below or signs is EVEN else MIXING)
+    for x in batches:
+        check(model, curved, x, agreement=agreement)
 
 
 TABLES = {
