@@ -293,8 +293,9 @@ class BackwardPass:
             graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
             self._batches, self.data, suspects(graph),
         )  # fmt: skip
-        with untouched(self._setup.model.parameters()), self.hooks.untouched():
-            self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code)
+        data = [leaf(node) for node in graph.nodes if self.data.holds(node)]
+        with untouched([*setup.model.parameters(), *data]), self.hooks.untouched():
+            self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code, data)
 
     # ---- the engine ----
 

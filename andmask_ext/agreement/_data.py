@@ -87,7 +87,8 @@ class DataRecord:
         """Record inputs of the model."""
         self._begin()
         for tensor in inputs:
-            if tensor.requires_grad and (id(tensor) in self._weights or _is_parameter(tensor)):
+            made = tensor.grad_fn is not None and id(tensor) in self._weights
+            if made or _is_parameter(tensor):
                 continue
             self._origins[storage(tensor)] = origin
             self._weights.pop(id(tensor), None)
@@ -154,6 +155,11 @@ class DataRecord:
     def is_shown(self, node: Node) -> bool:
         """Return whether a node is that of a leaf that :meth:`show` made."""
         return id(getattr(node, "variable", None)) in self._shown
+
+    def holds(self, node: Node) -> bool:
+        """Return whether a node is that of a leaf that holds data."""
+        tensor = getattr(node, "variable", None)
+        return isinstance(tensor, Tensor) and self.origin(tensor) == Origin.DATA
 
     def _leave(self, name: str, args: Any) -> None:
         """Record that data have left torch, from where they may come back as new tensors."""

@@ -60,6 +60,7 @@ class MixingCheck:
         tracked: dict[int, int],
         batches: Sequence[Groups],
         code: Code | None,
+        data: list[Tensor],
     ) -> None:
         """Run the probes.
 
@@ -69,6 +70,7 @@ class MixingCheck:
             tracked: the numbers of the parameters, by id.
             batches: the partitions of the batch.
             code: the powers of the environments; None: there is only one.
+            data: the leaves that hold data. Their ``.grad`` changes.
         """
         self._by_pass, self._evidence, self.moves_inside = {}, {}, False
         if code is None or not anchors:
@@ -88,7 +90,7 @@ class MixingCheck:
                         for values, anchor in zip(noise, anchors, strict=True)
                     ]
                 edges = [anchor.edge for anchor in anchors]
-                self._pass(probe, edges, grads, self._by_pass.setdefault(0, {}), [])
+                self._pass(probe, edges, grads, self._by_pass.setdefault(0, {}), data)
         finally:
             self.running = False
         index_of = {node: index for index, node in enumerate(graph.nodes)}
@@ -113,7 +115,7 @@ class MixingCheck:
         evidences: dict[int, list[Evidence]],
         leaves: list[Tensor],
     ) -> None:
-        handles, inputs = [], list[Any](leaves)
+        handles, inputs = list[Any](), list[Any](leaves)
 
         def make_hook(index: int) -> Callable[[tuple[Tensor | None, ...]], None]:
             def hook(deltas: tuple[Tensor | None, ...]) -> None:
@@ -123,6 +125,14 @@ class MixingCheck:
 
             return hook
 
+        wanted = {id(tensor) for tensor in leaves}
+        for index, node in enumerate(graph.nodes):
+            tensor = leaf(node) if graph.is_untracked_leaf(index) else None
+            # A hook of the user would see the probes.
+            if tensor is not None and id(tensor) in wanted and not tensor._backward_hooks:
+                evidences.setdefault(index, [Evidence(tensor.shape, None)])
+                into = make_hook(index)
+                handles.append(tensor.register_hook(lambda delta, into=into: into((delta,))))
         found = suspects(graph)
         for index in [*found, *witnesses(graph, found)]:
             node, name = graph.nodes[index], str(graph.names[index])

@@ -225,6 +225,7 @@ def make_plan(
             if isinstance(name, tuple) and not shown:
                 leaves.append(index)
         if isinstance(name, tuple):
+            reader.prove_leaf(index)
             continue
         if code is not None:
             _check_rows(node, index, reader, code)

@@ -139,6 +139,11 @@ class Reader:
         sizes = enumerate(shape)
         return [Layout(axis, 1, 1, like.partition) for axis, size in sizes if size == examples]
 
+    def prove_leaf(self, index: int) -> None:
+        """Prove that environments are apart in a leaf whose rows lie in the order of the batch."""
+        if self.seen(index) and self.layouts((index, 0)):
+            self._flows.prove(index)
+
     def choose(self, at: At, axes: Sequence[int] | None) -> tuple[Layout | None, bool]:
         """Return the layout of an output (None: there is none), and whether it holds for others.
 

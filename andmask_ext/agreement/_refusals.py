@@ -18,7 +18,8 @@ BATCH_NORM = (
 REENTRANT_INPUT = (
     "Agreement: no input of a region under reentrant checkpointing requires gradients, so torch "
     "leaves out the gradients of its parameters; use "
-    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+    "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or call requires_grad_() on the "
+    "inputs of the model"
 )
 
 

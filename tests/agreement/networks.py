@@ -22,6 +22,9 @@ import andmask_ext as am
 from .exact_loop import RULE, check
 from .layers import rand
 from .moves import MIXERS, MOVES, Layer
+from .outcomes import EXACT, MIXING, REENTRANT_INPUT, outcome
+
+SHOWN = "exact once the inputs require gradients"
 
 # ---- layers ----
 
@@ -136,19 +139,21 @@ class Network:
         steps: of each step the size of the batch and of its sequences, and the environments.
         penalty: which term of parameters only the loss has.
         says: what was drawn, in words.
+        shown: whether the inputs require gradients, so that autograd sees what moves their rows.
     """
 
     model: Model
     steps: list[tuple[int, int, int | Tensor | None]]
     penalty: str = "none"
     says: list[str] = field(default_factory=list)
+    shown: bool = False
 
     @property
     def mixes(self) -> bool:
         return self.model.mixer != ""
 
     def loss(self, model: Any, x: Tensor) -> Tensor:
-        out = model(x)
+        out = model(x.detach().requires_grad_() if self.shown else x)
         loss = (out.sin() + 0.3 * out).mean()
         params = [param for param in model.parameters() if param.requires_grad]
         if self.penalty == "squares":
@@ -173,6 +178,17 @@ class Network:
                 model, self.loss, x, environments=environments, dims=[b], agreement=agreement,
                 tolerance=1e-9,
             )  # fmt: skip
+
+
+def judge(seed: int, move: str | None = None, mixer: str | None = None) -> str:
+    """Return what becomes of a network that is drawn, with what a refusal tells to do about it."""
+    result = outcome(draw(seed, move, mixer).compare)
+    if result in (MIXING, REENTRANT_INPUT) and not mixer:
+        network = draw(seed, move)
+        network.shown = True
+        assert (remedied := outcome(network.compare)) == EXACT, f"{result}, with inputs: {remedied}"
+        return SHOWN
+    return result
 
 
 def environments_of(choose: random.Random, batch: int) -> int | Tensor | None:

@@ -15,8 +15,8 @@ from ..models import curved
 from .exact_loop import RULE, check
 from .layers import Function, rand
 from .moves import MIXERS, MOVES, experts, order_of
-from .networks import draw
-from .outcomes import MIXING, NO_BATCH, REENTRANT_INPUT, Tally, outcome
+from .networks import SHOWN, draw, judge
+from .outcomes import EXACT, MIXING, outcome
 
 # Regions within reentrant ones are called without gradients at first.
 pytestmark = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
@@ -26,23 +26,18 @@ SEEDS = st.integers(0, 2**32)
 
 
 @pytest.mark.parametrize("move", MOVES)
-def test_networks_that_move_rows(move: str) -> None:
-    tally = Tally(MIXING, REENTRANT_INPUT, exact=0.9)
-
-    @settings(max_examples=EXAMPLES)
-    @given(seed=SEEDS)
-    def drawn(seed: int) -> None:
-        tally.add(draw(seed, move=move).compare)
-
-    drawn()
-    tally.close()
+@settings(max_examples=EXAMPLES)
+@given(seed=SEEDS)
+def test_networks_that_move_rows(move: str, seed: int) -> None:
+    """Some frozen networks hide a move: they are exact once their inputs require gradients."""
+    assert judge(seed, move) in (EXACT, SHOWN)
 
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @settings(max_examples=EXAMPLES)
 @given(seed=SEEDS)
 def test_networks_that_mix_environments(mixer: str, seed: int) -> None:
-    assert outcome(draw(seed, mixer=mixer).compare) in (MIXING, NO_BATCH)
+    assert outcome(draw(seed, mixer=mixer).compare) == MIXING
 
 
 def test_mixing_that_comes_later_is_refused() -> None:
