@@ -78,6 +78,7 @@ class DataRecord:
         self._weights: dict[int, Tensor] = {}  # by id: tensors made of parameters only
         self._nodes: dict[Node, Origin] = {}
         self._kept: list[Tensor] = []  # kept alive so that the address is not reused
+        self._inputs: list[Tensor] = []
         self._began = False
         self._left = False  # data have left torch
         self._shown: dict[int, Tensor] = {}  # by id
@@ -93,6 +94,7 @@ class DataRecord:
             self._origins[storage(tensor)] = origin
             self._weights.pop(id(tensor), None)
             self._kept.append(tensor)
+            self._inputs += [tensor] if origin == Origin.DATA else []
 
     def note(self, name: str, result: Any, args: Any, kwargs: Any) -> None:
         """Record a call of the function ``name``."""
@@ -155,6 +157,25 @@ class DataRecord:
     def is_shown(self, node: Node) -> bool:
         """Return whether a node is that of a leaf that :meth:`show` made."""
         return id(getattr(node, "variable", None)) in self._shown
+
+    def examples(self, tensor: Tensor, axis: int, dim: int, count: int) -> Tensor | None:
+        """Return the example of each entry along an axis, if a tensor is a view of an input.
+
+        Args:
+            tensor: the tensor.
+            axis: its axis. Of the others, the first entry counts.
+            dim: the batch dimension of the inputs of the model.
+            count: the number of examples.
+        """
+        if tensor.numel() == 0:
+            return None
+        for given in self._inputs:
+            batched = given.dim() > dim and given.shape[dim] == count and given.is_contiguous()
+            if batched and storage(given) == storage(tensor) and given.dtype == tensor.dtype:
+                first = tensor.storage_offset() - given.storage_offset()
+                places = first + tensor.stride(axis) * torch.arange(tensor.shape[axis])
+                return places // given.stride(dim) % count
+        return None
 
     def holds(self, node: Node) -> bool:
         """Return whether a node is that of a leaf that holds data."""
@@ -278,6 +299,7 @@ class DataRecord:
         self._shown = {}
         self._began, self._left, self._unknown = False, False, Origin.UNKNOWN
         self._origins, self._weights, self._nodes, self._kept = {}, {}, {}, []
+        self._inputs = []
 
 
 def _is_parameter(tensor: Tensor) -> bool:

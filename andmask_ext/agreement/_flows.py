@@ -61,6 +61,7 @@ class Flows:
         self._entrance = entrance
         self._flows: dict[At, Flow] = {}
         self._proved = [False] * len(graph.nodes)
+        self._sources: set[int] = set()
         self._shown = [False] * len(graph.nodes)  # gradients only go to what DataRecord.show made
 
     def enter(self, index: int, weight: Sequence[bool], shown: bool) -> None:
@@ -84,6 +85,8 @@ class Flows:
             self._proved[index] = self._entrance.proved
             return
         entries = [one for one in graph.edges[index] if one is not None and not weight[one[0]]]
+        if not entries:
+            self._sources.add(index)
         self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
         flow = Flow().union(*(self.of(entry) for entry in entries)) or GIVEN
         name = graph.names[index]
@@ -101,6 +104,10 @@ class Flows:
     def move(self, at: At, flow: Flow) -> None:
         """Say that a node has moved rows."""
         self._flows[at] = flow
+
+    def is_source(self, index: int) -> bool:
+        """Return whether data enter a node by no input that requires gradients."""
+        return index in self._sources
 
     def is_proved(self, index: int) -> bool:
         """Return whether environments are apart in a node, by itself or by the nodes below it."""

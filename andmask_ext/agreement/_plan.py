@@ -212,7 +212,7 @@ def make_plan(
         RuntimeError: the gradients of the environments cannot be computed exactly.
     """
     flows = Flows(graph, entrance)
-    reader = Reader(graph, batches, evidences, code, flows, batch_dim)
+    reader = Reader(graph, batches, evidences, code, flows, data, batch_dim)
     weight = [False] * len(graph.nodes)
     consumers, leaves = [], []
     certain = True

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from ._data import DataRecord
 from ._flows import GIVEN, UNKNOWN, At, Flow, Flows
 from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
-from ._nodes import shape_of
+from ._nodes import saved_tensors, shape_of
 from ._picks import PICKING, Pick, Rows, route
 
 # By the index of a node: the evidence on each of its outputs.
@@ -28,7 +29,8 @@ class Reader:
         evidences: the results of the mixing check.
         code: the powers of the environments; None: there is only one.
         flows: where rows come from. A node must have entered before it is read.
-        batch_dim: the batch dimension of the model.
+        data: the inputs of the model.
+        batch_dim: their batch dimension.
 
     Attributes:
         picks: the nodes that move rows, and whose indices explain the environments of the rows.
@@ -44,6 +46,7 @@ class Reader:
         evidences: Evidences,
         code: Code | None,
         flows: Flows,
+        data: DataRecord,
         batch_dim: int,
     ) -> None:
         self.picks: list[Pick] = []
@@ -55,6 +58,7 @@ class Reader:
         self._evidences = evidences
         self._code = code
         self._flows = flows
+        self._data = data
         self._batch_dim = batch_dim
         self._users: dict[int, list[int]] = {}
         for user, edges in enumerate(graph.edges):
@@ -100,10 +104,28 @@ class Reader:
                 if (ids := evidence.ids(layout.axis, self._code)) is not None
                 and fits(layout.spread(groups.ids), ids)
             ]
+            left = [layout for layout in left if number in moved or self._lies(at, layout)]
             if left:
                 plain = number in moved or not evidence.seen
                 return left if plain else self._plain(at, left, groups.examples)
         return []
+
+    def _lies(self, at: At, layout: Layout) -> bool:
+        """Return whether a layout of a source agrees with the inputs of the model that it views.
+
+        Where a batch has as many examples as a sequence has tokens, environments that mix may look
+        like a batch in another dimension.
+        """
+        if not self._flows.is_source(at[0]):
+            return True
+        groups, axis = self.partitions[layout.partition], layout.axis
+        expected = layout.spread(groups.ids)
+        for tensor in saved_tensors(self._graph.nodes[at[0]]):
+            if tensor.dim() > axis and tensor.shape[axis] == self.shape(at)[axis]:
+                found = self._data.examples(tensor, axis, self._batch_dim, groups.examples)
+                if found is not None and not torch.equal(groups.ids[found], expected):
+                    return False
+        return True
 
     def _plain(self, at: At, left: list[Layout], examples: int) -> list[Layout]:
         """Keep the layouts that shapes make plain, as rows without a gradient allow too many.
