@@ -52,6 +52,24 @@ PICKING: dict[str, int | None] = {
     "TakeBackward0": None,
     "TopkBackward0": None,
 }
+
+# Nodes that may join rows, and the axes over which they sum: the number of an input, and its axis.
+_LEFT_RIGHT = ((0, -1), (1, -2))
+_ADDED = ((1, -1), (2, -2))
+JOINING: dict[str, tuple[tuple[int, int], ...]] = {
+    "AddmmBackward0": _ADDED,
+    "AddmvBackward0": ((1, -1), (2, -1)),
+    "BaddbmmBackward0": _ADDED,
+    "BmmBackward0": _LEFT_RIGHT,
+    "DotBackward0": ((0, -1), (1, -1)),
+    "MmBackward0": _LEFT_RIGHT,
+    "MvBackward0": ((0, -1), (1, -1)),
+    "ScaledDotProductCudnnAttentionBackward0": ((1, -2), (2, -2)),
+    "ScaledDotProductEfficientAttentionBackward0": ((1, -2), (2, -2)),
+    "ScaledDotProductFlashAttentionBackward0": ((1, -2), (2, -2)),
+    "ScaledDotProductFlashAttentionForCpuBackward0": ((1, -2), (2, -2)),
+    "SparseAddmmBackward0": _ADDED,
+}
 _ORDERING = (
     "CummaxBackward0", "CumminBackward0", "KthvalueBackward0", "MaxBackward0", "MedianBackward1",
     "MinBackward0", "ModeBackward0", "SortBackward0", "TopkBackward0",

@@ -16,7 +16,7 @@ from ._graph import CHECKPOINT, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
 from ._nodes import rows_of, shape_of
-from ._picks import PICKING, Pick, follow
+from ._picks import JOINING, PICKING, Pick, follow
 from ._reading import Evidences, Reader
 from ._refusals import (
     BATCH_NORM,
@@ -176,8 +176,8 @@ def witnesses(graph: Graph, known: Sequence[int]) -> list[int]:
     found: set[int] = set()
     suspected = set(known)
     for index, name in enumerate(graph.names):
-        if name in PICKING:
-            found.add(index)
+        if name in PICKING or name in JOINING:
+            found |= {index} if name in PICKING else set()
             found |= {entry[0] for entry in graph.edges[index] if entry is not None}
         elif name in RESHAPES:
             entry = graph.edges[index][0]
@@ -246,6 +246,8 @@ def make_plan(
             entry = graph.edges[index][0]
             shown = entry is not None and data.is_shown(graph.nodes[entry[0]])
             reader.pick(index, shown)
+        if name in JOINING and reader.joins(index):
+            certain = False  # values of a matrix tell which rows are joined
     if any(weight[root] for root in graph.roots):
         raise RuntimeError(
             "Agreement: the loss, or one of several, is made of parameters only, so it belongs to "

@@ -14,7 +14,7 @@ from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
 from ._nodes import saved_tensors, shape_of
-from ._picks import PICKING, Pick, Rows, route
+from ._picks import JOINING, PICKING, Pick, Rows, route
 
 # By the index of a node: the evidence on each of its outputs.
 Evidences = Mapping[int, list[Evidence]]
@@ -242,7 +242,18 @@ class Reader:
         found = range(len(evidence.shape)) if axes is None else axes
         return any(a < len(evidence.shape) and evidence.ids(a, code) is not None for a in found)
 
-    # ---- nodes that pick rows ----
+    # ---- nodes that pick or join rows ----
+
+    def joins(self, index: int) -> bool:
+        """Return whether a node sums over rows of several environments."""
+        for edge, axis in JOINING[str(self._graph.names[index])]:
+            entry = self._graph.edges[index][edge]
+            evidence = None if entry is None else self.evidence(entry)
+            if evidence is not None and self._code is not None:
+                ids = evidence.ids(axis % max(1, len(evidence.shape)), self._code)
+                if ids is not None and len(ids[ids >= 0].unique()) > 1:
+                    return True
+        return False
 
     def pick(self, index: int, shown: bool) -> None:
         """Explain a node that picks rows of data. All nodes below it must have been explained.
