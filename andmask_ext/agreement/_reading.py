@@ -213,13 +213,13 @@ class Reader:
             # mean that environments mix.
             single = bool((known == known[0]).all()) and not self.possible(at, None)
             if single or self._flows.is_proved(at[0]):
-                rows = group_rows(ids.clamp(min=0), self._code.environments)
                 self.quiet[at] = (ids < 0).nonzero()[:, 0]
-                return Layout(axis, 1, 1, self._add(rows))
+                return Layout(axis, 1, 1, self._add_rows(ids.clamp(min=0)))
         return None
 
-    def _add(self, rows: Groups) -> int:
-        self.partitions.append(rows)
+    def _add_rows(self, ids: Tensor) -> int:
+        assert self._code is not None
+        self.partitions.append(group_rows(ids, self._code.environments))
         return len(self.partitions) - 1
 
     def _as_reshaped(self, at: At, left: list[Layout]) -> list[Layout]:
@@ -308,18 +308,23 @@ class Reader:
         source = self._flow_of(layout.partition)
         if stay:  # for any index
             return source
-        target = self._small(small, rows, small_input is None)
+        target = self._small(small, rows, str(self._graph.names[index]))
         if target is None:
             return UNKNOWN
         self.picks.append(Pick(index, output, layout, target))
         return source if small_input is not None else self._flow_of(target.partition)
 
-    def _small(self, small: At, rows: Rows, picked: bool) -> Layout | None:
+    def _small(self, small: At, rows: Rows, name: str) -> Layout | None:
         """Return the layout of the small tensor. Only rows that are picked may have a new order."""
         ids, axis = rows
-        for layout in self.layouts(small, (axis,)):
-            if torch.equal(layout.spread(self.partitions[layout.partition].ids), ids):
-                return layout
-        if not picked or self._code is None:
-            return None
-        return Layout(axis, 1, 1, self._add(group_rows(ids, self._code.environments)))
+        shape = self.shape(small)
+        moved = [number for number in sorted(self._flows.of(small)) if number >= self._given]
+        if 0 in shape:  # as of an expert without rows
+            return Layout(axis, 1, 1, moved[0] if moved else self._add_rows(ids))
+        # Rows that are in place must be so at each step, or environments mix: the batch is first.
+        for number in (*range(self._given), *moved):
+            groups = self.partitions[number]
+            for layout in candidates(shape, groups.examples, (axis,), number):
+                if torch.equal(layout.spread(groups.ids), ids):
+                    return layout
+        return Layout(axis, 1, 1, self._add_rows(ids)) if PICKING[name] is None else None
