@@ -90,7 +90,7 @@ class Memory:
         for kind in self.kinds:
             kept, dtype = slot.get(kind), self._dtype(kind, param)
             if kept is None or kept.dtype != dtype or kept.device != param.device:
-                slot[kind] = torch.empty_like(param.detach(), dtype=dtype)
+                slot[kind] = torch.empty_like(param, dtype=dtype, requires_grad=False)
             if count:
                 slot[kind].fill_(_of_zeros(kind, count))
 

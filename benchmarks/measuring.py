@@ -69,12 +69,14 @@ def measure(
     rounds: int = ROUNDS,
     seconds_per_round: float = 0.05,
     patience: float = 0.2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Time the contestants alternately; the ratio of the yardstick is 1.
 
     A call is repeated until it fills ``seconds_per_round``; what takes more than ``patience`` has
     three rounds at most. What is in ``prepare`` is done before each call of that contestant, and
-    is not timed; calls are then timed one by one, of all contestants.
+    is not timed; calls are then timed one by one, of all contestants. ``time.thread_time`` as clock
+    leaves out what others do on the machine, where contestants have one thread.
 
     Example:
         >>> rows = measure(
@@ -88,14 +90,14 @@ def measure(
 
     def seconds(name: str, repeats: int) -> list[float]:
         if not prepare:
-            timer = Timer("f()", globals={"f": contestants[name]}, num_threads=threads)
+            timer = Timer("f()", timer=clock, globals={"f": contestants[name]}, num_threads=threads)
             return [timer.timeit(repeats).median]
         times = []
         for _ in range(repeats):
             if name in prepare:
                 prepare[name]()
             gc.disable()  # as the timer does
-            times.append(seconds_of(contestants[name]))
+            times.append(seconds_of(contestants[name], clock))
             gc.enable()
         return times
 
@@ -129,11 +131,11 @@ def rows_of(
     return rows
 
 
-def seconds_of(function: Step) -> float:
+def seconds_of(function: Step, clock: Callable[[], float] = time.perf_counter) -> float:
     """Time one call."""
-    started = time.perf_counter()
+    started = clock()
     function()
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def peak_memory(function: Step) -> int:

@@ -226,13 +226,17 @@ class GradientAccumulator:
         count = target.moments.count
         if isinstance(contribution, Outer):
             shape = contribution.grads.shape[2], contribution.activations.shape[2]
-            matrices = [None if tensor is None else tensor.view(shape) for tensor in memory]
-            if matrices[0].stride(0) == 1 and shape[1] > 1:  # type: ignore[union-attr]
+            if memory[0].shape != shape:  # type: ignore[union-attr]
+                memory = [None if tensor is None else tensor.view(shape) for tensor in memory]
+        if isinstance(contribution, (Outer, Matrices)):
+            total: Tensor = memory[0]  # type: ignore[assignment]
+            if total.stride(-2) == 1 and total.shape[-1] > 1:
                 contribution = contribution.transposed()
-                matrices = [None if matrix is None else matrix.t() for matrix in matrices]
+                memory = [None if tensor is None else tensor.mT for tensor in memory]
+        if isinstance(contribution, Outer):
             groups = contribution.groups
             torch.ops.andmask._accumulate_outer_.default(
-                *matrices, contribution.activations, contribution.grads,
+                *memory, contribution.activations, contribution.grads,
                 groups.order, groups.filled_offsets, count, self._weights_of(groups),
             )  # fmt: skip
         elif isinstance(contribution, Convolution):
@@ -243,8 +247,9 @@ class GradientAccumulator:
                 contribution.dilation, contribution.channel_groups, self._weights_of(groups),
             )  # fmt: skip
         elif isinstance(contribution, Matrices):
-            for number, product in enumerate(contribution.products):
-                matrix = [None if tensor is None else tensor[number] for tensor in memory]
+            none = [None] * len(contribution.products)
+            by_kind = [none if tensor is None else tensor.unbind() for tensor in memory]
+            for product, *matrix in zip(contribution.products, *by_kind, strict=True):
                 if product is not None:
                     self._add(target, matrix, product)
                 elif count == 0:

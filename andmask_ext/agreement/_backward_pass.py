@@ -75,7 +75,7 @@ class BackwardPass:
         self.grad_scaler = grad_scaler
         self.scale = 1.0 if grad_scaler is None else grad_scaler.get_scale()
         self.started = False
-        self.data = DataRecord(setup.model)
+        self.data = DataRecord(setup.modules)
         self.recorder = ForwardRecorder(
             setup.model, {id(one) for one in setup.modules}, setup.batch_dim, self.data, batch.rows
         )
@@ -93,9 +93,9 @@ class BackwardPass:
         self._entrance = Entrance()
         self._outer: Any = None  # the key of the plan of the outer one
         self._batches: list[Groups] = []  # the partitions of the batch
+        self._of_loss: Groups  # the one that the loss is the mean of
         self._anchors: list[Anchor] = []
         self._code: Code | None = None
-        self._shares = torch.empty(0)  # of the environments in the loss of the batch
         self._passes = 0
         self._dropping = 0  # > 0: plain gradients that arrive are discarded
 
@@ -208,7 +208,7 @@ class BackwardPass:
         plan, partitions = self._plan(graph)
         self._inner = 0
         groups = self._batches[plan.batch]
-        self._shares = shares_of(groups, self._setup.reduction)
+        self._of_loss = groups
         weights, products = self._weights(groups), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
@@ -347,13 +347,14 @@ class BackwardPass:
                     "outputs of the model, so it cannot be checked that environments do not mix "
                     "there; let the model return the tensors that the loss is computed from"
                 )
+            at = NodeGradient(node, deltas, consumer.layouts, partitions)
             for operand in consumer.operands:
                 use: Contribution | None = None
                 if not none and consumer.shared:
                     grad = gradient_of(node, operand, deltas)
-                    use = Shared(grad, operand.shape, self._shares)
+                    shares = shares_of(self._of_loss, self._setup.reduction)
+                    use = Shared(grad, operand.shape, shares)
                 elif not none:
-                    at = NodeGradient(node, deltas, consumer.layouts, partitions)
                     use = make_contribution(at, consumer.name, operand)
                 accumulator.add(use, operand, graph)
 

@@ -96,6 +96,11 @@ class Matrices(Contribution):
                 result[:, number] = product.stacked(begin, end)
         return result
 
+    def transposed(self) -> Matrices:
+        """Return the contribution to the matrices transposed."""
+        products = [None if one is None else one.transposed() for one in self.products]
+        return Matrices(products, self.grads, (self.shape[0], *self.shape[:0:-1]))
+
     @property
     def is_full(self) -> bool:
         """Whether each matrix has rows of each environment."""

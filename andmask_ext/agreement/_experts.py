@@ -6,7 +6,7 @@ from functools import lru_cache
 from itertools import pairwise
 
 from ._contributions import Matrices, Outer, ids_of_axis
-from ._groups import Groups, group_rows
+from ._groups import Groups, group_blocks
 from ._layout import Layout
 from ._node_gradient import NodeGradient
 
@@ -29,24 +29,18 @@ def grouped_mm(node_grad: NodeGradient, edge: int, shape: tuple[int, ...]) -> Ma
     if edge != 1 or len(shape) != 3 or delta.dim() != 2 or node_grad.layout.axis != 0:
         return None
     rows = node_grad.saved("self").to(delta.dtype)
-    blocks = tuple(pairwise([0, *ends.tolist()]))
-    partitions = _partitions(node_grad.groups, node_grad.layout, blocks)
+    counts = tuple(end - begin for begin, end in pairwise([0, *ends.tolist()]))
+    partitions = _partitions(node_grad.groups, node_grad.layout, counts)
+    used = sum(counts)
+    factors = (factor[:used, None].split(counts) for factor in (delta, rows))
     products = [
-        None
-        if partition is None
-        else Outer(delta[begin:end, None], rows[begin:end, None], partition, shape[1:])
-        for (begin, end), partition in zip(blocks, partitions, strict=True)
+        None if partition is None else Outer(deltas, inputs, partition, shape[1:])
+        for partition, deltas, inputs in zip(partitions, *factors, strict=True)
     ]
     return Matrices(products, delta, shape)
 
 
 @lru_cache(maxsize=1)  # the products of a layer have the same rows
-def _partitions(
-    groups: Groups, layout: Layout, blocks: tuple[tuple[int, int], ...]
-) -> list[Groups | None]:
+def _partitions(groups: Groups, layout: Layout, counts: tuple[int, ...]) -> list[Groups | None]:
     """Return the partition of the rows of each expert; None: it has none."""
-    ids = ids_of_axis(groups, layout)
-    return [
-        group_rows(ids[begin:end], groups.environments) if begin < end else None
-        for begin, end in blocks
-    ]
+    return group_blocks(ids_of_axis(groups, layout), groups.environments, counts)

@@ -183,7 +183,7 @@ def _layer_norm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contributio
     if edge == 0:
         return None
     if edge == 1:
-        delta = delta * ((saved("input") - saved("result1")) * saved("result2"))
+        delta = (saved("input") - saved("result1")).mul_(saved("result2")).mul_(delta)
     return node_grad.summed(delta, shape)
 
 
@@ -191,7 +191,7 @@ def _rms_norm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution 
     if edge == 0:
         return None
     normalized = node_grad.saved("input") * node_grad.saved("result1")
-    return node_grad.summed(node_grad.delta * normalized, shape)
+    return node_grad.summed(normalized.mul_(node_grad.delta), shape)
 
 
 def _group_norm(node_grad: NodeGradient, edge: int, shape: Shape) -> Contribution | None:

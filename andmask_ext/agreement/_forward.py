@@ -127,7 +127,7 @@ class ForwardRecorder:
                 if self._stale:
                     self.clear()
                 if module is not self._model or isinstance(module, torch.jit.ScriptModule):
-                    self._take(list(tensors_in(args)))
+                    self._take(tensors_in(args))
             self._depth += 1
             if isinstance(module, _BatchNorm) and uses_batch(module):
                 self.batch_norms.append(module)
@@ -136,19 +136,20 @@ class ForwardRecorder:
         if torch.compiler.is_compiling():
             return
         if self._depth == 1 and not self.paused:  # hooks on all modules do not see the keywords
-            self._take(list(tensors_in((args, kwargs))))
+            self._take(tensors_in((args, kwargs)))
 
     def _take(self, inputs: list[Tensor]) -> None:
         """Record inputs as data. One that is broadcast over the batch may hold constants."""
-        announce(inputs, self.batch_dim)
-        single = [
-            tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == 1
-            and self._rows not in tensor.shape
-            for tensor in inputs
-        ]  # fmt: skip
-        broadcast = not all(single)
-        for tensor, one in zip(inputs, single, strict=True):
-            self._data.take([tensor], Origin.UNKNOWN if one and broadcast else Origin.DATA)
+        with torch._C.DisableTorchFunction():  # else each attribute is a call of BackwardMode
+            announce(inputs, self.batch_dim)
+            single = [
+                tensor.dim() > self.batch_dim and tensor.shape[self.batch_dim] == 1
+                and self._rows not in tensor.shape
+                for tensor in inputs
+            ]  # fmt: skip
+            broadcast = not all(single)
+            for tensor, one in zip(inputs, single, strict=True):
+                self._data.take([tensor], Origin.UNKNOWN if one and broadcast else Origin.DATA)
 
     def _after(self, module: nn.Module, args: Any, *rest: Any) -> None:
         """Record the inputs and outputs of a module. If it raised, only note that it ended."""
@@ -159,7 +160,7 @@ class ForwardRecorder:
             return
         kwargs, output = rest
         outputs = [tensor for tensor in tensors_in(output) if tensor.grad_fn is not None]
-        self.calls.append(Call(list(tensors_in((args, kwargs))), outputs))
+        self.calls.append(Call(tensors_in((args, kwargs)), outputs))
 
     def sizes(self) -> list[int]:
         """Return the sizes of the batches of the calls since :meth:`clear`, each once."""

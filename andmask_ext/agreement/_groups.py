@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -123,6 +124,38 @@ def group_rows(ids: Tensor, environments: int) -> Groups:
     each = int(sizes[0])
     regular = each > 0 and bool((sizes == each).all()) and bool((ids.diff() >= 0).all())
     return Groups(len(ids), environments, each if regular else None, ids)
+
+
+def group_blocks(ids: Tensor, environments: int, counts: Sequence[int]) -> list[Groups | None]:
+    """Return the partition of each block of consecutive rows; None: it has no rows.
+
+    This takes a few calls for all blocks, where :func:`group_rows` takes a dozen for each.
+
+    Args:
+        ids: the environment of each row.
+        environments: their number.
+        counts: the number of rows of each block. The first begins at 0.
+    """
+    rows, lengths = ids[: sum(counts)], torch.tensor(counts)
+    block = torch.repeat_interleave(lengths)
+    keys = block * environments + rows
+    order = torch.argsort(keys, stable=True) - (lengths.cumsum(0) - lengths)[block]
+    sizes = torch.bincount(keys, minlength=len(counts) * environments)
+    sizes = sizes.view(len(counts), environments)
+    offsets = torch.cat([sizes.new_zeros(len(counts), 1), sizes.cumsum(1)], 1)
+    parts = zip(
+        rows.split(counts), order.split(counts), sizes, offsets, sizes.tolist(), strict=True
+    )
+    found: list[Groups | None] = []
+    for its_rows, its_order, its_sizes, its_offsets, numbers in parts:
+        groups = Groups(len(its_rows), environments, None, its_rows)
+        filled = [environment for environment, number in enumerate(numbers) if number]
+        groups.__dict__.update(  # the cached properties
+            order=its_order, sizes=its_sizes, offsets=its_offsets,
+            filled=filled if len(filled) < environments else None,
+        )  # fmt: skip
+        found.append(groups if filled else None)
+    return found
 
 
 def check_environments(environments: Environments) -> Checked:

@@ -46,7 +46,7 @@ class Layout:
 
     def spread(self, by_example: Tensor) -> Tensor:
         """Return the value of its example for each entry along ``axis``."""
-        return by_example.repeat_interleave(self.after).repeat(self.before)
+        return by_example.unsqueeze(1).expand(self.before, -1, self.after).reshape(-1)
 
     def rows(self, matrix: Tensor, examples: int) -> Tensor:
         """Return ``[examples, rows of each, columns]`` of a matrix with examples in its rows."""

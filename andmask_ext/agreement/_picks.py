@@ -218,7 +218,7 @@ def _indexed(indices: Sequence[Tensor | None], ids: Tensor, axis: int) -> Rows |
         if one is not None:
             places[dim] = one.cpu()
         dim += 1
-    lead = torch.broadcast_shapes(*(place.shape for place in places.values()))
+    lead = torch.broadcast_tensors(*places.values())[0].shape  # broadcast_shapes takes longer
     used = sorted(places)
     adjacent = used == list(range(used[0], used[0] + len(used)))
     at = used[0] if adjacent else 0  # where the dimensions of the indices go

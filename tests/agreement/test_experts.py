@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import andmask_ext as am
+from andmask_ext.agreement._groups import group_blocks, group_rows
 
 from .exact_loop import check as check_in_float64
 from .exact_loop import loop
@@ -181,3 +182,24 @@ def test_relu_between_two_products_leaves_rows_where_they_are() -> None:
             return super().forward(hidden[..., :INTO], routes.roll(1, 1))
 
     check(Two("as stored", grouped), step, *batch())
+
+
+@pytest.mark.parametrize("counts", [(3, 5, 2), (0, 4, 0), (6,), (0, 0), (1, 1, 8)])
+@pytest.mark.parametrize("environments", [1, 2, 5])
+def test_blocks_of_rows_are_partitioned_as_one_by_one(
+    counts: tuple[int, ...], environments: int
+) -> None:
+    ids = torch.randint(environments, (11,))  # the last rows are in no block
+    blocks = group_blocks(ids, environments, counts)
+    for rows, found in zip(ids[: sum(counts)].split(counts), blocks, strict=True):
+        if not len(rows):
+            assert found is None
+            continue
+        expected = group_rows(rows, environments)
+        assert found is not None
+        assert found.filled == expected.filled
+        for environment in range(environments):
+            assert (
+                found.members(environment).tolist()
+                == (rows == environment).nonzero()[:, 0].tolist()
+            )
