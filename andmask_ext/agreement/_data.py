@@ -299,9 +299,10 @@ class DataRecord:
 
     def forget(self) -> None:
         """Forget all tensors and nodes."""
-        for buffer in self._model.buffers() if self._shown else ():
-            if buffer.grad_fn is not None:  # it was made of data that require no gradients
-                buffer.detach_()
+        for module in self._modules if self._shown else ():
+            for buffer in module._buffers.values():  # made of data that require no gradients
+                if buffer is not None and buffer.grad_fn is not None:
+                    buffer.detach_()
         self._shown = {}
         self._began, self._left, self._unknown = False, False, Origin.UNKNOWN
         self._origins, self._weights, self._nodes, self._kept = {}, {}, {}, []
