@@ -20,7 +20,8 @@ At = tuple[int, int]  # the index of a node, and the number of its output
 Flow = frozenset[int]
 GIVEN, UNKNOWN = Flow((0,)), Flow((-1,))
 
-_JOINS = ("CatBackward0", "StackBackward0")
+# Nodes that put tensors one after the other.
+JOINS = ("CatBackward0", "StackBackward0")
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Flows:
         self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
         flow = Flow().union(*(self.of(entry) for entry in entries)) or GIVEN
         name = graph.names[index]
-        if (name in _JOINS and flow != GIVEN) or (
+        if (name in JOINS and flow != GIVEN) or (
             name == CHECKPOINT and self._entrance.moves_inside
         ):
             flow = UNKNOWN

@@ -102,30 +102,61 @@ class Pick:
     large: Layout
     small: Layout
 
+    def rows(self, graph: Graph, partitions: Sequence[Groups]) -> Rows | None:
+        """Return the environments of the rows of the small tensor; None: they have no single ones.
 
-def follow(picks: Sequence[Pick], graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
-    """Return the partitions of a pass: those of the batch, and those of rows that were picked.
+        Args:
+            graph: the graph of the pass.
+            partitions: those that were made before.
+        """
+        groups, large = partitions[self.large.partition], self.large
+        if shape_of_large(graph, self.index)[large.axis] != large.size * groups.examples:
+            return None
+        return route(graph, self.index, self.output, large.spread(groups.ids), large.axis)
+
+
+@dataclass(frozen=True)
+class Join:
+    """A node that joins tensors along their batch axis.
+
+    Attributes:
+        index: the index of the node.
+        parts: the batch axes of the tensors.
+        small: the batch axis of the result.
+    """
+
+    index: int
+    parts: tuple[Layout, ...]
+    small: Layout
+
+    def rows(self, graph: Graph, partitions: Sequence[Groups]) -> Rows | None:
+        """As :meth:`Pick.rows`."""
+        ids = torch.cat([part.spread(partitions[part.partition].ids) for part in self.parts])
+        axis = self.small.axis
+        return (ids, axis) if len(ids) == shape_of(graph.nodes[self.index])[axis] else None
+
+
+def follow(
+    moves: Sequence[Pick | Join], graph: Graph, batches: Sequence[Groups]
+) -> list[Groups] | None:
+    """Return the partitions of a pass: those of the batch, and those of rows that were moved.
 
     Args:
-        picks: the nodes that pick rows, in an order in which each partition is made before it is
-            used.
+        moves: in an order in which each partition is made before it is used.
         graph: the graph of the pass.
         batches: the partitions of the batch.
 
     Returns:
-        None: rows are not picked as they were in the mixing check, which must run again.
+        None: rows are not moved as they were in the mixing check, which must run again.
     """
     partitions = list(batches)
-    for pick in picks:
-        groups, large = partitions[pick.large.partition], pick.large
-        if shape_of_large(graph, pick.index)[large.axis] != large.size * groups.examples:
+    for move in moves:
+        rows, small = move.rows(graph, partitions), move.small
+        if rows is None or rows[1] != small.axis:
             return None
-        rows = route(graph, pick.index, pick.output, large.spread(groups.ids), large.axis)
-        if rows is None or rows[1] != pick.small.axis:
-            return None
-        if pick.small.partition == len(partitions):
-            partitions.append(group_rows(rows[0], groups.environments))
-        elif not torch.equal(pick.small.spread(partitions[pick.small.partition].ids), rows[0]):
+        if small.partition == len(partitions):
+            partitions.append(group_rows(rows[0], batches[0].environments))
+        elif not torch.equal(small.spread(partitions[small.partition].ids), rows[0]):
             return None
     return partitions
 
@@ -167,7 +198,7 @@ def route(graph: Graph, index: int, output: int, ids: Tensor, axis: int) -> Rows
     indices = None if name in _ORDERING else saved(node, "index")
     if indices is not None and name not in _BY_ROW and indices.dim() != dims:
         return None
-    dim = _signed(saved(node, "dim")) % max(1, dims)
+    dim = signed(saved(node, "dim")) % max(1, dims)
     if name in _ORDERING:  # along another axis they stay in their row
         if dim == axis:
             return None
@@ -183,26 +214,27 @@ def route(graph: Graph, index: int, output: int, ids: Tensor, axis: int) -> Rows
 def _moved(node: Node, name: str, output: int, ids: Tensor, axis: int) -> Rows | None:
     count = max(1, len(shape_of(node)))
     if name in ("FlipBackward0", "RollBackward0"):
-        dims = [_signed(dim) % count for dim in saved(node, "dims")]
+        dims = [signed(dim) % count for dim in saved(node, "dims")]
         if name == "RollBackward0" and not dims:  # it rolls the flattened tensor
             return None
         if axis not in dims:
             return ids, axis
         if name == "FlipBackward0":
             return ids.flip(0), axis
-        return ids.roll(_signed(saved(node, "shifts")[dims.index(axis)])), axis
-    if _signed(saved(node, "dim")) % count != axis:
+        return ids.roll(signed(saved(node, "shifts")[dims.index(axis)])), axis
+    if signed(saved(node, "dim")) % count != axis:
         return ids, axis
     if name == "SliceBackward0":
         start, end, step = (saved(node, argument) for argument in ("start", "end", "step"))
-        first, last = (None if one is None else _signed(one) for one in (start, end))
+        first, last = (None if one is None else signed(one) for one in (start, end))
         return ids[slice(first, last, int(step))], axis
     if name == "SplitBackward0":
         return ids.split(int(saved(node, "split_size")))[output], axis
     return ids.split([int(size) for size in saved(node, "split_sizes")])[output], axis
 
 
-def _signed(dim: Any) -> int:
+def signed(dim: Any) -> int:
+    """Return a dimension that may be negative."""
     return int(dim) if dim < 2**63 else int(dim) - 2**64  # nodes save dimensions as unsigned
 
 

@@ -10,13 +10,14 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from ._data import DataRecord, Origin
-from ._flows import Entrance, Flows
+from ._flows import JOINS, Entrance, Flows
 from ._formulas import axes_of
 from ._graph import CHECKPOINT, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
+from ._moves import Moves
 from ._nodes import rows_of, shape_of
-from ._picks import JOINING, PICKING, Pick, follow
+from ._picks import JOINING, PICKING, Join, Pick, follow
 from ._reading import Evidences, Reader
 from ._refusals import (
     BATCH_NORM,
@@ -109,7 +110,7 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
-    picks: tuple[Pick, ...]
+    picks: tuple[Pick | Join, ...]
     contents: tuple[int, ...]
     apart: bool
     batch: int = 0
@@ -176,8 +177,8 @@ def witnesses(graph: Graph, known: Sequence[int]) -> list[int]:
     found: set[int] = set()
     suspected = set(known)
     for index, name in enumerate(graph.names):
-        if name in PICKING or name in JOINING:
-            found |= {index} if name in PICKING else set()
+        if name in PICKING or name in JOINING or name in JOINS:
+            found |= set() if name in JOINING else {index}
             found |= {entry[0] for entry in graph.edges[index] if entry is not None}
         elif name in RESHAPES:
             entry = graph.edges[index][0]
@@ -213,6 +214,7 @@ def make_plan(
     """
     flows = Flows(graph, entrance)
     reader = Reader(graph, batches, evidences, code, flows, data, batch_dim)
+    moves = Moves(graph, reader, flows)
     weight = [False] * len(graph.nodes)
     consumers, leaves = [], []
     certain = True
@@ -245,8 +247,10 @@ def make_plan(
         if name in PICKING and code is not None and not (below and below[0]):
             entry = graph.edges[index][0]
             shown = entry is not None and data.is_shown(graph.nodes[entry[0]])
-            reader.pick(index, shown)
-        if name in JOINING and reader.joins(index):
+            moves.pick(index, shown)
+        if name in JOINS and code is not None:
+            moves.join(index, weight)
+        if name in JOINING and moves.sums(index):
             certain = False  # values of a matrix tell which rows are joined
     if any(weight[root] for root in graph.roots):
         raise RuntimeError(
@@ -255,8 +259,8 @@ def make_plan(
         )
     deferred = CHECKPOINT in graph.names
     plan = Plan(
-        tuple(consumers), tuple(leaves), deferred, certain, tuple(reader.picks),
-        tuple(reader.unexplained), flows.regions_are_proved(),
+        tuple(consumers), tuple(leaves), deferred, certain, tuple(moves.found),
+        tuple(moves.unexplained), flows.regions_are_proved(),
     )  # fmt: skip
     if deferred and plan.moves:  # the region does not see which rows were moved
         plan = replace(plan, certain=False)

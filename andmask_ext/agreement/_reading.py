@@ -9,19 +9,18 @@ import torch
 from torch import Tensor
 
 from ._data import DataRecord
-from ._flows import GIVEN, UNKNOWN, At, Flow, Flows
+from ._flows import GIVEN, At, Flow, Flows
 from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
 from ._nodes import saved_tensors, shape_of
-from ._picks import JOINING, PICKING, Pick, Rows, route
 
 # By the index of a node: the evidence on each of its outputs.
 Evidences = Mapping[int, list[Evidence]]
 
 
 class Reader:
-    """Finds batch axes. Rows that nodes pick by an index get partitions of their own.
+    """Finds batch axes.
 
     Args:
         graph: the graph of a backward pass.
@@ -33,10 +32,10 @@ class Reader:
         batch_dim: their batch dimension.
 
     Attributes:
-        picks: the nodes that move rows, and whose indices explain the environments of the rows.
-        unexplained: the other nodes that pick rows of data.
-        partitions: the partitions of the batch, and those of picked rows.
+        given: the number of partitions of the batch.
+        partitions: these, and those of rows that were moved.
         quiet: the rows without a gradient of outputs whose rows go by the probes alone.
+        code: as above.
     """
 
     def __init__(
@@ -49,14 +48,12 @@ class Reader:
         data: DataRecord,
         batch_dim: int,
     ) -> None:
-        self.picks: list[Pick] = []
-        self.unexplained: list[int] = []
         self.partitions = list(batches)
         self.quiet: dict[At, Tensor] = {}
         self._graph = graph
-        self._given = len(batches)
+        self.given = len(batches)
         self._evidences = evidences
-        self._code = code
+        self.code = code
         self._flows = flows
         self._data = data
         self._batch_dim = batch_dim
@@ -82,7 +79,7 @@ class Reader:
     def possible(self, at: At, axes: Sequence[int] | None) -> list[Layout]:
         """Return the layouts that the shape of an output allows, the most usual first."""
         shape = self.shape(at)
-        for number in range(self._given):
+        for number in range(self.given):
             found = candidates(shape, self.partitions[number].examples, axes, number)
             if found:
                 return found
@@ -91,17 +88,17 @@ class Reader:
     def layouts(self, at: At, axes: Sequence[int] | None = None) -> list[Layout]:
         """Return the layouts that agree with all probes, and with the nodes that move rows."""
         evidence, shape = self.evidence(at), self.shape(at)
-        if evidence is None or self._code is None:
+        if evidence is None or self.code is None:
             return self.possible(at, axes)
-        moved = [number for number in sorted(self._flows.of(at)) if number >= self._given]
+        moved = [number for number in sorted(self._flows.of(at)) if number >= self.given]
         if 0 in shape:  # as of an expert without rows
             return [Layout(shape.index(0), 1, 1, number) for number in moved[:1]]
-        for number in (*moved, *range(self._given)):
+        for number in (*moved, *range(self.given)):
             groups = self.partitions[number]
             left = [
                 layout
                 for layout in candidates(shape, groups.examples, axes, number)
-                if (ids := evidence.ids(layout.axis, self._code)) is not None
+                if (ids := evidence.ids(layout.axis, self.code)) is not None
                 and fits(layout.spread(groups.ids), ids)
             ]
             left = [layout for layout in left if number in moved or self._lies(at, layout)]
@@ -135,10 +132,10 @@ class Reader:
         """
         evidence, shape = self.evidence(at), self.shape(at)
         assert evidence is not None
-        assert self._code is not None
+        assert self.code is not None
         kept = []
         for layout in left:
-            ids = evidence.ids(layout.axis, self._code)
+            ids = evidence.ids(layout.axis, self.code)
             if ids is None or bool((ids >= 0).all()):
                 kept.append(layout)
                 continue
@@ -175,7 +172,7 @@ class Reader:
         left, evidence = self.layouts(at, axes), self.evidence(at)
         if not left:
             return self._by_row(at, axes), False
-        if self._code is None:
+        if self.code is None:
             return left[0], True
         shape, number = self.shape(at), left[0].partition
         if len({split_of(shape, layout) for layout in left}) > 1:
@@ -184,16 +181,17 @@ class Reader:
         if evidence is None:
             return (left[0] if alone else None), alone
         self._flows.prove(at[0])
-        ids = evidence.ids(left[0].axis, self._code)
+        ids = evidence.ids(left[0].axis, self.code)
         if ids is None or bool((ids < 0).any()) or 0 in shape:
             # Rows without a gradient fit everywhere: nodes must tell where they come from.
-            alone &= self._flows.of(at) == self._flow_of(number)
-            if number < self._given:
+            alone &= self._flows.of(at) == self.flow_of(number)
+            if number < self.given:
                 alone &= ids is not None and len(ids[ids >= 0].unique()) > 1
         return left[0], alone
 
-    def _flow_of(self, number: int) -> Flow:
-        return Flow((number,)) if number >= self._given else GIVEN
+    def flow_of(self, number: int) -> Flow:
+        """Return the flow of rows of a partition."""
+        return Flow((number,)) if number >= self.given else GIVEN
 
     def _by_row(self, at: At, axes: Sequence[int] | None) -> Layout | None:
         """Return a layout by which each row belongs to the environment that the probes name.
@@ -202,10 +200,10 @@ class Reader:
         tells that environments are apart.
         """
         evidence, shape = self.evidence(at), self.shape(at)
-        if evidence is None or self._code is None:
+        if evidence is None or self.code is None:
             return None
         for axis in range(len(shape)) if axes is None else axes:
-            ids = evidence.ids(axis, self._code) if axis < len(shape) else None
+            ids = evidence.ids(axis, self.code) if axis < len(shape) else None
             if ids is None or not evidence.seen or not evidence.is_clear(axis):
                 continue
             known = ids[ids >= 0]
@@ -214,12 +212,13 @@ class Reader:
             single = bool((known == known[0]).all()) and not self.possible(at, None)
             if single or self._flows.is_proved(at[0]):
                 self.quiet[at] = (ids < 0).nonzero()[:, 0]
-                return Layout(axis, 1, 1, self._add_rows(ids.clamp(min=0)))
+                return Layout(axis, 1, 1, self.add_rows(ids.clamp(min=0)))
         return None
 
-    def _add_rows(self, ids: Tensor) -> int:
-        assert self._code is not None
-        self.partitions.append(group_rows(ids, self._code.environments))
+    def add_rows(self, ids: Tensor) -> int:
+        """Add a partition, given the environment of each row; return its number."""
+        assert self.code is not None
+        self.partitions.append(group_rows(ids, self.code.environments))
         return len(self.partitions) - 1
 
     def _as_reshaped(self, at: At, left: list[Layout]) -> list[Layout]:
@@ -236,95 +235,8 @@ class Reader:
 
     def is_apart(self, at: At, axes: Sequence[int] | None) -> bool:
         """Return whether each row of an output belongs to one environment, whatever its order."""
-        evidence, code = self.evidence(at), self._code
+        evidence, code = self.evidence(at), self.code
         if evidence is None or code is None:
             return False
         found = range(len(evidence.shape)) if axes is None else axes
         return any(a < len(evidence.shape) and evidence.ids(a, code) is not None for a in found)
-
-    # ---- nodes that pick or join rows ----
-
-    def joins(self, index: int) -> bool:
-        """Return whether a node sums over rows of several environments."""
-        for edge, axis in JOINING[str(self._graph.names[index])]:
-            entry = self._graph.edges[index][edge]
-            evidence = None if entry is None else self.evidence(entry)
-            if evidence is not None and self._code is not None:
-                ids = evidence.ids(axis % max(1, len(evidence.shape)), self._code)
-                if ids is not None and len(ids[ids >= 0].unique()) > 1:
-                    return True
-        return False
-
-    def pick(self, index: int, shown: bool) -> None:
-        """Explain a node that picks rows of data. All nodes below it must have been explained.
-
-        Args:
-            index: the node.
-            shown: it picks rows of data that require no gradients, such as a table that all
-                examples share.
-        """
-        name = str(self._graph.names[index])
-        outputs = range(len(self._graph.nodes[index]._input_metadata))
-        several = name in ("SplitBackward0", "SplitWithSizesBackward0")
-        found = [self._explain(index, out, PICKING[name]) for out in (outputs if several else (0,))]
-        if all(flow is not None for flow in found):
-            self._flows.prove(index)
-        if UNKNOWN in found or (None in found and not shown):
-            self.unexplained.append(index)
-        for output in outputs:
-            flow = found[output] if several else found[0]
-            self._flows.move((index, output), flow or (GIVEN if shown else UNKNOWN))
-
-    def _explain(self, index: int, output: int, small_input: int | None) -> Flow | None:
-        """Return where the rows of an output come from, or None if environments may mix here.
-
-        UNKNOWN: they are apart, but the index may be read in several ways.
-        """
-        edges = self._graph.edges[index]
-        large: At | None = (index, 0)
-        small: At | None = (index, output)
-        if small_input is None:
-            large = edges[0]
-        else:
-            small = edges[small_input]
-        if large is None or small is None or self._code is None:
-            return None
-        evidence = self.evidence(small)
-        is_input = isinstance(self._graph.names[large[0]], tuple)  # no probe ends there
-        if evidence is None or (self.evidence(large) is None and not is_input):
-            return None
-        explained: dict[tuple[int, int, int], tuple[Layout, Rows, bool]] = {}
-        for layout in self.layouts(large):
-            ids = layout.spread(self.partitions[layout.partition].ids)
-            rows = route(self._graph, index, output, ids, layout.axis)
-            if rows is None:
-                continue
-            found = evidence.ids(rows[1], self._code)
-            if found is not None and fits(rows[0], found):
-                explained[split_of(self.shape(large), layout)] = layout, rows, rows[0] is ids
-        if len(explained) != 1:
-            return UNKNOWN if explained else None
-        [(layout, rows, stay)] = explained.values()
-        source = self._flow_of(layout.partition)
-        if stay:  # for any index
-            return source
-        target = self._small(small, rows, str(self._graph.names[index]))
-        if target is None:
-            return UNKNOWN
-        self.picks.append(Pick(index, output, layout, target))
-        return source if small_input is not None else self._flow_of(target.partition)
-
-    def _small(self, small: At, rows: Rows, name: str) -> Layout | None:
-        """Return the layout of the small tensor. Only rows that are picked may have a new order."""
-        ids, axis = rows
-        shape = self.shape(small)
-        moved = [number for number in sorted(self._flows.of(small)) if number >= self._given]
-        if 0 in shape:  # as of an expert without rows
-            return Layout(axis, 1, 1, moved[0] if moved else self._add_rows(ids))
-        # Rows that are in place must be so at each step, or environments mix: the batch is first.
-        for number in (*range(self._given), *moved):
-            groups = self.partitions[number]
-            for layout in candidates(shape, groups.examples, (axis,), number):
-                if torch.equal(layout.spread(groups.ids), ids):
-                    return layout
-        return Layout(axis, 1, 1, self._add_rows(ids)) if PICKING[name] is None else None

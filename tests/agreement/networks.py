@@ -234,7 +234,8 @@ def draw(seed: int, move: str | None = None, mixer: str | None = None) -> Networ
     if choose.random() < 0.4:
         for param in model.parameters():
             param.requires_grad_(choose.random() < 0.6)
-    if mixer or not any(param.requires_grad for param in model.parameters()):
+        model.head.bias.requires_grad_()  # torch leaves out regions that no gradient enters
+    if mixer:
         model.into.requires_grad_()
         model.head.requires_grad_()
     groups = None if mixer else environments_of(choose, batch)
