@@ -167,7 +167,8 @@ def reduction(whole: Tensor, parts: Tensor) -> str:
 
 
 def one_by_one(model: Batched, batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    return [model(*(t[e : e + 1] for t in batch)) for e in range(len(batch[0]))]
+    """Return the outputs for each example, which lies in memory of its own."""
+    return [model(*(t[e : e + 1].clone() for t in batch)) for e in range(len(batch[0]))]
 
 
 def choices(sample: Sample, learned: int | None, scaled: Sequence[int]) -> Iterator[Places]:
