@@ -15,7 +15,7 @@ from torch import Tensor
 import andmask_ext as am
 
 from ..agreement.exact_loop import RULE, check
-from ..agreement.outcomes import BATCH_NORM, EXACT, MIXING, outcome
+from ..agreement.outcomes import EXACT, MIXING, outcome
 from .adapters import ADAPTERS
 from .case import Case, words
 from .decoders import DECODERS
@@ -30,7 +30,6 @@ REFUSED = [
     # Examples mix: in the loss, in a pseudo-inverse, in the class token of films, in a choice of
     # lags.
     (MIXING, "clip siglip nystromformer timesformer autoformer"),
-    (BATCH_NORM, "wav2vec2-conformer"),
 ]
 
 # What fails.
