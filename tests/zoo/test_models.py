@@ -39,7 +39,7 @@ BROKEN = {
 }
 
 # What `make test` runs.
-FEW = words("bert deberta vit gpt2 llama mixtral t5 mamba clip patchtsmixer lora dora")
+FEW = words("bert deberta vit gpt2 mixtral t5 mamba clip whisper patchtsmixer lora dora")
 
 STEPS = [(4, "each"), (4, "2"), (4, "ids"), (8, "each"), (8, "each"), (8, "ids"), (16, "each"),
          (16, "2"), (8, "2")]  # fmt: skip
