@@ -25,9 +25,10 @@ NOT_FROM_OUTPUTS = "a gradient that does not come through the outputs of the mod
 PARAMETERS_ONLY = "made of parameters only, so it belongs to no environment"
 BATCH_NORM = "takes statistics over all environments"
 REENTRANT_ARGUMENT = "a parameter is an argument of a function under reentrant checkpointing"
+REVERSIBLE = "a function that runs a backward pass inside its backward, as reversible layers do"
 
 CAUSES = (
-    MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, BATCH_NORM, REENTRANT_ARGUMENT,
+    MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, BATCH_NORM, REENTRANT_ARGUMENT, REVERSIBLE,
 )  # fmt: skip
 
 
