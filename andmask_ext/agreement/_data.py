@@ -240,7 +240,9 @@ class DataRecord:
 
     def _set(self, tensor: Tensor, origin: Origin) -> None:
         address = storage(tensor)
-        if address != -1:
+        if address == 0:  # all tensors without elements share it
+            self._origins[0] = max(origin, self._origins.get(0, origin))
+        elif address != -1:
             self._origins[address] = origin
         if origin == Origin.FREE or (origin == Origin.UNKNOWN and tensor.requires_grad):
             self._kept.append(tensor)

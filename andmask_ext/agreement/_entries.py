@@ -51,7 +51,8 @@ class Entry:
         contribution, view = self.contribution, self.view
         if isinstance(contribution, OneByOne):
             return False
-        if wide_dtype(contribution.grads) != wide_dtype(param):  # there is a cast between them
+        grads = contribution.grads
+        if grads.is_complex() or wide_dtype(grads) != wide_dtype(param):  # there is a cast between
             return False
         if isinstance(contribution, (Outer, Convolution)):
             # In an environment without rows the gradient is zero.
@@ -70,6 +71,7 @@ class Entry:
         """Return the parameter's gradients in environments [begin, end), one per row."""
         stacked, view = self.contribution.stacked(begin, end), self.operand.view
         if view is not None:
+            stacked = stacked.real if stacked.is_complex() else stacked
             if wide_dtype(stacked) != wide_dtype(param):
                 stacked = stacked.to(param.dtype)  # as the cast of the parameter does
             if view.order == "same":

@@ -285,10 +285,10 @@ FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
     "AddBackward0": (_add, None),
     "AddmmBackward0": (_addmm, (0, 1)),
     "BmmBackward0": (_bmm, (0, 1, 2)),
-    "ConvolutionBackward0": (_convolution, (0,)),
+    "ConvolutionBackward0": (_convolution, (0, 1)),
     "DivBackward0": (_div, None),
     "EmbeddingBackward0": (_embedding, None),
-    "EmbeddingBagBackward0": (_embedding_bag, (0,)),
+    "EmbeddingBagBackward0": (_embedding_bag, (0, 1)),
     "ExpandBackward0": (_expand, None),
     "FusedRmsNormBackward0": (_rms_norm, None),
     "GroupedMmBackward0": (grouped_mm, None),
@@ -301,19 +301,19 @@ FORMULAS: dict[str, tuple[Formula, tuple[int, ...] | None]] = {
     "RepeatBackward0": (_repeat, None),
     "RsubBackward0": (_rsub, None),
     "SubBackward0": (_sub, None),
-    "TrilinearBackward0": (_trilinear, (0,)),
+    "TrilinearBackward0": (_trilinear, (0, 1)),
 }
 
 
-# Matrix products: the axes depend on which operand is computed from parameters.
+# Products: the axes depend on which operand is computed from parameters. Where the data are the
+# matrix, the kernels or the table, the batch may be a dimension of these.
 _PRODUCT_AXES = {
-    ("AddmmBackward0", 1): (1,),
-    ("AddmmBackward0", 2): (0,),
-    ("BmmBackward0", 0): (2, 0),
-    ("BmmBackward0", 1): (1, 0),
-    ("MmBackward0", 0): (1,),
-    ("MmBackward0", 1): (0,),
-}
+    ("AddmmBackward0", 1): (1,), ("AddmmBackward0", 2): (0,),
+    ("BmmBackward0", 0): (2, 0), ("BmmBackward0", 1): (1, 0),
+    ("ConvolutionBackward0", 1): (0,), ("ConvolutionBackward0", 2): (0,),
+    ("EmbeddingBagBackward0", 0): (0,),
+    ("MmBackward0", 0): (1,), ("MmBackward0", 1): (0,), ("TrilinearBackward0", 1): (0,),
+}  # fmt: skip
 
 
 def axes_of(name: str, edge: int | None = None) -> tuple[int, ...] | None:

@@ -26,10 +26,11 @@ PARAMETERS_ONLY = "made of parameters only, so it belongs to no environment"
 BATCH_NORM = "takes statistics over all environments"
 REENTRANT_ARGUMENT = "a parameter is an argument of a function under reentrant checkpointing"
 REENTRANT_INPUT = "no input of a region under reentrant checkpointing requires gradients"
+REVERSIBLE = "a function that runs a backward pass inside its backward, as reversible layers do"
 
 CAUSES = (
     MIXING, NO_BATCH, NOT_FROM_OUTPUTS, PARAMETERS_ONLY, BATCH_NORM, REENTRANT_ARGUMENT,
-    REENTRANT_INPUT,
+    REENTRANT_INPUT, REVERSIBLE,
 )  # fmt: skip
 
 

@@ -94,6 +94,7 @@ CASTS: dict[str, Callable[[Function, Tensor, torch.dtype], Tensor]] = {
     "table": lambda s, x, to: F.embedding((x > 0).long(), s.w.to(to)),
     "norm": lambda s, x, to: F.layer_norm(x, (4,), s.b.to(to), s.w[0].to(to)),
     "maximum": lambda s, x, to: torch.maximum(x, s.b.to(to)),
+    "complex": lambda s, x, to: (1j * x * s.b.to(to.to_complex())).imag,
     "function": lambda s, x, to: x @ s.w.to(to).tanh(),
     "both": lambda s, x, to: x * s.b.to(to) + (x.to(s.b) * s.b).to(to) + F.linear(x, s.w.to(to)),
 }  # fmt: skip
@@ -117,6 +118,25 @@ def test_another_precision(
     check(model, curved, rand(6, 4), environments=environments, tolerance=tolerance)
 
 
+# The batch is a dimension of what is usually the parameter.
+MADE_OF_DATA: dict[str, Callable[[Function, Tensor], Tensor]] = {
+    "kernels": lambda s, x: F.conv1d(s.w[None], x[:, :, None])[0],
+    "kernels and biases": lambda s, x: F.conv1d(s.w[None], x[:, :, None], x[:, 0])[0],
+    "transposed kernels": lambda s, x: F.conv_transpose1d(s.w[None], x.t()[:, :, None])[0],
+    "matrices": lambda s, x: F.bilinear(s.w, s.v, x[:, :, None] * x[:, None]).t(),
+    "table": lambda s, x: F.embedding_bag(
+        torch.arange(4).view(2, 2), x.t(), mode="sum", per_sample_weights=s.w[:2, :2]
+    ).t(),
+}
+
+
+@ENVIRONMENTS
+@pytest.mark.parametrize("use", MADE_OF_DATA)
+def test_data_in_the_place_of_parameters(use: str, environments: int | Tensor | None) -> None:
+    model = Function(MADE_OF_DATA[use], w=rand(4, 4), v=rand(4, 4))
+    check(model, curved, rand(6, 4), environments=environments)
+
+
 EMPTY: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "columns": lambda s, x: torch.cat([x @ s.w[:, 1:], x @ s.w], 1),
     "only columns": lambda s, x: torch.cat([x @ s.w[:, 1:], x @ s.v], 1),
@@ -127,6 +147,7 @@ EMPTY: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "lines": lambda s, x: torch.cat([F.embedding((x > 0).long(), s.v[:, :0]).flatten(1),
                                      x @ s.v], 1),
     "function": lambda s, x: torch.cat([x @ s.w[:, 1:].tanh(), x @ s.w], 1),
+    "nothing else": lambda s, x: x[:, 4:].cos() * s.v[0, 4:].cos(),
 }  # fmt: skip
 
 

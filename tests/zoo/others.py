@@ -73,11 +73,11 @@ SPEECH = {
 }  # fmt: skip
 
 
-def heard(name: str, **more: Any) -> Case:
+def heard(name: str, convert: bool = False, **more: Any) -> Case:
     def batch(size: int) -> Batch:
         return {"input_values": torch.randn(size, 600), "labels": classes(size)}
 
-    return Case(f"{name}ForSequenceClassification", batch, {**SOUND, **more})
+    return Case(f"{name}ForSequenceClassification", batch, {**SOUND, **more}, convert=convert)
 
 
 def spoken(size: int) -> Batch:
@@ -99,7 +99,8 @@ HEARING = {
     "unispeech": heard("UniSpeech"),
     "data2vec-audio": heard("Data2VecAudio", conv_pos_kernel_size=3),
     "wav2vec2-conformer": heard(
-        "Wav2Vec2Conformer", conv_depthwise_kernel_size=3, position_embeddings_type="relative"
+        "Wav2Vec2Conformer", convert=True, conv_depthwise_kernel_size=3,
+        position_embeddings_type="relative",
     ),
     "whisper": Case(
         "WhisperForConditionalGeneration", lambda n: spectra(n, 8, 40),

@@ -58,14 +58,15 @@ class Sample:
 
 
 def like(tensor: Tensor, place: int, size: int) -> Tensor:
-    """Return a batch of tensors like the one of a sample: values of its own stay in its range."""
+    """Return a batch of tensors like the one of a sample; whole numbers stay, as of labels."""
     if place == NEW:
         rows = tensor.unsqueeze(0).repeat_interleave(size, 0)
         where = 0
     else:
         rows = tensor.index_select(place, torch.randint(0, tensor.shape[place], (size,)))
         where = place
-    if rows.is_floating_point() or rows.is_complex():
+    fractions = tensor.is_floating_point() and not torch.equal(tensor, tensor.round())
+    if fractions or tensor.is_complex():
         rows = rows * (1 + 0.1 * torch.randn(rows.shape, dtype=torch.float64)).to(rows.dtype)
     return rows.movedim(where, 0)
 
@@ -166,7 +167,8 @@ def reduction(whole: Tensor, parts: Tensor) -> str:
 
 
 def one_by_one(model: Batched, batch: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
-    return [model(*(t[e : e + 1] for t in batch)) for e in range(len(batch[0]))]
+    """Return the outputs for each example, which lies in memory of its own."""
+    return [model(*(t[e : e + 1].clone() for t in batch)) for e in range(len(batch[0]))]
 
 
 def choices(sample: Sample, learned: int | None, scaled: Sequence[int]) -> Iterator[Places]:

@@ -26,7 +26,7 @@ DATABASE = {info.name.removeprefix("nn."): info for info in module_db}
 NOT_COMPARED = words("FractionalMaxPool2d FractionalMaxPool3d CTCLoss")
 
 # What `make test` runs.
-FEW = list(DATABASE)[::20]
+FEW = list(DATABASE)[::16]
 
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 2e-4}
 SAMPLES = {torch.float64: 5, torch.float32: 2}

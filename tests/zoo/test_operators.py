@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.testing._internal.common_methods_invocations import op_db
 
-from ..agreement.outcomes import EXACT, MIXING, NO_BATCH, PARAMETERS_ONLY
+from ..agreement.outcomes import EXACT, MIXING
 from .case import words
 from .compared import causes_of, compared
 from .samples import Batched, Joined, Sample, batched
@@ -44,38 +44,26 @@ DATABASE = {
 
 # Refused, at least for some samples: the cause, and the ops.
 REFUSED = [
-    # Of parameters only, with a size that the batch divides.
-    (MIXING, "cartesian_prod combinations einsum kron linalg.multi_dot linalg.tensorsolve"),
-    (MIXING, "linalg.lu_solve lu_solve masked_select normal pca_lowrank stack svd_lowrank"),
-    (MIXING, "nn.functional.bilinear nn.functional.linear nn.functional.linear_cross_entropy"),
-    (MIXING, "nn.functional.linear_cross_entropy-chunked nn.functional.pad-circular"),
-    (MIXING, "nn.functional.linear_cross_entropy-chunked_none nn.functional.prelu"),
-    (MIXING, "nn.functional.multi_head_attention_forward"),
+    # A call that takes data makes a weight of constants inside, which is not seen to be one.
     (MIXING, "nn.functional.scaled_dot_product_attention"),
-    # A parameter of one element, beside a constant weight or a weight that is data.
-    (PARAMETERS_ONLY, "_unsafe_masked_index addmm addmm-decomposed nn.functional.bilinear"),
-    (PARAMETERS_ONLY, "nn.functional.conv1d nn.functional.conv2d nn.functional.conv3d"),
-    (PARAMETERS_ONLY, "nn.functional.conv_transpose1d nn.functional.conv_transpose2d"),
-    (PARAMETERS_ONLY, "nn.functional.conv_transpose3d nn.functional.embedding_bag"),
-    (PARAMETERS_ONLY, "nn.functional.linear nn.functional.linear_cross_entropy-chunked"),
-    # Complex outputs.
-    (NO_BATCH, "cdouble complex linalg.eigvals polar view_as_complex"),
-    (NO_BATCH, "fft.fft fft.fft2 fft.fftn fft.ifft fft.ifft2 fft.ifftn fft.ihfft fft.ihfft2"),
-    (NO_BATCH, "fft.ihfftn fft.rfft fft.rfft2 fft.rfftn"),
+    # The loss is made of a tensor of the size of the batch, whose first dimension is a constant's.
+    (MIXING, "nn.functional.linear_cross_entropy nn.functional.linear_cross_entropy-chunked"),
+    # The examples are slices of one image, and the kernel is flat.
+    (MIXING, "nn.functional.conv3d"),
+    # A gradient is zero but for rounding, and the noise is read as that of one environment.
+    (MIXING, "masked.std masked.var"),
 ]
 
 # What fails.
 BROKEN = {
-    "as_strided_scatter": "its formula reads the gradient from the start of the memory",
-    "slice": "a slice without a start",
-    **dict.fromkeys(
-        words("linalg.lstsq linalg.lstsq-grad_oriented linalg.slogdet native_group_norm"),
-        "a function of which one output has no gradient",
-    ),
-    **dict.fromkeys(
-        words("bfloat16 double float float_power half to"), "a cast to another precision"
-    ),
+    "native_group_norm": "torch's formula leaves out the mean's gradient when it comes alone",
 }
+
+# The precision that a function casts its arguments to.
+CASTS = {
+    "bfloat16": torch.bfloat16, "half": torch.float16, "float": torch.float32,
+    "cfloat": torch.float32,
+}  # fmt: skip
 
 # Samples of these have complex arguments, no batch, or no gradient.
 NOT_COMPARED = words(
@@ -86,7 +74,7 @@ NOT_COMPARED = words(
 )
 
 # What `make test` runs.
-FEW = list(DATABASE)[::40]
+FEW = list(DATABASE)[::25]
 
 # In float32 too few digits are left of these.
 IN_DOUBLE_ONLY = words("linalg.cond logcumsumexp nn.functional.rms_norm")
@@ -161,6 +149,8 @@ def marks(name: str) -> list[pytest.MarkDecorator]:
 def test_operator(name: str) -> None:
     outcomes: Counter[str] = Counter()
     for dtype, tolerance in TOLERANCES.items():
+        if name in CASTS:
+            tolerance = max(tolerance, 8 * torch.finfo(CASTS[name]).eps)
         for sample in samples_of(name, dtype):
             for model in models_of(sample):
                 outcomes += compared(model, tolerance)
@@ -172,4 +162,4 @@ def test_operator(name: str) -> None:
 
 def test_the_tables_name_ops() -> None:
     refused = {name for _, names in REFUSED for name in words(names)}
-    assert {*refused, *BROKEN, *NOT_COMPARED, *FEW} <= set(DATABASE)
+    assert {*refused, *BROKEN, *CASTS, *NOT_COMPARED, *FEW} <= set(DATABASE)
