@@ -87,7 +87,7 @@ class BackwardPass:
         self._tracked = {id(param): number for number, param in enumerate(setup.params)}
         self._targets: list[Target] = []
         self._accumulator: GradientAccumulator | None = None
-        self._mixing = MixingCheck(self._engine)
+        self._mixing = MixingCheck(self._engine, self.data)
         self.hooks = UserHooks(lambda: self._mixing.running)
         self._inner = 0  # backward passes inside this one
         self._entrance = Entrance()
@@ -291,7 +291,7 @@ class BackwardPass:
         wanted = setup.check_mixing != "never" and self._code is not None
         self._anchors = [] if not wanted else find_anchors(
             graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
-            self._batches, self.data, suspects(graph),
+            self._batches, self.data, suspects(graph, self.data),
         )  # fmt: skip
         data = [leaf(node) for node in graph.nodes if self.data.holds(node)]
         with untouched([*setup.model.parameters(), *data]), self.hooks.untouched():

@@ -295,6 +295,10 @@ class DataRecord:
             return Origin.HIDDEN
         return max(self.origin(tensor) for tensor in constants)
 
+    def is_data(self, node: Node) -> bool:
+        """Return whether data are known to enter a node."""
+        return self._nodes.get(node) == Origin.DATA
+
     def is_weight(self, node: Node) -> bool:
         """Return whether a node is known to be made of parameters only."""
         return self._nodes.get(node) == Origin.FREE

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from ._anchors import Anchor
+from ._data import DataRecord
 from ._formulas import axes_of
 from ._graph import Graph
 from ._groups import Groups
@@ -29,16 +30,18 @@ class MixingCheck:
     Args:
         engine: runs a backward pass over a graph. It takes the graph, its roots, their gradients,
             whether to retain the graph, and the nodes and leaves to reach.
+        data: what the nodes are made of.
 
     Attributes:
         running: whether a probe is under way.
         moves_inside: whether a backward pass inside a probe had nodes that pick rows.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, data: DataRecord) -> None:
         self.running = False
         self.moves_inside = False
         self._engine = engine
+        self._data = data
         self._probe = 0
         self._inner = 0  # number of backward passes inside this one
         self._by_pass: dict[int, dict[int, list[Evidence]]] = {}
@@ -133,7 +136,7 @@ class MixingCheck:
                 evidences.setdefault(index, [Evidence(tensor.shape, None)])
                 into = make_hook(index)
                 handles.append(tensor.register_hook(lambda delta, into=into: into((delta,))))
-        found = suspects(graph)
+        found = suspects(graph, self._data)
         for index in [*found, *witnesses(graph, found)]:
             node, name = graph.nodes[index], str(graph.names[index])
             if index not in evidences:

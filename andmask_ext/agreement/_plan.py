@@ -144,8 +144,13 @@ class Plan:
         return replace(self, consumers=resized) if len(resized) == len(consumers) else None
 
 
-def suspects(graph: Graph) -> list[int]:
-    """Return the nodes whose batch axis must be known."""
+def suspects(graph: Graph, data: DataRecord) -> list[int]:
+    """Return the nodes whose batch axis must be known.
+
+    Args:
+        graph: the graph of a backward pass.
+        data: what the nodes are made of.
+    """
     possible = [False] * len(graph.nodes)  # computed from parameters only, if no data enters
     certain = [False] * len(graph.nodes)  # computed from parameters only
     indices = []
@@ -157,7 +162,8 @@ def suspects(graph: Graph) -> list[int]:
             indices.append(index)
             continue
         below = [entry[0] for entry in graph.edges[index] if entry]
-        possible[index] = bool(below) and all(possible[child] for child in below)
+        only = bool(below) and all(possible[child] for child in below)
+        possible[index] = only and not data.is_data(graph.nodes[index])
         certain[index] = (
             bool(below)
             and all(certain[child] for child in below)
