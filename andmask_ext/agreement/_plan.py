@@ -27,8 +27,10 @@ from ._refusals import (
     refuse_hooks,
     refuse_opaque,
 )
+from ._views import VIEWS
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
+_COPIES = ("ExpandBackward0", "RepeatBackward0")
 # The gradient of a term does not depend on the other terms.
 _SUMS = frozenset((
     "AddBackward0", "CatBackward0", "RsubBackward0", "StackBackward0", "SubBackward0",
@@ -162,16 +164,21 @@ def suspects(graph: Graph, data: DataRecord) -> list[int]:
             indices.append(index)
             continue
         below = [entry[0] for entry in graph.edges[index] if entry]
-        only = bool(below) and all(possible[child] for child in below)
-        possible[index] = only and not data.is_data(graph.nodes[index])
+        apart = bool(below) and not _takes_data(graph, index, data)
+        possible[index] = apart and all(possible[child] for child in below)
         certain[index] = (
-            bool(below)
-            and all(certain[child] for child in below)
-            and not graph.may_carry_batch(index)
+            apart and all(certain[child] for child in below) and not graph.may_carry_batch(index)
         )
         if not certain[index] and any(possible[child] for child in below):
             indices.append(index)
     return indices
+
+
+def _takes_data(graph: Graph, index: int, data: DataRecord) -> bool:
+    """Return whether data are known to enter a node."""
+    name = graph.names[index]
+    views = name in VIEWS or name in _COPIES  # these take the shape of data only
+    return not views and data.is_data(graph.nodes[index])
 
 
 def _takes_statistics(node: Node) -> bool:
@@ -291,13 +298,15 @@ def _is_weight(
     graph: Graph, index: int, reader: Reader, code: Code | None, data: DataRecord
 ) -> bool:
     """Return whether no data enter a node, all of whose inputs are computed from parameters."""
+    if _takes_data(graph, index, data):
+        return False
     if not graph.may_carry_batch(index):
         return True
     if code is None:  # the only environment owns everything
         return False
     node, name = graph.nodes[index], str(graph.names[index])
     origin = data.of_node(node)
-    if name in ("ExpandBackward0", "RepeatBackward0"):
+    if name in _COPIES:
         origin = Origin.FREE
     if origin == Origin.FREE and name not in HIDDEN_DATA:
         return True

@@ -46,12 +46,8 @@ DATABASE = {
 REFUSED = [
     # A call that takes data makes a weight of constants inside, which is not seen to be one.
     (MIXING, "nn.functional.scaled_dot_product_attention"),
-    # The loss is made of a tensor of the size of the batch, whose first dimension is a constant's.
-    (MIXING, "nn.functional.linear_cross_entropy nn.functional.linear_cross_entropy-chunked"),
     # The examples are slices of one image, and the kernel is flat.
     (MIXING, "nn.functional.conv3d"),
-    # A gradient is zero but for rounding, and the noise is read as that of one environment.
-    (MIXING, "masked.std masked.var"),
 ]
 
 # What fails.
