@@ -10,7 +10,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 
 from ._checks import check_dense_grad, check_dtype, check_weight
 from ._loss_nodes import SAME, SCALINGS, TERMS, ends
-from ._notices import warn_once
+from ._notices import warn_of_processes, warn_once
 from ._pending import Hook
 from .moments import Moments
 from .rules import Rule
@@ -112,6 +112,7 @@ def backward(
     for weight in weights or ():
         check_weight(weight)
 
+    warn_of_processes(backward)
     before = [leaf.grad for leaf in leaves]
     try:
         for leaf in leaves:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from .._memory import KINDS
+from .._notices import warn_of_drop, warn_of_processes
 from ..moments import Moments
 from ._hooks import Hooks
 from ._opened import opened
 from ._parts import Context, Exchange, Group, Observer, Owner, State
 from ._tracked import Tracked
 from ._unwritten import UnwrittenGrad, UnwrittenGrads
-from ._warnings import warn_of_drop, warn_of_processes
 
 
 class PendingStep:

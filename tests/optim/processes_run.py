@@ -72,8 +72,11 @@ def own_environments_vote_alone(rank: int) -> None:
         for _ in range(2):
             with agreement():
                 loss_of(model, rank, 0).backward()
+        for _ in range(2):
+            losses = [loss_of(model, rank, environment) for environment in range(2)]
+            am.backward(losses, am.AndMask(0.5))
     said = [str(one.message) for one in given if ALONE in str(one.message)]
-    assert len(said) == 2, said  # of the optimizer, and of the Agreement
+    assert len(said) == 3, said  # of the optimizer, of the Agreement, and of backward
     assert "got 2" in said[0], said
 
 
