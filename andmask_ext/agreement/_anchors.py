@@ -65,6 +65,12 @@ def find_anchors(
     return anchors
 
 
+def places(anchors: Iterable[Anchor], graph: Graph) -> list[tuple[int, int, int, int]]:
+    """Return the node and the output of each anchor in a graph, its axis and its partition."""
+    index_of = {node: index for index, node in enumerate(graph.nodes)}
+    return [(index_of[one.node], one.output, one.axis, one.partition) for one in anchors]
+
+
 def _of_outputs(
     graph: Graph,
     outputs: Iterable[Tensor],

@@ -13,7 +13,7 @@ from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
 
 from .._pending import Hook, PendingStep
 from ._accumulator import GradientAccumulator, Target
-from ._anchors import Anchor, find_anchors
+from ._anchors import Anchor, find_anchors, places
 from ._batch import (
     BatchOptions,
     batch_of_loss,
@@ -128,7 +128,7 @@ class BackwardPass:
 
     def close(self) -> None:
         """Release the graph, the moments and the hooks."""
-        self.data.forget()
+        self.data.close()
         del self._mixing
         self.__dict__.pop("mode", None)  # it is not there if the context failed to open
 
@@ -274,13 +274,14 @@ class BackwardPass:
         plan, partitions = make_plan(
             graph, self._batches, self._mixing.evidence(inner), self._code, self.data,
             replace(self._entrance, moves_inside=self._mixing.moves_inside),
+            [] if inner else places(self._anchors, graph),
             self._setup.batch_dim, self._setup.check_mixing != "never",
         )  # fmt: skip
         if not inner:
             batch = batch_of_loss(self._anchors, self._batches, self._setup.reduction)
             plan = replace(plan, batch=batch)
         if plan.certain:
-            plans.keep(key, sizes, graph, plan, self._setup.check_mixing == "auto")
+            plans.keep(key, sizes, graph, self._batches, plan, self._setup.check_mixing == "auto")
         if inner and (plan.moves or not plan.certain):  # next time it may have to be made again
             plans.drop(self._outer)
         return plan, partitions

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch.autograd.graph import Node
 
-from ._nodes import saved_tensors
+from ._graph import COPY_SLICES, PLACE
+from ._nodes import PYTHON, saved_tensors
+from ._shown import ShownData, picks_by_index
 from ._views import VIEWS
 
 
@@ -84,10 +85,10 @@ class DataRecord:
         self._weights: dict[int, Tensor] = {}  # by id: tensors made of parameters only
         self._nodes: dict[Node, Origin] = {}
         self._kept: list[Tensor] = []  # kept alive so that the address is not reused
+        self.shown = ShownData()
         self._inputs: list[Tensor] = []
         self._began = False
         self._left = False  # data have left torch
-        self._shown: dict[int, Tensor] = {}  # by id
         self._unknown = Origin.UNKNOWN  # of a tensor of which nothing is known
 
     def take(self, inputs: Iterable[Tensor], origin: Origin) -> None:
@@ -106,6 +107,8 @@ class DataRecord:
         """Record a call of the function ``name``."""
         if name == "__setitem__":
             result = args[0]
+            if result._base is None and not picks_by_index(args[1]):
+                _say_place(result.grad_fn, str(args[1]))
         if self._takes_computed(args[:1] if name in _AS else args):
             self._note_data(name, result, args)
             return
@@ -127,42 +130,6 @@ class DataRecord:
             self._set(tensor, origin)
             if tensor.grad_fn is not None:
                 self._record(tensor.grad_fn, origin)
-
-    # ---- data that require no gradients, and whose rows are moved ----
-
-    def show(self, func: Any, args: Any) -> Any:
-        """Return arguments with which autograd records a function that moves rows of data.
-
-        Of data that require no gradients, as the input of a packed sequence, autograd records
-        nothing, and nothing would tell which example a row is. Regions under checkpointing are left
-        alone, as they are computed again without this.
-        """
-        first = args[0] if args else None
-        if (
-            not isinstance(first, Tensor)
-            or first.requires_grad
-            or not (first.is_floating_point() or first.is_complex())
-            or not torch.is_grad_enabled()
-            or _top_saved_tensors_default_hooks(True) is not None
-            or first.is_inference()
-            or (func is Tensor.__getitem__ and not _picks(args[1]))
-            or storage(first) == -1
-            or self.origin(first) < Origin.DATA
-        ):
-            return args
-        leaf = first.detach().requires_grad_()
-        self._shown[id(leaf)] = leaf
-        return (leaf, *args[1:])
-
-    def hide(self, args: Any) -> Any:
-        """Return arguments of a function that takes no tensor that requires gradients."""
-        if not self._shown or not (isinstance(args[0], Tensor) and args[0].requires_grad):
-            return args
-        return (args[0].detach(), *args[1:])
-
-    def is_shown(self, node: Node) -> bool:
-        """Return whether a node is that of a leaf that :meth:`show` made."""
-        return id(getattr(node, "variable", None)) in self._shown
 
     def examples(self, tensor: Tensor, axis: int, dim: int, count: int) -> Tensor | None:
         """Return the example of each entry along an axis, if a tensor is a view of an input.
@@ -186,7 +153,11 @@ class DataRecord:
     def holds(self, node: Node) -> bool:
         """Return whether a node is that of a leaf that holds data."""
         tensor = getattr(node, "variable", None)
-        return isinstance(tensor, Tensor) and self.origin(tensor) == Origin.DATA
+        return isinstance(tensor, Tensor) and self.holds_tensor(tensor)
+
+    def holds_tensor(self, tensor: Tensor) -> bool:
+        """Return whether a tensor holds data."""
+        return storage(tensor) != -1 and self.origin(tensor) == Origin.DATA
 
     def _leave(self, name: str, args: Any) -> None:
         """Record that data have left torch, from where they may come back as new tensors."""
@@ -203,7 +174,7 @@ class DataRecord:
                 node = value.grad_fn
                 if node is None:
                     continue
-                if not (isinstance(node, _PYTHON) and self._adopts(value, node)):
+                if not (isinstance(node, PYTHON) and self._adopts(value, node)):
                     return True
             elif isinstance(value, (list, tuple)) and self._takes_computed(value):
                 return True
@@ -295,6 +266,11 @@ class DataRecord:
             return Origin.HIDDEN
         return max(self.origin(tensor) for tensor in constants)
 
+    def is_free(self, node: Node) -> bool:
+        """Return whether a node is that of a leaf that holds no data, such as a parameter."""
+        tensor = getattr(node, "variable", None)
+        return isinstance(tensor, Tensor) and self.origin(tensor) == Origin.FREE
+
     def is_data(self, node: Node) -> bool:
         """Return whether data are known to enter a node."""
         return self._nodes.get(node) == Origin.DATA
@@ -303,13 +279,13 @@ class DataRecord:
         """Return whether a node is known to be made of parameters only."""
         return self._nodes.get(node) == Origin.FREE
 
+    def close(self) -> None:
+        """Forget all, and let go of what was made of shown data."""
+        self.shown.release(self._modules)
+        self.forget()
+
     def forget(self) -> None:
         """Forget all tensors and nodes."""
-        for module in self._modules if self._shown else ():
-            for buffer in module._buffers.values():  # made of data that require no gradients
-                if buffer is not None and buffer.grad_fn is not None:
-                    buffer.detach_()
-        self._shown = {}
         self._began, self._left, self._unknown = False, False, Origin.UNKNOWN
         self._origins, self._weights, self._nodes, self._kept = {}, {}, {}, []
         self._inputs = []
@@ -319,14 +295,18 @@ def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.is_leaf
 
 
-def _picks(index: Any) -> bool:
-    """Return whether an index holds a tensor, a list or an array."""
-    return not all(type(one) in _BASIC for one in (index if type(index) is tuple else (index,)))
+def _say_place(node: Node | None, place: str) -> None:
+    """Say which part of a tensor a node has written into. It keeps that to itself."""
+    if node is not None and node.name() == COPY_SLICES:
+        node.metadata[PLACE] = place  # type: ignore[index]
 
 
-_BASIC = frozenset((int, slice, type(None), type(Ellipsis)))
+def say_places(node: Node | None, place: str) -> None:
+    """Say which parts a function has written that fills a tensor part by part."""
+    while node is not None and (node.name() in VIEWS or node.name() == COPY_SLICES):
+        _say_place(node, place)
+        node = node.next_functions[0][0] if node.next_functions else None
 
-_PYTHON = torch.autograd.function.BackwardCFunction
 
 # Functions that take the shape of a tensor only.
 _LIKE = frozenset((
@@ -353,6 +333,6 @@ _KEEPING = frozenset((
 
 def _held_by(node: Node) -> list[Tensor] | None:
     """Return the tensors that a node holds, if they are all that enter it; else None."""
-    if isinstance(node, _PYTHON):
+    if isinstance(node, PYTHON):
         return tensors_in((node.saved_tensors, vars(node)))
     return saved_tensors(node) if node.name() in _KEEPING else None

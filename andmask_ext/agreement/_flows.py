@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ._data import DataRecord
 from ._graph import CHECKPOINT, Graph
 from ._refusals import REENTRANT_INPUT
 
@@ -63,27 +64,30 @@ class Flows:
         self._flows: dict[At, Flow] = {}
         self._proved = [False] * len(graph.nodes)
         self._sources: set[int] = set()
-        self._shown = [False] * len(graph.nodes)  # gradients only go to what DataRecord.show made
+        self._shown = [False] * len(graph.nodes)  # gradients only go to what ShownData made
 
-    def enter(self, index: int, weight: Sequence[bool], shown: bool) -> None:
+    def enter(self, index: int, weight: Sequence[bool], data: DataRecord) -> None:
         """Follow rows into a node.
 
         Args:
             index: the node.
             weight: for each node, whether it is made of parameters only.
-            shown: whether the node is a leaf that was made by :meth:`DataRecord.show`.
+            data: what leaves are made of.
 
         Raises:
             RuntimeError: a region would have no gradients without that leaf.
         """
         graph = self._graph
         below = [one[0] for one in graph.edges[index] if one is not None]
-        self._shown[index] = shown or (bool(below) and all(self._shown[one] for one in below))
+        node = graph.nodes[index]
+        self._shown[index] = node in data.shown or (
+            bool(below) and all(self._shown[one] for one in below)
+        )
         if graph.names[index] == CHECKPOINT and self._shown[index]:
             raise RuntimeError(REENTRANT_INPUT)
         if graph.is_untracked_leaf(index):
             self._flows[index, 0] = UNKNOWN if self._entrance.moved else GIVEN
-            self._proved[index] = self._entrance.proved
+            self._proved[index] = self._entrance.proved or data.is_free(node)
             return
         entries = [one for one in graph.edges[index] if one is not None and not weight[one[0]]]
         if not entries:
@@ -91,11 +95,11 @@ class Flows:
         self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
         flow = Flow().union(*(self.of(entry) for entry in entries)) or GIVEN
         name = graph.names[index]
-        if (name in JOINS and flow != GIVEN) or (
-            name == CHECKPOINT and self._entrance.moves_inside
-        ):
+        hides = name == CHECKPOINT and self._entrance.moves_inside
+        hides = hides or (bool(entries) and graph.hides_moves(index))
+        if hides or (flow != GIVEN and (name in JOINS or graph.holds_indices(index))):
             flow = UNKNOWN
-        for output in range(len(graph.nodes[index]._input_metadata)):
+        for output in range(len(node._input_metadata)):
             self._flows[index, output] = flow
 
     def of(self, at: At) -> Flow:

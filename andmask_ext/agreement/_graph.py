@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._nodes import leaf, saved, shape_of
+from ._nodes import PYTHON, integers_in, leaf, saved, shape_of
 from ._views import VIEWS, View, view_through
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
@@ -100,10 +100,12 @@ class Graph:
         return tuple(self.names), tuple(self.edges), tuple(tokens)
 
     def contents(self, index: int) -> Any:
-        """Return a key of the rows that a node picks."""
+        """Return a key of the indices that a node holds."""
         node = self.nodes[index]
+        if isinstance(node, PYTHON):
+            return tuple([_content(one) for one in integers_in(node)])
         values = []
-        for argument in ("index", "indices", "mask"):
+        for argument in ("index", "indices", "mask", "offsets"):
             if hasattr(node, f"_saved_{argument}"):
                 value = saved(node, argument)
                 tensors = value if isinstance(value, (tuple, list)) else [value]
@@ -119,6 +121,20 @@ class Graph:
         """Return whether a node is the leaf of a tensor that is not tracked."""
         name = self.names[index]
         return isinstance(name, tuple) and name[1] is None
+
+    def hides_moves(self, index: int) -> bool:
+        """Return whether a node may move or join rows in a way that its type does not tell."""
+        name = self.names[index]
+        if name == COPY_SLICES:
+            return PLACE not in self.nodes[index].metadata  # type: ignore[operator]
+        return name in _HIDING
+
+    def holds_indices(self, index: int) -> bool:
+        """Return whether a node may move rows by indices that :meth:`contents` returns."""
+        name = self.names[index]
+        if name in _INDEXING:
+            return True
+        return isinstance(self.nodes[index], PYTHON) and name not in _OWN
 
     def is_table(self, index: int) -> bool:
         """Return whether a node's output is used for look-ups only."""
@@ -194,10 +210,25 @@ def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int |
 
 
 # Arguments that determine how a node orders its elements.
-_STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "offset", "shifts", "start",
-           "step", "training")  # fmt: skip
+_STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "k", "offset", "pad",
+           "repeats", "shifts", "start", "step", "storage_offset", "stride",
+           "training")  # fmt: skip
 _INDEXED = ("IndexBackward0", "IndexPutBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"  # reentrant checkpointing
+COPY_SLICES = "torch::autograd::CopySlices"
+# The key of the metadata of a node that writes into a part of a tensor: which part.
+PLACE = "andmask_ext.place"
+# Nodes that move rows by an index, and that are followed by its contents only.
+_INDEXING = frozenset((
+    "EmbeddingBackward0", "EmbeddingBagBackward0", "PutBackward0", "UnsafeIndexBackward0",
+    "UnsafeIndexPutBackward0", "UnsafeMaskedIndexBackward0",
+))  # fmt: skip
+_OWN = (CHECKPOINT, "_NormalizeBackward")  # Python functions that are known
+# Nodes that join rows by values, or move them by what they do not save.
+_HIDING = frozenset((
+    "AddbmmBackward0", "GridSampler2DBackward0", "GridSampler3DBackward0", "LinalgSolveExBackward0",
+    "SegmentReduceBackward0", "SparseMmReduceImplBackward0", "TrilinearBackward0",
+))  # fmt: skip
 RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
 
 # Per type of node: its arguments that belong to the structure. Types without such arguments.
@@ -209,7 +240,7 @@ def _token(node: Node, name: str | tuple[str, int | None], examples: int) -> Any
     kind = type(node)
     if kind not in _TOKENS:
         present = tuple(argument for argument in _STATIC if hasattr(kind, f"_saved_{argument}"))
-        if not present and name not in (*RESHAPES, *_INDEXED):
+        if not present and name not in (*RESHAPES, *_INDEXED, COPY_SLICES):
             _PLAIN.add(kind)
             return None
         _TOKENS[kind] = present
@@ -217,6 +248,8 @@ def _token(node: Node, name: str | tuple[str, int | None], examples: int) -> Any
         return tuple(
             "batch" if size == examples else size % examples == 0 for size in shape_of(node)
         )
+    if name == COPY_SLICES:
+        return node.metadata.get(PLACE)  # type: ignore[attr-defined]
     if name in _INDEXED:
         return tuple(-1 if index is None else index.dim() for index in saved(node, "indices"))
     values = [saved(node, argument) for argument in _TOKENS[kind]]

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._switches import Switches
-from ._data import DataRecord
+from ._data import DataRecord, say_places
 from ._nodes import BACKWARDS
 from ._picks import BATCH_SIZES
 from ._user_hooks import UserHooks
@@ -71,9 +71,11 @@ class BackwardMode(TorchFunctionMode):
         if func is Tensor.retain_grad:
             return self._backward_pass.hooks.retain(*args)
         if func in _MOVING:
-            args = self._backward_pass.data.show(func, args)
-        elif func in _AS_ARRAY:
-            args = self._backward_pass.data.hide(args)
+            data = self._backward_pass.data
+            if data.shown.wants(func, args, kwargs) and data.holds_tensor(args[0]):
+                args = data.shown.show(args)
+        elif func in _AS_ARRAY or (kwargs and kwargs.get("out") is not None):
+            args = self._backward_pass.data.shown.hide(args)
         if func in _RECURRENT:
             with _WITHOUT_FUSED_KERNELS:
                 result = func(*args, **(kwargs or {}))
@@ -85,6 +87,8 @@ class BackwardMode(TorchFunctionMode):
             self._backward_pass.data.note(name, result, args, kwargs)
             if name == "_pack_padded_sequence" and result[0].grad_fn is not None:
                 result[0].grad_fn.metadata[BATCH_SIZES] = result[1]  # the node keeps it to itself
+            elif name == "_pad_packed_sequence":  # it fills a tensor, step by step
+                say_places(result[0].grad_fn, str(args[1].tolist()))
         return result
 
 

@@ -10,7 +10,7 @@ from ._flows import GIVEN, UNKNOWN, At, Flow, Flows
 from ._graph import Graph
 from ._layout import Layout, candidates, fits, split_of
 from ._nodes import saved
-from ._picks import JOINING, PICKING, Join, Pick, Rows, route, signed
+from ._picks import PICKING, Join, Move, Pick, Rows, Same, route, signed, summed
 from ._reading import Reader
 
 _SEVERAL = ("SplitBackward0", "SplitWithSizesBackward0")
@@ -30,23 +30,40 @@ class Moves:
     """
 
     def __init__(self, graph: Graph, reader: Reader, flows: Flows) -> None:
-        self.found: list[Pick | Join] = []
+        self.found: list[Move] = []
         self.unexplained: list[int] = []
         self._graph = graph
         self._reader = reader
         self._flows = flows
 
     def sums(self, index: int) -> bool:
-        """Return whether a node, such as a product, sums over rows of several environments."""
+        """Return whether a node sums over rows of several environments."""
         reader = self._reader
-        for edge, axis in JOINING[str(self._graph.names[index])]:
+        for edge, axis in summed(self._graph, index):
             entry = self._graph.edges[index][edge]
             evidence = None if entry is None else reader.evidence(entry)
-            if evidence is not None and reader.code is not None:
-                ids = evidence.ids(axis % max(1, len(evidence.shape)), reader.code)
-                if ids is not None and len(ids[ids >= 0].unique()) > 1:
-                    return True
+            if evidence is None or reader.code is None or axis >= len(evidence.shape):
+                continue
+            ids = evidence.ids(axis % max(1, len(evidence.shape)), reader.code)
+            if ids is not None and len(ids[ids >= 0].unique()) > 1:
+                return True
         return False
+
+    def settle(self, at: At, layout: Layout) -> bool:
+        """Return whether rows have this layout by whatever way they come, as later steps check."""
+        reader, flow, own = self._reader, self._flows.of(at), self._reader.flow_of(layout.partition)
+        if flow == own:
+            return True
+        if not own < flow or flow >= UNKNOWN:
+            return False
+        rows = layout.spread(reader.partitions[layout.partition].ids), layout.axis
+        for number in sorted(flow - own):
+            numbers = range(reader.given) if number in GIVEN else (number,)
+            other = self._target(reader.shape(at), rows, numbers)
+            if other is None:
+                return False
+            self.found.append(Same(layout, other))
+        return True
 
     # ---- rows one after the other ----
 
@@ -69,6 +86,8 @@ class Moves:
             self._flows.move(at, Flow().union(*(self._flows.of(one) for one in data)))
         if len(layouts) < len(edges):
             return
+        if not all(self.settle(one, part) for one, part in zip(data, layouts, strict=True)):
+            return
         spread = [one.spread(reader.partitions[one.partition].ids) for one in layouts]
         rows, evidence = (torch.cat(spread), dim), reader.evidence(at)
         known = None if evidence is None or not reader.code else evidence.ids(dim, reader.code)
@@ -76,6 +95,35 @@ class Moves:
             target = self._target(shape, rows, range(reader.given)) or self._new(rows)
             self.found.append(Join(index, tuple(layouts), target))
             self._flows.move(at, reader.flow_of(target.partition))
+
+    def fill(self, index: int) -> None:
+        """Explain a tensor that is filled part by part with the first rows of each part's order.
+
+        So does the way back from a packed sequence, whose parts are the steps.
+        """
+        at = (index, 0)
+        flow = self._flows.of(at)
+        if len(flow) == 1 or flow >= UNKNOWN:
+            return
+        numbers = sorted(flow - GIVEN)
+        self._flows.move(at, UNKNOWN)
+        for whole in numbers if not flow >= GIVEN else ():
+            steps = [self._steps(whole, part) for part in numbers]
+            if all(steps):
+                most = Layout(0, 1, 1, whole)
+                for part, count in zip(numbers, steps, strict=True):
+                    self.found.append(Same(most, Layout(0, 1, 1, part), count))
+                self._flows.move(at, Flow((whole,)))
+                return
+
+    def _steps(self, whole: int, part: int) -> int:
+        """Return how often rows repeat the first ones of other rows; 0: they do not."""
+        ids, rows = (self._reader.partitions[number].ids for number in (whole, part))
+        for count in range(1, len(rows) + 1):
+            first = len(rows) // count
+            if first * count == len(rows) and torch.equal(ids[:first].repeat(count), rows):
+                return count
+        return 0
 
     def _along(self, tensors: Sequence[At], dim: int) -> list[Layout]:
         """Return the layouts of tensors whose batch axis is ``dim``."""
@@ -138,6 +186,8 @@ class Moves:
         if len(explained) != 1:
             return UNKNOWN if explained else None
         [(layout, rows, stay)] = explained.values()
+        if not self.settle(large, layout):
+            return UNKNOWN
         source = reader.flow_of(layout.partition)
         if stay:  # for any index
             return source

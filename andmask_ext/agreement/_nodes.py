@@ -74,6 +74,26 @@ def saved_tensors(node: Node) -> list[Tensor]:
     return tensors
 
 
+PYTHON = torch.autograd.function.BackwardCFunction  # the node of a Python function
+
+
+def integers_in(node: Any) -> list[Any]:
+    """Return the whole numbers that the node of a Python function holds, and tensors of such."""
+    found: list[Any] = []
+    stack = [*vars(node).values(), *node.saved_tensors]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, Tensor):
+            found += [] if value.is_floating_point() or value.is_complex() else [value]
+        elif isinstance(value, (list, tuple)):
+            stack += value
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, (int, slice)):
+            found.append(value)
+    return found
+
+
 def call_node(node: Node, edge: int, deltas: Sequence[Tensor | None]) -> Tensor | None:
     """Return the gradient of one input of a node, given the gradients of its outputs.
 

@@ -61,6 +61,7 @@ JOINING: dict[str, tuple[tuple[int, int], ...]] = {
     "AddmvBackward0": ((1, -1), (2, -1)),
     "BaddbmmBackward0": _ADDED,
     "BmmBackward0": _LEFT_RIGHT,
+    "ConvolutionBackward0": ((0, 1), (0, 2), (0, 3), (0, 4)),
     "DotBackward0": ((0, -1), (1, -1)),
     "MmBackward0": _LEFT_RIGHT,
     "MvBackward0": ((0, -1), (1, -1)),
@@ -70,6 +71,14 @@ JOINING: dict[str, tuple[tuple[int, int], ...]] = {
     "ScaledDotProductFlashAttentionForCpuBackward0": ((1, -2), (2, -2)),
     "SparseAddmmBackward0": _ADDED,
 }
+_NORMS = ("FusedRmsNormBackward0", "NativeLayerNormBackward0")
+# Nodes that sum over the axes that they save as ``dim``.
+_REDUCING = frozenset((
+    "AmaxBackward0", "AminBackward0", "CumprodBackward0", "CumsumBackward0",
+    "LinalgVectorNormBackward0", "LogSoftmaxBackward0", "LogcumsumexpBackward0",
+    "LogsumexpBackward0", "MeanBackward1", "NormBackward1", "ProdBackward1", "SoftmaxBackward0",
+    "StdBackward0", "StdMeanBackward0", "SumBackward1", "VarBackward0", "VarMeanBackward0",
+))  # fmt: skip
 _ORDERING = (
     "CummaxBackward0", "CumminBackward0", "KthvalueBackward0", "MaxBackward0", "MedianBackward1",
     "MinBackward0", "ModeBackward0", "SortBackward0", "TopkBackward0",
@@ -136,9 +145,33 @@ class Join:
         return (ids, axis) if len(ids) == shape_of(graph.nodes[self.index])[axis] else None
 
 
-def follow(
-    moves: Sequence[Pick | Join], graph: Graph, batches: Sequence[Groups]
-) -> list[Groups] | None:
+@dataclass(frozen=True)
+class Same:
+    """A tensor whose rows come by several ways, in which they must have the same environments.
+
+    Attributes:
+        layout: the batch axis of the tensor.
+        small: the same by another way.
+        steps: how often the other way has the first rows; 0: it has all of them.
+    """
+
+    layout: Layout
+    small: Layout
+    steps: int = 0
+
+    def rows(self, graph: Graph, partitions: Sequence[Groups]) -> Rows:
+        """As :meth:`Pick.rows`."""
+        rows = self.layout.spread(partitions[self.layout.partition].ids)
+        if self.steps:
+            count = partitions[self.small.partition].examples // self.steps
+            rows = rows[:count].repeat(self.steps)
+        return rows, self.layout.axis
+
+
+Move = Pick | Join | Same
+
+
+def follow(moves: Sequence[Move], graph: Graph, batches: Sequence[Groups]) -> list[Groups] | None:
     """Return the partitions of a pass: those of the batch, and those of rows that were moved.
 
     Args:
@@ -159,6 +192,19 @@ def follow(
         elif not torch.equal(small.spread(partitions[small.partition].ids), rows[0]):
             return None
     return partitions
+
+
+def summed(graph: Graph, index: int) -> Sequence[tuple[int, int]]:
+    """Return the inputs of a node over whose axes it sums: the number of an input, and an axis."""
+    name, node = str(graph.names[index]), graph.nodes[index]
+    if name in JOINING:
+        return JOINING[name]
+    if name in _NORMS and graph.edges[index][0] is not None:
+        return [(0, -axis - 1) for axis in range(len(saved(node, "normalized_shape")))]
+    if name in _REDUCING:
+        dims = saved(node, "dim")
+        return [(0, signed(dim)) for dim in (dims if isinstance(dims, Sequence) else (dims,))]
+    return ()
 
 
 def shape_of_large(graph: Graph, index: int) -> tuple[int, ...]:

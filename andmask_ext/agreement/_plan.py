@@ -12,12 +12,12 @@ from torch.autograd.graph import Node
 from ._data import DataRecord, Origin
 from ._flows import JOINS, Entrance, Flows
 from ._formulas import axes_of
-from ._graph import CHECKPOINT, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
+from ._graph import CHECKPOINT, COPY_SLICES, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph, Operand
 from ._groups import Groups
 from ._layout import Code, Layout, fits
 from ._moves import Moves
 from ._nodes import rows_of, shape_of
-from ._picks import JOINING, PICKING, Join, Pick, follow
+from ._picks import PICKING, Move, follow, summed
 from ._reading import Evidences, Reader
 from ._refusals import (
     BATCH_NORM,
@@ -51,6 +51,8 @@ class Consumer:
         quiet: for each output, the rows along the batch axis that had none in any probe, if the
             probes alone tell whose rows they are. None: all may have one.
         shared: the operands are terms of the loss. Each environment has them in full.
+        views: for each output whose batch axis holds more than the batch, the next node, whose
+            axes are apart, and the axis of the batch there; None: there is no such node.
     """
 
     index: int
@@ -60,6 +62,7 @@ class Consumer:
     unseen: bool = False
     quiet: tuple[Tensor | None, ...] = ()
     shared: bool = False
+    views: tuple[tuple[int, int] | None, ...] = ()
 
     def is_new(self, deltas: Sequence[Tensor | None]) -> bool:
         """Return whether there is a gradient where no probe had one."""
@@ -80,17 +83,25 @@ class Consumer:
                 size = shape_of(node, output)[layout.axis]
                 examples = partitions[layout.partition].examples
                 if size != layout.size * examples:
-                    if size % examples or (layout.before == 1) == (layout.after == 1):
+                    found = self._as_viewed(graph, output, layout, examples)
+                    if found is None:
                         return None
-                    factor = size // examples
-                    layout = (
-                        replace(layout, after=factor)
-                        if layout.before == 1
-                        else replace(layout, before=factor)
-                    )
+                    layout = found
             now.append(layout)
         operands = tuple(graph.operand(self.index, operand.edge) for operand in self.operands)
         return replace(self, operands=operands, layouts=tuple(now))
+
+    def _as_viewed(self, graph: Graph, output: int, old: Layout, examples: int) -> Layout | None:
+        view = self.views[output] if self.views else None
+        if view is None:
+            return None
+        shape, after = shape_of(graph.nodes[self.index], output), shape_of(graph.nodes[view[0]])
+        if after[view[1]] != examples:
+            return None
+        before = math.prod(after[: view[1]]) // max(1, math.prod(shape[: old.axis]))
+        behind = math.prod(after[view[1] + 1 :]) // max(1, math.prod(shape[old.axis + 1 :]))
+        fits = before * examples * behind == shape[old.axis]
+        return replace(old, before=before, after=behind) if fits else None
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Plan:
     leaves: tuple[int, ...]
     deferred: bool
     certain: bool
-    picks: tuple[Pick | Join, ...]
+    picks: tuple[Move, ...]
     contents: tuple[int, ...]
     apart: bool
     batch: int = 0
@@ -190,8 +201,9 @@ def witnesses(graph: Graph, known: Sequence[int]) -> list[int]:
     found: set[int] = set()
     suspected = set(known)
     for index, name in enumerate(graph.names):
-        if name in PICKING or name in JOINING or name in JOINS:
-            found |= set() if name in JOINING else {index}
+        sums = summed(graph, index)
+        if name in PICKING or name in JOINS or sums:
+            found |= set() if sums else {index}
             found |= {entry[0] for entry in graph.edges[index] if entry is not None}
         elif name in RESHAPES:
             entry = graph.edges[index][0]
@@ -207,6 +219,7 @@ def make_plan(
     code: Code | None,
     data: DataRecord,
     entrance: Entrance,
+    anchors: Sequence[tuple[int, int, int, int]],
     batch_dim: int,
     check_mixing: bool,
 ) -> tuple[Plan, list[Groups]]:
@@ -219,6 +232,7 @@ def make_plan(
         code: the powers of the environments; None: there is only one.
         data: what the nodes are made of.
         entrance: how data come into the graph.
+        anchors: the node and number of each output of the model, its batch axis and partition.
         batch_dim: the batch dimension of the model.
         check_mixing: refuse nodes that no probe has reached.
 
@@ -235,9 +249,8 @@ def make_plan(
         node, name = graph.nodes[index], graph.names[index]
         weight[index] = graph.param(index) is not None
         if not weight[index]:
-            shown = data.is_shown(node)
-            flows.enter(index, weight, shown)
-            if isinstance(name, tuple) and not shown:
+            flows.enter(index, weight, data)
+            if isinstance(name, tuple) and node not in data.shown:
                 leaves.append(index)
         if isinstance(name, tuple):
             reader.prove_leaf(index)
@@ -254,17 +267,27 @@ def make_plan(
                 continue
             if name in _BATCH_NORMS and code is not None and _takes_statistics(node):
                 raise RuntimeError(BATCH_NORM)
-            consumer, alone = _consumer(graph, index, name, weight, reader, code, check_mixing)
+            consumer, alone = _consumer(
+                graph, index, name, weight, reader, moves, code, check_mixing
+            )
             certain &= alone
             consumers.append(consumer)
+        if graph.holds_indices(index) and not all(below):
+            moves.unexplained.append(index)
         if name in PICKING and code is not None and not (below and below[0]):
             entry = graph.edges[index][0]
-            shown = entry is not None and data.is_shown(graph.nodes[entry[0]])
+            shown = entry is not None and graph.nodes[entry[0]] in data.shown
             moves.pick(index, shown)
         if name in JOINS and code is not None:
             moves.join(index, weight)
-        if name in JOINING and moves.sums(index):
-            certain = False  # values of a matrix tell which rows are joined
+        if name == COPY_SLICES:
+            moves.fill(index)
+        if moves.sums(index):
+            certain = False  # values tell which rows are joined
+    for index, output, axis, partition in anchors:
+        at = (index, output)
+        if not weight[index] and not moves.settle(at, Layout(axis, 1, 1, partition)):
+            certain = False
     if any(weight[root] for root in graph.roots):
         raise RuntimeError(
             "Agreement: the loss, or one of several, is made of parameters only, so it belongs to "
@@ -333,6 +356,7 @@ def _consumer(
     name: str,
     weight: Sequence[bool],
     reader: Reader,
+    moves: Moves,
     code: Code | None,
     check_mixing: bool,
 ) -> tuple[Consumer, bool]:
@@ -367,6 +391,8 @@ def _consumer(
         at = (index, output)
         evidence, shape = reader.evidence(at), reader.shape(at)
         layout, alone = reader.choose(at, axes)
+        if code is not None and layout is not None:
+            alone = alone and moves.settle(at, layout)
         layouts.append(layout)
         seen = evidence is not None and evidence.seen
         if code is None or (output > 0 and not seen):  # not used
@@ -380,4 +406,5 @@ def _consumer(
         if not reached and (layout is None or check_mixing):
             raise RuntimeError(not_found(name, shape, reader.partitions[0].examples))
     quiet = tuple(reader.quiet.get((index, output)) for output in range(outputs))
-    return Consumer(index, name, operands, tuple(layouts), unseen, quiet), certain
+    views = tuple(reader.view_of((index, o), layout) for o, layout in enumerate(layouts))
+    return Consumer(index, name, operands, tuple(layouts), unseen, quiet, views=views), certain

@@ -6,6 +6,9 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from ._graph import Graph
 from ._groups import Groups
 from ._plan import Plan
@@ -63,6 +66,8 @@ class Plans:
         if structure is None:
             return None
         self._structures.move_to_end(key)
+        if not structure.holds_for(batches[0]):
+            return None
         contents = structure.contents(graph)
         plan = structure.plans.get((sizes, contents))
         if plan is not None:
@@ -80,13 +85,22 @@ class Plans:
         self._put(structure, (sizes, contents), plan)
         return plan, partitions
 
-    def keep(self, key: Key, sizes: Any, graph: Graph, plan: Plan, by_contents: bool) -> None:
+    def keep(
+        self,
+        key: Key,
+        sizes: Any,
+        graph: Graph,
+        batches: Sequence[Groups],
+        plan: Plan,
+        by_contents: bool,
+    ) -> None:
         """Keep a plan.
 
         Args:
             key: the key of the graph.
             sizes: the sizes of the inputs.
             graph: the graph.
+            batches: the partitions of the batch.
             plan: its plan.
             by_contents: whether the plan holds only if the same rows are picked where the plan
                 cannot tell.
@@ -96,6 +110,7 @@ class Plans:
             self._count -= len(structure.plans)
             structure.plans.clear()
             structure.indices = tuple(sorted({*structure.indices, *plan.contents}))
+        structure.refine(batches[0])
         contents = structure.contents(graph)
         self._put(structure, (sizes, contents), plan)
         if sizes:
@@ -125,11 +140,27 @@ class _Structure:
     Attributes:
         plans: by the sizes of the inputs (None: any sizes) and the picked rows.
         indices: the nodes whose picked rows matter.
+        parts: for each example, the part of the batch that other parts are known not to mix with.
+            It is learned from batches with ids.
     """
 
     def __init__(self) -> None:
         self.plans: OrderedDict[Any, Plan] = OrderedDict()
         self.indices: tuple[int, ...] = ()
+        self.parts: Tensor | None = None
+
+    def holds_for(self, groups: Groups) -> bool:
+        """Return whether it is known that these environments do not mix."""
+        if groups.size is not None or self.parts is None:
+            return groups.size is not None
+        one = torch.zeros_like(groups.ids).scatter_(0, self.parts, groups.ids)
+        return torch.equal(one[self.parts], groups.ids)
+
+    def refine(self, groups: Groups) -> None:
+        """Take it that these environments do not mix."""
+        if groups.size is None:
+            parts = groups.ids if self.parts is None else self.parts * len(groups.ids) + groups.ids
+            self.parts = torch.unique(parts, return_inverse=True)[1]
 
     def contents(self, graph: Graph) -> Any:
         return tuple([graph.contents(index) for index in self.indices])

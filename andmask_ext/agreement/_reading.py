@@ -233,6 +233,23 @@ class Reader:
                     return same
         return left
 
+    def view_of(self, at: At, layout: Layout | None) -> tuple[int, int] | None:
+        """Return the next node if it views an output with the batch in an axis of its own, and it.
+
+        For a batch of other sizes, that axis tells what the layout of the output is.
+        """
+        if layout is None or layout.size == 1:
+            return None
+        shape, examples = self.shape(at), self.partitions[layout.partition].examples
+        for user in self._users.get(at[0], ()):
+            after = self.shape((user, 0))
+            if self._graph.names[user] in RESHAPES and math.prod(after) == math.prod(shape):
+                for axis, size in enumerate(after):
+                    one = Layout(axis, 1, 1, layout.partition)
+                    if size == examples and split_of(after, one) == split_of(shape, layout):
+                        return user, axis
+        return None
+
     def is_apart(self, at: At, axes: Sequence[int] | None) -> bool:
         """Return whether each row of an output belongs to one environment, whatever its order."""
         evidence, code = self.evidence(at), self.code
