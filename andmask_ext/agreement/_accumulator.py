@@ -199,7 +199,7 @@ class GradientAccumulator:
         contribution, view = entries[0].contribution, entries[0].view
         if len(entries) == 1 and isinstance(contribution, Stacked):
             whole = len(contribution.grads) * target.param.nbytes
-            if view.size == target.param.shape or whole <= _FLUSH_BYTES:
+            if view.order == "same" or whole <= _FLUSH_BYTES:
                 self._wait(target, contribution, view)
                 return ""
         memory = self._memory(target)
@@ -270,9 +270,11 @@ class GradientAccumulator:
         return [self._weights[environment] for environment in groups.filled]
 
     def _wait(self, target: Target, contribution: Stacked, view: View) -> None:
-        grads = contribution.grads
-        if view.size != target.param.shape:
-            grads = grads.new_zeros(len(grads), *target.param.shape)
+        grads, shape = contribution.grads, target.param.shape
+        if view.order == "same":
+            grads = grads.reshape(len(grads), *shape)
+        else:
+            grads = grads.new_zeros(len(grads), *shape)
             view.of(grads, 1).copy_(contribution.grads)
         targets, waiting = self._waiting.setdefault(id(target.moments), ([], []))
         targets.append(target)

@@ -166,3 +166,24 @@ def test_a_quantised_linear_layer() -> None:
         lambda s, x: F.linear(x, Rounded.apply(s.a.weight, s.step), s.a.bias), a=layer, step=rand()
     )
     check(model.double(), curved, rand(6, 4))
+
+
+# ---- views of square parameters ----
+
+TURNS = {
+    "t": lambda w: w.t(),
+    "mT": lambda w: w.mT,
+    "copy": lambda w: w.t().clone(),
+    "turned": lambda w: w.permute(1, 0),
+    "flattened": lambda w: w.t().flatten().view(4, 4),
+    "block": lambda w: w[None].permute(2, 0, 1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("joined", [torch.mul, torch.add, torch.maximum], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("turn", TURNS)
+def test_a_square_parameter_that_is_turned(turn: str, joined: Callable[..., Tensor]) -> None:
+    """The turned view has the size of the parameter, and other places for its elements."""
+    model = Function(lambda self, x: joined(x, TURNS[turn](self.w)).tanh(), w=rand(4, 4)).double()
+    for environments in (None, 2, torch.tensor([0, 1, 1, 0, 2, 2])):
+        check(model, curved, rand(6, 4, 4), environments=environments)
