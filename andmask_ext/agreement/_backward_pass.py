@@ -24,6 +24,7 @@ from ._batch import (
     shares_of,
     weights_of,
 )
+from ._consumer import Consumer
 from ._contributions import Contribution, Shared
 from ._current import require_batch
 from ._data import DataRecord
@@ -38,7 +39,7 @@ from ._mixing import MixingCheck, make_code
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, untouched
-from ._plan import Consumer, Plan, make_plan, suspects
+from ._plan import Plan, make_plan, suspects
 from ._refusals import refuse_compiled
 from ._setup import Setup
 from ._user_hooks import UserHooks

@@ -164,7 +164,9 @@ def make_code(environments: int, graph: Graph) -> Code | None:
 
 def _noise(anchor: Anchor, generator: torch.Generator) -> Tensor:
     metadata = anchor.node._input_metadata[anchor.output]
-    values = torch.randn(shape_of(anchor.node, anchor.output), generator=generator)
+    kind = torch.complex64 if metadata.dtype.is_complex else torch.float32
+    shape = shape_of(anchor.node, anchor.output)
+    values = torch.randn(shape, generator=generator, dtype=kind)
     return values.to(device=metadata.device, dtype=metadata.dtype)
 
 

@@ -10,7 +10,7 @@ from ._flows import GIVEN, UNKNOWN, At, Flow, Flows
 from ._graph import Graph
 from ._layout import Layout, candidates, fits, split_of
 from ._nodes import saved
-from ._picks import PICKING, Join, Move, Pick, Rows, Same, route, signed, summed
+from ._picks import PICKING, Join, Move, Pick, Rows, Same, broadcast, route, signed, summed
 from ._reading import Reader
 
 _SEVERAL = ("SplitBackward0", "SplitWithSizesBackward0")
@@ -36,18 +36,28 @@ class Moves:
         self._reader = reader
         self._flows = flows
 
-    def sums(self, index: int) -> bool:
-        """Return whether a node sums over rows of several environments."""
-        reader = self._reader
-        for edge, axis in summed(self._graph, index):
-            entry = self._graph.edges[index][edge]
-            evidence = None if entry is None else reader.evidence(entry)
-            if evidence is None or reader.code is None or axis >= len(evidence.shape):
-                continue
-            ids = evidence.ids(axis % max(1, len(evidence.shape)), reader.code)
-            if ids is not None and len(ids[ids >= 0].unique()) > 1:
-                return True
-        return False
+    def sums(self, index: int, weight: Sequence[bool]) -> bool:
+        """Return whether a node joins rows of several environments, as values tell.
+
+        It sums over them, or its gradient is summed over rows that share a row of an input.
+
+        Args:
+            index: the node.
+            weight: for each node, whether it is made of parameters only.
+        """
+        edges = self._graph.edges[index]
+        summed_over = [(edges[edge], axis) for edge, axis in summed(self._graph, index)]
+        shared = [((index, 0), axis) for axis in broadcast(self._graph, index)]
+        return any(
+            at is not None and self._has_several(at, axis) for at, axis in summed_over + shared
+        )
+
+    def _has_several(self, at: At, axis: int) -> bool:
+        evidence, code = self._reader.evidence(at), self._reader.code
+        if evidence is None or code is None or axis >= len(evidence.shape):
+            return False
+        ids = evidence.ids(axis % max(1, len(evidence.shape)), code)
+        return ids is not None and len(ids[ids >= 0].unique()) > 1
 
     def settle(self, at: At, layout: Layout) -> bool:
         """Return whether rows have this layout by whatever way they come, as later steps check."""
@@ -105,15 +115,15 @@ class Moves:
         flow = self._flows.of(at)
         if len(flow) == 1 or flow >= UNKNOWN:
             return
-        numbers = sorted(flow - GIVEN)
+        numbers = sorted(flow)
         self._flows.move(at, UNKNOWN)
-        for whole in numbers if not flow >= GIVEN else ():
+        for whole in numbers:
             steps = [self._steps(whole, part) for part in numbers]
             if all(steps):
                 most = Layout(0, 1, 1, whole)
                 for part, count in zip(numbers, steps, strict=True):
                     self.found.append(Same(most, Layout(0, 1, 1, part), count))
-                self._flows.move(at, Flow((whole,)))
+                self._flows.move(at, self._reader.flow_of(whole))
                 return
 
     def _steps(self, whole: int, part: int) -> int:

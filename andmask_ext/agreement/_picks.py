@@ -71,6 +71,10 @@ JOINING: dict[str, tuple[tuple[int, int], ...]] = {
     "ScaledDotProductFlashAttentionForCpuBackward0": ((1, -2), (2, -2)),
     "SparseAddmmBackward0": _ADDED,
 }
+_BROADCASTING = frozenset((
+    "AddBackward0", "DivBackward0", "ExpandBackward0", "MaximumBackward0", "MinimumBackward0",
+    "MulBackward0", "SubBackward0", "WhereBackward0",
+))  # fmt: skip
 _NORMS = ("FusedRmsNormBackward0", "NativeLayerNormBackward0")
 # Nodes that sum over the axes that they save as ``dim``.
 _REDUCING = frozenset((
@@ -205,6 +209,26 @@ def summed(graph: Graph, index: int) -> Sequence[tuple[int, int]]:
         dims = saved(node, "dim")
         return [(0, signed(dim)) for dim in (dims if isinstance(dims, Sequence) else (dims,))]
     return ()
+
+
+def broadcast(graph: Graph, index: int, weight: Sequence[bool] | None = None) -> list[int]:
+    """Return the axes of the output of a node along which an input with a gradient is repeated.
+
+    Args:
+        graph: the graph of the node.
+        index: the index of the node.
+        weight: for each node, whether it is made of parameters only; those do not count.
+    """
+    if graph.names[index] not in _BROADCASTING:
+        return []
+    shape, axes = shape_of(graph.nodes[index]), set[int]()
+    for entry in graph.edges[index]:
+        if entry is not None and not (weight and weight[entry[0]]):
+            size = shape_of(graph.nodes[entry[0]], entry[1])
+            aligned = (1,) * (len(shape) - len(size)) + size
+            axes |= {axis for axis, (one, all_) in enumerate(zip(aligned, shape, strict=False))
+                     if one == 1 != all_}  # fmt: skip
+    return sorted(axes)
 
 
 def shape_of_large(graph: Graph, index: int) -> tuple[int, ...]:

@@ -13,10 +13,17 @@ from ._flows import GIVEN, At, Flow, Flows
 from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
-from ._nodes import saved_tensors, shape_of
+from ._nodes import saved, shape_of
 
 # By the index of a node: the evidence on each of its outputs.
 Evidences = Mapping[int, list[Evidence]]
+
+
+# The saved tensor that has the rows of the output, of nodes that take data without gradients.
+_ROWS = {
+    "AddmmBackward0": "mat1", "EmbeddingBackward0": "indices", "MmBackward0": "self",
+    "NativeLayerNormBackward0": "input",
+}  # fmt: skip
 
 
 class Reader:
@@ -113,16 +120,16 @@ class Reader:
         Where a batch has as many examples as a sequence has tokens, environments that mix may look
         like a batch in another dimension.
         """
-        if not self._flows.is_source(at[0]):
+        operand = _ROWS.get(str(self._graph.names[at[0]]))
+        if operand is None or not self._flows.is_source(at[0]):
             return True
         groups, axis = self.partitions[layout.partition], layout.axis
         expected = layout.spread(groups.ids)
-        for tensor in saved_tensors(self._graph.nodes[at[0]]):
-            if tensor.dim() > axis and tensor.shape[axis] == self.shape(at)[axis]:
-                found = self._data.examples(tensor, axis, self._batch_dim, groups.examples)
-                if found is not None and not torch.equal(groups.ids[found], expected):
-                    return False
-        return True
+        tensor = saved(self._graph.nodes[at[0]], operand)
+        if tensor is None or tensor.dim() <= axis or tensor.shape[axis] != self.shape(at)[axis]:
+            return True
+        found = self._data.examples(tensor, axis, self._batch_dim, groups.examples)
+        return found is None or torch.equal(groups.ids[found], expected)
 
     def _plain(self, at: At, left: list[Layout], examples: int) -> list[Layout]:
         """Keep the layouts that shapes make plain, as rows without a gradient allow too many.

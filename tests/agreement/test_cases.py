@@ -135,7 +135,7 @@ def test_plans_do_not_grow_without_bound() -> None:
     for width in range(1, 160):
         with agreement():
             F.pad(model(rand(3, 3, 4)), (0, width)).sin().mean().backward()
-    assert len(agreement._setup.plans) <= 128
+    assert len(agreement._setup.plans) <= 2 * 128  # for its sizes and for others, each
 
 
 def test_nothing_is_held_after_detach() -> None:
