@@ -193,7 +193,7 @@ class GradientAccumulator:
         partial_use = elements < target.param.numel()
         if partial_use and target.moments._counts_zeros:
             return "a part of it is used, and the rule counts zeros"
-        zeros = target.moments._counts_zeros
+        zeros = target.moments._counts_zeros or squares is not None
         if not all(entry.is_direct(target.param, zeros) for entry in entries):
             return "no kernel adds such a use to such a view"
         contribution, view = entries[0].contribution, entries[0].view

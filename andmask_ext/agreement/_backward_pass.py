@@ -35,10 +35,10 @@ from ._gramian import Gramian
 from ._graph import CHECKPOINT, Graph
 from ._groups import Groups
 from ._layout import Code
-from ._mixing import MixingCheck, make_code
+from ._mixing import MixingCheck, OtherRegion, make_code
 from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
-from ._nodes import leaf, untouched
+from ._nodes import leaf, node_of, untouched
 from ._plan import Plan, make_plan, suspects
 from ._refusals import refuse_compiled
 from ._setup import Setup
@@ -165,7 +165,7 @@ class BackwardPass:
 
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
         """Run a backward pass: moments for tracked parameters, plain gradients for others."""
-        graph = Graph([_node(root) for root in roots], self._tracked)
+        graph = Graph([node_of(root) for root in roots], self._tracked)
         if self._mixing.running:
             self._mixing.inner_pass(graph, roots, grads)
         elif self._accumulator is not None:  # inside another pass: reentrant checkpointing
@@ -195,7 +195,10 @@ class BackwardPass:
             refuse_batch_norms(self._setup, self.recorder.batch_norms)
         self.recorder.paused = True
         try:
-            self._paused_pass(graph, roots, grads, retain_graph)
+            try:
+                self._paused_pass(graph, roots, grads, retain_graph)
+            except OtherRegion:  # it must be checked, from the outer pass on
+                self._paused_pass(graph, roots, grads, retain_graph)
         finally:
             self.recorder.paused = False
         self.recorder.passed()
@@ -206,6 +209,7 @@ class BackwardPass:
     def _paused_pass(
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
+        self._anchors = []
         plan, partitions = self._plan(graph)
         self._inner = 0
         groups = self._batches[plan.batch]
@@ -272,6 +276,9 @@ class BackwardPass:
         self._code = self._code or make_code(self._batches[0].environments, graph)
         if not inner:
             self._check(graph)
+        elif self._code is not None and not self._anchors and self._setup.check_mixing != "never":
+            plans.drop(self._outer)
+            raise OtherRegion
         plan, partitions = make_plan(
             graph, self._batches, self._mixing.evidence(inner), self._code, self.data,
             replace(self._entrance, moves_inside=self._mixing.moves_inside),
@@ -393,9 +400,3 @@ class BackwardPass:
             self._dropping -= 1
             for one, grad in dropped:
                 one.grad = grad
-
-
-def _node(tensor: Tensor) -> Node:
-    if tensor.grad_fn is not None:
-        return tensor.grad_fn
-    return torch.autograd.graph.get_gradient_edge(tensor).node

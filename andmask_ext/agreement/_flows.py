@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ._data import DataRecord
 from ._graph import CHECKPOINT, Graph
+from ._picks import PICKING
 from ._refusals import REENTRANT_INPUT
 
 At = tuple[int, int]  # the index of a node, and the number of its output
@@ -93,8 +94,10 @@ class Flows:
         if not entries:
             self._sources.add(index)
         self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
-        flow = Flow().union(*(self.of(entry) for entry in entries)) or GIVEN
         name = graph.names[index]
+        small = PICKING.get(str(name))  # its rows go to places of the other input
+        rows = [one for one in entries if small is None or one != graph.edges[index][small]]
+        flow = Flow().union(*(self.of(entry) for entry in rows)) or GIVEN
         hides = name == CHECKPOINT and self._entrance.moves_inside
         hides = hides or (bool(entries) and graph.hides_moves(index))
         if hides or (flow != GIVEN and (name in JOINS or graph.holds_indices(index))):

@@ -24,6 +24,10 @@ from ._reading import Evidences
 Engine = Callable[[Graph, Sequence[Any], list[Tensor], bool, list[Any]], None]
 
 
+class OtherRegion(Exception):
+    """A region under reentrant checkpointing is not what it was in the mixing check."""
+
+
 class MixingCheck:
     """Runs probes: backward passes from the anchors that fill :class:`Evidence`.
 
@@ -43,6 +47,7 @@ class MixingCheck:
         self._engine = engine
         self._data = data
         self._probe = 0
+        self._near = False  # stay above what is made of data only
         self._inner = 0  # number of backward passes inside this one
         self._by_pass: dict[int, dict[int, list[Evidence]]] = {}
         self._evidence: dict[int, list[Evidence]] = {}
@@ -79,21 +84,15 @@ class MixingCheck:
         if code is None or not anchors:
             return
         probe = Graph([anchor.node for anchor in anchors], tracked)
-        generator = torch.Generator().manual_seed(0)
-        noise = [_noise(anchor, generator) for anchor in anchors]
-        self.running = True
+        self.running, self._near = True, False
         try:
-            for number, powers in enumerate([None, *code.exponents]):
-                self._inner, self._probe = 0, number
-                grads = noise
-                if powers is not None:
-                    factors = torch.pow(2.0, powers).double()
-                    grads = [
-                        _along(values, anchor.axis, factors[batches[anchor.partition].ids])
-                        for values, anchor in zip(noise, anchors, strict=True)
-                    ]
-                edges = [anchor.edge for anchor in anchors]
-                self._pass(probe, edges, grads, self._by_pass.setdefault(0, {}), data)
+            self._probes(probe, anchors, batches, code, data)
+        except RuntimeError:
+            if not data:
+                raise
+            # What is made of data only need not have a backward pass: do without.
+            self._by_pass, self._near = {}, True
+            self._probes(probe, anchors, batches, code, [])
         finally:
             self.running = False
         index_of = {node: index for index, node in enumerate(graph.nodes)}
@@ -102,6 +101,28 @@ class MixingCheck:
             for index, seen in self._by_pass[0].items()
             if probe.nodes[index] in index_of
         }
+
+    def _probes(
+        self,
+        probe: Graph,
+        anchors: Sequence[Anchor],
+        batches: Sequence[Groups],
+        code: Code,
+        data: list[Tensor],
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        noise = [_noise(anchor, generator) for anchor in anchors]
+        edges = [anchor.edge for anchor in anchors]
+        for number, powers in enumerate([None, *code.exponents]):
+            self._inner, self._probe = 0, number
+            grads = noise
+            if powers is not None:
+                factors = torch.pow(2.0, powers).double()
+                grads = [
+                    _along(values, anchor.axis, factors[batches[anchor.partition].ids])
+                    for values, anchor in zip(noise, anchors, strict=True)
+                ]
+            self._pass(probe, edges, grads, self._by_pass.setdefault(0, {}), data)
 
     def inner_pass(self, graph: Graph, roots: Sequence[Any], grads: list[Tensor]) -> None:
         """Run a backward pass inside a probe (reentrant checkpointing)."""
@@ -137,7 +158,7 @@ class MixingCheck:
                 into = make_hook(index)
                 handles.append(tensor.register_hook(lambda delta, into=into: into((delta,))))
         found = suspects(graph, self._data)
-        for index in [*found, *witnesses(graph, found)]:
+        for index in [*found, *([] if self._near else witnesses(graph, found))]:
             node, name = graph.nodes[index], str(graph.names[index])
             if index not in evidences:
                 evidences[index] = [

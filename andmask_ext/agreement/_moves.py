@@ -75,6 +75,20 @@ class Moves:
             self.found.append(Same(layout, other))
         return True
 
+    def crosses(self, at: At, layout: Layout) -> bool:
+        """Return whether rows of data have another order than the gradients that they meet.
+
+        No gradient may show it, as below a gate that is zero at first.
+        """
+        flow, partitions = self._flows.of(at), self._reader.partitions
+        if flow == GIVEN or flow >= UNKNOWN or len(flow) > 1:
+            return False
+        [number] = flow
+        rows = layout.spread(partitions[layout.partition].ids)
+        return len(partitions[number].ids) == len(rows) and not torch.equal(
+            partitions[number].ids, rows
+        )
+
     # ---- rows one after the other ----
 
     def join(self, index: int, weight: Sequence[bool]) -> None:
@@ -209,7 +223,7 @@ class Moves:
             target = self._target(shape, rows, (*range(reader.given), *moved))
         if target is None and small_input is None:
             target = self._new(rows)
-        if target is None:
+        if target is None or (small_input is not None and not self.settle(small, target)):
             return UNKNOWN
         self.found.append(Pick(index, output, layout, target))
         return source if small_input is not None else reader.flow_of(target.partition)

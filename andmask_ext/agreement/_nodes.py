@@ -27,6 +27,13 @@ def rows_of(node: Node) -> Tensor | None:
     return rows
 
 
+def node_of(tensor: Tensor) -> Node:
+    """Return the node that made a tensor, or that of a leaf."""
+    if tensor.grad_fn is not None:
+        return tensor.grad_fn
+    return torch.autograd.graph.get_gradient_edge(tensor).node
+
+
 def shape_of(node: Node, output: int = 0) -> tuple[int, ...]:
     """Return the shape of one output of a node in the forward pass."""
     return tuple(map(int, node._input_metadata[output].shape))

@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 
 from ._consumer import Consumer
 from ._data import DataRecord, Origin
-from ._flows import JOINS, Entrance, Flows
+from ._flows import JOINS, UNKNOWN, Entrance, Flows
 from ._formulas import axes_of
 from ._graph import CHECKPOINT, COPY_SLICES, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph
 from ._groups import Groups
@@ -220,6 +220,8 @@ def make_plan(
             moves.fill(index)
         if moves.sums(index, weight):
             certain = False  # values tell which rows are joined
+            for output in range(len(node._input_metadata)):
+                flows.move((index, output), UNKNOWN)
     for index, output, axis, partition in anchors:
         at = (index, output)
         if not weight[index] and not moves.settle(at, Layout(axis, 1, 1, partition)):
@@ -336,7 +338,8 @@ def _consumer(
         if not seen and output == 0:
             unseen = reached and not alone and not reader.seen(index)
         certain &= alone
-        if seen and layout is None:
+        crossed = seen and layout is not None and moves.crosses(at, layout)
+        if crossed or (seen and layout is None):
             message = out_of_place if reader.is_apart(at, axes) else mixing
             raise RuntimeError(message(name, shape, reader.partitions[0].examples))
         if not reached and (layout is None or check_mixing):
