@@ -162,13 +162,12 @@ class GradientAccumulator:
         return True
 
     def _is_whole(self, target: Target, entry: Entry) -> bool:
-        """Return whether a native op can add this entry, and the entry covers the parameter."""
+        """Return whether a native op can add this entry, and the entry covers the parameter.
+
+        All environments must have rows: the squares are of deviations from the mean.
+        """
         contiguous = target.param.is_contiguous()
-        return (
-            entry.view.full
-            and contiguous
-            and entry.is_direct(target.param, target.moments._counts_zeros)
-        )
+        return entry.view.full and contiguous and entry.is_direct(target.param, True)
 
     def _add_directly(self, target: Target, entries: list[Entry], squares: Tensor | None) -> str:
         """Let native ops add entries whose gradients need not be summed before they vote.
@@ -193,7 +192,7 @@ class GradientAccumulator:
         partial_use = elements < target.param.numel()
         if partial_use and target.moments._counts_zeros:
             return "a part of it is used, and the rule counts zeros"
-        zeros = target.moments._counts_zeros or squares is not None
+        zeros = target.moments._counts_zeros
         if not all(entry.is_direct(target.param, zeros) for entry in entries):
             return "no kernel adds such a use to such a view"
         contribution, view = entries[0].contribution, entries[0].view

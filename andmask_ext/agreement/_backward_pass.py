@@ -197,7 +197,7 @@ class BackwardPass:
         try:
             try:
                 self._paused_pass(graph, roots, grads, retain_graph)
-            except OtherRegion:  # it must be checked, from the outer pass on
+            except OtherRegion:
                 self._paused_pass(graph, roots, grads, retain_graph)
         finally:
             self.recorder.paused = False
@@ -214,7 +214,8 @@ class BackwardPass:
         self._inner = 0
         groups = self._batches[plan.batch]
         self._of_loss = groups
-        weights, products = self._weights(groups), None
+        scale = self.scale * self._batch.loss_scale
+        weights, products = weights_of(groups, self._setup.reduction, scale), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
         accumulator = GradientAccumulator(
@@ -248,9 +249,6 @@ class BackwardPass:
             target = self._targets[number]
             norms = found.diagonal() if products.pairs else found
             target.moments._add_squared_norm(target.index, norms.sum())
-
-    def _weights(self, groups: Groups) -> list[float]:
-        return weights_of(groups, self._setup.reduction, self.scale * self._batch.loss_scale)
 
     # ---- the plan ----
 
@@ -297,8 +295,8 @@ class BackwardPass:
     def _check(self, graph: Graph) -> None:
         """Run the mixing check."""
         setup = self._setup
-        wanted = setup.check_mixing != "never" and self._code is not None
-        self._anchors = [] if not wanted else find_anchors(
+        never = setup.check_mixing == "never" or self._code is None
+        self._anchors = [] if never else find_anchors(
             graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
             self._batches, self.data, suspects(graph, self.data),
         )  # fmt: skip
