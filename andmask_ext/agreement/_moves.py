@@ -47,7 +47,7 @@ class Moves:
         """
         edges = self._graph.edges[index]
         summed_over = [(edges[edge], axis) for edge, axis in summed(self._graph, index)]
-        shared = [((index, 0), axis) for axis in broadcast(self._graph, index)]
+        shared = [((index, 0), axis) for axis in broadcast(self._graph, index, weight)]
         return any(
             at is not None and self._has_several(at, axis) for at, axis in summed_over + shared
         )

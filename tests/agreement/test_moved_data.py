@@ -249,3 +249,40 @@ def test_rows_that_a_matrix_joins(join: Callable[..., Tensor]) -> None:
 
     for model.mix in (False, False, True, False):
         assert (MIXING in refusal(step)) == model.mix
+
+
+# ---- the cost ----
+
+USUAL: dict[str, Callable[[], nn.Module]] = {
+    "transformer": lambda: nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+    "normalized": lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Softmax(-1)),
+    "convolution": lambda: nn.Sequential(
+        nn.Unflatten(1, (1, 5)), nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Flatten()
+    ),
+    "recurrent": lambda: Function(
+        lambda s, x: s.rnn(x)[0][:, -1], rnn=nn.GRU(4, 3, batch_first=True)
+    ),
+    "class token": lambda: Function(
+        lambda s, x: s.b(torch.cat([s.token.expand(len(x), 1, 4), s.a(x) + s.place], 1))[:, 0],
+        a=nn.Linear(4, 4), b=nn.TransformerEncoderLayer(4, 2, 8, 0.0, batch_first=True),
+        token=rand(1, 1, 4), place=rand(1, 5, 4),
+    ),
+    "weighted mean": lambda: Function(
+        lambda s, x: s.b((s.a(x).softmax(1) * x).sum(1)), a=nn.Linear(4, 1), b=nn.Linear(4, 2)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("environments", [None, 2, "ids"])
+@pytest.mark.parametrize("name", USUAL)
+def test_usual_models_are_checked_once(
+    name: str, environments: int | str | None, checks: list[object]
+) -> None:
+    """With ids, until all examples have been in different environments."""
+    model, agreement = USUAL[name]().double(), None
+    for number in range(4):
+        ids = (
+            torch.tensor([0, 1, 1, 2, 0, 2]).roll(number) if environments == "ids" else environments
+        )
+        agreement = check(model, curved, rand(6, 5, 4), environments=ids, agreement=agreement)
+    assert len(checks) <= (3 if environments == "ids" else 1)
