@@ -87,9 +87,13 @@ PYTHON = torch.autograd.function.BackwardCFunction  # the node of a Python funct
 def integers_in(node: Any) -> list[Any]:
     """Return the whole numbers that the node of a Python function holds, and tensors of such."""
     found: list[Any] = []
+    seen: set[int] = set()
     stack = [*vars(node).values(), *node.saved_tensors]
     while stack:
         value = stack.pop()
+        if id(value) in seen and isinstance(value, (list, tuple, dict)):
+            continue
+        seen.add(id(value))
         if isinstance(value, Tensor):
             found += [] if value.is_floating_point() or value.is_complex() else [value]
         elif isinstance(value, (list, tuple)):

@@ -206,8 +206,9 @@ def summed(graph: Graph, index: int) -> Sequence[tuple[int, int]]:
     if name in _NORMS and graph.edges[index][0] is not None:
         return [(0, -axis - 1) for axis in range(len(saved(node, "normalized_shape")))]
     if name in _REDUCING:
-        dims = saved(node, "dim")
-        return [(0, signed(dim)) for dim in (dims if isinstance(dims, Sequence) else (dims,))]
+        dims = saved(node, "dim")  # None: it sums over all of them
+        listed = dims if isinstance(dims, Sequence) else () if dims is None else (dims,)
+        return [(0, signed(dim)) for dim in listed]
     return ()
 
 
