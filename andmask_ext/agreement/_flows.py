@@ -65,6 +65,7 @@ class Flows:
         self._flows: dict[At, Flow] = {}
         self._proved = [False] * len(graph.nodes)
         self._sources: set[int] = set()
+        self._free = [False] * len(graph.nodes)  # made of parameters that are not tracked
         self._shown = [False] * len(graph.nodes)  # gradients only go to what ShownData made
 
     def enter(self, index: int, weight: Sequence[bool], data: DataRecord) -> None:
@@ -88,9 +89,16 @@ class Flows:
             raise RuntimeError(REENTRANT_INPUT)
         if graph.is_untracked_leaf(index):
             self._flows[index, 0] = UNKNOWN if self._entrance.moved else GIVEN
-            self._proved[index] = self._entrance.proved or data.is_free(node)
+            self._proved[index] = self._entrance.proved
+            self._free[index] = data.is_free(node)
             return
-        entries = [one for one in graph.edges[index] if one is not None and not weight[one[0]]]
+        apart = [self._free[one] or weight[one] for one in below]
+        self._free[index] = bool(below) and all(apart) and not graph.may_carry_batch(index)
+        entries = [
+            one
+            for one in graph.edges[index]
+            if one is not None and not weight[one[0]] and not self._free[one[0]]
+        ]
         if not entries:
             self._sources.add(index)
         self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
