@@ -306,3 +306,16 @@ def test_rows_out_of_place_with_some_parameters(back: bool) -> None:
     agreement = am.Agreement(model, RULE, [model.b.weight])
     with pytest.raises(RuntimeError, match=MIXING), agreement():
         curved(model, rand(4, 3)).backward()
+
+
+def test_inputs_that_are_out_of_place_prove_nothing() -> None:
+    """Rows are moved by one product and put back by another one, which is not its inverse."""
+
+    def forward(self: Function, x: Tensor) -> Tensor:
+        turn = eye(order(self, x))
+        return turn @ self.c(self.a(turn @ x).tanh())
+
+    model = built(forward)
+    model.now = torch.tensor([1, 2, 3, 0])
+    with pytest.raises(RuntimeError, match=MIXING), am.Agreement(model, RULE)():
+        curved(model, rand(4, 3).requires_grad_()).backward()
