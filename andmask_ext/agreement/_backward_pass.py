@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, _engine_run_backward
+from torch.autograd.graph import GradientEdge, Node
 
 from .._pending import Hook, PendingStep
 from ._accumulator import GradientAccumulator, Target
@@ -28,6 +28,7 @@ from ._consumer import Consumer
 from ._contributions import Contribution, Shared
 from ._current import require_batch
 from ._data import DataRecord
+from ._engine import Engine
 from ._flows import Entrance
 from ._formulas import gradient_of, make_contribution
 from ._forward import ForwardRecorder
@@ -36,7 +37,6 @@ from ._graph import CHECKPOINT, Graph
 from ._groups import Groups
 from ._layout import Code
 from ._mixing import MixingCheck, OtherRegion, make_code
-from ._mode import BackwardMode
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, node_of, untouched
 from ._plan import Plan, make_plan, suspects
@@ -60,10 +60,9 @@ class BackwardPass:
         scale: the scale of the gradient scaler; 1 without one.
         started: whether any moments may have changed.
         recorder: records the calls of the model.
+        engine: runs backward passes.
         products: the scalar products, after the backward pass.
     """
-
-    mode: BackwardMode
 
     def __init__(
         self,
@@ -80,6 +79,7 @@ class BackwardPass:
         self.recorder = ForwardRecorder(
             setup.model, {id(one) for one in setup.modules}, setup.batch_dim, self.data, batch.rows
         )
+        self.engine = Engine()
         self.products: Gramian | None = None
         self._setup = setup
         self._pending = pending
@@ -88,7 +88,7 @@ class BackwardPass:
         self._tracked = {id(param): number for number, param in enumerate(setup.params)}
         self._targets: list[Target] = []
         self._accumulator: GradientAccumulator | None = None
-        self._mixing = MixingCheck(self._engine, self.data)
+        self._mixing = MixingCheck(self.engine, self.data)
         self.hooks = UserHooks(lambda: self._mixing.running)
         self._inner = 0  # backward passes inside this one
         self._entrance = Entrance()
@@ -98,7 +98,6 @@ class BackwardPass:
         self._anchors: list[Anchor] = []
         self._code: Code | None = None
         self._passes = 0
-        self._dropping = 0  # > 0: plain gradients that arrive are discarded
 
     def open(self) -> None:
         """Find the moments of each parameter. The step must be open to this context."""
@@ -131,11 +130,11 @@ class BackwardPass:
         """Release the graph, the moments and the hooks."""
         self.data.close()
         del self._mixing
-        self.__dict__.pop("mode", None)  # it is not there if the context failed to open
+        self.engine.mode = None
 
     def receive(self, param: Tensor) -> None:
         """Raise: a backward pass outside of this context's control produced a gradient."""
-        if self._dropping:
+        if self.engine.dropping:
             return
         raise RuntimeError(
             f"Agreement: {self._setup.name(param)} received a gradient from a backward pass that "
@@ -170,7 +169,7 @@ class BackwardPass:
             self._mixing.inner_pass(graph, roots, grads)
         elif self._accumulator is not None:  # inside another pass: reentrant checkpointing
             self._inner += 1
-            plan, partitions = self._plan(graph, self._inner)
+            plan, partitions = self._plan(graph, roots, grads, self._inner)
             self._pass(graph, plan, partitions, roots, grads, retain_graph, self._accumulator)
         else:
             self._outer_pass(graph, roots, grads, retain_graph)
@@ -210,7 +209,7 @@ class BackwardPass:
         self, graph: Graph, roots: list[Tensor], grads: list[Tensor], retain_graph: bool
     ) -> None:
         self._anchors = []
-        plan, partitions = self._plan(graph)
+        plan, partitions = self._plan(graph, roots, grads)
         self._inner = 0
         groups = self._batches[plan.batch]
         self._of_loss = groups
@@ -252,11 +251,15 @@ class BackwardPass:
 
     # ---- the plan ----
 
-    def _plan(self, graph: Graph, inner: int = 0) -> tuple[Plan, list[Groups]]:
+    def _plan(
+        self, graph: Graph, roots: list[Tensor], grads: list[Tensor], inner: int = 0
+    ) -> tuple[Plan, list[Groups]]:
         """Return the plan for a graph, and its partitions. A new graph is checked for mixing first.
 
         Args:
             graph: the graph of a backward pass.
+            roots: its roots.
+            grads: their gradients.
             inner: 0 for the outer pass, else the number of the backward pass inside it.
         """
         plans = self._setup.plans
@@ -269,7 +272,7 @@ class BackwardPass:
         again = CHECKPOINT not in graph.names and bool(sizes)
         if self._setup.check_mixing != "always" and not self._entrance.moved:
             known = plans.find(key, sizes, graph, self._batches, again)
-            if known is not None:
+            if known is not None and self._holds(known[0], graph, roots, grads):
                 return known
         self._code = self._code or make_code(self._batches[0].environments, graph)
         if not inner:
@@ -286,11 +289,20 @@ class BackwardPass:
         if not inner:
             batch = batch_of_loss(self._anchors, self._batches, self._setup.reduction)
             plan = replace(plan, batch=batch)
+        if plan.unseen and (inner or plan.deferred):  # gradients inside are not known before
+            plan = replace(plan, certain=False)
         if plan.certain:
             plans.keep(key, sizes, graph, self._batches, plan, self._setup.check_mixing == "auto")
         if inner and (plan.moves or not plan.certain):  # next time it may have to be made again
             plans.drop(self._outer)
         return plan, partitions
+
+    def _holds(self, plan: Plan, graph: Graph, roots: list[Tensor], grads: list[Tensor]) -> bool:
+        """Return whether gradients are zero where they were when the plan was made."""
+        if not plan.unseen:
+            return True
+        with self._untouched():
+            return self._mixing.is_quiet(graph, roots, grads, plan.unseen)
 
     def _check(self, graph: Graph) -> None:
         """Run the mixing check."""
@@ -301,8 +313,14 @@ class BackwardPass:
             self._batches, self.data, suspects(graph, self.data),
         )  # fmt: skip
         data = [leaf(node) for node in graph.nodes if self.data.holds(node)]
-        with untouched([*setup.model.parameters(), *data]), self.hooks.untouched():
+        with self._untouched(data):
             self._mixing.find(graph, self._anchors, self._tracked, self._batches, self._code, data)
+
+    @contextmanager
+    def _untouched(self, data: Sequence[Tensor] = ()) -> Iterator[None]:
+        """Keep what probes leave out of ``.grad``."""
+        with untouched([*self._setup.model.parameters(), *data]), self.hooks.untouched():
+            yield
 
     # ---- the engine ----
 
@@ -332,7 +350,7 @@ class BackwardPass:
         outside = self._entrance
         self._entrance = outside.of_regions(plan.apart, plan.moves)
         try:
-            self._engine(graph, roots, grads, retain_graph, inputs)
+            self.engine(graph, roots, grads, retain_graph, inputs)
         finally:
             self._entrance = outside
             for handle in handles:
@@ -366,35 +384,3 @@ class BackwardPass:
                 accumulator.add(use, operand, graph)
 
         return hook
-
-    def _engine(
-        self,
-        graph: Graph,
-        roots: Sequence[Any],
-        grads: list[Tensor],
-        retain_graph: bool,
-        inputs: list[Any],
-    ) -> None:
-        if CHECKPOINT not in graph.names:
-            torch.autograd.backward(roots, grads, retain_graph, inputs=inputs)
-            return
-        # Reentrant checkpointing forbids `inputs`, so plain gradients are computed too, and
-        # dropped. The checkpointed function runs a backward pass, which BackwardMode sends to this
-        # object. The graph is kept, as contributions wait until the pass is over.
-        keep = {id(one) for one in inputs if isinstance(one, Tensor)}
-        leaves = [leaf(node) for node, name in zip(graph.nodes, graph.names, strict=True)
-                  if isinstance(name, tuple)]  # fmt: skip
-        dropped = [(one, one.grad) for one in leaves if id(one) not in keep]
-        self._dropping += 1
-        try:
-            for one, _ in dropped:
-                one.grad = None
-            with self.mode:
-                _engine_run_backward(
-                    tuple(roots), tuple(grads), True, False, (),
-                    allow_unreachable=True, accumulate_grad=True,
-                )  # fmt: skip
-        finally:
-            self._dropping -= 1
-            for one, grad in dropped:
-                one.grad = grad

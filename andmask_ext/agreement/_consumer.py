@@ -23,7 +23,8 @@ class Consumer:
         name: its type.
         operands: its inputs that are computed from parameters only.
         layouts: the batch axis of each of its outputs; None: it has none.
-        unseen: no probe had a gradient here, so a gradient is an error.
+        unseen: no probe had a gradient here, so a gradient is an error, or in a later pass a reason
+            to make the plan again.
         quiet: for each output, the rows along the batch axis that had none in any probe, if the
             probes alone tell whose rows they are. None: all may have one.
         shared: the operands are terms of the loss. Each environment has them in full.

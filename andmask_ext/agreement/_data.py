@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ._graph import COPY_SLICES, PLACE
 from ._nodes import PYTHON, saved_tensors
-from ._shown import ShownData, picks_by_index
+from ._shown import ShownData
 from ._views import VIEWS
+from ._writes import WRITING, say_index, say_view
 
 
 class Origin(enum.IntEnum):
@@ -107,8 +107,9 @@ class DataRecord:
         """Record a call of the function ``name``."""
         if name == "__setitem__":
             result = args[0]
-            if result._base is None and not picks_by_index(args[1]):
-                _say_place(result.grad_fn, str(args[1]))
+            say_index(result, *args[1:])
+        elif name in WRITING:
+            say_view(result)
         if self._takes_computed(args[:1] if name in _AS else args):
             self._note_data(name, result, args)
             return
@@ -293,19 +294,6 @@ class DataRecord:
 
 def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.is_leaf
-
-
-def _say_place(node: Node | None, place: str) -> None:
-    """Say which part of a tensor a node has written into. It keeps that to itself."""
-    if node is not None and node.name() == COPY_SLICES:
-        node.metadata[PLACE] = place  # type: ignore[index]
-
-
-def say_places(node: Node | None, place: str) -> None:
-    """Say which parts a function has written that fills a tensor part by part."""
-    while node is not None and (node.name() in VIEWS or node.name() == COPY_SLICES):
-        _say_place(node, place)
-        node = node.next_functions[0][0] if node.next_functions else None
 
 
 # Functions that take the shape of a tensor only.

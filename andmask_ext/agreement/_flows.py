@@ -64,7 +64,7 @@ class Flows:
         self._entrance = entrance
         self._flows: dict[At, Flow] = {}
         self._proved = [False] * len(graph.nodes)
-        self._sources: set[int] = set()
+        self._inputs: dict[int, list[At]] = {}
         self._free = [False] * len(graph.nodes)  # made of parameters that are not tracked
         self._shown = [False] * len(graph.nodes)  # gradients only go to what ShownData made
 
@@ -99,8 +99,7 @@ class Flows:
             for one in graph.edges[index]
             if one is not None and not weight[one[0]] and not self._free[one[0]]
         ]
-        if not entries:
-            self._sources.add(index)
+        self._inputs[index] = entries
         self._proved[index] = bool(entries) and all(self._proved[entry[0]] for entry in entries)
         name = graph.names[index]
         small = PICKING.get(str(name))  # its rows go to places of the other input
@@ -123,7 +122,11 @@ class Flows:
 
     def is_source(self, index: int) -> bool:
         """Return whether data enter a node by no input that requires gradients."""
-        return index in self._sources
+        return self._inputs.get(index) == []
+
+    def inputs(self, index: int) -> list[At]:
+        """Return the outputs of nodes by which data enter a node."""
+        return self._inputs.get(index, [])
 
     def is_proved(self, index: int) -> bool:
         """Return whether environments are apart in a node, by itself or by the nodes below it."""

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 
 from ._anchors import Anchor
 from ._data import DataRecord
+from ._engine import Engine
 from ._formulas import axes_of
 from ._graph import Graph
 from ._groups import Groups
@@ -19,9 +20,6 @@ from ._nodes import leaf, shape_of
 from ._picks import PICKING
 from ._plan import suspects, witnesses
 from ._reading import Evidences
-
-# It takes a graph, its roots, their gradients, whether to retain the graph, and what to reach.
-Engine = Callable[[Graph, Sequence[Any], list[Tensor], bool, list[Any]], None]
 
 
 class OtherRegion(Exception):
@@ -32,8 +30,7 @@ class MixingCheck:
     """Runs probes: backward passes from the anchors that fill :class:`Evidence`.
 
     Args:
-        engine: runs a backward pass over a graph. It takes the graph, its roots, their gradients,
-            whether to retain the graph, and the nodes and leaves to reach.
+        engine: runs backward passes.
         data: what the nodes are made of.
 
     Attributes:
@@ -101,6 +98,33 @@ class MixingCheck:
             for index, seen in self._by_pass[0].items()
             if probe.nodes[index] in index_of
         }
+
+    def is_quiet(
+        self, graph: Graph, roots: Sequence[Any], grads: list[Tensor], nodes: Sequence[int]
+    ) -> bool:
+        """Return whether a backward pass has no gradient but zero at some nodes.
+
+        Args:
+            graph: the graph of the pass. It is kept.
+            roots: its roots.
+            grads: their gradients.
+            nodes: the indices of the nodes.
+        """
+        loud = list[Tensor]()
+
+        def hook(deltas: tuple[Tensor | None, ...]) -> None:
+            loud.extend(delta.any() for delta in deltas if delta is not None)
+
+        self.running = True
+        reached = [graph.nodes[index] for index in nodes]
+        handles = [node.register_prehook(hook) for node in reached]
+        try:
+            self._engine(graph, roots, grads, True, [GradientEdge(node, 0) for node in reached])
+        finally:
+            self.running = False
+            for handle in handles:
+                handle.remove()
+        return not any(bool(one) for one in loud)
 
     def _probes(
         self,

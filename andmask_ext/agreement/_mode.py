@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._switches import Switches
-from ._data import DataRecord, say_places
+from ._data import DataRecord
+from ._engine import Engine
 from ._nodes import BACKWARDS
 from ._picks import BATCH_SIZES
 from ._user_hooks import UserHooks
+from ._writes import say_steps
 
 
 class Backward(Protocol):
@@ -21,7 +23,7 @@ class Backward(Protocol):
 
     data: DataRecord
     hooks: UserHooks
-    mode: BackwardMode
+    engine: Engine
 
     def backward(self, roots: list[Tensor], grads: list[Tensor], retain_graph: bool) -> None:
         """Run a backward pass."""
@@ -55,7 +57,7 @@ class BackwardMode(TorchFunctionMode):
     def __init__(self, backward_pass: Backward) -> None:
         super().__init__()
         self._backward_pass = backward_pass
-        backward_pass.mode = self
+        backward_pass.engine.mode = self
 
     def __torch_function__(
         self,
@@ -88,7 +90,7 @@ class BackwardMode(TorchFunctionMode):
             if name == "_pack_padded_sequence" and result[0].grad_fn is not None:
                 result[0].grad_fn.metadata[BATCH_SIZES] = result[1]  # the node keeps it to itself
             elif name == "_pad_packed_sequence":  # it fills a tensor, step by step
-                say_places(result[0].grad_fn, str(args[1].tolist()))
+                say_steps(result[0], str(args[1].tolist()))
         return result
 
 

@@ -208,7 +208,8 @@ class Moves:
             if found is not None and fits(rows[0], found):
                 explained[split_of(reader.shape(large), layout)] = layout, rows, rows[0] is ids
         if len(explained) != 1:
-            return UNKNOWN if explained else None
+            stay = explained and all(stay for *_, stay in explained.values())
+            return self._flows.of(large) if stay else UNKNOWN if explained else None
         [(layout, rows, stay)] = explained.values()
         if not self.settle(large, layout):
             return UNKNOWN

@@ -50,6 +50,7 @@ class Plan:
         picks: the nodes that pick rows of data, see :func:`follow`.
         contents: the nodes that must pick the same rows if the plan is to hold.
         apart: whether environments are proved to be apart in what enters regions that hide nodes.
+        unseen: nodes where no probe had a gradient. The plan holds while there is none.
         batch: the partition of the examples that the loss is the mean of.
     """
 
@@ -60,6 +61,7 @@ class Plan:
     picks: tuple[Move, ...]
     contents: tuple[int, ...]
     apart: bool
+    unseen: tuple[int, ...] = ()
     batch: int = 0
 
     @property
@@ -181,6 +183,8 @@ def make_plan(
     weight = [False] * len(graph.nodes)
     consumers, leaves = [], []
     certain = True
+    everything = set(range(len(graph.nodes)))
+    loss = everything - graph.below(*(at[0] for at in anchors)) if anchors else set()
     for index in graph.children_first():
         node, name = graph.nodes[index], graph.names[index]
         weight[index] = graph.param(index) is not None
@@ -208,6 +212,8 @@ def make_plan(
             )
             certain &= alone
             consumers.append(consumer)
+        if index in loss:  # what it does with rows is no part of the model
+            continue
         if graph.holds_indices(index) and not all(below):
             moves.unexplained.append(index)
         if name in PICKING and code is not None and not (below and below[0]):
@@ -232,9 +238,10 @@ def make_plan(
             "no environment; add it to the loss of the data: `(loss + penalty).backward()`"
         )
     deferred = CHECKPOINT in graph.names
+    unseen = reader.inferred.union(consumer.index for consumer in consumers if consumer.unseen)
     plan = Plan(
         tuple(consumers), tuple(leaves), deferred, certain, tuple(moves.found),
-        tuple(moves.unexplained), flows.regions_are_proved(),
+        tuple(moves.unexplained), flows.regions_are_proved(), tuple(sorted(unseen)),
     )  # fmt: skip
     if deferred and plan.moves:  # the region does not see which rows were moved
         plan = replace(plan, certain=False)
@@ -337,7 +344,7 @@ def _consumer(
             continue
         if not seen and output == 0:
             unseen = reached and not alone and not reader.seen(index)
-        certain &= alone
+        certain &= alone or unseen
         crossed = seen and layout is not None and moves.crosses(at, layout)
         if crossed or (seen and layout is None):
             message = out_of_place if reader.is_apart(at, axes) else mixing

@@ -12,6 +12,7 @@ from ._data import DataRecord
 from ._flows import GIVEN, At, Flow, Flows
 from ._graph import RESHAPES, Graph
 from ._groups import Groups, group_rows
+from ._inherited import inherited
 from ._layout import Code, Evidence, Layout, candidates, fits, split_of
 from ._nodes import saved, shape_of
 
@@ -42,6 +43,8 @@ class Reader:
         given: the number of partitions of the batch.
         partitions: these, and those of rows that were moved.
         quiet: the rows without a gradient of outputs whose rows go by the probes alone.
+        inferred: the nodes without a gradient in the probes whose batch axes were inferred from
+            what they are made of.
         code: as above.
     """
 
@@ -57,6 +60,8 @@ class Reader:
     ) -> None:
         self.partitions = list(batches)
         self.quiet: dict[At, Tensor] = {}
+        self.inferred: set[int] = set()
+        self._below: dict[At, Layout | None] = {}
         self._graph = graph
         self.given = len(batches)
         self._evidences = evidences
@@ -110,9 +115,37 @@ class Reader:
             ]
             left = [layout for layout in left if number in moved or self._lies(at, layout)]
             if left:
-                plain = number in moved or not evidence.seen
-                return left if plain else self._plain(at, left, groups.examples)
+                if number in moved:
+                    return left
+                if not evidence.seen:
+                    return self._as_below(at, left)
+                return self._plain(at, left, groups.examples)
         return []
+
+    def _as_below(self, at: At, left: list[Layout]) -> list[Layout]:
+        """Keep the layouts that agree with the tensors that an output is made of.
+
+        No probe tells them apart, so they hold until there is a gradient.
+        """
+        shape = self.shape(at)
+        if len({split_of(shape, layout) for layout in left}) == 1:
+            return left
+        if at not in self._below:
+            self._below[at] = inherited(self._graph, at, self._flows.inputs, self._told)
+        below = self._below[at]
+        split = None if below is None else split_of(shape, below)
+        same = [layout for layout in left if split_of(shape, layout) == split]
+        if same:
+            self.inferred.add(at[0])
+        return same or left
+
+    def _told(self, at: At) -> tuple[Layout, int] | None:
+        """Return the layout that probes tell, and the number of examples."""
+        evidence = self.evidence(at)
+        left = self.layouts(at) if evidence is not None and evidence.seen else []
+        if len({split_of(self.shape(at), layout) for layout in left}) != 1:
+            return None
+        return left[0], self.partitions[left[0].partition].examples
 
     def _lies(self, at: At, layout: Layout) -> bool:
         """Return whether a layout of a source agrees with the inputs of the model that it views.

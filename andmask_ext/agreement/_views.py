@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -104,7 +104,7 @@ def _unbound(tensor: Tensor, node: Node, output: int) -> Tensor:
 
 
 # No data can enter these nodes, as they have one input. Views of parameters hold no batch.
-VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
+VIEWS: Mapping[str, Callable[[Tensor, Node, int], Tensor]] = {
     "AliasBackward0": _plain,
     "CloneBackward0": _plain,
     "PermuteBackward0": _permuted,
@@ -128,16 +128,21 @@ VIEWS: dict[str, Callable[[Tensor, Node, int], Tensor]] = {
 }
 
 
-def view_through(chain: Sequence[tuple[Node, int]], shape: Sequence[int]) -> View | None:
+def view_through(
+    chain: Sequence[tuple[Node, int]],
+    shape: Sequence[int],
+    views: Mapping[str, Callable[[Tensor, Node, int], Tensor]] = VIEWS,
+) -> View | None:
     """Return the view of a parameter that a chain of nodes computes; None: it is no view.
 
     Args:
         chain: the nodes, the one next to the parameter first, each with the output that is used.
         shape: the shape of the parameter.
+        views: what the nodes do that are views.
     """
     tensor = torch.empty(shape, device="meta")
     for node, output in chain:
-        replay = VIEWS.get(node.name())
+        replay = views.get(node.name())
         if replay is None:
             return None
         try:
