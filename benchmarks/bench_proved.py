@@ -3,10 +3,11 @@
 python -m benchmarks.bench_proved --quick
 
 Each example is an environment, and each step has other data. A vision transformer of 197 patches,
-BERT, and Mixtral, whose experts are one grouped product, in sizes in which a plain step takes about
-50 ms on one thread. They come from transformers, which the extra ``dev`` installs. With one thread,
-times are CPU time of the thread. A step whose plan is known runs one backward pass; one that checks
-for mixing runs several.
+BERT, Mixtral and DeepSeek-V3, whose experts are one grouped product, and RWKV, in sizes in which a
+plain step takes about 50 ms on one thread. They come from transformers, which the extra ``dev``
+installs. With one thread, times are CPU time of the thread. A step whose plan is known runs one
+backward pass, and a short one before it if parts of the model have no gradient, as in RWKV; a step
+that checks for mixing runs several.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from torch import Tensor, nn
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -73,8 +78,33 @@ def mixtral(examples: int) -> Setting:
         num_key_value_heads=2, intermediate_size=256, num_local_experts=8,
         experts_implementation="grouped_mm", use_cache=False,
     )  # fmt: skip
-    words = [torch.randint(WORDS, (examples, LENGTH + 1)) for _ in range(STEPS)]
-    return MixtralForCausalLM(config), _words, [(one[:, :-1], one[:, 1:]) for one in words]
+    return MixtralForCausalLM(config), _words, sentences(examples, LENGTH)
+
+
+def deepseek(examples: int) -> Setting:
+    """Make a language model with compressed attention and a dense and a routed layer."""
+    config = DeepseekV3Config(  # type: ignore[call-arg]
+        vocab_size=WORDS, hidden_size=128, num_hidden_layers=2, first_k_dense_replace=1,
+        num_attention_heads=4, num_key_value_heads=4, intermediate_size=512,
+        moe_intermediate_size=256, n_routed_experts=8, num_experts_per_tok=2, n_group=4,
+        topk_group=2, q_lora_rank=64, kv_lora_rank=64, qk_nope_head_dim=32, qk_rope_head_dim=16,
+        v_head_dim=32, experts_implementation="grouped_mm", use_cache=False,
+    )  # fmt: skip
+    return DeepseekV3ForCausalLM(config), _words, sentences(examples, LENGTH)
+
+
+def rwkv(examples: int) -> Setting:
+    """Make a recurrent language model. The first token has no gradient in some of its nodes."""
+    config = RwkvConfig(  # type: ignore[call-arg]
+        vocab_size=WORDS, context_length=16, hidden_size=256, num_hidden_layers=3, use_cache=False
+    )  # fmt: skip
+    return RwkvForCausalLM(config), _words, sentences(examples, 16)
+
+
+def sentences(examples: int, length: int) -> list[tuple[Tensor, Tensor]]:
+    """Draw sentences, and the next word of each word."""
+    words = [torch.randint(WORDS, (examples, length + 1)) for _ in range(STEPS)]
+    return [(one[:, :-1], one[:, 1:]) for one in words]
 
 
 def _classes(model: nn.Module, inputs: Tensor, labels: Tensor) -> Tensor:
@@ -108,8 +138,10 @@ class Passes:
         self._count += 1
 
 
-MODELS: dict[str, Callable[[int], Setting]] = {"ViT": vit, "BERT": bert, "Mixtral": mixtral}
-BATCHES = {"ViT": (4, 8, 16), "BERT": (8,), "Mixtral": (8,)}
+MODELS: dict[str, Callable[[int], Setting]] = {
+    "ViT": vit, "BERT": bert, "Mixtral": mixtral, "DeepSeek-V3": deepseek, "RWKV": rwkv,
+}  # fmt: skip
+BATCHES = {"ViT": (4, 8, 16), "BERT": (8,), "Mixtral": (8,), "DeepSeek-V3": (8,), "RWKV": (8,)}
 
 
 def case(name: str, examples: int, last: int) -> list[Row]:

@@ -114,3 +114,19 @@ def _reset_torch(request: pytest.FixtureRequest):
     yield
     torch.set_num_threads(threads)
     torch.set_default_device(None)
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The mixing checks of Agreement that have run."""
+    from andmask_ext.agreement._mixing import MixingCheck
+
+    found: list[object] = []
+    original = MixingCheck.find
+
+    def find(self: MixingCheck, *args: object) -> None:
+        found.append(self)
+        original(self, *args)
+
+    monkeypatch.setattr(MixingCheck, "find", find)
+    return found

@@ -23,7 +23,7 @@ from ._contributions import (
     Stacked,
     add_up,
 )
-from ._entries import Entry, covered, join_outer_products
+from ._entries import Entry, by_operand, covered, gradients_of, join_outer_products
 from ._gramian import Gramian, Part, exact
 from ._graph import Graph, Operand
 from ._groups import Groups
@@ -331,7 +331,7 @@ def _clear(memory: Sequence[Tensor | None]) -> None:
 
 
 def _parts(target: Target, entries: Sequence[Entry]) -> list[Part]:
-    return [partial(entry.gradients, target.param) for entry in entries]
+    return [partial(gradients_of, uses, target.param) for uses in by_operand(entries)]
 
 
 def _at_once(param: Tensor) -> int:

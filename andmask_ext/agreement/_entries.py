@@ -67,25 +67,46 @@ class Entry:
             return view.order == "same" and not zeros_count
         return isinstance(contribution, Stacked)
 
-    def gradients(self, param: Tensor, begin: int, end: int) -> Tensor:
-        """Return the parameter's gradients in environments [begin, end), one per row."""
-        stacked, view = self.contribution.stacked(begin, end), self.operand.view
-        if view is not None:
-            stacked = stacked.real if stacked.is_complex() else stacked
-            if wide_dtype(stacked) != wide_dtype(param):
-                stacked = stacked.to(param.dtype)  # as the cast of the parameter does
-            if view.order == "same":
-                return stacked.reshape(end - begin, *param.shape)
-            gradients = stacked.new_zeros(end - begin, *param.shape)
-            view.of(gradients, 1).copy_(stacked)
-            return gradients
-        root, output = self.graph.nodes[self.operand.root], self.operand.output
-        edge = GradientEdge(root, output)
-        dtype = root._input_metadata[output].dtype
-        if isinstance(self.contribution, Shared):  # the same for all, but for a factor
-            whole = _through(edge, param, self.contribution.grads.to(dtype))
-            return Shared(whole, param.shape, self.contribution.shares).stacked(begin, end)
-        return torch.stack([_through(edge, param, grad.to(dtype)) for grad in stacked])
+
+def by_operand(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Put uses of the same operand together, so that their gradients go down to it as one."""
+    uses: dict[tuple[int, ...], list[Entry]] = {}
+    for number, entry in enumerate(entries):
+        place = id(entry.graph), entry.operand.root, entry.operand.output
+        own = isinstance(entry.contribution, Shared)
+        uses.setdefault((*place, number) if own else place, []).append(entry)
+    return list(uses.values())
+
+
+def gradients_of(uses: Sequence[Entry], param: Tensor, begin: int, end: int) -> Tensor:
+    """Return a parameter's gradients in environments [begin, end), one per row.
+
+    Args:
+        uses: entries of the same operand.
+        param: the parameter.
+        begin: see above.
+        end: see above.
+    """
+    first = uses[0]
+    stacked, view = first.contribution.stacked(begin, end), first.operand.view
+    for use in uses[1:]:
+        stacked = stacked + use.contribution.stacked(begin, end)
+    if view is not None:
+        stacked = stacked.real if stacked.is_complex() else stacked
+        if wide_dtype(stacked) != wide_dtype(param):
+            stacked = stacked.to(param.dtype)  # as the cast of the parameter does
+        if view.order == "same":
+            return stacked.reshape(end - begin, *param.shape)
+        gradients = stacked.new_zeros(end - begin, *param.shape)
+        view.of(gradients, 1).copy_(stacked)
+        return gradients
+    root, output = first.graph.nodes[first.operand.root], first.operand.output
+    edge = GradientEdge(root, output)
+    dtype = root._input_metadata[output].dtype
+    if isinstance(first.contribution, Shared):  # the same for all, but for a factor
+        whole = _through(edge, param, first.contribution.grads.to(dtype))
+        return Shared(whole, param.shape, first.contribution.shares).stacked(begin, end)
+    return torch.stack([_through(edge, param, grad.to(dtype)) for grad in stacked])
 
 
 def _through(edge: GradientEdge, param: Tensor, grad: Tensor) -> Tensor:

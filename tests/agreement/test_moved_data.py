@@ -12,27 +12,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 import andmask_ext as am
-from andmask_ext.agreement._mixing import MixingCheck
 
 from ..models import curved
 from .exact_loop import RULE, check
 from .layers import Function, rand
 from .outcomes import MIXING, NOT_FROM_OUTPUTS, REENTRANT_INPUT, refusal
-
-
-@pytest.fixture
-def checks(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The mixing checks that have run."""
-    found: list[object] = []
-    original = MixingCheck.find
-
-    def find(self: MixingCheck, *args: object) -> None:
-        found.append(self)
-        original(self, *args)
-
-    monkeypatch.setattr(MixingCheck, "find", find)
-    return found
-
 
 # ---- inputs whose rows are moved ----
 
