@@ -214,7 +214,7 @@ def make_plan(
             consumers.append(consumer)
         if index in loss:  # what it does with rows is no part of the model
             continue
-        if graph.holds_indices(index) and not all(below):
+        if graph.holds_indices(index) and flows.inputs(index):
             moves.unexplained.append(index)
         if name in PICKING and code is not None and not (below and below[0]):
             entry = graph.edges[index][0]

@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import andmask_ext as am
+
 from ..models import curved
 from .exact_loop import check
 from .layers import Function, rand
@@ -231,4 +233,24 @@ def test_a_loss_may_pick_other_rows_at_each_step(checks: list[object]) -> None:
     for _ in range(4):
         chosen = torch.randint(2, (4,))
         agreement = check(model, step, rand(4, 3), chosen, agreement=agreement)
+    assert len(checks) == 1
+
+
+# ---- parameters that are left out ----
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_a_table_that_is_not_among_the_parameters(
+    kind: Callable[..., nn.Module], checks: list[object]
+) -> None:
+    def forward(self: Function, tokens: Tensor) -> Tensor:
+        rows = self.table(tokens)
+        return self.c(self.a(rows).tanh() if rows.dim() == 2 else self.a(rows).tanh().mean(1))
+
+    model = built(forward, table=kind(7, 3))
+    params = [*model.a.parameters(), *model.c.parameters()]
+    agreement = am.Agreement(model, am.rules.Mean(), params, keep_moments=True)
+    for _ in range(4):
+        tokens = torch.randint(7, (4, 5))
+        check(model, curved, tokens, rule=am.rules.Mean(), agreement=agreement)
     assert len(checks) == 1
