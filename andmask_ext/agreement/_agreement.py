@@ -361,7 +361,7 @@ class Agreement(Copyable):
             RuntimeError: it is called inside the context, or after :meth:`detach`.
             TypeError: ``batch`` holds tensors in an object that cannot be split.
             ValueError: ``batch`` holds no tensors, cannot be split into the environments, or can be
-                split in two ways.
+                split in two ways, or all gradients are zero.
         """
         checked = check_environments(environments)
         setup = self._require_setup("verify")

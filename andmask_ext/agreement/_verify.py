@@ -226,6 +226,11 @@ def compare(
         for param in params:
             param.grad = None
     total = max(largest)
+    if total == 0 and not any(one is not None and one.any() for one in ours.sum):
+        raise ValueError(
+            "loss_fn: expected a loss with gradients to compare, but all of them are zero in the "
+            "loop; verify the model after a few steps, or with other data"
+        )
     deviations = []
     for index, (name, param) in enumerate(zip(names, params, strict=True)):
         pairs = []

@@ -319,3 +319,14 @@ def test_inputs_that_are_out_of_place_prove_nothing() -> None:
     model.now = torch.tensor([1, 2, 3, 0])
     with pytest.raises(RuntimeError, match=MIXING), am.Agreement(model, RULE)():
         curved(model, rand(4, 3).requires_grad_()).backward()
+
+
+def test_a_row_whose_gradient_is_next_to_nothing() -> None:
+    """Its environment cannot be told from rounding, so it is not left out."""
+
+    def forward(self: Function, x: Tensor) -> Tensor:
+        turn = eye(order(self, x))
+        rows = turn.t() @ self.b(turn @ self.a(x).tanh()).tanh()
+        return self.c(rows * torch.tensor([1, 1e-13, 1, 1]).double()[: len(x), None])
+
+    assert outcomes(built(forward), ORDERS[1:3], None) == [MIXING] * 2

@@ -196,3 +196,10 @@ def test_lists_of_labels() -> None:
     for environments in (None, 2):
         found = agreement.verify(batch, lambda m, b: m(**b).mean(), environments)
         assert found.passed, str(found)
+
+
+def test_nothing_but_zeros_verifies_nothing() -> None:
+    model = nn.Linear(8, 3)
+    agreement = am.Agreement(model, RULE)
+    with pytest.raises(ValueError, match="all of them are zero"):
+        agreement.verify(X[:, 0], lambda m, x: 0 * m(x).mean())
