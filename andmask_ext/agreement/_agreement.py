@@ -15,7 +15,7 @@ from .._pending import PendingStep, State, show_to_hooks
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
 from ..rules import AndMask, Rule
-from ._arguments import check_optimizer_or_rule, check_params, refuse_early_decay
+from ._arguments import check_optimizer_or_rule, check_params, names_of, refuse_early_decay
 from ._backward_pass import BackwardPass
 from ._batch import BatchOptions
 from ._copies import Copyable
@@ -137,7 +137,7 @@ class Agreement(Copyable):
             model=model,
             modules=tuple(model.modules()),
             params=chosen,
-            names={id(param): name for name, param in model.named_parameters()},
+            names=names_of(model, given=params is not None),
             batch_dim=batch_dim,
             output_batch_dim=output_batch_dim,
             reduction=loss_reduction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._checks import DTYPES, check_dtype
 from ..optim import EnvironmentOptimizer
@@ -46,8 +46,8 @@ def check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
     for index, param in enumerate(params):
         if not isinstance(param, Tensor):
             raise TypeError(f"params[{index}]: expected a Tensor, but got {type(param).__name__}")
-        if not given and not param.requires_grad and param.dtype not in DTYPES:
-            continue  # quantized: it never has a gradient
+        if not given and _cannot_vote(param):
+            continue
         check_dtype(f"params[{index}]", param)
         if given and not (param.is_leaf and param.requires_grad):
             raise ValueError(f"params[{index}]: expected a leaf that requires gradients")
@@ -55,3 +55,14 @@ def check_params(params: Iterable[Tensor], *, given: bool) -> list[Tensor]:
     if not chosen:
         raise ValueError("params: expected at least one parameter, but got none")
     return list(chosen.values())
+
+
+def names_of(model: nn.Module, *, given: bool) -> dict[int, str]:
+    """Return the names of the parameters, by id, but for those that :func:`check_params` skips."""
+    named = model.named_parameters()
+    return {id(param): name for name, param in named if given or not _cannot_vote(param)}
+
+
+def _cannot_vote(param: Tensor) -> bool:
+    """Return whether a parameter, such as a quantized one, has no gradients to aggregate."""
+    return not param.requires_grad and param.dtype not in DTYPES

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .._checks import DTYPES
+from .._dtypes import dtype_name
 from .._notices import warn_once
 from ._anchors import Anchor
 from ._forward import ForwardRecorder
@@ -129,10 +131,17 @@ def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -
 
 
 def refuse_new_params(setup: Setup, others: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if the model has got a parameter since the Agreement was made."""
+    """Raise RuntimeError if a parameter takes part that did not when the Agreement was made."""
     names = setup.names
     new = {id(o) for o in others if isinstance(o, nn.Parameter) and id(o) not in names}
     for name, param in setup.model.named_parameters() if new else ():
+        if id(param) in new and param.dtype not in DTYPES:
+            raise TypeError(
+                f"Agreement: expected {name} to stay without gradients, as when the Agreement was "
+                f"made, but it requires them, and its dtype {dtype_name(param.dtype)} cannot be "
+                "aggregated; freeze it again, or make an Agreement with a rule and params= without "
+                "it, which leaves it its plain gradient"
+            )
         if id(param) in new:
             raise RuntimeError(
                 f"Agreement: {name} was not in the model when the Agreement was made, so it "

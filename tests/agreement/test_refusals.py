@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -377,3 +378,18 @@ def test_embedding_bags_scaled_by_frequency(mode: str) -> None:
     check(bags, curved, x, environments=1)
     lines = nn.Embedding(5, 3, scale_grad_by_freq=True).double()
     check(Function(lambda s, x: s.lines(x).sum(1), lines=lines), curved, x)
+
+
+@pytest.mark.parametrize("rule", [RULE, None])
+def test_a_parameter_that_cannot_vote_must_stay_frozen(rule: am.AndMask | None) -> None:
+    turn = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64), requires_grad=False)
+    model = nn.Linear(3, 3)
+    model.turn = turn
+    optimizer = am.optim.AndMaskSGD(model.parameters(), lr=0.1, tau=0.8)
+    agreement = am.Agreement(model, rule or optimizer)
+    for frozen in (True, False, True):
+        optimizer.zero_grad()
+        turn.requires_grad_(not frozen)
+        expected = nullcontext() if frozen else pytest.raises(TypeError, match="turn to stay with")
+        with expected, agreement():
+            (model(torch.randn(4, 3)).to(turn.dtype) @ turn).abs().mean().backward()
