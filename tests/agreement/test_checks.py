@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import andmask_ext as am
 
 from ..models import curved
-from .exact_loop import check
+from .exact_loop import RULE, check
 from .layers import Function, rand
 from .outcomes import EXACT, MIXING
 from .test_attacks import built, outcomes
@@ -93,6 +96,15 @@ def picked(h: Tensor, now: int) -> Tensor:
     return out
 
 
+def picked_in_the_middle(h: Tensor, now: int) -> Tensor:
+    """The index is so large that it is abbreviated when it is printed."""
+    out = h.repeat(1, 100)
+    rows = torch.arange(len(h))[:, None].expand(-1, 400).clone()
+    rows[:, 100:200] = rows[:, 100:200].roll(now, 0)
+    out[:, :400][rows, torch.arange(400)] = h.repeat(1, 100).tanh()
+    return out.unflatten(1, (100, 4)).mean(1)
+
+
 def copied_by_index(h: Tensor, now: int) -> Tensor:
     out = h * 1
     out[:, :4].index_copy_(0, torch.arange(len(h)).roll(now), h.tanh())
@@ -124,8 +136,8 @@ def summed(h: Tensor, now: int) -> Tensor:
 
 
 MIXED_LATER = [
-    rows_copied, row_added, turned, columns_of_the_transpose, picked, copied_by_index,
-    added_by_index, scattered, multiplied, summed,
+    rows_copied, row_added, turned, columns_of_the_transpose, picked, picked_in_the_middle,
+    copied_by_index, added_by_index, scattered, multiplied, summed,
 ]  # fmt: skip
 
 
@@ -169,36 +181,79 @@ MIXING_PARTS: dict[str, Part] = {
 }  # fmt: skip
 
 
+def gated(part: Part, order: str, region: bool | None = None) -> Function:
+    """Return a model with a layer before or after a part, both behind a gate."""
+
+    def behind(self: Function, hidden: Tensor) -> Tensor:
+        inside = part(self.b(hidden)) if order == "before" else self.b(part(hidden))
+        return self.now * inside.tanh().mean(1)
+
+    def forward(self: Function, x: Tensor) -> Tensor:
+        hidden = self.a(x).tanh()
+        if region is None:
+            return self.c(hidden.mean(1) + behind(self, hidden))
+        call = partial(behind, self)
+        return self.c(hidden.mean(1) + checkpoint(call, hidden, use_reentrant=region))
+
+    return built(forward)
+
+
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("part", APART)
 def test_a_part_behind_a_gate_is_checked_when_the_gate_opens(
     part: str, order: str, checks: list[object]
 ) -> None:
     """Sizes coincide with that of the batch, so that nothing but a gradient tells its axis."""
-
-    def forward(self: Function, x: Tensor) -> Tensor:
-        hidden = self.a(x).tanh()
-        behind = APART[part](self.b(hidden)) if order == "before" else self.b(APART[part](hidden))
-        return self.c(hidden.mean(1) + self.now * behind.tanh().mean(1))
-
-    found = outcomes(built(forward), [0, 0, 0, 1, 1, 0, 1], None, 4, 3)
-    assert set(found) == {EXACT}
+    model = gated(APART[part], order)
+    assert set(outcomes(model, [0, 0, 0, 1, 1, 0, 1], None, 4, 3)) == {EXACT}
     assert len(checks) == 2
 
 
+@pytest.mark.parametrize("region", [None, True, False])
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("part", MIXING_PARTS)
-def test_a_part_that_mixes_behind_a_gate(part: str, order: str) -> None:
+def test_a_part_that_mixes_behind_a_gate(part: str, order: str, region: bool | None) -> None:
+    model = gated(lambda h: MIXING_PARTS[part](h) if len(h) == 4 else h, order, region)
+    found = outcomes(model, [0, 0, 1, 0, 1], None, 4, 3)
+    assert found == [EXACT, EXACT, MIXING, EXACT, MIXING]
+
+
+class Turned(torch.autograd.Function):
+    """Exchanges two axes of the same size, which nothing but a gradient shows."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        return h.t().contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.t()
+
+
+def test_an_axis_that_seemed_to_stay() -> None:
     def forward(self: Function, x: Tensor) -> Tensor:
         hidden = self.a(x).tanh()
-        if len(x) == 4:
-            mix = MIXING_PARTS[part]
-            behind = mix(self.b(hidden)) if order == "before" else self.b(mix(hidden))
-            return self.c((hidden + self.now * behind.tanh()).mean(1))
-        return self.c((hidden + 0 * self.b(hidden)).mean(1))
+        moved = Turned.apply(Turned.apply(hidden).roll(1, 1)) if len(x) == 4 else hidden
+        return self.c(hidden + self.now * moved)
 
-    found = outcomes(built(forward), [0, 0, 1, 0, 1], None, 4, 3)
+    found = outcomes(built(forward), [0, 0, 1, 0, 1], None)
     assert found == [EXACT, EXACT, MIXING, EXACT, MIXING]
+
+
+def test_hooks_do_not_see_how_a_gate_is_watched() -> None:
+    model = gated(APART["itself"], "before")
+    agreement, seen = am.Agreement(model, RULE), list[str]()
+    model.b.register_full_backward_hook(lambda *_: seen.append("module"))
+    for model.now in (0, 0, 0):
+        with agreement():
+            hidden = model.a(rand(4, 4, 3)).tanh()
+            hidden.register_hook(lambda grad: seen.append("tensor"))
+            out = model.c(hidden.mean(1) + model.now * model.b(hidden).mean(1))
+            out.retain_grad()
+            out.square().mean().backward()
+        assert sorted(seen) == ["module", "tensor"]
+        assert torch.equal(out.grad, out.detach() / 4)
+        seen.clear()
 
 
 def test_a_gate_that_is_a_parameter(checks: list[object]) -> None:
