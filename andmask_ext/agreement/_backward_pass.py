@@ -289,7 +289,8 @@ class BackwardPass:
         if not inner:
             batch = batch_of_loss(self._anchors, self._batches, self._setup.reduction)
             plan = replace(plan, batch=batch)
-        if plan.unseen and (inner or plan.deferred):  # gradients inside are not known before
+        plan = replace(plan, quiet=tuple(self._mixing.quiet(inner)))
+        if plan.quiet and (inner or plan.deferred):  # gradients inside are not known before
             plan = replace(plan, certain=False)
         if plan.certain:
             plans.keep(key, sizes, graph, self._batches, plan, self._setup.check_mixing == "auto")
@@ -299,10 +300,10 @@ class BackwardPass:
 
     def _holds(self, plan: Plan, graph: Graph, roots: list[Tensor], grads: list[Tensor]) -> bool:
         """Return whether gradients are zero where they were when the plan was made."""
-        if not plan.unseen:
+        if not plan.quiet:
             return True
         with self._untouched():
-            return self._mixing.is_quiet(graph, roots, grads, plan.unseen)
+            return self._mixing.is_quiet(graph, roots, grads, plan.quiet)
 
     def _check(self, graph: Graph) -> None:
         """Run the mixing check."""

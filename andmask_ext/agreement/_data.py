@@ -172,7 +172,10 @@ class DataRecord:
             if isinstance(value, Tensor):
                 if not value.requires_grad or id(value) in self._weights:
                     continue
-                node = value.grad_fn
+                try:
+                    node = value.grad_fn
+                except RuntimeError:  # a view made under no_grad, which was written into
+                    return True
                 if node is None:
                     continue
                 if not (isinstance(node, PYTHON) and self._adopts(value, node)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ._data import DataRecord
 from ._graph import CHECKPOINT, Graph
-from ._picks import PICKING
+from ._picks import JOINS, PICKING
 from ._refusals import REENTRANT_INPUT
 
 At = tuple[int, int]  # the index of a node, and the number of its output
@@ -21,9 +21,6 @@ At = tuple[int, int]  # the index of a node, and the number of its output
 # batch counts as GIVEN. UNKNOWN: nodes below have moved the rows in a way that nothing tells.
 Flow = frozenset[int]
 GIVEN, UNKNOWN = Flow((0,)), Flow((-1,))
-
-# Nodes that put tensors one after the other.
-JOINS = ("CatBackward0", "StackBackward0")
 
 
 @dataclass(frozen=True)
@@ -106,7 +103,7 @@ class Flows:
         rows = [one for one in entries if small is None or one != graph.edges[index][small]]
         flow = Flow().union(*(self.of(entry) for entry in rows)) or GIVEN
         hides = name == CHECKPOINT and self._entrance.moves_inside
-        hides = hides or (bool(entries) and graph.hides_moves(index))
+        hides = hides or (bool(entries) and graph.hides_moves(index, entries))
         if hides or (flow != GIVEN and (name in JOINS or graph.holds_indices(index))):
             flow = UNKNOWN
         for output in range(len(node._input_metadata)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,11 +122,24 @@ class Graph:
         name = self.names[index]
         return isinstance(name, tuple) and name[1] is None
 
-    def hides_moves(self, index: int) -> bool:
-        """Return whether a node may move or join rows in a way that its type does not tell."""
+    def hides_moves(self, index: int, inputs: Sequence[tuple[int, int]]) -> bool:
+        """Return whether a node may move or join rows in a way that its type does not tell.
+
+        Args:
+            index: the node.
+            inputs: the outputs of nodes by which data enter it.
+        """
         name = self.names[index]
         if name == COPY_SLICES:
-            return PLACE not in self.nodes[index].metadata  # type: ignore[operator]
+            written: dict[str, Any] = self.nodes[index].metadata  # type: ignore[assignment]
+            if PLACE not in written:
+                return True
+            values = [at for at in inputs if at != self.edges[index][0]]
+            # A row that is written into several is joined with them.
+            return written[WRITTEN] is not None and any(
+                _size(shape_of(self.nodes[node], output)) != _size(written[WRITTEN])
+                for node, output in values
+            )
         return name in _HIDING
 
     def holds_indices(self, index: int) -> bool:
@@ -204,6 +217,11 @@ class Graph:
         return seen
 
 
+def _size(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return a shape without leading ones."""
+    return tuple(shape[1:] if shape and shape[0] == 1 else shape)
+
+
 def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int | None]:
     name = node.name()
     return (name, tracked.get(id(leaf(node)))) if name == ACCUMULATE else name
@@ -211,13 +229,14 @@ def _leaf_name(node: Node, tracked: Mapping[int, int]) -> str | tuple[str, int |
 
 # Arguments that determine how a node orders its elements.
 _STATIC = ("dim", "dim0", "dim1", "dim2", "dimension", "dims", "index", "k", "offset", "pad",
-           "repeats", "shifts", "start", "step", "storage_offset", "stride",
+           "repeats", "shifts", "size", "start", "step", "storage_offset", "stride",
            "training")  # fmt: skip
 _INDEXED = ("IndexBackward0", "IndexPutBackward0")
 CHECKPOINT = "CheckpointFunctionBackward"  # reentrant checkpointing
 COPY_SLICES = "torch::autograd::CopySlices"
 # The key of the metadata of a node that writes into a part of a tensor: which part.
 PLACE = "andmask_ext.place"
+WRITTEN = "andmask_ext.written"  # the shape of that part; None: of several
 # Nodes that move rows by an index, and that are followed by its contents only.
 _INDEXING = frozenset((
     "EmbeddingBackward0", "EmbeddingBagBackward0", "PutBackward0", "UnsafeIndexBackward0",

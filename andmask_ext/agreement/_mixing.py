@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.autograd.graph import GradientEdge
 from ._anchors import Anchor
 from ._data import DataRecord
 from ._engine import Engine
+from ._flows import At
 from ._formulas import axes_of
 from ._graph import Graph
 from ._groups import Groups
@@ -48,6 +50,7 @@ class MixingCheck:
         self._inner = 0  # number of backward passes inside this one
         self._by_pass: dict[int, dict[int, list[Evidence]]] = {}
         self._evidence: dict[int, list[Evidence]] = {}
+        self._quiet: dict[int, list[At]] = {}  # by pass: outputs without a gradient
 
     def evidence(self, inner: int) -> Evidences:
         """Return the evidence on the nodes of a graph, by the index of the node.
@@ -57,6 +60,14 @@ class MixingCheck:
                 inside it.
         """
         return self._by_pass.get(inner, {}) if inner else self._evidence
+
+    def quiet(self, inner: int) -> list[At]:
+        """Return the outputs of nodes where no probe had a gradient, but a node above had one.
+
+        Args:
+            inner: as for :meth:`evidence`.
+        """
+        return self._quiet.get(inner, [])
 
     def find(
         self,
@@ -77,7 +88,7 @@ class MixingCheck:
             code: the powers of the environments; None: there is only one.
             data: the leaves that hold data. Their ``.grad`` changes.
         """
-        self._by_pass, self._evidence, self.moves_inside = {}, {}, False
+        self._by_pass, self._evidence, self._quiet, self.moves_inside = {}, {}, {}, False
         if code is None or not anchors:
             return
         probe = Graph([anchor.node for anchor in anchors], tracked)
@@ -98,33 +109,32 @@ class MixingCheck:
             for index, seen in self._by_pass[0].items()
             if probe.nodes[index] in index_of
         }
+        self._quiet[0] = [
+            (index_of[probe.nodes[index]], output)
+            for index, output in self._quiet.get(0, ())
+            if probe.nodes[index] in index_of
+        ]
 
     def is_quiet(
-        self, graph: Graph, roots: Sequence[Any], grads: list[Tensor], nodes: Sequence[int]
+        self, graph: Graph, roots: Sequence[Any], grads: list[Tensor], quiet: Sequence[At]
     ) -> bool:
-        """Return whether a backward pass has no gradient but zero at some nodes.
+        """Return whether a backward pass has no gradient but zero at some outputs of nodes.
 
         Args:
             graph: the graph of the pass. It is kept.
             roots: its roots.
             grads: their gradients.
-            nodes: the indices of the nodes.
+            quiet: the outputs.
         """
-        loud = list[Tensor]()
-
-        def hook(deltas: tuple[Tensor | None, ...]) -> None:
-            loud.extend(delta.any() for delta in deltas if delta is not None)
-
+        watch = _Watch(graph, {index for index, _ in quiet})
         self.running = True
-        reached = [graph.nodes[index] for index in nodes]
-        handles = [node.register_prehook(hook) for node in reached]
         try:
-            self._engine(graph, roots, grads, True, [GradientEdge(node, 0) for node in reached])
+            edges = [GradientEdge(graph.nodes[index], 0) for index in watch.nodes]
+            self._engine(graph, roots, grads, True, edges)
         finally:
             self.running = False
-            for handle in handles:
-                handle.remove()
-        return not any(bool(one) for one in loud)
+            watch.close()
+        return not watch.loud.intersection(quiet)
 
     def _probes(
         self,
@@ -191,12 +201,64 @@ class MixingCheck:
                 ]
             handles.append(node.register_prehook(make_hook(index)))
             inputs.append(GradientEdge(node, 0))
+        inner = self._inner
+        first = self._probe == 0 and inner not in self._quiet
+        watch = _Watch(graph, range(len(graph.nodes)) if first else ())
         try:
             if inputs:
                 self._engine(graph, roots, grads, True, inputs)
         finally:
+            watch.close()
             for handle in handles:
                 handle.remove()
+        if first:
+            self._quiet[inner] = watch.quiet(evidences)
+
+
+class _Watch:
+    """Sees which outputs of nodes have a gradient that is not zero, or no elements.
+
+    Args:
+        graph: the graph of a backward pass.
+        nodes: the indices of the nodes to watch; leaves are left out.
+
+    Attributes:
+        nodes: these nodes.
+        loud: the outputs that had such a gradient.
+    """
+
+    def __init__(self, graph: Graph, nodes: Iterable[int]) -> None:
+        self.nodes = sorted(index for index in nodes if not isinstance(graph.names[index], tuple))
+        self.loud: set[At] = set()
+        self._graph = graph
+        self._handles = [
+            graph.nodes[index].register_prehook(partial(self._see, index)) for index in self.nodes
+        ]
+
+    def _see(self, index: int, deltas: tuple[Tensor | None, ...]) -> None:
+        for output, delta in enumerate(deltas):
+            at = (index, output)
+            if delta is not None and at not in self.loud and (delta.numel() == 0 or delta.any()):
+                self.loud.add(at)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+    def quiet(self, reached: Iterable[int]) -> list[At]:
+        """Return the other outputs that a node uses which had a gradient.
+
+        What is above none of the nodes that were to be reached does not count.
+        """
+        loud = {index for index, _ in self.loud}
+        leading = set(reached)  # to a node to be reached
+        for index in self._graph.children_first():
+            if any(entry and entry[0] in leading for entry in self._graph.edges[index]):
+                leading.add(index)
+        used = {entry for user in loud for entry in self._graph.edges[user] if entry}
+        watched = leading.intersection(self.nodes)
+        return sorted(at for at in used if at[0] in watched and at not in self.loud)
 
 
 def make_code(environments: int, graph: Graph) -> Code | None:

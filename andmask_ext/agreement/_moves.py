@@ -37,7 +37,7 @@ class Moves:
         self._flows = flows
 
     def sums(self, index: int, weight: Sequence[bool]) -> bool:
-        """Return whether a node joins rows of several environments, as values tell.
+        """Return whether a node may join rows of several environments, as values tell.
 
         It sums over them, or its gradient is summed over rows that share a row of an input.
 
@@ -53,11 +53,25 @@ class Moves:
         )
 
     def _has_several(self, at: At, axis: int) -> bool:
-        evidence, code = self._reader.evidence(at), self._reader.code
-        if evidence is None or code is None or axis >= len(evidence.shape):
+        """Return whether rows along an axis belong to several environments, or may at other steps.
+
+        A gradient that is zero everywhere says nothing: the plan holds until there is one.
+        """
+        evidence, code, dims = (
+            self._reader.evidence(at),
+            self._reader.code,
+            len(self._reader.shape(at)),
+        )
+        if evidence is None or code is None or not evidence.seen or axis >= dims:
             return False
-        ids = evidence.ids(axis % max(1, len(evidence.shape)), code)
-        return ids is not None and len(ids[ids >= 0].unique()) > 1
+        axis %= max(1, dims)
+        ids = evidence.ids(axis, code)
+        if ids is None:
+            return False
+        if len(ids[ids >= 0].unique()) > 1:
+            return True
+        layouts = self._reader.layouts(at)
+        return bool(layouts) and layouts[0].axis == axis
 
     def settle(self, at: At, layout: Layout) -> bool:
         """Return whether rows have this layout by whatever way they come, as later steps check."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._graph import Graph
+from ._graph import COPY_SLICES, Graph
 from ._groups import Groups, group_rows
 from ._layout import Layout
 from ._nodes import saved, shape_of
@@ -53,6 +53,10 @@ PICKING: dict[str, int | None] = {
     "TopkBackward0": None,
 }
 
+# Nodes that put tensors one after the other, and those that repeat one.
+JOINS = ("CatBackward0", "StackBackward0")
+COPIES = ("ExpandBackward0", "RepeatBackward0")
+
 # Nodes that may join rows, and the axes over which they sum: the number of an input, and its axis.
 _LEFT_RIGHT = ((0, -1), (1, -2))
 _ADDED = ((1, -1), (2, -2))
@@ -71,10 +75,8 @@ JOINING: dict[str, tuple[tuple[int, int], ...]] = {
     "ScaledDotProductFlashAttentionForCpuBackward0": ((1, -2), (2, -2)),
     "SparseAddmmBackward0": _ADDED,
 }
-_BROADCASTING = frozenset((
-    "AddBackward0", "DivBackward0", "ExpandBackward0", "MaximumBackward0", "MinimumBackward0",
-    "MulBackward0", "SubBackward0", "WhereBackward0",
-))  # fmt: skip
+# Nodes that make a tensor of other ones, or write into a part of it.
+_PARTS = frozenset((*PICKING, *JOINS, COPY_SLICES))
 _NORMS = ("FusedRmsNormBackward0", "NativeLayerNormBackward0")
 # Nodes that sum over the axes that they save as ``dim``.
 _REDUCING = frozenset((
@@ -220,15 +222,19 @@ def broadcast(graph: Graph, index: int, weight: Sequence[bool] | None = None) ->
         index: the index of the node.
         weight: for each node, whether it is made of parameters only; those do not count.
     """
-    if graph.names[index] not in _BROADCASTING:
+    name = graph.names[index]
+    if name in _PARTS or (len(graph.edges[index]) < 2 and name not in COPIES):
         return []
     shape, axes = shape_of(graph.nodes[index]), set[int]()
     for entry in graph.edges[index]:
         if entry is not None and not (weight and weight[entry[0]]):
             size = shape_of(graph.nodes[entry[0]], entry[1])
             aligned = (1,) * (len(shape) - len(size)) + size
-            axes |= {axis for axis, (one, all_) in enumerate(zip(aligned, shape, strict=False))
-                     if one == 1 != all_}  # fmt: skip
+            repeated = [axis for axis, one in enumerate(aligned) if one == 1]
+            if len(aligned) == len(shape) and all(
+                axis in repeated or one == shape[axis] for axis, one in enumerate(aligned)
+            ):
+                axes.update(axis for axis in repeated if shape[axis] != 1)
     return sorted(axes)
 
 

@@ -10,14 +10,14 @@ from torch.autograd.graph import Node
 
 from ._consumer import Consumer
 from ._data import DataRecord, Origin
-from ._flows import JOINS, UNKNOWN, Entrance, Flows
+from ._flows import UNKNOWN, At, Entrance, Flows
 from ._formulas import axes_of
 from ._graph import CHECKPOINT, COPY_SLICES, HIDDEN_DATA, LOOKUPS, RESHAPES, Graph
 from ._groups import Groups
 from ._layout import Code, Layout, fits
 from ._moves import Moves
 from ._nodes import rows_of, shape_of
-from ._picks import PICKING, Move, broadcast, follow, summed
+from ._picks import COPIES, JOINS, PICKING, Move, broadcast, follow, summed
 from ._reading import Evidences, Reader
 from ._refusals import (
     BATCH_NORM,
@@ -30,12 +30,10 @@ from ._refusals import (
 from ._views import VIEWS
 
 _BATCH_NORMS = ("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
-_COPIES = ("ExpandBackward0", "RepeatBackward0")
 # The gradient of a term does not depend on the other terms.
 _SUMS = frozenset((
     "AddBackward0", "CatBackward0", "RsubBackward0", "StackBackward0", "SubBackward0",
 ))  # fmt: skip
-_LISTS = ("CatBackward0", "StackBackward0")
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Plan:
         picks: the nodes that pick rows of data, see :func:`follow`.
         contents: the nodes that must pick the same rows if the plan is to hold.
         apart: whether environments are proved to be apart in what enters regions that hide nodes.
-        unseen: nodes where no probe had a gradient. The plan holds while there is none.
+        quiet: outputs of nodes where no probe had a gradient. The plan holds while there is none.
         batch: the partition of the examples that the loss is the mean of.
     """
 
@@ -61,7 +59,7 @@ class Plan:
     picks: tuple[Move, ...]
     contents: tuple[int, ...]
     apart: bool
-    unseen: tuple[int, ...] = ()
+    quiet: tuple[At, ...] = ()
     batch: int = 0
 
     @property
@@ -124,7 +122,7 @@ def suspects(graph: Graph, data: DataRecord) -> list[int]:
 def _takes_data(graph: Graph, index: int, data: DataRecord) -> bool:
     """Return whether data are known to enter a node."""
     name = graph.names[index]
-    views = name in VIEWS or name in _COPIES  # these take the shape of data only
+    views = name in VIEWS or name in COPIES  # these take the shape of data only
     return not views and data.is_data(graph.nodes[index])
 
 
@@ -238,10 +236,9 @@ def make_plan(
             "no environment; add it to the loss of the data: `(loss + penalty).backward()`"
         )
     deferred = CHECKPOINT in graph.names
-    unseen = reader.inferred.union(consumer.index for consumer in consumers if consumer.unseen)
     plan = Plan(
         tuple(consumers), tuple(leaves), deferred, certain, tuple(moves.found),
-        tuple(moves.unexplained), flows.regions_are_proved(), tuple(sorted(unseen)),
+        tuple(moves.unexplained), flows.regions_are_proved(),
     )  # fmt: skip
     if deferred and plan.moves:  # the region does not see which rows were moved
         plan = replace(plan, certain=False)
@@ -274,7 +271,7 @@ def _is_weight(
         return False
     node, name = graph.nodes[index], str(graph.names[index])
     origin = data.of_node(node)
-    if name in _COPIES:
+    if name in COPIES:
         origin = Origin.FREE
     if origin == Origin.FREE and name not in HIDDEN_DATA:
         return True
@@ -316,7 +313,7 @@ def _consumer(
     if code is not None and not reached and terms:
         size = math.prod(reader.shape((index, 0)))
         single = size == 1
-        if name in _SUMS and (single or (name in _LISTS and size == len(edges))):
+        if name in _SUMS and (single or (name in JOINS and size == len(edges))):
             return Consumer(index, name, operands, (None,) * outputs, shared=True), True
         if single:
             raise RuntimeError(

@@ -43,8 +43,6 @@ class Reader:
         given: the number of partitions of the batch.
         partitions: these, and those of rows that were moved.
         quiet: the rows without a gradient of outputs whose rows go by the probes alone.
-        inferred: the nodes without a gradient in the probes whose batch axes were inferred from
-            what they are made of.
         code: as above.
     """
 
@@ -60,7 +58,6 @@ class Reader:
     ) -> None:
         self.partitions = list(batches)
         self.quiet: dict[At, Tensor] = {}
-        self.inferred: set[int] = set()
         self._below: dict[At, Layout | None] = {}
         self._graph = graph
         self.given = len(batches)
@@ -135,8 +132,6 @@ class Reader:
         below = self._below[at]
         split = None if below is None else split_of(shape, below)
         same = [layout for layout in left if split_of(shape, layout) == split]
-        if same:
-            self.inferred.add(at[0])
         return same or left
 
     def _told(self, at: At) -> tuple[Layout, int] | None:

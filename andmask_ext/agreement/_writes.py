@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._graph import COPY_SLICES, PLACE
+from ._graph import COPY_SLICES, PLACE, WRITTEN
 from ._shown import picks_by_index
 from ._views import VIEWS
 
-# Functions that treat elements alone, and write into their first argument. Their other arguments
-# are broadcast to it.
+# Functions that treat elements alone, and write into their first argument.
 WRITING = frozenset((
     "__iadd__", "__idiv__", "__imul__", "__isub__", "__itruediv__", "abs_", "add_", "addcdiv_",
     "addcmul_", "bernoulli_", "celu_", "clamp_", "clamp_max_", "clamp_min_", "clip_", "copy_",
@@ -27,21 +28,21 @@ WRITING = frozenset((
 
 def say_index(tensor: Tensor, index: Any, values: Any) -> None:
     """Say which part of a tensor ``tensor[index] = values`` has written."""
-    base = tensor if tensor._base is None else tensor._base
-    node = _writer(base)
+    node = _writer(tensor)
     if node is None:
         return
     if isinstance(values, (bool, int, float, complex)):  # it moves no rows, whatever the index
-        _say(node, "a number")
+        _say(node, "a number", ())
     elif not picks_by_index(index):
-        _say(node, f"{_part(tensor)} {index}")
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            _say(node, f"{_part(tensor)} {index}", tensor[index].shape)
 
 
 def say_view(view: Tensor) -> None:
     """Say that one of :data:`WRITING` has written a view: which part of its base it is."""
-    node = None if view._base is None else _writer(view._base)
-    if node is not None:
-        _say(node, _part(view))
+    node = _writer(view)
+    if node is not None and view._base is not None:
+        _say(node, _part(view), view.shape)
 
 
 def say_steps(tensor: Tensor, steps: str) -> None:
@@ -49,17 +50,21 @@ def say_steps(tensor: Tensor, steps: str) -> None:
     node = tensor.grad_fn
     while node is not None and (node.name() in VIEWS or node.name() == COPY_SLICES):
         if node.name() == COPY_SLICES:
-            _say(node, steps)
+            _say(node, steps, None)
         node = node.next_functions[0][0] if node.next_functions else None
 
 
-def _writer(base: Tensor) -> Node | None:
-    node = base.grad_fn
+def _writer(written: Tensor) -> Node | None:
+    """Return the node of the write that has just been; without gradients there is none."""
+    if not (torch.is_grad_enabled() and written.requires_grad):
+        return None
+    node = (written if written._base is None else written._base).grad_fn
     return node if node is not None and node.name() == COPY_SLICES else None
 
 
-def _say(node: Node, place: str) -> None:
+def _say(node: Node, place: str, shape: Sequence[int] | None) -> None:
     node.metadata[PLACE] = place  # type: ignore[index]
+    node.metadata[WRITTEN] = shape  # type: ignore[index]
 
 
 def _part(tensor: Tensor) -> str:
@@ -70,12 +75,15 @@ def _part(tensor: Tensor) -> str:
     base = tensor._base
     if base is None:
         return ""
-    offset = tensor.storage_offset() - base.storage_offset()
-    if tensor.stride() != base.stride() or not base.is_contiguous():
-        return str((offset, tuple(tensor.shape), tensor.stride(), tuple(base.shape)))
-    sizes = enumerate(zip(tensor.shape, base.shape, strict=True))
-    return str([
-        (dim, offset // base.stride(dim) % whole, size)
-        for dim, (size, whole) in sizes
-        if size != whole
-    ])  # fmt: skip
+    left = offset = tensor.storage_offset() - base.storage_offset()
+    part = []
+    if tensor.stride() == base.stride() and base.is_contiguous():
+        sizes = zip(tensor.shape, base.shape, base.stride(), strict=True)
+        for dim, (size, whole, stride) in enumerate(sizes):
+            if size != whole:
+                first = offset // stride % whole
+                left -= first * stride
+                part.append((dim, first, size))
+        if left == 0:
+            return str(part)
+    return str((offset, tuple(tensor.shape), tensor.stride(), tuple(base.shape)))
