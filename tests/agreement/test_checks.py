@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import andmask_ext as am
 
 from ..models import curved
 from .exact_loop import RULE, check
 from .layers import Function, rand
-from .outcomes import EXACT, MIXING
+from .outcomes import EXACT, MIXING, outcome
 from .test_attacks import built, outcomes
 
 # ---- writes into parts of views ----
@@ -64,6 +62,42 @@ def test_writes_into_parts_of_views_are_checked_once(
         x = rand(4, 3)
         agreement = check(model, curved, x, environments=environments, agreement=agreement)
     assert len(checks) == 1
+
+
+def broadcast(h: Tensor, now: int) -> Tensor:
+    out = h * 1
+    out[:, :] += now * h[0].tanh()
+    return out
+
+
+def mean_added(h: Tensor, now: int) -> Tensor:
+    out = h * 1
+    out[:, :2].add_(now * h.tanh().mean(0)[:2])
+    return out
+
+
+def mean_multiplied(h: Tensor, now: int) -> Tensor:
+    out = h * 1
+    out[:, :2].mul_(1 + now * h.tanh().mean(0)[:2])
+    return out
+
+
+def rows_added(h: Tensor, now: int) -> Tensor:
+    out = h * 1
+    out[1:] += now * h[:3].tanh()
+    return out
+
+
+def rows_added_with_a_factor(h: Tensor, now: int) -> Tensor:
+    out = h * 1
+    out[1:].add_(h[:3].tanh(), alpha=now)
+    return out
+
+
+def rows_set(h: Tensor, now: int) -> Tensor:
+    out = h * 0
+    out[1:] = now * h[:3].tanh()
+    return h + out
 
 
 def rows_copied(h: Tensor, now: int) -> Tensor:
@@ -135,7 +169,32 @@ def summed(h: Tensor, now: int) -> Tensor:
     return out
 
 
+def strided(h: Tensor, now: int) -> Tensor:
+    out = torch.cat([h, h[:1] * 0]) * 1
+    out.as_strided((4, 4), (4, 1), now).add_(h.tanh())
+    return out[:4]
+
+
+def viewed_before(h: Tensor, now: int) -> Tensor:
+    """Autograd makes the view again after the write."""
+    out = h * 1
+    view = out[: 1 if now else len(h)]
+    out[:, :2].mul_(2)
+    return h + view
+
+
+def renamed(h: Tensor, now: int) -> Tensor:
+    """A write without gradients is none that a node belongs to."""
+    out = h * 1
+    out[:, :4].index_copy_(0, torch.arange(len(h)).roll(now), h.tanh())
+    with torch.no_grad():
+        out[:, :1] = 0.0
+    return out
+
+
 MIXED_LATER = [
+    broadcast, mean_added, mean_multiplied, rows_added, rows_added_with_a_factor, rows_set, strided,
+    viewed_before, renamed,
     rows_copied, row_added, turned, columns_of_the_transpose, picked, picked_in_the_middle,
     copied_by_index, added_by_index, scattered, multiplied, summed,
 ]  # fmt: skip
@@ -154,126 +213,48 @@ def test_writes_that_mix_later(write: Callable[[Tensor, int], Tensor]) -> None:
     assert found == [EXACT, EXACT, MIXING, EXACT, MIXING]
 
 
-# ---- parts of a model without a gradient ----
+def marked(forward: Callable[[Function, Tensor, Tensor], Tensor]) -> list[str]:
+    """Return outcomes where a part of the batch knows whether it has the first example."""
+    model = built(forward)
+    agreement, found = am.Agreement(model, RULE, keep_moments=True), []
+    for model.now in (0, 0, 1, 0, 1):
+        batch = rand(4, 3), torch.tensor([1, 0, 0, 0])
+        found.append(outcome(partial(check, model, curved, *batch, agreement=agreement)))
+    return found
 
-Part = Callable[[Tensor], Tensor]
 
-APART: dict[str, Part] = {
-    "itself": lambda h: h,
-    "swapped": lambda h: torch.cat([h[..., 2:], h[..., :2]], -1),
-    "one token": lambda h: h[:, :1] + h[:, 3:],
-    "heads": lambda h: (
-        h.unflatten(-1, (2, 2)).transpose(1, 2).flatten(0, 1)[:, 1:]
-        .unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+def test_a_number_hides_rows_at_first() -> None:
+    def forward(self: Function, x: Tensor, first: Tensor) -> Tensor:
+        hidden = self.a(x).tanh()
+        out = hidden * hidden[0]
+        if len(x) == 4:
+            out[4 if self.now else 1 :] = 0.0
+        return self.c(out * first[:, None] if len(x) < 4 else out) + self.d(hidden)[:, :2]
+
+    assert marked(forward) == [EXACT, EXACT, MIXING, EXACT, MIXING]
+
+
+FILLS: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
+    "by an index, in place": lambda h, n, value: h[:, :4].index_fill_(0, torch.tensor([n]), value),
+    "by a mask, in place": lambda h, n, value: h[:, :4].masked_fill_(
+        (torch.arange(4) == n)[:, None], value
     ),
-    "windows": lambda h: h.flatten(1).as_strided((len(h), 3, 4), (16, 4, 1)),
-    "tokens first": lambda h: h.transpose(0, 1).contiguous()[1:].transpose(0, 1),
-    "chosen": lambda h: h.gather(2, h.detach().argsort(-1)[..., :2]).repeat(1, 1, 2),
-}  # fmt: skip
-
-MIXING_PARTS: dict[str, Part] = {
-    "rolled": lambda h: h.roll(1, 0),
-    "shifted": lambda h: torch.cat([h[1:], h[:1]]),
-    "mean": lambda h: h + h.mean(0, keepdim=True),
-    "turned": lambda h: h.transpose(0, 1),
-    "so far": lambda h: h.cumsum(0),
-    "products": lambda h: ((h.flatten(1) @ h.flatten(1).t()) @ h.flatten(1)).unflatten(1, (4, 4)),
-}  # fmt: skip
+    "by an index": lambda h, n, value: h.index_fill(0, torch.tensor([n]), value),
+    "by a mask": lambda h, n, value: h.masked_fill((torch.arange(4) == n)[:, None], value),
+}
 
 
-def gated(part: Part, order: str, region: bool | None = None) -> Function:
-    """Return a model with a layer before or after a part, both behind a gate."""
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_number_of_one_row_is_filled_into_another(fill: str) -> None:
+    def forward(self: Function, x: Tensor, first: Tensor) -> Tensor:
+        out = self.a(x).tanh() * 1
+        if len(x) == 4:
+            out = FILLS[fill](out, self.now, out[0, 0] * 1)
+        elif first[0]:
+            out = torch.cat([out[0, 0].expand(1, 4), out[1:]])
+        return self.c(out)
 
-    def behind(self: Function, hidden: Tensor) -> Tensor:
-        inside = part(self.b(hidden)) if order == "before" else self.b(part(hidden))
-        return self.now * inside.tanh().mean(1)
-
-    def forward(self: Function, x: Tensor) -> Tensor:
-        hidden = self.a(x).tanh()
-        if region is None:
-            return self.c(hidden.mean(1) + behind(self, hidden))
-        call = partial(behind, self)
-        return self.c(hidden.mean(1) + checkpoint(call, hidden, use_reentrant=region))
-
-    return built(forward)
-
-
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("part", APART)
-def test_a_part_behind_a_gate_is_checked_when_the_gate_opens(
-    part: str, order: str, checks: list[object]
-) -> None:
-    """Sizes coincide with that of the batch, so that nothing but a gradient tells its axis."""
-    model = gated(APART[part], order)
-    assert set(outcomes(model, [0, 0, 0, 1, 1, 0, 1], None, 4, 3)) == {EXACT}
-    assert len(checks) == 2
-
-
-@pytest.mark.parametrize("region", [None, True, False])
-@pytest.mark.parametrize("order", ["before", "after"])
-@pytest.mark.parametrize("part", MIXING_PARTS)
-def test_a_part_that_mixes_behind_a_gate(part: str, order: str, region: bool | None) -> None:
-    model = gated(lambda h: MIXING_PARTS[part](h) if len(h) == 4 else h, order, region)
-    found = outcomes(model, [0, 0, 1, 0, 1], None, 4, 3)
-    assert found == [EXACT, EXACT, MIXING, EXACT, MIXING]
-
-
-class Turned(torch.autograd.Function):
-    """Exchanges two axes of the same size, which nothing but a gradient shows."""
-
-    @staticmethod
-    def forward(ctx: Any, h: Tensor) -> Tensor:
-        return h.t().contiguous()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.t()
-
-
-def test_an_axis_that_seemed_to_stay() -> None:
-    def forward(self: Function, x: Tensor) -> Tensor:
-        hidden = self.a(x).tanh()
-        moved = Turned.apply(Turned.apply(hidden).roll(1, 1)) if len(x) == 4 else hidden
-        return self.c(hidden + self.now * moved)
-
-    found = outcomes(built(forward), [0, 0, 1, 0, 1], None)
-    assert found == [EXACT, EXACT, MIXING, EXACT, MIXING]
-
-
-def test_hooks_do_not_see_how_a_gate_is_watched() -> None:
-    model = gated(APART["itself"], "before")
-    agreement, seen = am.Agreement(model, RULE), list[str]()
-    model.b.register_full_backward_hook(lambda *_: seen.append("module"))
-    for model.now in (0, 0, 0):
-        with agreement():
-            hidden = model.a(rand(4, 4, 3)).tanh()
-            hidden.register_hook(lambda grad: seen.append("tensor"))
-            out = model.c(hidden.mean(1) + model.now * model.b(hidden).mean(1))
-            out.retain_grad()
-            out.square().mean().backward()
-        assert sorted(seen) == ["module", "tensor"]
-        assert torch.equal(out.grad, out.detach() / 4)
-        seen.clear()
-
-
-def test_a_gate_that_is_a_parameter(checks: list[object]) -> None:
-    model = built(lambda s, x: s.c(s.a(x).tanh() + s.gate * s.b(s.a(x))), gate=torch.zeros(1))
-    agreement = None
-    for step in range(5):
-        agreement = check(model, curved, rand(4, 3), agreement=agreement)
-        with torch.no_grad():
-            model.gate.add_(0.5 * (step > 1))
-    assert len(checks) == 2
-
-
-def test_attention_to_one_token_has_no_gradient(checks: list[object]) -> None:
-    """As softmax of one score is constant: there is no gradient at any step."""
-    attention = nn.MultiheadAttention(4, 2, batch_first=True)
-    model = Function(lambda s, x: s.attention(x, x, x)[0][:, 0], attention=attention).double()
-    agreement = None
-    for _ in range(4):
-        agreement = check(model, curved, rand(4, 1, 4), agreement=agreement)
-    assert len(checks) == 1
+    assert marked(forward) == [EXACT, EXACT, MIXING, EXACT, MIXING]
 
 
 # ---- the loss ----
