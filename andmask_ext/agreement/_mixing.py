@@ -22,6 +22,7 @@ from ._nodes import leaf, shape_of
 from ._picks import PICKING
 from ._plan import suspects, witnesses
 from ._reading import Evidences
+from ._refusals import is_donated, refuse_donated
 
 
 class OtherRegion(Exception):
@@ -126,6 +127,8 @@ class MixingCheck:
             grads: their gradients.
             quiet: the outputs.
         """
+        if any(map(is_donated, graph.nodes)):  # of a loss, say; no second pass can run
+            return False
         watch = _Watch(graph, {index for index, _ in quiet})
         self.running = True
         try:
@@ -173,6 +176,7 @@ class MixingCheck:
         evidences: dict[int, list[Evidence]],
         leaves: list[Tensor],
     ) -> None:
+        refuse_donated(graph)
         handles, inputs = list[Any](), list[Any](leaves)
 
         def make_hook(index: int) -> Callable[[tuple[Tensor | None, ...]], None]:

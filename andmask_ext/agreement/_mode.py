@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.overrides import TorchFunctionMode
 
 from .._switches import Switches
@@ -51,6 +52,14 @@ _WITHOUT_FUSED_KERNELS = Switches(
 )
 
 
+# What torch.compile compiles inside the context must be able to run its backward pass twice.
+_WITHOUT_DONATED_BUFFERS = Switches((
+    lambda: bool(functorch_config.donated_buffer),
+    lambda value: setattr(functorch_config, "donated_buffer", value),
+    False,
+))  # fmt: skip
+
+
 class BackwardMode(TorchFunctionMode):
     """Redirects ``torch.autograd.backward`` to its replacement."""
 
@@ -59,6 +68,15 @@ class BackwardMode(TorchFunctionMode):
         self._backward_pass = backward_pass
         backward_pass.engine.mode = self
 
+    def __enter__(self) -> BackwardMode:
+        _WITHOUT_DONATED_BUFFERS.__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _WITHOUT_DONATED_BUFFERS.__exit__(*error)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -66,6 +84,8 @@ class BackwardMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if torch.compiler.is_compiling():  # torch.compile traces this: see only what it makes
+            return func(*args, **(kwargs or {}))
         if func in BACKWARDS:
             return _call_backward(self._backward_pass, *args, **(kwargs or {}))
         if func is Tensor.register_hook:

@@ -33,6 +33,24 @@ def refuse_compiled(graph: Graph) -> None:
             refuse_opaque(_COMPILED)
 
 
+def refuse_donated(graph: Graph) -> None:
+    """Raise RuntimeError if a compiled function of the graph uses up what it has saved."""
+    for node, name in zip(graph.nodes, graph.names, strict=True):
+        if name == _COMPILED and is_donated(node):
+            raise RuntimeError(
+                "Agreement: expected functions whose backward pass can run several times, as the "
+                "check for mixing does, but torch.compile has compiled one that uses up what it "
+                "has saved (donated buffers); leave torch._functorch.config.donated_buffer alone "
+                "inside the context, which switches it off, and call torch.compiler.reset()"
+            )
+
+
+def is_donated(node: Node) -> bool:
+    """Return whether the backward pass of a compiled function writes into what it has saved."""
+    compiled = getattr(type(node), "_forward_cls", None)
+    return bool(getattr(getattr(compiled, "metadata", None), "bw_donated_idxs", None))
+
+
 def refuse_opaque(name: str) -> None:
     """Raise RuntimeError if the uses of a node's parameters cannot be seen."""
     if name == _COMPILED:

@@ -77,23 +77,66 @@ def test_checkpoints_that_save_some_results(saved: str) -> None:
 # ---- compiled functions without parameters ----
 
 
+compiled = partial(torch.compile, backend="aot_eager")
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "methods": lambda h: h.sin() * h.exp().cos(),
+    "functions": lambda h: torch.tanh(0.7 * h),
+    "rows": lambda h: h[torch.arange(len(h))].softmax(1),
+}
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "methods": lambda out, y: (out.sin().square() * out.exp() * (1 + y[:, None])).mean(),
+    "functions": F.cross_entropy,
+    "rows": lambda out, y: out[torch.arange(len(y)), y].square().mean(),
+}
+
+
+class Activated(nn.Module):
+    def __init__(self, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.activation, self.gate = activation, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.activation(self.a(x))
+        return self.b(hidden) + self.gate * self.c(hidden)
+
+
 @pytest.mark.filterwarnings("ignore")  # those of torch.compile
+@pytest.mark.parametrize("how", ACTIVATIONS)
 @pytest.mark.parametrize("what", ["loss", "activation", "both"])
-def test_compiled_functions_without_parameters(what: str) -> None:
-    compiled = partial(torch.compile, backend="aot_eager")
-    tanh = compiled(lambda x: (x * 0.7).tanh()) if what != "loss" else torch.tanh
-    loss = compiled(F.cross_entropy) if what != "activation" else F.cross_entropy
+def test_compiled_functions_without_parameters(what: str, how: str) -> None:
+    torch.compiler.reset()
+    activation, loss = ACTIVATIONS[how], LOSSES[how]
+    activation = activation if what == "loss" else compiled(activation)
+    loss = loss if what == "activation" else compiled(loss)
+    model, agreement = Activated(activation).double(), None
+    for model.gate in (0.0, 0.0, 1.0):
+        agreement = check(
+            model, lambda m, x, y: loss(m(x), y), rand(6, 4), labels(), agreement=agreement
+        )
 
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 5), nn.Linear(5, 3)
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.b(tanh(self.a(x)))
+@pytest.mark.filterwarnings("ignore")
+def test_functions_that_were_compiled_before_the_context() -> None:
+    torch.compiler.reset()
+    model, loss = Activated(compiled(ACTIVATIONS["methods"])).double(), compiled(LOSSES["methods"])
+    for _ in range(2):
+        loss(model(rand(6, 4)), labels()).backward()
+        check(model, lambda m, x, y: loss(m(x), y), rand(6, 4), labels())
 
-    model = Net().double()
-    check(model, lambda m, x, y: loss(m(x), y), rand(6, 4), labels())
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_functions_that_use_up_what_they_have_saved() -> None:
+    torch.compiler.reset()
+    model = Activated(compiled(ACTIVATIONS["methods"])).double()
+    agreement = am.Agreement(model, RULE, keep_moments=True)
+    with pytest.raises(RuntimeError, match="donated buffers"), agreement():
+        with torch._functorch.config.patch(donated_buffer=True):
+            classified(model, rand(6, 4), labels()).backward()
+    assert torch._functorch.config.donated_buffer
+    torch.compiler.reset()
+    check(model, classified, rand(6, 4), labels(), agreement=agreement)
 
 
 # ---- hooks ----
