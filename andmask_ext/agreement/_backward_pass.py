@@ -311,7 +311,7 @@ class BackwardPass:
         never = setup.check_mixing == "never" or self._code is None
         self._anchors = [] if never else find_anchors(
             graph, self.recorder.outputs(), setup.batch_dim, setup.output_batch_dim,
-            self._batches, self.data, suspects(graph, self.data),
+            self._batches, self.data, suspects(graph, self.data)[0],
         )  # fmt: skip
         data = [leaf(node) for node in graph.nodes if self.data.holds(node)]
         with self._untouched(data):

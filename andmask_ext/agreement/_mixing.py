@@ -20,7 +20,7 @@ from ._groups import Groups
 from ._layout import Code, Evidence
 from ._nodes import leaf, shape_of
 from ._picks import PICKING
-from ._plan import suspects, witnesses
+from ._plan import suspects
 from ._reading import Evidences
 from ._refusals import is_donated, refuse_donated
 
@@ -195,8 +195,8 @@ class MixingCheck:
                 evidences.setdefault(index, [Evidence(tensor.shape, None)])
                 into = make_hook(index)
                 handles.append(tensor.register_hook(lambda delta, into=into: into((delta,))))
-        found = suspects(graph, self._data)
-        for index in [*found, *([] if self._near else witnesses(graph, found))]:
+        found, witnesses = suspects(graph, self._data)
+        for index in [*found, *([] if self._near else witnesses)]:
             node, name = graph.nodes[index], str(graph.names[index])
             if index not in evidences:
                 evidences[index] = [

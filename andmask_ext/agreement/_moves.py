@@ -222,8 +222,7 @@ class Moves:
             if found is not None and fits(rows[0], found):
                 explained[split_of(reader.shape(large), layout)] = layout, rows, rows[0] is ids
         if len(explained) != 1:
-            stay = explained and all(stay for *_, stay in explained.values())
-            return self._flows.of(large) if stay else UNKNOWN if explained else None
+            return UNKNOWN if explained else None
         [(layout, rows, stay)] = explained.values()
         if not self.settle(large, layout):
             return UNKNOWN

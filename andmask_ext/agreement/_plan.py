@@ -91,8 +91,8 @@ class Plan:
         return replace(self, consumers=resized) if len(resized) == len(consumers) else None
 
 
-def suspects(graph: Graph, data: DataRecord) -> list[int]:
-    """Return the nodes whose batch axis must be known.
+def suspects(graph: Graph, data: DataRecord) -> tuple[list[int], list[int]]:
+    """Return the nodes whose batch axis must be known, and further ones that tell where rows go.
 
     Args:
         graph: the graph of a backward pass.
@@ -116,7 +116,7 @@ def suspects(graph: Graph, data: DataRecord) -> list[int]:
         )
         if not certain[index] and any(possible[child] for child in below):
             indices.append(index)
-    return indices
+    return indices, [i for i in _witnesses(graph, indices) if not certain[i]]
 
 
 def _takes_data(graph: Graph, index: int, data: DataRecord) -> bool:
@@ -130,8 +130,8 @@ def _takes_statistics(node: Node) -> bool:
     return bool(getattr(node, "_saved_training", True))
 
 
-def witnesses(graph: Graph, known: Sequence[int]) -> list[int]:
-    """Return further nodes whose gradients tell where rows of the batch go."""
+def _witnesses(graph: Graph, known: Sequence[int]) -> list[int]:
+    """Return further nodes whose gradients tell where rows go."""
     found: set[int] = set()
     suspected = set(known)
     for index, name in enumerate(graph.names):

@@ -188,7 +188,7 @@ def renamed(h: Tensor, now: int) -> Tensor:
     out = h * 1
     out[:, :4].index_copy_(0, torch.arange(len(h)).roll(now), h.tanh())
     with torch.no_grad():
-        out[:, :1] = 0.0
+        out[:, :4].mul_(0.5)
     return out
 
 

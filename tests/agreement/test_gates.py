@@ -118,9 +118,10 @@ def test_hooks_do_not_see_how_a_gate_is_watched() -> None:
             hidden = model.a(rand(4, 4, 3)).tanh()
             hidden.register_hook(lambda grad: seen.append("tensor"))
             out = model.c(hidden.mean(1) + model.now * model.b(hidden).mean(1))
+            out.register_hook(lambda grad: seen.append("output"))
             out.retain_grad()
             out.square().mean().backward()
-        assert sorted(seen) == ["module", "tensor"]
+        assert sorted(seen) == ["module", "output", "tensor"]
         assert torch.equal(out.grad, out.detach() / 4)
         seen.clear()
 
@@ -142,6 +143,21 @@ def test_attention_to_one_token_has_no_gradient(checks: list[object]) -> None:
     agreement = None
     for _ in range(4):
         agreement = check(model, curved, rand(4, 1, 4), agreement=agreement)
+    assert len(checks) == 1
+
+
+def test_experts_without_rows(checks: list[object]) -> None:
+    def forward(self: Function, x: Tensor) -> Tensor:
+        hidden = self.a(x).tanh()
+        chosen = (torch.arange(len(x)) < self.now) if len(x) == 4 else x[:, 0] > 9
+        out = torch.zeros_like(hidden)
+        for rows, expert in ((chosen, self.b), (~chosen, self.d)):
+            out = out.index_add(0, rows.nonzero()[:, 0], expert(hidden[rows]).tanh())
+        return self.c(hidden + out)
+
+    model = built(forward)
+    model.d = model.b
+    assert set(outcomes(model, [2, 0, 4, 1, 0, 3], None)) == {EXACT}
     assert len(checks) == 1
 
 
