@@ -89,7 +89,8 @@ class Memory:
         param, slot = self.params[index], self._slots[index]
         for kind in self.kinds:
             kept, dtype = slot.get(kind), self._dtype(kind, param)
-            if kept is None or kept.dtype != dtype or kept.device != param.device:
+            same = kept is not None and kept.dtype == dtype and kept.device == param.device
+            if kept is None or not same or kept.shape != param.shape:  # resized by `.data`, say
                 slot[kind] = torch.empty_like(param, dtype=dtype, requires_grad=False)
             if count:
                 slot[kind].fill_(_of_zeros(kind, count))

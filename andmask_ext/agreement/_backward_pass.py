@@ -19,6 +19,7 @@ from ._batch import (
     batch_of_loss,
     make_batches,
     note_loss,
+    note_second_pass,
     refuse_batch_norms,
     refuse_new_params,
     shares_of,
@@ -40,7 +41,7 @@ from ._mixing import MixingCheck, OtherRegion, make_code
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, node_of, untouched
 from ._plan import Plan, make_plan, suspects
-from ._refusals import refuse_compiled
+from ._refusals import refuse_compiled, refuse_compiled_modules
 from ._setup import Setup
 from ._user_hooks import UserHooks
 
@@ -88,8 +89,8 @@ class BackwardPass:
         self._tracked = {id(param): number for number, param in enumerate(setup.params)}
         self._targets: list[Target] = []
         self._accumulator: GradientAccumulator | None = None
-        self._mixing = MixingCheck(self.engine, self.data)
-        self.hooks = UserHooks(lambda: self._mixing.running)
+        self._mixing = mixing = MixingCheck(self.engine, self.data)
+        self.hooks = UserHooks(lambda: mixing.running, setup)  # not self: no cycle
         self._inner = 0  # backward passes inside this one
         self._entrance = Entrance()
         self._outer: Any = None  # the key of the plan of the outer one
@@ -130,6 +131,7 @@ class BackwardPass:
         """Release the graph, the moments and the hooks."""
         self.data.close()
         del self._mixing
+        self._anchors = []
         self.engine.mode = None
 
     def receive(self, param: Tensor) -> None:
@@ -184,12 +186,15 @@ class BackwardPass:
             )
         if any(target.param._backward_hooks for target in self._targets):
             self._pending.owes_hooks = True
+        if not self.recorder.inputs():
+            refuse_compiled_modules(self._setup.modules)
         self._batches = make_batches(self._setup, self.recorder, self._batch)
         if len(self._batches) == 1:
             require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
-        note_loss(self._setup, graph, self._batches[0], self._batch)
+        batch = replace(self._batch, accumulates=self._batch.accumulates or self._passes > 0)
+        note_loss(self._setup, graph, self._batches[0], batch)
         if environments > 1:
             refuse_batch_norms(self._setup, self.recorder.batch_norms)
         self.recorder.paused = True
@@ -210,6 +215,8 @@ class BackwardPass:
     ) -> None:
         self._anchors = []
         plan, partitions = self._plan(graph, roots, grads)
+        uses = [graph.nodes[consumer.index] for consumer in plan.consumers]
+        note_second_pass(self._setup, uses, id(self), self._passes)
         self._inner = 0
         groups = self._batches[plan.batch]
         self._of_loss = groups

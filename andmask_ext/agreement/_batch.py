@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from .._checks import DTYPES
 from .._dtypes import dtype_name
@@ -17,6 +18,9 @@ from ._graph import Graph
 from ._groups import Checked, Groups, make_groups
 from ._losses import is_scaled, losses_that_are_no_mean
 from ._setup import Setup
+
+# The key of the metadata of a node that has been in a backward pass: of which context, and which.
+_PASS = "andmask_ext.pass"
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,11 @@ def _batches_of_ids(ids: Tensor, sizes: list[int], given: set[int]) -> list[Grou
     if given and len(ids) not in given:
         raise ValueError(
             "environments: expected one id for each example of the batch, of "
-            f"{', '.join(map(str, sizes))}, but got {len(ids)}"
+            f"{', '.join(map(str, sizes))}, but got {len(ids)}; if the model takes several views "
+            "of each example in one call, one after the other, pass ids.repeat(views) to the "
+            "context; if its first input does not tell the size of the batch, pass "
+            f"batch_size={len(ids)}, too; verify, which passes one id for each example of its "
+            "batch, cannot compare such models: compare with andmask_ext.backward"
         )
     groups = make_groups(ids, len(ids))
     if groups.environments in (1, groups.examples):
@@ -128,6 +136,28 @@ def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -
     message = losses_that_are_no_mean(nodes, groups, dim, setup.reduction)
     if message is not None:
         warn_once(setup, message)
+
+
+def note_second_pass(setup: Setup, uses: Sequence[Node], context: int, number: int) -> None:
+    """Warn once if a forward pass has a second backward pass in the same context.
+
+    Args:
+        setup: what the warning is about.
+        uses: the nodes of the backward pass that use parameters.
+        context: the number of the context.
+        number: that of the pass in it.
+    """
+    metadata: list[dict[str, tuple[int, int]]] = [node.metadata for node in uses]  # type: ignore[misc]
+    before = {one[_PASS] for one in metadata if _PASS in one}
+    if any(other == context and earlier < number for other, earlier in before):
+        warn_once(
+            setup,
+            "Agreement: expected one backward pass for each forward pass, but one has got another, "
+            "so its examples count as environments once more, and all are averaged; for several "
+            "losses of the same outputs use one pass of their sum: `(a + b).backward()`",
+        )
+    for one in metadata:
+        one[_PASS] = context, number
 
 
 def refuse_new_params(setup: Setup, others: Sequence[Tensor]) -> None:

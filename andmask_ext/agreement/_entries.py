@@ -142,13 +142,31 @@ def join_outer_products(entries: list[Entry]) -> list[Entry]:
     products = [entry.contribution for entry in entries if isinstance(entry.contribution, Outer)]
     if len({(product.grads.dtype, product.groups) for product in products}) > 1:
         return entries
-    joined = Outer(
+    activations, grads = _cancelled([(one.activations, one.grads) for one in products]) or (
         torch.cat([product.activations for product in products], 1),
         torch.cat([product.grads for product in products], 1),
-        products[0].groups,
-        products[0].shape,
     )
+    joined = Outer(activations, grads, products[0].groups, products[0].shape)
     return [Entry(joined, first.operand, first.graph)]
+
+
+def _cancelled(products: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    """Return the factors of the sum of two products that have one in common, but for the sign.
+
+    As in `layer(a) - layer(b)`: where `a` and `b` are equal, the gradient of the loop is exactly
+    zero, and that of one product of all rows would be rounding, which votes.
+    """
+    if len(products) != 2 or products[0][0].shape != products[1][0].shape:
+        return None
+    (rows, grads), (other_rows, other_grads) = products
+    if grads.dtype.itemsize < 4:  # their products are exact in the sum, their sums are not
+        return None
+    for sign in (1, -1):
+        if torch.equal(grads, sign * other_grads):
+            return rows + sign * other_rows, grads
+        if torch.equal(rows, sign * other_rows):
+            return rows, grads + sign * other_grads
+    return None
 
 
 def covered(entries: Sequence[Entry], param: Tensor) -> int | None:

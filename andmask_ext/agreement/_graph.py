@@ -140,6 +140,8 @@ class Graph:
                 _size(shape_of(self.nodes[node], output)) != _size(written[WRITTEN])
                 for node, output in values
             )
+        if name == "TrilinearBackward0":  # of nn.Bilinear, which sums over features only
+            return 0 in saved(self.nodes[index], "sumdim")
         return name in _HIDING
 
     def holds_indices(self, index: int) -> bool:
@@ -246,7 +248,7 @@ _OWN = (CHECKPOINT, "_NormalizeBackward")  # Python functions that are known
 # Nodes that join rows by values, or move them by what they do not save.
 _HIDING = frozenset((
     "AddbmmBackward0", "GridSampler2DBackward0", "GridSampler3DBackward0", "LinalgSolveExBackward0",
-    "SegmentReduceBackward0", "SparseMmReduceImplBackward0", "TrilinearBackward0",
+    "SegmentReduceBackward0", "SparseMmReduceImplBackward0",
 ))  # fmt: skip
 RESHAPES = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._functorch import config as functorch_config
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from .._switches import Switches
 from ._data import DataRecord
@@ -69,6 +69,13 @@ class BackwardMode(TorchFunctionMode):
         backward_pass.engine.mode = self
 
     def __enter__(self) -> BackwardMode:
+        others = _get_current_function_mode_stack()
+        if any(isinstance(one, BackwardMode) and one is not self for one in others):
+            raise RuntimeError(
+                "Agreement: expected one open context at a time, but another one is open around "
+                "it; open one after the other, each with its own backward pass, or give both parts "
+                "of the model to one optimizer with several parameter groups"
+            )
         _WITHOUT_DONATED_BUFFERS.__enter__()
         super().__enter__()  # type: ignore[no-untyped-call]
         return self

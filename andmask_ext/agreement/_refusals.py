@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+from torch import nn
 from torch.autograd.graph import Node
 
 from ._graph import CHECKPOINT, Graph
@@ -33,6 +34,13 @@ def refuse_compiled(graph: Graph) -> None:
             refuse_opaque(_COMPILED)
 
 
+def refuse_compiled_modules(modules: Iterable[nn.Module]) -> None:
+    """Raise RuntimeError if ``compile()`` was called on a module with parameters."""
+    for module in modules:
+        if module._compiled_call_impl is not None and any(True for _ in module.parameters()):
+            refuse_opaque(_COMPILED)
+
+
 def refuse_donated(graph: Graph) -> None:
     """Raise RuntimeError if a compiled function of the graph uses up what it has saved."""
     for node, name in zip(graph.nodes, graph.names, strict=True):
@@ -57,7 +65,8 @@ def refuse_opaque(name: str) -> None:
         raise RuntimeError(
             "Agreement: the model, or a part of it that has parameters, was compiled with "
             "torch.compile, which hides the uses of parameters in its backward pass; call the "
-            "original module (model._orig_mod) inside the context, or use andmask_ext.backward"
+            "original module inside the context (model._orig_mod, or model.forward after "
+            "model.compile()), or use andmask_ext.backward"
         )
     if name == CHECKPOINT:
         raise RuntimeError(

@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from .._notices import warn_once
 
 
 class UserHooks:
@@ -15,10 +18,12 @@ class UserHooks:
 
     Args:
         is_probing: tells whether the backward pass that runs is a probe.
+        owner: what warnings are about.
     """
 
-    def __init__(self, is_probing: Callable[[], bool]) -> None:
+    def __init__(self, is_probing: Callable[[], bool], owner: object) -> None:
         self._is_probing = is_probing
+        self._owner = owner
         self._retaining: list[weakref.ref[Tensor]] = []
 
     def register(self, tensor: Tensor, hook: Callable[[Tensor], Any]) -> Any:
@@ -31,20 +36,63 @@ class UserHooks:
         if not tensor.is_leaf:
             self._retaining.append(weakref.ref(tensor))
 
-    def _gated(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+    def _gated(self, hook: Callable[..., Any], given: int = 0) -> Callable[..., Any]:
+        """Return a hook that sees no probe, but is tried once more when it first changes something.
+
+        Args:
+            hook: the hook.
+            given: which of its arguments is the gradient, or gradients, that it may replace.
+        """
+        known = False
+
         def gated(*args: Any) -> Any:
-            return None if self._is_probing() else hook(*args)
+            nonlocal known
+            if self._is_probing():
+                return None
+            result = hook(*args)
+            if result is None or result is args[given] or known:
+                return result
+            known = True
+            with torch.no_grad():
+                expected, others = _scaled(result), list(args)
+                others[given] = _scaled(args[given])
+                again = hook(*others)
+            if not _are_close(again, expected):
+                warn_once(
+                    self._owner,
+                    "Agreement: a hook changes gradients in proportion neither to them nor row by "
+                    "row. It sees those of all environments at once, divided by the size of the "
+                    "batch, so the result differs from one environment after the other; for hooks "
+                    "that clip, normalise or add noise use andmask_ext.backward",
+                )
+            return result
 
         return gated
+
+    def _refused(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a hook of ``register_backward_hook`` that may only look."""
+
+        def refused(*args: Any) -> Any:
+            if not self._is_probing() and hook(*args) is not None:
+                raise RuntimeError(
+                    "Agreement: expected hooks of Module.register_backward_hook to return None, "
+                    "but one returns gradients, which torch puts in the place of some that are "
+                    "not used here; use register_full_backward_hook"
+                )
+
+        return refused
 
     @contextmanager
     def of_modules(self, modules: Iterable[nn.Module]) -> Iterator[None]:
         """Let no backward hook of these modules see a probe."""
         changed: list[tuple[dict[int, Any], int, Any, Any]] = []
         for module in modules:
-            for registry in (module._backward_hooks, module._backward_pre_hooks):
-                for key, hook in registry.items():
-                    changed.append((registry, key, hook, self._gated(hook)))
+            full = module._is_full_backward_hook is not False
+            for key, hook in module._backward_hooks.items():
+                gated = self._gated(hook, 1) if full else self._refused(hook)
+                changed.append((module._backward_hooks, key, hook, gated))
+            for key, hook in module._backward_pre_hooks.items():
+                changed.append((module._backward_pre_hooks, key, hook, self._gated(hook, 1)))
         for registry, key, _, gated in changed:
             registry[key] = gated
         try:
@@ -64,3 +112,22 @@ class UserHooks:
         finally:
             for tensor, grad in zip(tensors, before, strict=True):
                 tensor.grad = grad
+
+
+def _scaled(gradients: Any) -> Any:
+    """Return gradients whose rows are multiplied by 1 and 2 in turn."""
+    if isinstance(gradients, tuple):
+        return tuple(map(_scaled, gradients))
+    if not isinstance(gradients, Tensor):
+        return gradients
+    rows = gradients.shape[0] if gradients.dim() else 1
+    factors = 2 - torch.arange(rows, device=gradients.device) % 2
+    return gradients * factors.view([rows, *[1] * (gradients.dim() - 1)][: gradients.dim()])
+
+
+def _are_close(first: Any, second: Any) -> bool:
+    if isinstance(first, tuple) and isinstance(second, tuple):
+        return len(first) == len(second) and all(map(_are_close, first, second))
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        return torch.allclose(first, second, 1e-3, 0.0, equal_nan=True)
+    return first is second
