@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 
 from torch.autograd.graph import Node
@@ -21,6 +21,7 @@ from ._picks import COPIES, JOINS, PICKING, Move, broadcast, follow, summed
 from ._reading import Evidences, Reader
 from ._refusals import (
     BATCH_NORM,
+    learned_weight,
     mixing,
     not_found,
     out_of_place,
@@ -206,7 +207,7 @@ def make_plan(
             if name in _BATCH_NORMS and code is not None and _takes_statistics(node):
                 raise RuntimeError(BATCH_NORM)
             consumer, alone = _consumer(
-                graph, index, name, weight, reader, moves, code, check_mixing
+                graph, index, name, weight, reader, moves, code, check_mixing, loss
             )
             certain &= alone
             consumers.append(consumer)
@@ -301,6 +302,7 @@ def _consumer(
     moves: Moves,
     code: Code | None,
     check_mixing: bool,
+    loss: Container[int],
 ) -> tuple[Consumer, bool]:
     """Return the consumer, and whether it holds for other gradients too."""
     edges = graph.edges[index]
@@ -310,19 +312,13 @@ def _consumer(
     outputs = len(graph.nodes[index]._input_metadata)
     reached = reader.evidence((index, 0)) is not None
     terms = all(math.prod(operand.shape) == 1 for operand in operands)
-    if code is not None and not reached and terms:
+    if code is not None and not reached:
         size = math.prod(reader.shape((index, 0)))
         single = size == 1
-        if name in _SUMS and (single or (name in JOINS and size == len(edges))):
+        if terms and name in _SUMS and (single or (name in JOINS and size == len(edges))):
             return Consumer(index, name, operands, (None,) * outputs, shared=True), True
-        if single:
-            raise RuntimeError(
-                f"Agreement: a parameter is joined with the loss of the whole batch (at {name}), "
-                "such as a learned weight of a loss, so the loss of each environment is needed "
-                "there; multiply the losses of the examples before their mean is taken: "
-                "`(weight * F.mse_loss(x, y, reduction='none').mean(1)).mean()`, or use "
-                "andmask_ext.backward with one loss per environment"
-            )
+        if single or (index in loss and not reader.possible((index, 0), None)):
+            raise RuntimeError(learned_weight(name))
     axes = axes_of(name)
     for operand in operands:
         if axes_of(name, operand.edge) != axes:

@@ -83,6 +83,17 @@ def refuse_hooks(node: Node, name: str, output: int) -> None:
         )
 
 
+def learned_weight(name: str) -> str:
+    return (
+        f"Agreement: a parameter is joined with the loss of the whole batch (at {name}), such as a "
+        "learned weight of a loss, so the loss of each environment is needed there; multiply the "
+        "losses of the examples before their mean is taken: "
+        "`(weight * F.mse_loss(x, y, reduction='none').mean(1)).mean()`, or, of several losses, "
+        "`(torch.stack([first, second], 1) * weights).sum(1).mean()`, where `first` and `second` "
+        "have one loss for each example; or use andmask_ext.backward with one loss per environment"
+    )
+
+
 def mixing(name: str, shape: Sequence[int], examples: int) -> str:
     return (
         f"Agreement: environments mix in the model: the gradient at {name} (output of shape "

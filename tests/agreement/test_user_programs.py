@@ -251,3 +251,38 @@ def test_a_context_leaves_no_graph_behind() -> None:
         assert alive() == before
     finally:
         gc.enable()
+
+
+# ---- learned weights of losses ----
+
+Weighed = Callable[[Tensor, Tensor], Tensor]
+
+WHOLE: dict[str, Weighed] = {
+    "stacked": lambda s, losses: (losses.mean(0) * torch.exp(-s) + s).sum(),
+    "softmax": lambda s, losses: (losses.mean(0) * s.softmax(0)).sum(),
+    "product": lambda s, losses: losses.mean(0) @ torch.exp(-s),
+    "one by one": lambda s, losses: losses[:, 0].mean() * torch.exp(-s[0]) + losses[:, 1].mean(),
+}
+BY_EXAMPLE: dict[str, Weighed] = {
+    "stacked": lambda s, losses: (losses * torch.exp(-s) + s).sum(1).mean(),
+    "softmax": lambda s, losses: (losses * s.softmax(0)).sum(1).mean(),
+    "product": lambda s, losses: (losses @ torch.exp(-s)).mean(),
+}
+
+
+def weighed(model: Function, x: Tensor, weigh: Weighed) -> Tensor:
+    out = model(x)
+    return weigh(model.s, torch.stack([out.square().mean(1), out.abs().mean(1)], 1))
+
+
+@pytest.mark.parametrize("how", WHOLE)
+def test_learned_weights_of_mean_losses(how: str) -> None:
+    model = built(lambda s, x: s.c(s.a(x).tanh()), s=torch.zeros(2))
+    with pytest.raises(RuntimeError, match="learned weight"), am.Agreement(model, RULE)():
+        weighed(model, rand(4, 3), WHOLE[how]).backward()
+
+
+@pytest.mark.parametrize("how", BY_EXAMPLE)
+def test_learned_weights_of_the_losses_of_examples(how: str) -> None:
+    model = built(lambda s, x: s.c(s.a(x).tanh()), s=torch.zeros(2))
+    check(model, lambda m, x: weighed(m, x, BY_EXAMPLE[how]), rand(4, 3))
