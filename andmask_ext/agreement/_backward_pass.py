@@ -216,7 +216,7 @@ class BackwardPass:
         self._anchors = []
         plan, partitions = self._plan(graph, roots, grads)
         uses = [graph.nodes[consumer.index] for consumer in plan.consumers]
-        note_second_pass(self._setup, uses, id(self), self._passes)
+        note_second_pass(self._setup, uses, id(self), self._passes, self.recorder.stale)
         self._inner = 0
         groups = self._batches[plan.batch]
         self._of_loss = groups

@@ -138,7 +138,9 @@ def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -
         warn_once(setup, message)
 
 
-def note_second_pass(setup: Setup, uses: Sequence[Node], context: int, number: int) -> None:
+def note_second_pass(
+    setup: Setup, uses: Sequence[Node], context: int, number: int, stale: bool
+) -> None:
     """Warn once if a forward pass has a second backward pass in the same context.
 
     Args:
@@ -146,10 +148,11 @@ def note_second_pass(setup: Setup, uses: Sequence[Node], context: int, number: i
         uses: the nodes of the backward pass that use parameters.
         context: the number of the context.
         number: that of the pass in it.
+        stale: whether the model has not been called since the last pass.
     """
     metadata: list[dict[str, tuple[int, int]]] = [node.metadata for node in uses]  # type: ignore[misc]
     before = {one[_PASS] for one in metadata if _PASS in one}
-    if any(other == context and earlier < number for other, earlier in before):
+    if stale and any(other == context and earlier < number for other, earlier in before):
         warn_once(
             setup,
             "Agreement: expected one backward pass for each forward pass, but one has got another, "

@@ -65,6 +65,7 @@ class ForwardRecorder:
     Attributes:
         calls: the calls from outside since :meth:`clear`, of the model or of its modules.
         batch_norms: the modules that took batch statistics since :meth:`clear`.
+        stale: whether there was a backward pass since the last call.
     """
 
     def __init__(
@@ -76,7 +77,7 @@ class ForwardRecorder:
         self._rows = rows
         self.batch_dim = batch_dim
         self._depth = 0
-        self._stale = False  # a backward pass has been run since
+        self.stale = False
         self.paused = False  # during a backward pass, which may call modules
         self._handles: list[Any] = []
         self.calls: list[Call] = []
@@ -108,14 +109,14 @@ class ForwardRecorder:
 
         The records stay until then, as another backward pass may use the same outputs.
         """
-        self._stale = True
+        self.stale = True
         self._held = [weakref.ref(tensor) for tensor in self.outputs()]
         for call in self.calls:
             call.outputs = []
 
     def clear(self) -> None:
         """Forget all records."""
-        self._stale = False
+        self.stale = False
         self.batch_norms = []
         self.calls, self._held = [], []
 
@@ -124,7 +125,7 @@ class ForwardRecorder:
             return
         if id(module) in self._members and not self.paused:
             if self._depth == 0:
-                if self._stale:
+                if self.stale:
                     self.clear()
                 if module is not self._model or isinstance(module, torch.jit.ScriptModule):
                     self._take(tensors_in(args))

@@ -212,6 +212,8 @@ class Moves:
         is_input = isinstance(self._graph.names[large[0]], tuple)  # no probe ends there
         if evidence is None or (reader.evidence(large) is None and not is_input):
             return None
+        if self._is_of_one(large):
+            return self._flows.of(large)
         explained: dict[tuple[int, int, int], tuple[Layout, Rows, bool]] = {}
         for layout in reader.layouts(large):
             ids = layout.spread(reader.partitions[layout.partition].ids)
@@ -241,6 +243,14 @@ class Moves:
             return UNKNOWN
         self.found.append(Pick(index, output, layout, target))
         return source if small_input is not None else reader.flow_of(target.partition)
+
+    def _is_of_one(self, at: At) -> bool:
+        """Return whether a tensor has no batch axis, and is of one environment as a whole."""
+        evidence, code = self._reader.evidence(at), self._reader.code
+        if evidence is None or code is None or not evidence.seen or self._reader.layouts(at):
+            return False
+        found = [evidence.ids(axis, code) for axis in range(len(evidence.shape))]
+        return all(ids is not None and len(ids[ids >= 0].unique()) == 1 for ids in found)
 
     def _target(self, shape: Sequence[int], rows: Rows, numbers: Iterable[int]) -> Layout | None:
         """Return the layout by which rows belong to one of some partitions."""

@@ -282,6 +282,7 @@ def second_loss(out: Tensor) -> Tensor:
     return (out.square() + out).mean()
 
 
+@pytest.mark.filterwarnings("ignore:Agreement. expected one backward pass for each:UserWarning")
 @pytest.mark.parametrize("forward", [moved, moved_input, noisy])
 @pytest.mark.parametrize("way", ["forwards first", "forwards first, in reverse", "one graph"])
 def test_backward_passes_after_other_forward_passes(

@@ -290,3 +290,28 @@ def test_a_table_that_is_not_among_the_parameters(
         tokens = torch.randint(7, (4, 5))
         check(model, curved, tokens, rule=am.rules.Mean(), agreement=agreement)
     assert len(checks) == 1
+
+
+# ---- one example by itself ----
+
+
+@pytest.mark.parametrize("environments", [None, 2])
+def test_losses_of_single_examples_are_checked_once(
+    environments: int | None, checks: list[object]
+) -> None:
+    """As in detection: each image has its own boxes."""
+
+    def forward(self: Function, x: Tensor, chosen: Tensor) -> Tensor:
+        scores = self.c(self.a(x).tanh()).transpose(1, 2)
+        return torch.stack([
+            scores[k][:, chosen[k]].square().mean() + scores[k][:, :3].max() for k in range(len(x))
+        ])  # fmt: skip
+
+    model, agreement = built(forward), None
+    for _ in range(3):
+        chosen = torch.stack([torch.randperm(5)[:3] for _ in range(4)])
+        agreement = check(
+            model, lambda m, *batch: m(*batch).mean(), rand(4, 5, 3), chosen,
+            environments=environments, agreement=agreement,
+        )  # fmt: skip
+    assert len(checks) == 1
