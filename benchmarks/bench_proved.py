@@ -95,7 +95,7 @@ def deepseek(examples: int) -> Setting:
 
 def rwkv(examples: int) -> Setting:
     """Make a recurrent language model. The first token has no gradient in some of its nodes."""
-    config = RwkvConfig(  # type: ignore[call-arg]
+    config = RwkvConfig(
         vocab_size=WORDS, context_length=16, hidden_size=256, num_hidden_layers=3, use_cache=False
     )  # fmt: skip
     return RwkvForCausalLM(config), _words, sentences(examples, 16)
