@@ -49,22 +49,14 @@ class UserHooks:
             nonlocal known
             if self._is_probing():
                 return None
+            before = _versions(args[given])
             result = hook(*args)
-            if result is None or result is args[given] or known:
+            in_place = _versions(args[given]) != before
+            if known or (not in_place and (result is None or result is args[given])):
                 return result
             known = True
-            with torch.no_grad():
-                expected, others = _scaled(result), list(args)
-                others[given] = _scaled(args[given])
-                again = hook(*others)
-            if not _are_close(again, expected):
-                warn_once(
-                    self._owner,
-                    "Agreement: a hook changes gradients in proportion neither to them nor row by "
-                    "row. It sees those of all environments at once, divided by the size of the "
-                    "batch, so the result differs from one environment after the other; for hooks "
-                    "that clip, normalise or add noise use andmask_ext.backward",
-                )
+            if in_place or not _treats_rows_alone(hook, args, given, result):
+                warn_once(self._owner, _OTHER_HOOK)
             return result
 
         return gated
@@ -112,6 +104,27 @@ class UserHooks:
         finally:
             for tensor, grad in zip(tensors, before, strict=True):
                 tensor.grad = grad
+
+
+_OTHER_HOOK = (
+    "Agreement: a hook changes gradients in place, or in proportion neither to them nor row by "
+    "row. It sees those of all environments at once, divided by the size of the batch, so the "
+    "result differs from one environment after the other; for hooks that clip, normalise or add "
+    "noise use andmask_ext.backward; let others return a new tensor"
+)
+
+
+def _treats_rows_alone(hook: Callable[..., Any], args: Any, given: int, result: Any) -> bool:
+    """Return whether a hook changes rows one by one, in proportion, by calling it once more."""
+    others = list(args)
+    others[given] = _scaled(args[given])
+    with torch.no_grad():
+        return _are_close(hook(*others), _scaled(result))
+
+
+def _versions(gradients: Any) -> list[int]:
+    tensors = gradients if isinstance(gradients, tuple) else (gradients,)
+    return [tensor._version for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def _scaled(gradients: Any) -> Any:

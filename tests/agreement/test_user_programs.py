@@ -45,6 +45,7 @@ OTHER_CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "normalized by row": lambda grad: grad / grad.norm(dim=-1, keepdim=True),
     "centred": lambda grad: grad - grad.mean(0),
     "noisy": lambda grad: grad + torch.randn_like(grad),
+    "clipped in place": lambda grad: grad.clamp_(-0.01, 0.01),
 }
 
 
