@@ -287,3 +287,15 @@ def test_learned_weights_of_mean_losses(how: str) -> None:
 def test_learned_weights_of_the_losses_of_examples(how: str) -> None:
     model = built(lambda s, x: s.c(s.a(x).tanh()), s=torch.zeros(2))
     check(model, lambda m, x: weighed(m, x, BY_EXAMPLE[how]), rand(4, 3))
+
+
+def test_a_term_that_is_added_twice() -> None:
+    """Both uses of what is made of the parameter count, and each in full."""
+    model = built(lambda s, x: s.c(s.a(x).tanh()), s=torch.tensor(0.3))
+
+    def step(model: Function, x: Tensor) -> Tensor:
+        term = model.s.exp()
+        return (curved(model, x) + term) + term
+
+    for environments in (None, 2, UNEQUAL):
+        check(model, step, rand(4, 3), environments=environments)
