@@ -72,9 +72,10 @@ class TrainingContexts:
         inner = unwrapped(optimizer)
         ours = isinstance(inner, EnvironmentOptimizer)
         if self._rule is None and not ours:
+            given = type(getattr(optimizer, "optimizer", optimizer)).__name__
             raise TypeError(
                 f"{self._name}: expected an optimizer of andmask_ext.optim, or rule=..., such as "
-                f"rule=andmask_ext.AndMask(tau=0.8), but got {type(inner).__name__} and no rule"
+                f"rule=andmask_ext.AndMask(tau=0.8), but got {given} and no rule"
             )
         if self._rule is not None and ours:
             raise ValueError(
