@@ -90,7 +90,7 @@ def jac_to_grad(tensors: Iterable[Tensor], /, rule: Rule, *, retain_jac: bool = 
         update = rule(jacobian)
         tensor.grad = update if tensor.grad is None else tensor.grad.add_(update)
         if not retain_jac:
-            tensor.jac = None
+            del tensor.jac
 
 
 def _check(rule: Rule) -> Rule:

@@ -149,9 +149,7 @@ MODELS = {"classifier": classifier, "language model": language_model, "adapted":
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our optimizer", "a rule"])
-@pytest.mark.parametrize(
-    ("accumulate", "clip"), [(1, None), (4, 0.05)], ids=["1", "4 clipped"]
-)
+@pytest.mark.parametrize(("accumulate", "clip"), [(1, None), (4, 0.05)], ids=["1", "4 clipped"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_equals_the_loop(
