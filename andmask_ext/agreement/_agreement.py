@@ -15,7 +15,7 @@ from .._pending import PendingStep, State, show_to_hooks
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
 from ..rules import AndMask, Rule
-from ._arguments import check_optimizer_or_rule, check_params, names_of, refuse_early_decay
+from ._arguments import Called, check_optimizer_or_rule, check_params, names_of, refuse_early_decay
 from ._backward_pass import BackwardPass
 from ._batch import BatchOptions
 from ._copies import Copyable
@@ -29,7 +29,7 @@ from ._verify import Losses, Sample, Verification, compare, undisturbed
 __all__ = ["Agreement"]
 
 
-class Agreement(Copyable):
+class Agreement(Copyable, Called):
     r"""Aggregate the gradients of all environments of a batch in one ordinary backward pass.
 
     Inside the context, write a plain training step: one forward pass for the whole batch and one
