@@ -106,9 +106,12 @@ test: $(READY)  ## the library's test suite
 test-quick: $(READY)  ## the same with few examples per property: between two edits
 	ANDMASK_HYPOTHESIS_PROFILE=quick $(PYTEST) $(LIBRARY) $(TESTS)
 
+# An installed wheel has no harness for tests/native.
 .PHONY: test-here
-test-here:  ## the same in the environment that you have, with what is installed (needs .[test])
-	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal $(LIBRARY) $(TESTS)
+test-here:  ## the same but for kernels, with the python3 and the library that you have
+	@$(PYTHON) -c 'import hypothesis, xdist' 2>/dev/null || \
+	  { echo "test-here: run: pip install --no-build-isolation '.[test]'" >&2; exit 1; }
+	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal --ignore=tests/native $(LIBRARY) $(TESTS)
 
 .PHONY: test-rest
 test-rest: $(READY) game torchvision  ## the tests of studies, of CoinRun, of builds
