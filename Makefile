@@ -35,7 +35,7 @@ tools: $(TOOLS)  ## set up .venv with all that development needs, without the na
 # Rebuilds what changed: seconds after an edit of one kernel. pip hides what a build prints, so it
 # gets the library built.
 $(READY): $(TOOLS) pyproject.toml setup.py CMakeLists.txt tools/backend.py $(shell find csrc -type f)
-	@echo "Compiling what has changed; all of it takes about five minutes on two cores."
+	@echo "Compiling what has changed; all of it takes about three minutes on two cores."
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
