@@ -17,6 +17,7 @@ from ..optim import EnvironmentOptimizer
 from ..optim._wrapped import unwrapped
 from ..rules import AndMask, Rule
 from ._arguments import (
+    Called,
     check_optimizer_or_rule,
     check_options,
     check_params,
@@ -36,7 +37,7 @@ from ._verify import Losses, Sample, Verification, compare, undisturbed
 __all__ = ["Agreement"]
 
 
-class Agreement(Copyable):
+class Agreement(Copyable, Called):
     r"""Aggregate the gradients of all environments of a batch in one ordinary backward pass.
 
     Inside the context, write a plain training step: one forward pass for the whole batch and one

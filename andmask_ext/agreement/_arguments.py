@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -10,6 +11,16 @@ from .._checks import DTYPES, check_dtype
 from ..optim import EnvironmentOptimizer
 from ..optim._rules import check_rule
 from ..rules import Rule
+
+
+class Called:
+    """An object that returns a context when it is called. As a context it says so."""
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError("Agreement: expected `with agreement():`, with parentheses")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: it cannot be entered."""
 
 
 def check_options(

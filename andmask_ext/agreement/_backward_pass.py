@@ -41,7 +41,7 @@ from ._mixing import MixingCheck, OtherRegion, make_code
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, node_of, untouched
 from ._plan import Plan, make_plan, suspects
-from ._refusals import refuse_compiled, refuse_compiled_modules
+from ._refusals import added_later, refuse_compiled, refuse_compiled_modules
 from ._setup import Setup
 from ._user_hooks import UserHooks
 
@@ -139,6 +139,8 @@ class BackwardPass:
         """Raise: a backward pass outside of this context's control produced a gradient."""
         if self.engine.dropping:
             return
+        if all(param is not known for known in self._setup.params):
+            raise RuntimeError(added_later(self._setup.name(param)))
         raise RuntimeError(
             f"Agreement: {self._setup.name(param)} received a gradient from a backward pass that "
             "was not seen; expected loss.backward() in the thread of the context (for a function "
