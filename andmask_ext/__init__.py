@@ -5,7 +5,7 @@ Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021.
 
 from ._library import __version__, build_info  # isort: skip  # loads the ops that others use
 from . import _fake as _fake
-from . import metrics, nn, ops, optim, rules
+from . import integrations, metrics, nn, ops, optim, rules
 from ._backward import backward
 from .agreement import Agreement
 from .moments import Moments
@@ -18,6 +18,7 @@ __all__ = [
     "__version__",
     "backward",
     "build_info",
+    "integrations",
     "metrics",
     "nn",
     "ops",

@@ -115,14 +115,68 @@ def metrics(names: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def trainers(names: dict[str, Any]) -> dict[str, Any]:
+    """Return tiny models, data in the form of each framework, and what keeps it quiet."""
+    import lightning as L
+    import transformers
+
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    rows = [{"x": torch.randn(4), "y": k % 3, "site": k % 2} for k in range(16)]
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(4, 3)
+
+        def loss(self, batch: dict[str, Tensor]) -> Tensor:
+            return F.cross_entropy(self.net(batch["x"]), batch["y"])
+
+        def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+            return self.loss(batch)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    class ERM(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = nn.Linear(4, 3)
+            self.optimizer = torch.optim.Adam(self.network.parameters(), lr=1e-3)
+            self.hparams = {"tau": 0.5}
+
+    config = transformers.BertConfig(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, max_position_embeddings=8,
+    )  # fmt: skip
+    return {
+        "loader": torch.utils.data.DataLoader(rows, batch_size=8),
+        "model": model, "Module": Module, "module": Module(), "ERM": ERM,
+        "options": {
+            "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+            "enable_checkpointing": False, "enable_model_summary": False,
+        },
+        "bert": transformers.BertForSequenceClassification(config),
+        "texts": [
+            {"input_ids": torch.randint(20, (6,)), "labels": k % 2, "site": k % 2}
+            for k in range(16)
+        ],
+        "args": transformers.TrainingArguments(
+            output_dir="runs", max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True,
+            save_strategy="no",
+        ),
+    }  # fmt: skip
+
+
 PRELUDES: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "README.md": readme,
     "docs/metrics.md": metrics,
     "docs/optimizers.md": optimizers,
     "docs/rules.md": rules,
+    "docs/trainers.md": trainers,
 }
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:lightning")
 @each_page
 def test_every_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

@@ -14,13 +14,19 @@ import andmask_ext
 
 
 def modules() -> list[ModuleType]:
-    """Return all modules of the package but the command line."""
+    """Return all modules of the package but the command line, and what lacks its framework."""
     names = [
         found.name
         for found in pkgutil.walk_packages(andmask_ext.__path__, "andmask_ext.")
         if not found.name.endswith(("__main__", "._harness", "._cuda_on_host"))
+        and (".integrations." not in found.name or importlib.util.find_spec(last(found.name)))
     ]
     return [andmask_ext, *map(importlib.import_module, names)]
+
+
+def last(name: str) -> str:
+    """The framework of a module of integrations has the name of the module."""
+    return name.rpartition(".")[2].lstrip("_")
 
 
 def has_examples(module: ModuleType) -> bool:
