@@ -85,7 +85,8 @@ def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
 
 def total_norm(updates: Sequence[Tensor]) -> Tensor:
     """Return the norm of all updates together, as if they were one vector."""
-    return torch.linalg.vector_norm(torch.cat([update.double().flatten() for update in updates]))
+    norm: Tensor = torch.cat([update.double().flatten() for update in updates]).norm()
+    return norm
 
 
 def clip_scale(norm: Tensor, max_norm: float) -> Tensor:

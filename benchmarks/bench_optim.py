@@ -126,9 +126,8 @@ def clipping(count: int) -> list[Row]:
     )
     for row in rows:  # what a step takes on top of parameters, state, and gradients or moments
         before = prepare.get(row.contestant, lambda: None)
-        row.megabytes = peak_memory(steps[row.contestant], before) / 2**20
-    for row in rows:
-        row.memory_ratio = row.megabytes / (4 * TOTAL / 2**20)  # to one gradient
+        peak = peak_memory(steps[row.contestant], before)
+        row.megabytes, row.memory_ratio = peak / 2**20, peak / (4 * TOTAL)  # one gradient: 1
     return rows
 
 
