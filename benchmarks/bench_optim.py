@@ -5,6 +5,7 @@ python -m benchmarks.bench_optim --quick
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -123,6 +124,7 @@ def clipping(count: int) -> list[Row]:
         prepare=prepare,
         bytes_moved=TOTAL * (29 + 5),
         yardstick=yardstick,
+        clock=time.thread_time if torch.get_num_threads() == 1 else time.perf_counter,
     )
     for row in rows:  # what a step takes on top of parameters, state, and gradients or moments
         before = prepare.get(row.contestant, lambda: None)
