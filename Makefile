@@ -12,6 +12,9 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 TOOLS := $(VENV)/.tools-$(subst =,-,$(TORCH))
 READY := $(VENV)/.ready
 
+# pip shows a bar for what it downloads, but in a log it fills pages.
+QUIET := $(if $(MAKE_TERMOUT),,--quiet)
+
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -22,14 +25,18 @@ help:  ## show this list
 $(TOOLS): Makefile pyproject.toml tools/requirements.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python tools/requirements.py dev > $(VENV)/requirements.txt
-	$(BIN)/pip install --quiet --no-compile '$(TORCH)' -r $(VENV)/requirements.txt
+	@echo "Installing $(TORCH) and the tools of development into $(VENV): a few minutes."
+	$(BIN)/pip install $(QUIET) --no-compile '$(TORCH)' -r $(VENV)/requirements.txt
 	touch $@
 
 .PHONY: tools
 tools: $(TOOLS)  ## set up .venv with all that development needs, without the native library
 
-# Rebuilds what changed: seconds after an edit of one kernel.
-$(READY): $(TOOLS) pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f)
+# Rebuilds what changed: seconds after an edit of one kernel. pip hides what a build prints, so it
+# gets the library built.
+$(READY): $(TOOLS) pyproject.toml setup.py CMakeLists.txt tools/backend.py $(shell find csrc -type f)
+	@echo "Compiling what has changed; all of it takes about three minutes on two cores."
+	$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/pip install --quiet --no-build-isolation --no-deps -e .
 	touch $@
 
@@ -98,6 +105,13 @@ test: $(READY)  ## the library's test suite
 .PHONY: test-quick
 test-quick: $(READY)  ## the same with few examples per property: between two edits
 	ANDMASK_HYPOTHESIS_PROFILE=quick $(PYTEST) $(LIBRARY) $(TESTS)
+
+# An installed wheel has no harness for tests/native.
+.PHONY: test-here
+test-here:  ## the same but for kernels, with the python3 and the library that you have
+	@$(PYTHON) -c 'import hypothesis, xdist' 2>/dev/null || \
+	  { echo "test-here: run: pip install --no-build-isolation '.[test]'" >&2; exit 1; }
+	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal --ignore=tests/native $(LIBRARY) $(TESTS)
 
 .PHONY: test-rest
 test-rest: $(READY) game torchvision  ## the tests of studies, of CoinRun, of builds

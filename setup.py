@@ -1,6 +1,5 @@
 """Drives CMake; metadata stands in pyproject.toml, compiler flags in CMakeLists.txt."""
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -15,41 +14,26 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-OLDEST_TORCH = (2, 10)
+sys.path.insert(0, str(ROOT / "tools"))
+
+from backend import compiler, find_program, what_is_missing  # noqa: E402
 
 
-def torch_dir() -> str:
-    """Return the folder of the torch package to build against, without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        sys.exit(
-            "andmask_ext: building needs torch >= 2.10 in this environment, and found none: "
-            "pip install torch (or build without --no-build-isolation)."
-        )
-    version = importlib.metadata.version("torch")
-    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-    if (int(major), int(minor)) < OLDEST_TORCH:
-        sys.exit(f"andmask_ext: building needs torch >= 2.10, and found torch {version}.")
-    return spec.submodule_search_locations[0]
-
-
-def program(name: str, remedy: str) -> str:
-    """Return the path of a build tool, or stop with the sentence that helps."""
-    # A virtual environment that is not activated is not on PATH.
-    path = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
-    if path is None:
-        sys.exit(f"andmask_ext: building needs {name!r}, which is not on PATH: {remedy}.")
-    return path
-
-
-def check_compiler() -> str:
-    """Return the compiler command; CMake reads CXX (which may hold options) by itself."""
-    command = os.environ.get("CXX", "c++")
-    program(
-        (shlex.split(command) or ["c++"])[0],
-        "install a C++20 compiler (g++ >= 11 or clang++ >= 14), or set CXX",
-    )
-    return command
+def run_ninja(command: list[str]) -> None:
+    """Build. Where nobody sees a line change, print one for each tenth of the steps."""
+    if sys.stdout.isatty():
+        subprocess.check_call(command)
+        return
+    shown = 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            step = re.match(r"\[(\d+)/(\d+)\] ", line)
+            tenth = 10 * int(step[1]) // int(step[2]) if step else 0
+            if not step or tenth > shown:  # what is no step is a warning or an error
+                print(line, end="", flush=True)
+            shown = max(shown, tenth)
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command)
 
 
 def made_for(build: Path, options: str) -> bool:
@@ -70,11 +54,13 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         in_place = self.editable_mode or self.inplace
         package = (ROOT if in_place else Path(self.build_lib).resolve()) / "andmask_ext"
-        cmake = program("cmake", "pip install cmake")
-        compiler = check_compiler()
+        if message := what_is_missing(in_place):
+            sys.exit(message)
+        cmake = find_program("cmake")
         options = {
-            "ANDMASK_TORCH_DIR": torch_dir(),
-            "CMAKE_MAKE_PROGRAM": program("ninja", "pip install ninja"),
+            # torch is found, but not imported.
+            "ANDMASK_TORCH_DIR": importlib.util.find_spec("torch").submodule_search_locations[0],
+            "CMAKE_MAKE_PROGRAM": find_program("ninja"),
             "ANDMASK_CUDA": os.environ.get("ANDMASK_CUDA", "AUTO"),
         }
         defines = [f"-D{key}={value}" for key, value in options.items()]
@@ -90,14 +76,14 @@ class CMakeBuild(build_ext):
             ]
         # CMake cannot change compiler, source folder or torch in an existing build folder.
         architectures = os.environ.get("TORCH_CUDA_ARCH_LIST")
-        content = f"{ROOT} {sys.executable} {compiler} {defines} {architectures}"
+        content = f"{ROOT} {sys.executable} {compiler()} {defines} {architectures}"
         build = build_folder(in_place, content)
         if not made_for(build, content):
             shutil.rmtree(build, ignore_errors=True)
             build.mkdir(parents=True)
             (build / "stamp").write_text(content)
         subprocess.check_call([cmake, "-S", ROOT, "-B", build, "-G", "Ninja", *defines, *harness])
-        subprocess.check_call([cmake, "--build", build])
+        run_ninja([cmake, "--build", build])
         for stale in (package / "lib").glob("libandmask_cuda.*"):  # of a build with other options
             stale.unlink()
         subprocess.check_call([cmake, "--install", build, "--prefix", package])

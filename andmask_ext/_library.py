@@ -36,7 +36,8 @@ def _find(package: Path) -> tuple[str, Path]:
     raise ImportError(
         f"andmask_ext: the native library {beside} is missing, and andmask_ext {version} is not "
         f"installed elsewhere (found: {', '.join(others) or 'no other version'}); build it with "
-        "`pip install -e .` in the source folder, or install a wheel of this version."
+        "`pip install -v --no-build-isolation .` in the source folder, or install a wheel of this "
+        "version."
     )
 
 

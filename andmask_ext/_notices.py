@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
-_PACKAGE = str(Path(__file__).parent)
+# torch stands between a caller and this package: in loss.backward(), and around every step().
+_INSIDE = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
 _given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
 def warn_once(owner: object, message: str) -> None:
-    """Warn at the caller's line outside of this package, unless ``owner`` has said the same.
+    """Warn at the caller's line outside of this package and torch, once for each ``owner``.
 
     Args:
         owner: the object that the warning is about, such as an optimizer.
@@ -25,7 +26,7 @@ def warn_once(owner: object, message: str) -> None:
         return
     given.add(message)
     frame, depth = sys._getframe(1), 2
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_PACKAGE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, stacklevel=depth)
 

@@ -1,4 +1,4 @@
 """The paper's experiments, as small programs: ``python -m studies --help`` lists them.
 
-They need numpy, matplotlib and tqdm (``pip install -e '.[studies]'``) beside the library.
+They need more packages than the library: ``pip install --no-build-isolation '.[studies]'``.
 """

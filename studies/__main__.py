@@ -72,10 +72,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (getattr(missing, "name", None) or "").partition(".")[0]
         if not isinstance(missing, ModuleNotFoundError) or package in ("", "andmask_ext"):
             raise
-        print(
-            f"{prog}: needs the package {package!r}: pip install -e '.[studies]'",
-            file=sys.stderr,
+        remedy = (
+            f"the package {package!r}: run `pip install --no-build-isolation '.[studies]'` "
+            "in the clone"
         )
+        if {"-h", "--help"} & set(chosen.arguments):
+            print(f"{prog}: {COMMANDS[chosen.command][1]}")
+            print(f"To show its options, it needs {remedy}")
+            return 0
+        print(f"{prog}: needs {remedy}", file=sys.stderr)
         return 1
     return run(chosen.arguments, prog)
 

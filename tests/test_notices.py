@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 
 import pytest
+import torch
+from torch import nn
 
+import andmask_ext as am
 from andmask_ext._notices import warn_once
 
 
@@ -28,4 +31,12 @@ def test_each_object_warns_once() -> None:
 def test_the_warning_points_to_the_caller() -> None:
     with pytest.warns(UserWarning, match="batch") as given:
         warn_once(Owner(), "batch: expected more")
+    assert given[0].filename == __file__
+
+
+def test_a_warning_from_inside_of_torch_points_to_the_caller() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.warns(UserWarning, match="loss_reduction") as given:
+        with am.Agreement(model, am.AndMask(0.5))():
+            model(torch.randn(4, 2)).sum().backward()  # torch calls this package
     assert given[0].filename == __file__

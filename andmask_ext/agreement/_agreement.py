@@ -14,8 +14,16 @@ from .._checks import check_bool, check_count, check_weight
 from .._pending import PendingStep, State, show_to_hooks
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
+from ..optim._wrapped import unwrapped
 from ..rules import AndMask, Rule
-from ._arguments import check_optimizer_or_rule, check_params, names_of, refuse_early_decay
+from ._arguments import (
+    Called,
+    check_optimizer_or_rule,
+    check_options,
+    check_params,
+    names_of,
+    refuse_early_decay,
+)
 from ._backward_pass import BackwardPass
 from ._batch import BatchOptions
 from ._copies import Copyable
@@ -29,7 +37,7 @@ from ._verify import Losses, Sample, Verification, compare, undisturbed
 __all__ = ["Agreement"]
 
 
-class Agreement(Copyable):
+class Agreement(Copyable, Called):
     r"""Aggregate the gradients of all environments of a batch in one ordinary backward pass.
 
     Inside the context, write a plain training step: one forward pass for the whole batch and one
@@ -51,10 +59,10 @@ class Agreement(Copyable):
 
     Args:
         model: the model that is called inside the context.
-        optimizer_or_rule: an optimizer of :mod:`andmask_ext.optim` on the same parameters, or a
-            rule on moments such as ``AndMask(tau=0.8)``. With an optimizer, its rules are used, and
-            its ``step()`` aggregates and updates in one pass. With a rule, ``.grad`` holds the
-            aggregated gradient after the context.
+        optimizer_or_rule: an optimizer of :mod:`andmask_ext.optim` on the same parameters, bare or
+            wrapped by a framework, or a rule on moments such as ``AndMask(tau=0.8)``. With an
+            optimizer, its rules are used, and its ``step()`` aggregates and updates in one pass.
+            With a rule, ``.grad`` holds the aggregated gradient after the context.
         params: the parameters to aggregate. None: all that require gradients of ``model``, or all
             of the optimizer. Other parameters get their plain gradients.
         batch_dim: the batch dimension of the model's inputs and outputs.
@@ -99,23 +107,8 @@ class Agreement(Copyable):
         check_mixing: str = "auto",
         keep_moments: bool = False,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
-        if loss_reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"loss_reduction: expected 'mean' or 'sum', but got {loss_reduction!r}"
-            )
-        if check_mixing not in ("auto", "once", "always", "never"):
-            raise ValueError(
-                "check_mixing: expected 'auto', 'once', 'always' or 'never', "
-                f"but got {check_mixing!r}"
-            )
-        for name, dim in (("batch_dim", batch_dim), ("output_batch_dim", output_batch_dim)):
-            if dim is None and name == "output_batch_dim":
-                continue
-            if not isinstance(dim, int) or dim < 0:
-                raise ValueError(f"{name}: expected a dimension from 0 on, but got {dim!r}")
-        rule = optimizer_or_rule
+        check_options(model, loss_reduction, check_mixing, batch_dim, output_batch_dim)
+        rule = unwrapped(optimizer_or_rule)
         self._optimizer: EnvironmentOptimizer | None = None
         self._rule: Rule | None = None
         if isinstance(rule, EnvironmentOptimizer):
@@ -248,10 +241,7 @@ class Agreement(Copyable):
                 for number, products in sorted(run.products.found.items())
             }
         if self._rule is not None and write_grads:
-            try:
-                self._write_grads(run.scale)
-            finally:  # an error must not leave these environments to the next context
-                self._pending.finish(keep_moments=True)
+            self._finish(run.scale)
 
     def _abandon(self, run: BackwardPass) -> None:
         """Drop the environments of this context after an error."""
@@ -260,6 +250,14 @@ class Agreement(Copyable):
         earlier = self._optimizer is not None and pending.environments > 0
         if pending.state is State.BROKEN and not earlier:
             pending.finish()  # no earlier environments are lost
+
+    def _finish(self, scale: float) -> None:
+        """Write the gradients of the environments since the last time, if there are any."""
+        if self._pending.environments:
+            try:
+                self._write_grads(scale)
+            finally:  # an error must not leave these environments to the next context
+                self._pending.finish(keep_moments=True)
 
     def _write_grads(self, scale: float) -> None:
         groups = self._pending.complete()

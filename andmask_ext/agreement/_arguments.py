@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import Tensor, nn
 
@@ -10,6 +11,39 @@ from .._checks import DTYPES, check_dtype
 from ..optim import EnvironmentOptimizer
 from ..optim._rules import check_rule
 from ..rules import Rule
+
+
+class Called:
+    """An object that returns a context when it is called. As a context it says so."""
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError("Agreement: expected `with agreement():`, with parentheses")
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing: it cannot be entered."""
+
+
+def check_options(
+    model: object,
+    loss_reduction: str,
+    check_mixing: str,
+    batch_dim: int,
+    output_batch_dim: int | None,
+) -> None:
+    """Raise unless the other arguments of Agreement have the right types and known values."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, but got {type(model).__name__}")
+    if loss_reduction not in ("mean", "sum"):
+        raise ValueError(f"loss_reduction: expected 'mean' or 'sum', but got {loss_reduction!r}")
+    if check_mixing not in ("auto", "once", "always", "never"):
+        raise ValueError(
+            f"check_mixing: expected 'auto', 'once', 'always' or 'never', but got {check_mixing!r}"
+        )
+    for name, dim in (("batch_dim", batch_dim), ("output_batch_dim", output_batch_dim)):
+        if dim is None and name == "output_batch_dim":
+            continue
+        if not isinstance(dim, int) or dim < 0:
+            raise ValueError(f"{name}: expected a dimension from 0 on, but got {dim!r}")
 
 
 def check_optimizer_or_rule(rule: object) -> None:

@@ -41,7 +41,7 @@ from ._mixing import MixingCheck, OtherRegion, make_code
 from ._node_gradient import NodeGradient
 from ._nodes import leaf, node_of, untouched
 from ._plan import Plan, make_plan, suspects
-from ._refusals import refuse_compiled, refuse_compiled_modules
+from ._refusals import added_later, refuse_compiled, refuse_compiled_modules
 from ._setup import Setup
 from ._user_hooks import UserHooks
 
@@ -96,6 +96,7 @@ class BackwardPass:
         self._outer: Any = None  # the key of the plan of the outer one
         self._batches: list[Groups] = []  # the partitions of the batch
         self._of_loss: Groups  # the one that the loss is the mean of
+        self._amounts: Tensor | None = None  # by which the loss divides, of each environment
         self._anchors: list[Anchor] = []
         self._code: Code | None = None
         self._passes = 0
@@ -138,6 +139,8 @@ class BackwardPass:
         """Raise: a backward pass outside of this context's control produced a gradient."""
         if self.engine.dropping:
             return
+        if all(param is not known for known in self._setup.params):
+            raise RuntimeError(added_later(self._setup.name(param)))
         raise RuntimeError(
             f"Agreement: {self._setup.name(param)} received a gradient from a backward pass that "
             "was not seen; expected loss.backward() in the thread of the context (for a function "
@@ -194,7 +197,7 @@ class BackwardPass:
         environments = self._batches[0].environments
         self._code = None
         batch = replace(self._batch, accumulates=self._batch.accumulates or self._passes > 0)
-        note_loss(self._setup, graph, self._batches[0], batch)
+        self._amounts = note_loss(self._setup, graph, self._batches[0], batch)
         if environments > 1:
             refuse_batch_norms(self._setup, self.recorder.batch_norms)
         self.recorder.paused = True
@@ -219,9 +222,10 @@ class BackwardPass:
         note_second_pass(self._setup, uses, id(self), self._passes, self.recorder.stale)
         self._inner = 0
         groups = self._batches[plan.batch]
+        self._amounts = None if plan.batch else self._amounts
         self._of_loss = groups
         scale = self.scale * self._batch.loss_scale
-        weights, products = weights_of(groups, self._setup.reduction, scale), None
+        weights, products = weights_of(groups, self._setup.reduction, scale, self._amounts), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
         accumulator = GradientAccumulator(

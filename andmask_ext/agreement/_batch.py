@@ -16,7 +16,7 @@ from ._anchors import Anchor
 from ._forward import ForwardRecorder
 from ._graph import Graph
 from ._groups import Checked, Groups, make_groups
-from ._losses import is_scaled, losses_that_are_no_mean
+from ._losses import amounts_of_loss, is_scaled, losses_that_are_no_mean
 from ._setup import Setup
 
 # The key of the metadata of a node that has been in a backward pass: of which context, and which.
@@ -120,11 +120,18 @@ def refuse_batch_norms(setup: Setup, modules: Sequence[nn.Module]) -> None:
     )
 
 
-def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -> None:
-    """Warn once if the loss is seen to be no mean over the examples, or no sum."""
+def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -> Tensor | None:
+    """Return how much each environment counts in a loss that is seen to divide by it.
+
+    It warns once if the loss is seen to be no mean over the examples, or no sum.
+    """
     nodes = [graph.nodes[root] for root in graph.roots]
+    dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
+    amounts = None
+    if setup.reduction == "mean":
+        amounts = amounts_of_loss(nodes, groups, dim)
     if any(node._input_metadata[0].device.type != "cpu" for node in nodes):
-        return  # the labels would have to be read from the device
+        return amounts  # for warnings more would have to be read from the device
     if batch.accumulates and batch.loss_scale == 1.0 and any(map(is_scaled, nodes)):
         warn_once(
             setup,
@@ -132,10 +139,10 @@ def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -
             "already, but the loss is divided or multiplied by a number; leave it out, or pass "
             "loss_scale=... to the context, such as 1 / k for a loss that is divided by k",
         )
-    dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
     message = losses_that_are_no_mean(nodes, groups, dim, setup.reduction)
     if message is not None:
         warn_once(setup, message)
+    return amounts
 
 
 def note_second_pass(
@@ -183,14 +190,20 @@ def refuse_new_params(setup: Setup, others: Sequence[Tensor]) -> None:
             )
 
 
-def weights_of(groups: Groups, reduction: str, scale: float) -> list[float]:
+def weights_of(
+    groups: Groups, reduction: str, scale: float, amounts: Tensor | None = None
+) -> list[float]:
     """Return a factor for the gradient of each environment, or one for all.
 
     Args:
         groups: the partition of the examples that the loss is the mean or sum of.
         reduction: ``"mean"`` or ``"sum"``.
         scale: the scale of the loss.
+        amounts: how much each environment counts in the mean. None: by its examples.
     """
+    if amounts is not None:  # an environment that does not count has no gradient
+        total = float(amounts.sum()) / scale
+        return [total / amount if amount else 1.0 for amount in amounts.tolist()]
     factor = (groups.examples if reduction == "mean" else 1.0) / scale
     if groups.size is not None:
         return [factor / groups.size]

@@ -201,7 +201,10 @@ def _as_tensor(environments: Any) -> Tensor:
             raise TypeError
         return torch.as_tensor(environments)
     except (TypeError, ValueError, RuntimeError) as error:
+        got = type(environments).__name__
+        if isinstance(environments, (list, tuple)) and environments:
+            got += f" of {type(environments[0]).__name__}"
         raise TypeError(
             "environments: expected None, an int, or the integer id of each example, "
-            f"but got {type(environments).__name__}"
+            f"but got {got}; number the environments from 0 on"
         ) from error

@@ -83,6 +83,14 @@ def refuse_hooks(node: Node, name: str, output: int) -> None:
         )
 
 
+def added_later(name: str) -> str:
+    return (
+        f"Agreement: {name} received a gradient, but was added to the optimizer after this "
+        "Agreement had been made (add_param_group), so its environments were not counted; make a "
+        "new Agreement(model, optimizer) after add_param_group"
+    )
+
+
 def learned_weight(name: str) -> str:
     return (
         f"Agreement: a parameter is joined with the loss of the whole batch (at {name}), such as a "

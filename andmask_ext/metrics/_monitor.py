@@ -252,9 +252,7 @@ class Monitor(Observer):
         try:
             import pandas
         except ImportError as error:
-            raise ImportError(
-                "to_dataframe needs pandas: pip install 'andmask_ext[metrics]'"
-            ) from error
+            raise ImportError("to_dataframe needs pandas: `pip install pandas`") from error
         names = [*self.names, _ALL]
         columns: dict[str, Any] = {
             "step": [step for step in self.steps for _ in names],

@@ -299,7 +299,8 @@ def _check_sizes(input: Tensor, groups: Groups) -> None:
     if len(alone):
         raise ValueError(
             f"environment {int(alone[0])}: Expected more than 1 value per channel when training, "
-            f"got input size {torch.Size([1, *input.shape[1:]])}"
+            f"got input size {torch.Size([1, *input.shape[1:]])}; use environments of two or more "
+            "examples, or a norm without a batch, such as torch.nn.GroupNorm"
         )
 
 

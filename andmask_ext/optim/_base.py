@@ -14,7 +14,7 @@ from .._notices import warn_once
 from .._pending import Group, PendingStep, State, show_to_hooks
 from ..rules import AndMask, Rule
 from ._amp import overflowed
-from ._checks import check_params
+from ._checks import check_params, warn_of_typos
 from ._clip import ClipsNorm
 from ._environment import ContextMethod, Environment
 from ._rules import check_rule, require_one, with_plain_rules
@@ -76,6 +76,7 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
         """
         self._require_no_environments()
         if isinstance(param_group, dict):
+            warn_of_typos(self, param_group)
             self._override_rule(param_group)
         super().add_param_group(param_group)
         try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping, Sequence, Set
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from .._checks import check_dtype
+from .._notices import warn_once
 
 WEIGHT_DECAYS = ("before_mask", "after_mask", "decoupled")
 
@@ -21,6 +24,23 @@ def check_params(params: Sequence[Tensor]) -> None:
     for index, param in enumerate(params):
         if param.requires_grad:
             check_dtype(f"params[{index}]", param)
+
+
+def warn_of_typos(optimizer: Optimizer, group: object) -> None:
+    """Warn of options of a group that are no option, but nearly have the name of one.
+
+    Others are let pass, as in torch: schedulers and frameworks keep values of their own in groups.
+    """
+    for name in group if isinstance(group, Mapping) else ():
+        if not isinstance(name, str) or name in ("params", *optimizer.defaults):
+            continue
+        # 0.85 takes "taus" for "tau", but not the "lr_scale" of frameworks for "rescale".
+        for option in get_close_matches(name.lower(), optimizer.defaults, 1, 0.85):
+            warn_once(
+                optimizer,
+                f"param_groups: expected the options of {type(optimizer).__name__}, but got "
+                f"{name!r}, which nothing reads; if {option!r} is meant, correct the name",
+            )
 
 
 def as_number(name: str, value: Any) -> float:

@@ -11,7 +11,14 @@ from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dense_grad, check_dtype, check_tau
 from .._devices import by_device
-from ._checks import check_betas, check_lr, check_params, check_range, check_torch_options
+from ._checks import (
+    check_betas,
+    check_lr,
+    check_params,
+    check_range,
+    check_torch_options,
+    warn_of_typos,
+)
 from ._state import average_of, load_state, steps_of
 from .adam import AVERAGES
 
@@ -104,6 +111,7 @@ class TemporalAndMaskAdam(Optimizer):
             TypeError: a parameter or an option of the group has the wrong type.
             ValueError: an option of the group lies outside its range.
         """
+        warn_of_typos(self, param_group)
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])

@@ -1,4 +1,4 @@
-"""Figures of metrics. They need matplotlib: ``pip install andmask_ext[plots]``.
+"""Figures of metrics. They need matplotlib: ``pip install matplotlib``.
 
 Every function draws into matplotlib axes ``ax``, or opens a figure that fits a README. It returns
 the axes; the figure is ``axes.figure``. Nothing is shown or saved, and matplotlib's settings do not
@@ -8,9 +8,7 @@ change. ``palette`` and ``style`` hold the colours and the look, which other fig
 try:
     import matplotlib as _matplotlib  # noqa: F401  # only to report that it is missing
 except ImportError as error:
-    raise ImportError(
-        "andmask_ext.plots needs matplotlib: pip install 'andmask_ext[plots]'"
-    ) from error
+    raise ImportError("andmask_ext.plots needs matplotlib: `pip install matplotlib`") from error
 
 from . import palette, style
 from ._correlations import gradient_correlation, gradient_cosines

@@ -97,9 +97,9 @@ def vote_histogram(
         plural = "s" if environments > 1 else ""
         axes.set_xlabel(f"agreement |votes| / d, of d = {environments} environment{plural}")
         axes.set_ylabel("share of coordinates")
-        if environments <= 2:
-            possible = starts if len(starts) > 1 or environments > 1 else [1]
-            axes.set_xticks(centres / environments, [f"{k / environments:g}" for k in possible])
+        if len(starts) <= 8 and not merged:  # a tick for each bar
+            shown = centres.clip(0) / environments
+            axes.set_xticks(centres / environments, [f"{share:.2g}" for share in shown])
         else:
             axes.set_xticks(np.linspace(0, 1, 6), ["0", "0.2", "0.4", "0.6", "0.8", "1"])
         top = max(heights.max(), null.max())

@@ -51,7 +51,9 @@ def _over_taus(
 ) -> None:
     taus = np.array(sorted(series))
     final = [100 * series[tau][:, -1] for tau in taus]
-    axes.plot(taus, [one.mean() for one in final], color=colour, marker=marker, label=label)
+    means = [one.mean() for one in final]
+    line = "-" if len(taus) > 2 else "none"  # between two points it would claim a slope
+    axes.plot(taus, means, linestyle=line, color=colour, marker=marker, label=label)
     for tau, values in zip(taus, final, strict=True):
         axes.plot([tau] * len(values), values, ".", color=colour, alpha=0.5)
 

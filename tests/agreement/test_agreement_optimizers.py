@@ -259,6 +259,16 @@ def test_a_context_within_an_environment_is_refused() -> None:
     optimizer.step()
 
 
+def test_parameters_that_were_added_later_are_named() -> None:
+    model, head, x = network(), nn.Linear(3, 2).double(), rand(6, 4)
+    optimizer = OPTIMIZERS["sgd"](model)
+    agreement = am.Agreement(model, optimizer)
+    optimizer.add_param_group({"params": head.parameters()})
+    message = r"of shape .* received a gradient, but was added .* make a new Agreement"
+    with pytest.raises(RuntimeError, match=message), agreement():
+        head(model(x)).square().mean().backward()
+
+
 def test_the_moments_of_each_group() -> None:
     model, x = network(), rand(6, 4)
     optimizer = OPTIMIZERS["groups"](model)

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -314,3 +315,10 @@ def test_the_memory_of_the_graph_is_freed() -> None:
     gc.collect()
     assert alive
     assert all(one() is None for one in alive)
+
+
+def test_the_parentheses_are_missing() -> None:
+    agreement: Any = am.Agreement(nn.Linear(2, 1), am.AndMask(0.5))
+    with pytest.raises(TypeError, match=r"expected `with agreement\(\):`, with parentheses"):
+        with agreement:
+            pass

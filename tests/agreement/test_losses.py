@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from andmask_ext.agreement._groups import make_groups
-from andmask_ext.agreement._losses import losses_that_are_no_mean
+from andmask_ext.agreement._losses import amounts_of_loss, losses_that_are_no_mean
 
 N, C = 6, 4
 Y = torch.tensor([0, 1, 1, 2, 3, 1])
@@ -38,16 +38,39 @@ def ignoring(labels: Tensor, *places: Any) -> Tensor:
     return labels
 
 
-WEIGHTED = {
+def amounts(
+    loss: Loss, environments: Any = None, batch_dim: int = 0, shape: tuple[int, ...] = (N, C)
+) -> list[float] | None:
+    """What each environment counts, once it is clear that nothing is said of such a loss."""
+    x = torch.randn(shape, requires_grad=True)
+    root = get_gradient_edge(loss(x)).node
+    found = amounts_of_loss([root], make_groups(environments, N), batch_dim)
+    if found is not None:
+        assert note(loss, environments=environments, batch_dim=batch_dim, shape=shape) == ""
+    return None if found is None else found.tolist()
+
+
+def two(loss: Loss) -> Loss:
+    """The loss and another term: what environments count in it is nothing for the other."""
+    return lambda x: loss(x) + x.square().mean()
+
+
+ALONE = {
     "cross_entropy": lambda x: F.cross_entropy(x, Y, weight=W),
     "nll_loss": lambda x: F.nll_loss(x.log_softmax(1), Y, weight=W),
+    "a part of it": lambda x: F.cross_entropy(x, Y, weight=W) / 4 + 1,
+    "cast": lambda x: F.cross_entropy(x.double(), Y, weight=W.double()).float(),
+}
+WEIGHTED = {
+    "cross_entropy": two(lambda x: F.cross_entropy(x, Y, weight=W)),
+    "nll_loss": two(lambda x: F.nll_loss(x.log_softmax(1), Y, weight=W)),
     "smoothed": lambda x: F.cross_entropy(x, Y, weight=W, label_smoothing=0.1),
     "a term": lambda x: 0.5 * F.cross_entropy(x, Y, weight=W) / 3 + x.square().mean(),
     "subtracted": lambda x: x.square().mean() - F.cross_entropy(x, Y, weight=W),
 }
 IGNORED = {
     "cross_entropy": lambda x: F.cross_entropy(x, ignoring(Y, 2)),
-    "another index": lambda x: F.cross_entropy(x, Y, ignore_index=3),
+    "another index": lambda x: F.cross_entropy(x, Y, ignore_index=2),
 }
 
 
@@ -58,9 +81,40 @@ def test_class_weights(loss: Loss) -> None:
     assert note(loss, environments=1) == ""
 
 
+@pytest.mark.parametrize("loss", ALONE.values(), ids=ALONE)
+def test_class_weights_of_a_loss_that_has_no_other_term(loss: Loss) -> None:
+    assert amounts(loss) == W[Y].tolist()
+    assert amounts(loss, 3) == W[Y].view(3, 2).sum(1).tolist()
+    assert amounts(loss, torch.tensor([0, 1, 1, 0, 0, 1])) == [8.0, 6.0]
+    assert amounts(loss, 1) is None
+    assert amounts(two(loss)) is None
+
+
 @pytest.mark.parametrize("loss", IGNORED.values(), ids=IGNORED)
 def test_ignored_labels(loss: Loss) -> None:
-    assert "ignores 1 of 6 labels" in note(loss)
+    assert "ignores 1 of 6 labels" in note(two(loss))
+    place = 2 if loss is IGNORED["cross_entropy"] else 3
+    assert amounts(loss) == [float(index != place) for index in range(N)]
+
+
+def test_what_environments_count_is_not_certain() -> None:
+    """Labels in another order than the examples, or as many as it may be two orders."""
+    labels = ignoring(TOKENS, (0, 4), (2, slice(3, 5)))
+    assert amounts(lambda x: F.cross_entropy(x.mT, labels), shape=(N, 5, C)) == [4, 5, 3, 5, 5, 5]
+    turned = lambda x: F.cross_entropy(x.transpose(0, 1).flatten(0, 1), labels.T.flatten())  # noqa: E731
+    assert amounts(turned, shape=(N, 5, C)) is None
+    assert "term" in note(turned, shape=(N, 5, C))
+    square = ignoring(torch.randint(0, C, (N, N)), (0, 4))
+    assert (
+        amounts(lambda x: F.cross_entropy(x.flatten(0, 1), square.flatten()), shape=(N, N, C))
+        is None
+    )
+    picked = lambda x: F.cross_entropy(x[[3, 1, 2, 0, 5, 4]], ignoring(Y, 2))  # noqa: E731
+    assert amounts(picked) is not None  # rows of outputs have to be in place
+    learned = torch.ones((), requires_grad=True)
+    assert amounts(lambda x: F.cross_entropy(x, ignoring(Y, 2)) * learned) is None
+    assert amounts(lambda x: F.cross_entropy(x, ignoring(Y, 2), reduction="sum")) is None
+    assert amounts(lambda x: F.cross_entropy(x, ignoring(Y, 2)) ** 2) is None
 
 
 @pytest.mark.parametrize("flat", [True, False], ids=["flat", "not flat"])
@@ -77,9 +131,11 @@ def test_padded_tokens(flat: bool, places: list[Any], expected: str) -> None:
             return F.cross_entropy(x.flatten(0, 1), labels.flatten())
         return F.cross_entropy(x.mT, labels)
 
-    found = note(loss, shape=(N, 5, C))
+    found = note(two(loss), shape=(N, 5, C))
     assert expected in found
     assert bool(found) == bool(expected)
+    counts = [float(count) for count in (labels != -100).sum(1)]
+    assert amounts(loss, shape=(N, 5, C)) == (counts if expected else None)
 
 
 def test_padded_tokens_of_a_batch_in_dimension_one() -> None:
@@ -87,8 +143,9 @@ def test_padded_tokens_of_a_batch_in_dimension_one() -> None:
     uneven = ignoring(TOKENS, (0, 4)).T.flatten()
     shape = (5, N, C)
     assert note(lambda x: F.cross_entropy(x.flatten(0, 1), even), batch_dim=1, shape=shape) == ""
-    found = note(lambda x: F.cross_entropy(x.flatten(0, 1), uneven), batch_dim=1, shape=shape)
-    assert "ignores 1 of 30" in found
+    loss = lambda x: F.cross_entropy(x.flatten(0, 1), uneven)  # noqa: E731
+    assert "ignores 1 of 30" in note(two(loss), batch_dim=1, shape=shape)
+    assert amounts(loss, batch_dim=1, shape=shape) == [4.0, *[5.0] * 5]
 
 
 def test_even_class_weights() -> None:
@@ -97,7 +154,7 @@ def test_even_class_weights() -> None:
     assert note(lambda x: F.cross_entropy(x, pairs, weight=W), environments=3) == ""
     ids = torch.tensor([0, 0, 0, 0, 1, 1])  # environments of different size
     assert note(lambda x: F.cross_entropy(x, pairs, weight=W), environments=ids) == ""
-    assert note(lambda x: F.cross_entropy(x, Y, weight=W), environments=ids) != ""
+    assert note(two(lambda x: F.cross_entropy(x, Y, weight=W)), environments=ids) != ""
 
 
 SUMS = {

@@ -151,12 +151,20 @@ def test_class_weights_and_ignored_labels_are_named() -> None:
     agreement = am.Agreement(mlp(8, 6, 3), RULE)
     batch = {"x": X[:, 0], "y": Y}
     weight = torch.tensor([1.0, 3.0, 0.5])
-    assert "class weights" in str(agreement.verify(batch, cross_entropy(weight=weight)).cause)
-    found = agreement.verify(batch, cross_entropy(ignore_index=0), 3)
+
+    def with_penalty(**options: Any) -> Callable[[nn.Module, Any], Tensor]:
+        loss = cross_entropy(**options)
+        return lambda model, batch: loss(model, batch) + model(batch["x"]).square().mean()
+
+    assert "class weights" in str(agreement.verify(batch, with_penalty(weight=weight)).cause)
+    found = agreement.verify(batch, with_penalty(ignore_index=0), 3)
     assert "ignores 1 of 6 labels" in str(found.cause)
+    assert agreement.verify(batch, cross_entropy(weight=weight)).passed
+    assert agreement.verify(batch, cross_entropy(ignore_index=0), 3).passed
 
     def remedy(model: nn.Module, batch: Any) -> Tensor:
-        return F.cross_entropy(model(batch["x"]), batch["y"], weight, reduction="none").mean()
+        losses = F.cross_entropy(model(batch["x"]), batch["y"], weight, reduction="none")
+        return losses.mean() + model(batch["x"]).square().mean()
 
     assert agreement.verify(batch, remedy).passed
 

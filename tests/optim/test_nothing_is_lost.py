@@ -379,3 +379,16 @@ def test_the_temporal_mask_takes_no_environments() -> None:
     assert not hasattr(optimizer, "environment")
     with pytest.raises(AttributeError, match="no attribute 'enviroment'"):
         _ = optimizer.enviroment
+
+
+@pytest.mark.parametrize("name", ["AndMaskSGD", "AndMaskAdamW", "TemporalAndMaskAdam"])
+def test_a_typo_in_an_option_of_a_group(name: str) -> None:
+    group = {"params": parameters(), "taus": 0.2, "lr_scale": 1.0, "initial_lr": 0.1}
+    with heard() as messages:
+        optimizer = getattr(am.optim, name)([group], tau=0.5, lr=0.1)
+    (message,) = messages  # the last two are values of frameworks and schedulers
+    assert message == (
+        f"param_groups: expected the options of {name}, but got 'taus', which nothing reads; if "
+        "'tau' is meant, correct the name"
+    )
+    assert optimizer.param_groups[0]["tau"] == 0.5

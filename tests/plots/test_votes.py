@@ -63,6 +63,18 @@ def test_a_bar_for_every_number_of_votes_that_signs_can_have_and_none_between(en
     np.testing.assert_allclose(middles, np.arange(parity, environments + 1, 2) / environments)
 
 
+@pytest.mark.parametrize("zeros", [0.0, 0.5])
+@pytest.mark.parametrize("environments", [1, 2, 3, 5, 8])
+def test_few_bars_have_a_tick_each_with_their_agreement(environments, zeros):
+    axes = plots.vote_histogram(Histogram.of_noise(environments, 500, zeros))
+    middles = [sum(span) / 2 for span in spans(axes)]
+    np.testing.assert_allclose(axes.get_xticks(), middles)
+    possible = [k / environments for k in range(environments % 2, environments + 1, 2)]
+    if zeros and environments % 2:
+        possible = [0.0, *possible]
+    assert [text.get_text() for text in axes.get_xticklabels()] == [f"{k:.2g}" for k in possible]
+
+
 def test_a_zero_gradient_does_not_make_a_coordinate_more_unanimous():
     counts = torch.tensor([0, 0, 0, 3, 1])  # 3 votes of 4: one environment says nothing
     np.testing.assert_allclose(heights(plots.vote_histogram(Histogram(4, counts))), [0, 0.75, 0.25])

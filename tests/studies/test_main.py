@@ -81,12 +81,21 @@ def test_without_a_command_help_is_printed(capsys):
     assert all(f"  {command} " in told for command in COMMANDS)
 
 
-def test_a_missing_matplotlib_is_one_sentence_in_every_study():
+@pytest.mark.parametrize("package", ["matplotlib", "numpy"])
+def test_a_missing_package_is_one_sentence_in_every_study(package):
     code = (
-        "import sys, studies.__main__ as m; sys.modules['matplotlib'] = None; "
-        f"print([m.main([command, '--help']) for command in {STUDIES!r}])"
+        f"import sys, studies.__main__ as m; sys.modules[{package!r}] = None; "
+        f"print([m.main([command]) for command in {STUDIES!r}]); m.main(['spirals', '--help'])"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert result.stdout.strip() == str([1] * len(STUDIES)), result.stderr
+    command = [sys.executable, "-W", "ignore", "-c", code]  # torch warns of a missing numpy
+    result = subprocess.run(command, capture_output=True, text=True)
+    statuses, about, options = result.stdout.splitlines()
+    assert statuses == str([1] * len(STUDIES)), result.stderr
+    remedy = (
+        f"the package {package!r}: run `pip install --no-build-isolation '.[studies]'` in the clone"
+    )
     for command, line in zip(STUDIES, result.stderr.splitlines(), strict=True):
-        assert f"{command}: needs the package 'matplotlib'" in line
+        assert line.endswith(f"{command}: needs {remedy}")
+    # Help says what it can without the package.
+    assert about.endswith(f"spirals: {COMMANDS['spirals'][1]}")
+    assert options == f"To show its options, it needs {remedy}"

@@ -172,7 +172,7 @@ def _student_quantile() -> Callable[[int, float], float]:
         from scipy.special import stdtrit
     except ImportError as error:
         raise ImportError(
-            "invariant_learning_consistency needs scipy: pip install 'andmask_ext[metrics]'"
+            "invariant_learning_consistency needs scipy: `pip install scipy`"
         ) from error
     return lambda freedom, probability: float(stdtrit(freedom, probability))
 
