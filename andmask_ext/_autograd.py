@@ -33,9 +33,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
 
 torch.library.register_autograd("andmask::masked_mean", _backward, setup_context=_setup_context)
 
-# The outputs of the mask and of histograms never require gradients.
+# The outputs of the mask, of histograms and of norms never require gradients.
 _library = torch.library.Library("andmask", "IMPL")
-for _name in ("agreement_mask", "vote_histogram", "_vote_histograms"):
+for _name in ("agreement_mask", "vote_histogram", "_vote_histograms", "_squared_norm"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 

@@ -99,12 +99,26 @@ def _resolve(
     return [torch.empty_like(total) for total in sum]
 
 
+def _squared_norm(
+    sum: list[Tensor],
+    votes: list[Tensor],
+    squares: list[Tensor],
+    logs: list[Tensor],
+    count: int,
+    rule: str,
+    arguments: Sequence[float],
+    rescale: bool = False,
+) -> Tensor:
+    return sum[0].new_empty((), dtype=torch.float64)
+
+
 def _in_place(*args: object, **kwargs: object) -> None:
     return None
 
 
 torch.library.register_fake("andmask::_accumulate_", _accumulate_)
 torch.library.register_fake("andmask::_resolve", _resolve)
+torch.library.register_fake("andmask::_squared_norm", _squared_norm)
 for _name in (
     "_accumulate_outer_",
     "_accumulate_convolution_",

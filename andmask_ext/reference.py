@@ -24,6 +24,7 @@ __all__ = [
     "agreement_random",
     "agreement_sum",
     "and_mask",
+    "clip_scale",
     "convolution_gradients",
     "fed_ilc",
     "geometric_mean",
@@ -37,6 +38,7 @@ __all__ = [
     "sand_mask",
     "sign_dropout",
     "smooth_mask",
+    "total_norm",
     "trimmed_mean",
     "vote_histogram",
     "vote_threshold",
@@ -79,6 +81,17 @@ def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
     bins = grads.shape[0] + 1
     counts = torch.bincount(agreement, minlength=bins)
     return counts, squares.new_zeros(bins).index_add_(0, agreement, squares)
+
+
+def total_norm(updates: Sequence[Tensor]) -> Tensor:
+    """Return the norm of all updates together, as if they were one vector."""
+    norm: Tensor = torch.cat([update.double().flatten() for update in updates]).norm()
+    return norm
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """Return what ``torch.nn.utils.clip_grad_norm_`` multiplies gradients of this norm by."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1)
 
 
 # ---- the rules, under their names in the native library ----

@@ -5,6 +5,7 @@ python -m benchmarks.bench_optim --quick
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 import andmask_ext as am
 
-from .common import Row, Step, measure, parser, run
+from .common import Row, Step, measure, parser, peak_memory, run
 
 ENVIRONMENTS = 8
 TOTAL = 20_000_000
@@ -88,10 +89,55 @@ def temporal(count: int) -> list[Row]:
     )
 
 
+def clipping(count: int) -> list[Row]:
+    """Clipping by the total norm: in the step, or of gradients that are written for it."""
+    params = parameters(count, torch.float32)
+    torch_step = torch.optim.AdamW(params, lr=1e-3, fused=True).step
+    yardstick = "torch clip, AdamW(fused)"
+
+    def clip_and_step(params: Params, write: Step, step: Step) -> Step:
+        def run() -> None:
+            write()
+            nn.utils.clip_grad_norm_(params, 1.0)
+            step()
+
+        return run
+
+    steps: dict[str, Step] = {yardstick: clip_and_step(params, lambda: None, torch_step)}
+    prepare: dict[str, Step] = {}
+    for name, max_norm in (
+        ("AndMaskAdamW, no clipping", None),
+        ("AndMaskAdamW, max_norm", 1.0),
+        ("AndMaskAdamW, by hand", None),
+    ):
+        params = parameters(count, torch.float32)
+        optimizer = am.optim.AndMaskAdamW(params, lr=1e-3, tau=0.6, max_norm=max_norm)
+        for param in params:
+            param.grad = None
+        prepare[name] = environments(optimizer, params)
+        steps[name] = optimizer.step
+        if name.endswith("by hand"):
+            steps[name] = clip_and_step(params, optimizer.write_grads, optimizer.step)
+    rows = measure(
+        f"AdamW with clipping, {count} x {TOTAL // count}",
+        steps,
+        prepare=prepare,
+        bytes_moved=TOTAL * (29 + 5),
+        yardstick=yardstick,
+        clock=time.thread_time if torch.get_num_threads() == 1 else time.perf_counter,
+    )
+    for row in rows:  # what a step takes on top of parameters, state, and gradients or moments
+        before = prepare.get(row.contestant, lambda: None)
+        peak = peak_memory(steps[row.contestant], before)
+        row.megabytes, row.memory_ratio = peak / 2**20, peak / (4 * TOTAL)  # one gradient: 1
+    return rows
+
+
 def main() -> None:
     options = parser(__doc__).parse_args()
     counts = (5, 1000)
-    cases = [partial(case, count, "AdamW") for count in counts]
+    cases: list[Callable[[], list[Row]]] = [partial(case, count, "AdamW") for count in counts]
+    cases += [partial(clipping, count) for count in counts]
     if not options.quick:
         cases += [partial(case, count, name) for name in ("Adam", "SGD") for count in counts]
         cases.append(partial(case, 5, "AdamW", torch.bfloat16))

@@ -138,12 +138,15 @@ def seconds_of(function: Step, clock: Callable[[], float] = time.perf_counter) -
     return clock() - started
 
 
-def peak_memory(function: Step) -> int:
+def peak_memory(function: Step, prepare: Step = lambda: None) -> int:
     """Return by how many bytes the process grows during a call, at most (Linux).
 
     The function is called twice; the first call, after which memory is given back, does not count.
+    ``prepare`` is called before each and does not count.
     """
+    prepare()
     function()
+    prepare()
     ctypes.CDLL(None).malloc_trim(0)  # what the first call left behind would hide the second's use
     Path("/proc/self/clear_refs").write_text("5")  # forget the old peak
     before = status("VmRSS")

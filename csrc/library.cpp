@@ -52,19 +52,24 @@ STABLE_TORCH_LIBRARY(andmask, m) {
   m.def(  // the same, written over the sums
       "_resolve_(Tensor(a!)[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
       "str rule, float[] arguments, bool rescale=False) -> ()");
-  // One optimizer step on the update that a rule makes of moments, in one pass over memory.
+  // The sum of the squares of these updates, of all tensors together: float64 of shape [].
+  m.def(
+      "_squared_norm(Tensor[] sum, Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, "
+      "str rule, float[] arguments, bool rescale=False) -> Tensor");
+  // One optimizer step on the update that a rule makes of moments, times `grad_scale` (float64 of
+  // shape []), in one pass over memory.
   m.def(
       "_sgd_step_(Tensor(a!)[] params, Tensor(b!)[] momentum_buffers, Tensor[] sum, "
       "Tensor[] votes, Tensor[] squares, Tensor[] logs, int count, str rule, "
       "float[] arguments, bool rescale, *, float lr, float momentum, float dampening, "
       "float weight_decay, bool decoupled_weight_decay, bool nesterov, bool maximize, "
-      "bool first_step) -> ()");
+      "bool first_step, Tensor? grad_scale=None) -> ()");
   m.def(
       "_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, Tensor(e!)[] steps, Tensor[] sum, Tensor[] votes, "
       "Tensor[] squares, Tensor[] logs, int count, str rule, float[] arguments, bool rescale, *, "
       "float lr, float beta1, float beta2, float eps, float weight_decay, "
-      "bool decoupled_weight_decay, bool maximize) -> ()");
+      "bool decoupled_weight_decay, bool maximize, Tensor? grad_scale=None) -> ()");
   m.def(
       "_temporal_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] sign_avgs, Tensor(e!)[] steps, Tensor[] grads, *, float tau, float lr, "

@@ -104,11 +104,16 @@ def calls() -> dict[str, Callable[[], object]]:
         "agreement_random": lambda: ops._aggregate(grads, "agreement_random", [], False, noise),
         "accumulate_": lambda: ops._accumulate_(*moments._lists([0, 1]), some, 0, [0.5]),
         "resolve": lambda: ops._resolve(*arguments),
+        "squared_norm": lambda: ops._squared_norm(*arguments),
         "sgd_step_": lambda: ops._sgd_step_(
             params, state[0], *arguments, lr=0.1, momentum=0.9, dampening=0.0, weight_decay=0.0,
             decoupled_weight_decay=False, nesterov=False, maximize=False, first_step=False,
         ),
         "adam_step_": lambda: ops._adam_step_(params, *state[:2], [], steps, *arguments, **adam),
+        "adam_step_, clipped": lambda: ops._adam_step_(
+            params, *state[:2], [], steps, *arguments, **adam,
+            grad_scale=ops._squared_norm(*arguments).rsqrt(),
+        ),
         "temporal_adam_step_": lambda: ops._temporal_adam_step_(
             params, *state, steps, some, tau=0.3, beta3=0.9, bias_correction=True, **adam
         ),

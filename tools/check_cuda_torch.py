@@ -15,8 +15,8 @@ import andmask_ext as am
 
 OPS = [
     "masked_mean", "agreement_mask", "_aggregate", "_accumulate_", "_accumulate_outer_",
-    "_accumulate_convolution_", "_resolve", "_resolve_", "_sgd_step_", "_adam_step_",
-    "_temporal_adam_step_",
+    "_accumulate_convolution_", "_resolve", "_resolve_", "_squared_norm", "_sgd_step_",
+    "_adam_step_", "_temporal_adam_step_",
 ]  # fmt: skip
 
 

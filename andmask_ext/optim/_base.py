@@ -10,18 +10,19 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_bool, check_tau, check_weight
-from .._devices import by_device
 from .._notices import warn_once
 from .._pending import Group, PendingStep, State, show_to_hooks
-from ..rules import AndMask, Mean, Rule
+from ..rules import AndMask, Rule
 from ._amp import overflowed
 from ._checks import check_params, warn_of_typos
+from ._clip import ClipsNorm
 from ._environment import ContextMethod, Environment
 from ._rules import check_rule, require_one, with_plain_rules
 from ._state import load_state, makes_only_state
+from ._updates import Arguments, updates_of
 
 
-class EnvironmentOptimizer(Optimizer):
+class EnvironmentOptimizer(ClipsNorm, Optimizer):
     """Base class of optimizers that aggregate the gradients of environments by a rule.
 
     Each ``environment()`` context adds one gradient per parameter. ``step`` aggregates them and
@@ -35,7 +36,9 @@ class EnvironmentOptimizer(Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         defaults: dict[str, Any],
         expected_environments: int | None,
+        max_norm: float | None = None,
     ) -> None:
+        self.max_norm = max_norm
         expected = expected_environments
         if expected is not None and (not isinstance(expected, int) or expected < 1):
             raise ValueError(
@@ -287,25 +290,21 @@ class EnvironmentOptimizer(Optimizer):
     def _update(self, groups: list[Group]) -> None:
         """Update the parameters of all groups."""
         written = self._pending.state is State.WRITTEN
-        for options, (params, moments, rule) in zip(self.param_groups, groups, strict=True):
-            indices = moments._touched
-            if written:
-                indices = [index for index in indices if params[index].grad is not None]
-            for places in by_device([params[index] for index in indices]):
-                chosen = [indices[place] for place in places]
-                moved = [params[index] for index in chosen]
-                if written:
-                    grads = [param.grad for param in moved]
-                    arguments: tuple[Any, ...] = (grads, [], [], [], 1, Mean.name, [], False)
-                else:
-                    arguments = rule._native_arguments(moments, chosen)
-                self._step_group(options, moved, arguments)
-                torch.autograd.graph.increment_version(moved)
+        updates = list(updates_of(self.param_groups, groups, written))
+        scale = self._clip([update.arguments for update in updates])
+        for group, params, arguments in updates:
+            here = None if scale is None else scale.to(params[0].device)
+            self._step_group(group, params, arguments, here)
+            torch.autograd.graph.increment_version(params)
 
     def _step_group(
-        self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        arguments: Arguments,
+        grad_scale: Tensor | None,
     ) -> None:
-        """Update parameters. ``arguments``: moments and rule, in the order of the native ops."""
+        """Update parameters along the gradient of ``arguments``, times ``grad_scale``."""
         raise NotImplementedError
 
     # What the state of a parameter holds, unless it is empty.
@@ -384,7 +383,8 @@ class EnvironmentOptimizer(Optimizer):
             self._pending.load_state_dict(state_dict["environments"])
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = {**super().__getstate__(), "_expected": self._expected}
+        kept = {"_expected": self._expected, "_max_norm": self._max_norm}
+        state: dict[str, Any] = {**super().__getstate__(), **kept}
         if self._pending.environments:
             state["environments"] = self._pending.state_dict()
         return state

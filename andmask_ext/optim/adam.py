@@ -20,6 +20,7 @@ from ._checks import (
     decay_after_mask,
 )
 from ._state import average_of, steps_of
+from ._updates import Arguments
 
 __all__ = ["AndMaskAdam", "AndMaskAdamW"]
 
@@ -52,6 +53,11 @@ class AndMaskAdam(EnvironmentOptimizer):
             from the vote.
         weight_decay_mode: ``"after_mask"``, ``"before_mask"`` or ``"decoupled"``: see
             :class:`AndMaskSGD`.
+        max_norm: largest norm of the aggregated gradient of all parameters of all groups, above 0.
+            It is clipped between the rule and the update, as by
+            :func:`torch.nn.utils.clip_grad_norm_`, but is not written. None: it is not.
+            ``float("inf")`` only measures the norm, which ``grad_norm`` holds after each step. It
+            can be changed between steps, ``optimizer.max_norm = ...``. No state holds it.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
         foreach, fused: accepted as in torch. They change nothing: a step is one fused pass.
@@ -98,6 +104,7 @@ class AndMaskAdam(EnvironmentOptimizer):
         rescale: bool = False,
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
+        max_norm: float | None = None,
         expected_environments: int | None = None,
     ) -> None:
         check_torch_options(type(self).__name__, foreach, fused, capturable, differentiable)
@@ -113,7 +120,7 @@ class AndMaskAdam(EnvironmentOptimizer):
             "rule": rule,
             "weight_decay_mode": weight_decay_mode,
         }
-        super().__init__(params, defaults, expected_environments)
+        super().__init__(params, defaults, expected_environments, max_norm)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -125,7 +132,11 @@ class AndMaskAdam(EnvironmentOptimizer):
             check_bool(name, group[name])
 
     def _step_group(
-        self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        arguments: Arguments,
+        grad_scale: Tensor | None,
     ) -> None:
         states = [self._state_of(param, group) for param in params]
         largest = [state["max_exp_avg_sq"] for state in states] if group["amsgrad"] else []
@@ -143,6 +154,7 @@ class AndMaskAdam(EnvironmentOptimizer):
             weight_decay=float(decay_after_mask(group)),
             decoupled_weight_decay=group["weight_decay_mode"] == "decoupled",
             maximize=group["maximize"],
+            grad_scale=grad_scale,
         )
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -196,11 +208,13 @@ class AndMaskAdamW(AndMaskAdam):
         rescale: bool = False,
         rule: Rule | None = None,
         weight_decay_mode: str = "decoupled",
+        max_norm: float | None = None,
         expected_environments: int | None = None,
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, tau=tau,
             rescale=rescale, rule=rule, weight_decay_mode=weight_decay_mode,
-            expected_environments=expected_environments, foreach=foreach, fused=fused,
+            max_norm=max_norm, expected_environments=expected_environments, foreach=foreach,
+            fused=fused,
             capturable=capturable, differentiable=differentiable,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..reference import masked_mean
+from ..reference import clip_scale, masked_mean
 
 __all__ = ["AndMaskAdam", "AndMaskAdamW", "AndMaskSGD", "TemporalAndMaskAdam"]
 
@@ -35,7 +35,9 @@ class _EnvironmentOptimizer:
         tau: float,
         rescale: bool,
         rule: Callable[[Tensor], Tensor] | None,
+        max_norm: float | None,
     ) -> None:
+        self.max_norm = max_norm
         self.param = param.detach().double().clone()
         self.lr = lr
         self.weight_decay = weight_decay
@@ -49,12 +51,16 @@ class _EnvironmentOptimizer:
         if self.maximize:
             grads = -grads
         if self.weight_decay_mode == "before_mask":  # the penalty is in every environment's loss
-            return self.rule(grads + self.weight_decay * self.param)
-        grad = self.rule(grads)
+            return self.clip(self.rule(grads + self.weight_decay * self.param))
+        grad = self.clip(self.rule(grads))
         if self.weight_decay_mode == "after_mask":  # the penalty does not vote
             return grad + self.weight_decay * self.param
         self.param -= self.lr * self.weight_decay * self.param  # "decoupled"
         return grad
+
+    def clip(self, grad: Tensor) -> Tensor:
+        """Return the gradient, of a norm of at most ``max_norm``."""
+        return grad if self.max_norm is None else grad * clip_scale(grad.norm(), self.max_norm)
 
 
 class AndMaskSGD(_EnvironmentOptimizer):
@@ -74,8 +80,11 @@ class AndMaskSGD(_EnvironmentOptimizer):
         rescale: bool = False,
         rule: Callable[[Tensor], Tensor] | None = None,
         weight_decay_mode: str = "after_mask",
+        max_norm: float | None = None,
     ) -> None:
-        super().__init__(param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule)
+        super().__init__(
+            param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule, max_norm
+        )
         self.momentum, self.dampening, self.nesterov = momentum, dampening, nesterov
         self.buffer: Tensor | None = None
 
@@ -112,8 +121,11 @@ class AndMaskAdam(_EnvironmentOptimizer):
         rescale: bool = False,
         rule: Callable[[Tensor], Tensor] | None = None,
         weight_decay_mode: str = "after_mask",
+        max_norm: float | None = None,
     ) -> None:
-        super().__init__(param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule)
+        super().__init__(
+            param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule, max_norm
+        )
         self.betas, self.eps, self.amsgrad = betas, eps, amsgrad
         self.steps = 0
         self.exp_avg = torch.zeros_like(self.param)
@@ -152,6 +164,7 @@ class AndMaskAdamW(AndMaskAdam):
         rescale: bool = False,
         rule: Callable[[Tensor], Tensor] | None = None,
         weight_decay_mode: str = "decoupled",
+        max_norm: float | None = None,
     ) -> None:
         super().__init__(
             param,
@@ -165,6 +178,7 @@ class AndMaskAdamW(AndMaskAdam):
             rescale=rescale,
             rule=rule,
             weight_decay_mode=weight_decay_mode,
+            max_norm=max_norm,
         )
 
 

@@ -19,6 +19,7 @@ from ._checks import (
     decay_after_mask,
 )
 from ._state import average_of
+from ._updates import Arguments
 
 __all__ = ["AndMaskSGD"]
 
@@ -48,6 +49,11 @@ class AndMaskSGD(EnvironmentOptimizer):
             gradient, so coordinates without agreement shrink too, as the paper's authors advise.
             ``"before_mask"`` adds it to the gradient of each environment, so it takes part in the
             vote. ``"decoupled"`` multiplies the parameter by ``1 - lr * weight_decay``.
+        max_norm: largest norm of the aggregated gradient of all parameters of all groups, above 0.
+            It is clipped between the rule and the update, as by
+            :func:`torch.nn.utils.clip_grad_norm_`, but is not written. None: it is not.
+            ``float("inf")`` only measures the norm, which ``grad_norm`` holds after each step. It
+            can be changed between steps, ``optimizer.max_norm = ...``. No state holds it.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
         foreach, fused: accepted as in torch. They change nothing: a step is one fused pass.
@@ -93,6 +99,7 @@ class AndMaskSGD(EnvironmentOptimizer):
         rescale: bool = False,
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
+        max_norm: float | None = None,
         expected_environments: int | None = None,
     ) -> None:
         check_torch_options(type(self).__name__, foreach, fused, capturable, differentiable)
@@ -108,7 +115,7 @@ class AndMaskSGD(EnvironmentOptimizer):
             "rule": rule,
             "weight_decay_mode": weight_decay_mode,
         }
-        super().__init__(params, defaults, expected_environments)
+        super().__init__(params, defaults, expected_environments, max_norm)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -125,7 +132,11 @@ class AndMaskSGD(EnvironmentOptimizer):
             )
 
     def _step_group(
-        self, group: dict[str, Any], params: list[Tensor], arguments: tuple[Any, ...]
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        arguments: Arguments,
+        grad_scale: Tensor | None,
     ) -> None:
         momentum = float(group["momentum"])
         started = [self.state[p].get("momentum_buffer") is not None for p in params]
@@ -151,6 +162,7 @@ class AndMaskSGD(EnvironmentOptimizer):
                 nesterov=group["nesterov"],
                 maximize=group["maximize"],
                 first_step=first,
+                grad_scale=grad_scale,
             )
 
     def _state_of(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

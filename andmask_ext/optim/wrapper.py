@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .._devices import by_device
 from .._pending import Group, State
 from ..rules import AndMask, Rule
 from ._base import EnvironmentOptimizer
 from ._checks import check_params
 from ._rules import check_rule, require_one, rule_of, with_rules
 from ._state import unshare
+from ._updates import of_written
 
 __all__ = ["EnvironmentWrapper"]
 
@@ -31,14 +33,16 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         tau: agreement threshold in [0, 1], instead of ``rule``: short for
             ``rule=AndMask(tau, rescale)``.
         rescale: an option of ``AndMask``, with ``tau`` only.
+        max_norm: largest norm of the aggregated gradient, as in :class:`AndMaskSGD`. The gradients
+            that are written for the wrapped optimizer are clipped in place.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
             accumulated.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, ``rule`` is no rule, or the rule needs all
             gradients at once.
-        ValueError: ``tau`` lies outside [0, 1], or not exactly one of ``tau`` and ``rule`` is
-            given.
+        ValueError: ``tau`` lies outside [0, 1], ``max_norm`` is not above 0, or not exactly one of
+            ``tau`` and ``rule`` is given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -63,6 +67,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         *,
         tau: float | None = None,
         rescale: bool = False,
+        max_norm: float | None = None,
         expected_environments: int | None = None,
     ) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -73,9 +78,8 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         if tau is not None:
             rule = AndMask(tau, rescale)
         self.optimizer = optimizer
-        super().__init__(
-            optimizer.param_groups, {**optimizer.defaults, "rule": rule}, expected_environments
-        )
+        defaults = {**optimizer.defaults, "rule": rule}
+        super().__init__(optimizer.param_groups, defaults, expected_environments, max_norm)
         self._share()
 
     def _share(self) -> None:
@@ -136,7 +140,24 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         if self._pending.state is not State.WRITTEN:
             self._write_grads(groups, 1.0)
             self._pending.hold_grads()  # written again, should the optimizer raise
+        params = [param for group in groups for param in group.params]
+        self._clip_written([param.grad for param in params if param.grad is not None])
         self.optimizer.step()
+        self._clipped = []
+
+    # Gradients and their versions; once only, should the optimizer raise and the step be repeated.
+    _clipped: Sequence[tuple[Tensor, int]] = ()
+
+    def _clip_written(self, grads: list[Tensor]) -> None:
+        before = [(id(grad), version) for grad, version in self._clipped]
+        if before and before == [(id(grad), grad._version) for grad in grads]:
+            return
+        lists = [[grads[place] for place in places] for places in by_device(grads)]
+        scale = self._clip([of_written(some) for some in lists])
+        if scale is not None:
+            for some in lists:
+                torch._foreach_mul_(some, scale.to(some[0].device))
+            self._clipped = [(grad, grad._version) for grad in grads]
 
     def _make_state(self) -> None:
         self.optimizer.step()

@@ -1,6 +1,8 @@
 // Moments of lists of tensors on the CPU: accumulate_, resolve and the optimizer steps.
 #include "kernels/moments.h"
 
+#include <numeric>
+
 #include "../math/agreement.h"
 #include "device.h"
 #include "kernels/steps.h"
@@ -37,32 +39,40 @@ std::vector<double> scales(const std::vector<Update>& updates, const Units& unit
   return scales;
 }
 
-// Calls consume(task, update, begin, end) for all blocks of all tasks. `update` holds the update of
-// columns [begin, end) in the wide type, in L1. The moments of a block are read before consume may
-// overwrite them.
-template <typename Task, typename Consume>
-void for_updates(const std::vector<Task>& tasks, const Consume& consume) {
-  std::vector<Update> updates;
-  for (const Task& task : tasks) updates.push_back(task.update);
-  const Units units(sizes_of(updates));
+// Calls consume(index, unit, block, begin, end) for all blocks of all updates. `block` holds the
+// update of columns [begin, end) in the wide type, in L1. The moments of a block are read before
+// consume may overwrite them.
+template <typename Consume>
+void for_updates(const std::vector<Update>& updates, const Units& units, const Consume& consume) {
   const std::vector<double> scales = andmask::scales(updates, units);
   const MomentKernels& kernels = moment_kernels(active_isa());
-  units.parallel(1, [&](int64_t index, int64_t, int64_t begin, int64_t end) {
+  units.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
     alignas(64) unsigned char block_update[kUpdateBlock * sizeof(double)];
     const Update& update = updates[index];
     const auto resolve = kernels.resolve[width(update.sum_dtype)][update.rule];
     for (int64_t block = begin; block < end; block += kUpdateBlock) {
       const int64_t stop = std::min(block + kUpdateBlock, end);
       resolve(update, scales[index], block, stop, block_update);
-      consume(tasks[index], static_cast<const void*>(block_update), block, stop);
+      consume(index, unit, static_cast<const void*>(block_update), block, stop);
     }
   });
+}
+
+// Calls step(task, block, begin, end) for all blocks of all tasks.
+template <typename Task, typename Step>
+void for_steps(const std::vector<Task>& tasks, const Step& step) {
+  std::vector<Update> updates;
+  for (const Task& task : tasks) updates.push_back(task.update);
+  for_updates(updates, Units(sizes_of(updates)),
+              [&](int64_t index, int64_t, const void* block, int64_t begin, int64_t end) {
+                step(tasks[index], block, begin, end);
+              });
 }
 
 template <typename Task>
 void run_steps(const std::vector<Task>& tasks,
                void (*const (&kernels)[kDtypes])(const Task&, const void*, int64_t, int64_t)) {
-  for_updates(tasks, [&](const Task& task, const void* update, int64_t begin, int64_t end) {
+  for_steps(tasks, [&](const Task& task, const void* update, int64_t begin, int64_t end) {
     kernels[static_cast<int>(task.dtype)](task, update, begin, end);
   });
 }
@@ -81,9 +91,22 @@ void run(const Cpu&, const std::vector<AccumulateTask>& tasks) {
 
 void run(const Cpu&, const std::vector<ResolveTask>& tasks) {
   const StepKernels& kernels = step_kernels(active_isa());
-  for_updates(tasks, [&](const ResolveTask& task, const void* update, int64_t begin, int64_t end) {
+  for_steps(tasks, [&](const ResolveTask& task, const void* update, int64_t begin, int64_t end) {
     kernels.store[static_cast<int>(task.update.sum_dtype)](update, task.out, begin, end);
   });
+}
+
+void run(const Cpu&, const SquaredNormTask& task) {
+  const MomentKernels& kernels = moment_kernels(active_isa());
+  const Units units(sizes_of(task.updates));
+  std::vector<double> parts(units.count());
+  for_updates(task.updates, units,
+              [&](int64_t index, int64_t unit, const void* block, int64_t begin, int64_t end) {
+                const int kind = width(task.updates[index].sum_dtype);
+                parts[unit] += kernels.squared_norm[kind](block, end - begin);
+              });
+  // In the order of the units, so that the number of threads does not matter.
+  *task.out = std::accumulate(parts.begin(), parts.end(), 0.0);
 }
 
 void run(const Cpu&, const std::vector<SgdTask>& tasks) {

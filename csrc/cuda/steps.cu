@@ -25,28 +25,52 @@ bool packs_source(const Update& update, int width) {
          packs(moments.votes, width, moments.vote_bytes);
 }
 
-// Returns the scales of the chosen tensors in device memory, by their number in `tasks`. Null: all
-// are 1.
-template <typename F, typename Task>
-const double* scales(const Stream& stream, const std::vector<Task>& tasks, const RuleCall& call,
-                     const Indices& chosen, double* memory) {
-  if (!tasks[0].update.rescale) return nullptr;
-  std::vector<FactorItem> items;
+template <typename F>
+SumItem sum_item(const Update& update, int64_t number) {
+  return {{update.moments, update.sum_dtype},
+          update.columns,
+          number,
+          packs_source(update, kPackSize<F>)};
+}
+
+int64_t chunks_in(const std::vector<SumItem>& items) {
   int64_t chunks = 0;
-  for (int64_t i : chosen) {
-    const Update& update = tasks[i].update;
-    items.push_back({{update.moments, update.sum_dtype},
-                     update.columns,
-                     i,
-                     packs_source(update, FactorBody<F>::kWidth)});
-    chunks += chunks_of(update.columns);
-  }
-  double* const parts = stream.scratch<double>(chunks);
-  for_tables(items, [&](const KernelTable<FactorItem>& table) {
+  for (const SumItem& item : items) chunks += chunks_of(item.size);
+  return chunks;
+}
+
+// Computes the scales of some tensors in `memory`, by their number.
+template <typename F>
+void add_scales(const Stream& stream, const std::vector<SumItem>& items, const RuleCall& call,
+                double* memory) {
+  double* const parts = stream.scratch<double>(chunks_in(items));
+  for_tables(items, [&](const KernelTable<SumItem>& table) {
     launch(stream, table.chunks(), FactorBody<F>{table, call, parts});
-    launch(stream, table.count, TableDensityBody<FactorItem>{table, parts, memory});
+    launch(stream, table.count, TableDensityBody<SumItem>{table, parts, memory});
   });
-  return memory;
+}
+
+// Returns device memory for the scales of all tensors. Null: all are 1.
+double* scale_memory(const Stream& stream, const Update& first, size_t tensors) {
+  return first.rescale ? stream.scratch<double>(static_cast<int64_t>(tensors)) : nullptr;
+}
+
+// Writes the squared norms of the chunks of all updates of the wide type F to `parts`. Returns
+// their number.
+template <typename F>
+int64_t add_squared_norms(const Stream& stream, const std::vector<Update>& updates,
+                          const RuleCall& call, double* scales, double* parts) {
+  std::vector<SumItem> items;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    const bool wide = updates[i].sum_dtype == Dtype::float64;
+    if (wide == (sizeof(F) == sizeof(double))) {
+      items.push_back(sum_item<F>(updates[i], static_cast<int64_t>(i)));
+    }
+  }
+  if (scales) add_scales<F>(stream, items, call, scales);
+  return for_tables(items, [&](const KernelTable<SumItem>& table) {
+    launch(stream, table.chunks(), SquaredNormBody<F>{table, call, scales, parts});
+  });
 }
 
 // The target of a task and its type.
@@ -69,8 +93,7 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
   if (tasks.empty()) return;
   const Update& first = tasks[0].update;
   const RuleCall call = rule_call(first);
-  double* const memory =
-      first.rescale ? stream.scratch<double>(static_cast<int64_t>(tasks.size())) : nullptr;
+  double* const scale = scale_memory(stream, first, tasks.size());
   for (int kind = 0; kind < kDtypes; ++kind) {
     with_type(static_cast<Dtype>(kind), [&](auto type) {
       using T = typename decltype(type)::type;
@@ -80,7 +103,11 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
         if (static_cast<int>(dtype_of(tasks[i])) == kind) chosen.push_back(static_cast<int64_t>(i));
       }
       if (chosen.empty()) return;
-      const double* const scale = scales<F>(stream, tasks, call, chosen, memory);
+      if (scale) {
+        std::vector<SumItem> sums;
+        for (int64_t i : chosen) sums.push_back(sum_item<F>(tasks[i].update, i));
+        add_scales<F>(stream, sums, call, scale);
+      }
       const auto steps = make_steps(F(), chosen);
       using Body = StepBody<T, std::remove_const_t<decltype(steps)>>;
       constexpr int width = Body::kWidth;
@@ -101,7 +128,7 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
         items.push_back(item);
       }
       for_tables(items, [&](const KernelTable<StepItem>& table) {
-        launch(stream, table.chunks(), Body{table, call, scale, steps});
+        launch(stream, table.chunks(), Body{table, call, scale, first.grad_scale, steps});
       });
     });
   }
@@ -128,6 +155,18 @@ void run(const Stream& stream, const std::vector<ResolveTask>& tasks) {
   run_steps(
       stream, tasks, [](auto, const Indices&) { return StoreUpdates(); },
       [](const ResolveTask&) { return std::array<void*, 0>(); });
+}
+
+void run(const Stream& stream, const SquaredNormTask& task) {
+  const std::vector<Update>& updates = task.updates;
+  const RuleCall call = rule_call(updates[0]);
+  double* const scales = scale_memory(stream, updates[0], updates.size());
+  int64_t chunks = 0;
+  for (const Update& update : updates) chunks += chunks_of(update.columns);
+  double* const parts = stream.scratch<double>(chunks);
+  const int64_t narrow = add_squared_norms<float>(stream, updates, call, scales, parts);
+  const int64_t wide = add_squared_norms<double>(stream, updates, call, scales, parts + narrow);
+  launch(stream, 1, TotalBody{parts, narrow + wide, task.out});
 }
 
 void run(const Stream& stream, const std::vector<SgdTask>& tasks) {

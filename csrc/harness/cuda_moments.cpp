@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -64,14 +65,16 @@ struct Rule {
   int64_t count;
   Moments moments;
   bool rescale;
+  std::optional<double> grad_scale;
 
   Rule(const std::string& name, const Numbers& arguments, int64_t count, const py::dict& lists,
-       bool rescale)
+       bool rescale, std::optional<double> grad_scale = {})
       : index(moment_rule(name)),
         arguments(arguments),
         count(count),
         moments(moments_of(lists)),
-        rescale(rescale) {}
+        rescale(rescale),
+        grad_scale(grad_scale) {}
   Rule(const Rule&) = delete;
 
   Update update(size_t i) {
@@ -81,7 +84,8 @@ struct Rule {
             .count = count,
             .columns = moments.sum[i].shape(0),
             .rule = index,
-            .rescale = rescale};
+            .rescale = rescale,
+            .grad_scale = grad_scale ? &*grad_scale : nullptr};
   }
 };
 
@@ -93,10 +97,21 @@ void resolve(const std::string& name, const Numbers& arguments, int64_t count,
   run(HostStream(2), tasks);
 }
 
+double squared_norm(const std::string& name, const Numbers& arguments, int64_t count,
+                    const py::dict& lists, bool rescale) {
+  Rule rule(name, arguments, count, lists, rescale);
+  double norm = 0;
+  SquaredNormTask task{{}, &norm};
+  for (size_t i = 0; i < rule.moments.sum.size(); ++i) task.updates.push_back(rule.update(i));
+  run(HostStream(2), task);
+  return norm;
+}
+
 void sgd(const std::string& name, const Numbers& arguments, int64_t count, const py::dict& lists,
          bool rescale, Arrays params, Arrays buffers, double lr, double momentum, double dampening,
-         double weight_decay, bool decoupled, bool nesterov, bool maximize, bool first) {
-  Rule rule(name, arguments, count, lists, rescale);
+         double weight_decay, bool decoupled, bool nesterov, bool maximize, bool first,
+         std::optional<double> grad_scale) {
+  Rule rule(name, arguments, count, lists, rescale, grad_scale);
   std::vector<SgdTask> tasks;
   for (size_t i = 0; i < params.size(); ++i) {
     tasks.push_back({.update = rule.update(i),
@@ -119,8 +134,9 @@ void sgd(const std::string& name, const Numbers& arguments, int64_t count, const
 void adam(const std::string& name, const Numbers& arguments, int64_t count, const py::dict& lists,
           bool rescale, Arrays params, Arrays exp_avgs, Arrays exp_avg_sqs, Arrays largest,
           Arrays sign_avgs, Arrays steps, double lr, const Numbers& betas, double eps,
-          double weight_decay, bool decoupled, bool maximize, double tau, bool bias_correction) {
-  Rule rule(name, arguments, count, lists, rescale);
+          double weight_decay, bool decoupled, bool maximize, double tau, bool bias_correction,
+          std::optional<double> grad_scale) {
+  Rule rule(name, arguments, count, lists, rescale, grad_scale);
   std::vector<AdamTask> tasks;
   std::vector<TemporalAdamTask> temporal;
   for (size_t i = 0; i < params.size(); ++i) {
@@ -155,17 +171,20 @@ ANDMASK_BINDINGS(m) {
   m.def("cuda_accumulate", &accumulate, py::arg("grads"), py::arg("count"), py::arg("moments"),
         py::arg("weights") = Numbers());
   m.def("cuda_resolve", &resolve);
+  m.def("cuda_squared_norm", &squared_norm);
   m.def("cuda_sgd", &sgd, py::arg("rule"), py::arg("arguments"), py::arg("count"),
         py::arg("moments"), py::arg("rescale"), py::arg("params"), py::arg("momentum_buffers"),
         py::arg("lr"), py::arg("momentum") = 0.0, py::arg("dampening") = 0.0,
         py::arg("weight_decay") = 0.0, py::arg("decoupled_weight_decay") = false,
-        py::arg("nesterov") = false, py::arg("maximize") = false, py::arg("first") = false);
+        py::arg("nesterov") = false, py::arg("maximize") = false, py::arg("first") = false,
+        py::arg("grad_scale") = py::none());
   m.def("cuda_adam", &adam, py::arg("rule"), py::arg("arguments"), py::arg("count"),
         py::arg("moments"), py::arg("rescale"), py::arg("params"), py::arg("exp_avgs"),
         py::arg("exp_avg_sqs"), py::arg("max_exp_avg_sqs"), py::arg("sign_avgs"), py::arg("steps"),
         py::arg("lr"), py::arg("betas"), py::arg("eps") = 1e-8, py::arg("weight_decay") = 0.0,
         py::arg("decoupled_weight_decay") = false, py::arg("maximize") = false,
-        py::arg("tau") = 0.0, py::arg("bias_correction") = true);
+        py::arg("tau") = 0.0, py::arg("bias_correction") = true,
+        py::arg("grad_scale") = py::none());
 }
 
 }  // namespace andmask

@@ -61,12 +61,13 @@ void accumulate(const std::string& isa, const py::array& grads, int64_t count, c
 py::tuple resolve(const std::string& isa, const std::string& rule,
                   const std::vector<double>& arguments, int64_t count, const py::array& sum,
                   const Array& votes, const Array& squares, const Array& logs, double scale,
-                  const std::vector<int64_t>& splits) {
+                  std::optional<double> grad_scale, const std::vector<int64_t>& splits) {
   const Dtype dtype = parse_dtype(sum);
   const Update task{.moments = arrays(sum, votes, squares, logs),
                     .sum_dtype = dtype,
                     .arguments = arguments.data(),
-                    .count = count};
+                    .count = count,
+                    .grad_scale = grad_scale ? &*grad_scale : nullptr};
   const int width = static_cast<int>(dtype == Dtype::float64 ? Width::float64 : Width::float32);
   const int index = moment_rule(rule);
   const MomentKernels& kernels = moment_kernels(parse_isa(isa));
@@ -93,6 +94,16 @@ void in_blocks(const py::array& update, const F& kernel) {
     const int64_t end = std::min(begin + kUpdateBlock, columns);
     kernel(static_cast<const char*>(update.data()) + begin * update.itemsize(), begin, end);
   }
+}
+
+double squared_norm(const std::string& isa, const py::array& update) {
+  const bool wide = parse_dtype(update) == Dtype::float64;
+  const auto kernel = moment_kernels(parse_isa(isa)).squared_norm[wide];
+  double total = 0;
+  in_blocks(update, [&](const void* block, int64_t begin, int64_t end) {
+    total += kernel(block, end - begin);
+  });
+  return total;
 }
 
 void store(const std::string& isa, const py::array& update, py::array out) {
@@ -162,7 +173,8 @@ ANDMASK_BINDINGS(m) {
   m.def("resolve", &resolve, py::arg("isa"), py::arg("rule"), py::arg("arguments"),
         py::arg("count"), py::arg("sum"), py::arg("votes") = py::none(),
         py::arg("squares") = py::none(), py::arg("logs") = py::none(), py::arg("scale") = 1.0,
-        py::arg("splits") = whole);
+        py::arg("grad_scale") = py::none(), py::arg("splits") = whole);
+  m.def("squared_norm", &squared_norm);
   m.def("store", &store);
   m.def("sgd", &sgd, py::arg("isa"), py::arg("param"), py::arg("momentum_buffer"),
         py::arg("update"), py::arg("lr"), py::arg("momentum") = 0.0, py::arg("dampening") = 0.0,

@@ -1,4 +1,4 @@
-// The ops _accumulate_, _resolve and _resolve_: checks and layout.
+// The ops _accumulate_, _resolve, _resolve_ and _squared_norm: checks and layout.
 #pragma once
 
 #include "moment_lists.h"
@@ -126,6 +126,23 @@ void resolve_in_place(Tensors sum, Tensors votes, Tensors squares, Tensors logs,
   }
   run(device, resolve_tasks(updates, lists, lists.sum));
   aligned.copy_back();
+}
+
+template <typename Device>
+Tensor squared_norm(Tensors sum, Tensors votes, Tensors squares, Tensors logs, int64_t count,
+                    std::string rule, std::vector<double> arguments, bool rescale) {
+  const char* const op = "andmask::_squared_norm";
+  check(!sum.empty(), op, "expected sum of at least 1 tensor, but got 0");
+  MomentLists lists{sum, votes, squares, logs};
+  SquaredNormTask task{check_updates(op, lists, count, rule, arguments, rescale)};
+  const Device device(op, sum[0]);
+  check_here(device, {{"sum", sum}, {"votes", votes}, {"squares", squares}, {"logs", logs}});
+  for (size_t i = 0; i < sum.size(); ++i) Aligned().align({}, lists.tensors(i));
+  set_moments(task.updates, lists);
+  Tensor out = torch::stable::new_empty(sum[0], std::vector<int64_t>(), ScalarType::Double);
+  task.out = static_cast<double*>(out.mutable_data_ptr());
+  run(device, task);
+  return out;
 }
 
 }  // namespace andmask

@@ -52,6 +52,19 @@ class Step {
     }
   }
 
+  // Takes a factor of the updates: one float64 beside the parameters, for which no host waits.
+  void scale(const std::optional<Tensor>& grad_scale) {
+    if (!grad_scale) return;
+    if (grad_scale->dim() != 0 || grad_scale->scalar_type() != ScalarType::Double) {
+      fail(op_, "expected grad_scale of one float64, shape (), but got shape ",
+           shape_text(*grad_scale), " of ", dtype_text(*grad_scale));
+    }
+    if (device_) device_->check_here("grad_scale", -1, *grad_scale);
+    for (Update& update : updates_) {
+      update.grad_scale = static_cast<const double*>(grad_scale->const_data_ptr());
+    }
+  }
+
   // Adds a list of state in the wide type; `optional`: it may be empty.
   void state(const char* name, Tensors& list, bool optional = false) {
     check(list.size() == params_.size() || (optional && list.empty()), op_, "expected ", name,
@@ -139,9 +152,11 @@ template <typename Device>
 void sgd_step(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors votes, Tensors squares,
               Tensors logs, int64_t count, std::string rule, std::vector<double> arguments,
               bool rescale, double lr, double momentum, double dampening, double weight_decay,
-              bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step) {
+              bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step,
+              std::optional<Tensor> grad_scale) {
   const char* const op = "andmask::_sgd_step_";
   Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
+  step.scale(grad_scale);
   step.state("momentum_buffers", momentum_buffers, /*optional=*/momentum == 0);
   step.run([&](size_t i) {
     return SgdTask{.momentum_buffer = pointer(momentum_buffers, i),
@@ -161,11 +176,12 @@ void adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors ma
                Tensors steps, Tensors sum, Tensors votes, Tensors squares, Tensors logs,
                int64_t count, std::string rule, std::vector<double> arguments, bool rescale,
                double lr, double beta1, double beta2, double eps, double weight_decay,
-               bool decoupled_weight_decay, bool maximize) {
+               bool decoupled_weight_decay, bool maximize, std::optional<Tensor> grad_scale) {
   const char* const op = "andmask::_adam_step_";
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);
   Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
+  step.scale(grad_scale);
   step.state("exp_avgs", exp_avgs);
   step.state("exp_avg_sqs", exp_avg_sqs);
   step.state("max_exp_avg_sqs", max_exp_avg_sqs, /*optional=*/true);

@@ -40,8 +40,9 @@ struct Update {
   const double* arguments = nullptr;  // of the rule, in host memory
   int64_t count = 1;                  // environments
   int64_t columns = 0;
-  int rule = 0;          // index in MomentRules
-  bool rescale = false;  // by the inverse of the mean factor
+  int rule = 0;                        // index in MomentRules
+  bool rescale = false;                // by the inverse of the mean factor
+  const double* grad_scale = nullptr;  // a factor of the update, on the device; null: 1
 };
 
 // Stores the update, rounded to the type of the sum.
@@ -53,5 +54,14 @@ struct ResolveTask {
 // The rule, its arguments, `count` and `rescale` are the same for all tensors of a call.
 void run(const Cpu& cpu, const std::vector<ResolveTask>& tasks);
 void run(const Stream& stream, const std::vector<ResolveTask>& tasks);
+
+// Sums the squares of all updates, in float64, where those of float32 cannot overflow.
+struct SquaredNormTask {
+  std::vector<Update> updates;  // at least one, of one rule
+  double* out = nullptr;        // on the device
+};
+
+void run(const Cpu& cpu, const SquaredNormTask& task);
+void run(const Stream& stream, const SquaredNormTask& task);
 
 }  // namespace andmask

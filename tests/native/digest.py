@@ -52,18 +52,22 @@ def moments_and_steps(
     for rule, arguments in MOMENT_RULES.items():
         for rescale in (False, True):
             yield bits(ops._resolve(*kinds, count, rule, arguments, rescale))
+            yield bits([ops._squared_norm(*kinds, count, rule, arguments, rescale)])
     finite = [[t.nan_to_num(0, 1, -1) if t.is_floating_point() else t for t in k] for k in kinds]
     rule = (*finite, count, "and_mask", [0.6], True)
     state = [[torch.zeros_like(t) for t in kinds[0]] for _ in range(3)]
     steps = [torch.zeros(()) for _ in params]
     decay = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
+    scale = ops._squared_norm(*rule).rsqrt()
+    yield bits([scale])
     for first in (True, False):
         options = {"momentum": 0.9, "dampening": 0.0, "nesterov": True, "first_step": first}
+        options["grad_scale"] = scale if first else None
         ops._sgd_step_(params, state[0], *rule, **options, **decay)
     yield bits(params) + bits(state[0])
     betas = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-    for _ in range(2):
-        ops._adam_step_(params, *state, steps, *rule, **betas, **decay)
+    for factor in (None, scale):
+        ops._adam_step_(params, *state, steps, *rule, **betas, **decay, grad_scale=factor)
     yield bits(params) + bits([t for kind in state for t in kind])
     options = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
     for kind in state:

@@ -193,6 +193,33 @@ def test_resolve_of_plain_16_bit_gradients(dtype: type, data: st.DataObject) -> 
     assert same_bits(out[0], by_cpu("mean", [], 1, {"sum": grads}, False))
 
 
+@pytest.mark.parametrize("rule", MOMENT_RULES)
+@given(drawn=moment_lists(), rescale=st.booleans())
+def test_squared_norm_is_that_of_the_updates(
+    rule: str, drawn: tuple[int, Lists], rescale: bool
+) -> None:
+    """Of tensors of both widths, aligned or not; in another order than on the CPU."""
+    count, lists = drawn
+    found = native.cuda_squared_norm(rule, MOMENT_RULES[rule], count, lists, rescale)
+    out = [np.empty_like(total) for total in lists["sum"]]
+    native.cuda_resolve(rule, MOMENT_RULES[rule], count, lists, rescale, out)
+    with np.errstate(all="ignore"):
+        expected = sum(np.square(update.astype(np.longdouble)).sum() for update in out)
+    np.testing.assert_allclose(found, np.float64(expected), rtol=1e-12)
+
+
+def test_squared_norm_of_a_list_longer_than_the_arguments_of_one_kernel() -> None:
+    rng = np.random.default_rng(0)
+    some = [
+        rng.standard_normal(columns).astype(dtype)
+        for columns in [3, 0, 4097, *rng.integers(0, 9, 900)]
+        for dtype in (np.float32, np.float16, np.float64)
+    ]
+    found = native.cuda_squared_norm("mean", [], 1, {"sum": some}, False)
+    expected = sum(np.square(one.astype(np.float64)).sum() for one in some)
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+
+
 # ---- optimizer steps ----
 
 
@@ -215,14 +242,20 @@ def copies(arrays: list[list[NDArray]]) -> list[list[NDArray]]:
     return [[array.copy() for array in some] for some in arrays]
 
 
-def updates_by_cpu(count: int, lists: Lists, rescale: bool) -> list[NDArray]:
+factors = st.sampled_from([None, None, 1.0, 0.3])
+
+
+def updates_by_cpu(
+    count: int, lists: Lists, rescale: bool, grad_scale: float | None = None
+) -> list[NDArray]:
     updates = []
     for index, total in enumerate(lists["sum"]):
         memory = {kind: lists[kind][index] for kind in KINDS}
-        update, kept = native.resolve("baseline", "and_mask", [0.5], count, **memory)
-        if rescale and len(total):
-            scale = native.inverse_density(kept, len(total))
-            update, _ = native.resolve("baseline", "and_mask", [0.5], count, **memory, scale=scale)
+        _, kept = native.resolve("baseline", "and_mask", [0.5], count, **memory)
+        scale = native.inverse_density(kept, len(total)) if rescale and len(total) else 1.0
+        update, _ = native.resolve(
+            "baseline", "and_mask", [0.5], count, **memory, scale=scale, grad_scale=grad_scale
+        )
         updates.append(update)
     return updates
 
@@ -245,9 +278,11 @@ def test_sgd_has_the_bits_of_the_cpu(
             for name in ("decoupled_weight_decay", "nesterov", "maximize", "first")
         },
     }
-    buffers = found[1] if momentum else []
-    native.cuda_sgd("and_mask", [0.5], count, lists, rescale, found[0], buffers, **options)
-    for index, update in enumerate(updates_by_cpu(count, lists, rescale)):
+    buffers, factor = found[1] if momentum else [], data.draw(factors)
+    native.cuda_sgd(
+        "and_mask", [0.5], count, lists, rescale, found[0], buffers, **options, grad_scale=factor
+    )
+    for index, update in enumerate(updates_by_cpu(count, lists, rescale, factor)):
         buffer = expected[1][index] if momentum else None
         native.sgd("baseline", expected[0][index], buffer, update, **options)
     for one, other in zip(found, expected, strict=True):
@@ -273,12 +308,13 @@ def test_adam_has_the_bits_of_the_cpu(
         **{name: data.draw(st.booleans()) for name in ("decoupled_weight_decay", "maximize")},
     }
     params, exp_avgs, exp_avg_sqs, largest = found
+    factor = data.draw(factors)
     native.cuda_adam(
         "and_mask", [0.5], count, lists, rescale, params, exp_avgs, exp_avg_sqs,
-        largest if amsgrad else [], [], steps, betas=betas, **options,
+        largest if amsgrad else [], [], steps, betas=betas, **options, grad_scale=factor,
     )  # fmt: skip
     assert [float(step) for step in steps] == [step + 1 for step in before]
-    for index, update in enumerate(updates_by_cpu(count, lists, rescale)):
+    for index, update in enumerate(updates_by_cpu(count, lists, rescale, factor)):
         corrections = [1 - beta ** float(before[index] + 1) for beta in betas]
         param, exp_avg, exp_avg_sq, most = (some[index] for some in expected)
         native.adam(

@@ -250,6 +250,36 @@ def test_resolve_gives_the_same_bits_on_every_instruction_set(
             assert same_bits(np.array(total), np.array(results[0][1]))
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(data=st.data())
+def test_a_factor_of_the_update_multiplies_last(dtype: type, data: st.DataObject) -> None:
+    grads = data.draw(strategies.stacked(dtype, environments=few))
+    scale, factor = (
+        data.draw(st.sampled_from([1.0, 2.5])),
+        data.draw(st.sampled_from([0.3, np.nan])),
+    )
+    moments = vars(accumulate("baseline", grads))
+    arguments_ = ("and_mask", [0.6], len(grads))
+    plain, _ = kernels.resolve("baseline", *arguments_, **moments, scale=scale)
+    for isa in kernels.isas():
+        found, _ = kernels.resolve(isa, *arguments_, **moments, scale=scale, grad_scale=factor)
+        with np.errstate(all="ignore"):
+            np.testing.assert_array_equal(found, plain * dtype(factor))
+        one, _ = kernels.resolve(isa, *arguments_, **moments, scale=scale, grad_scale=1.0)
+        assert same_bits(one, plain)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@given(data=st.data())
+def test_squared_norm_matches_numpy(dtype: type, data: st.DataObject) -> None:
+    update = data.draw(strategies.stacked(dtype, environments=st.just(1)))[0]
+    with np.errstate(all="ignore"):
+        expected = np.square(update.astype(np.longdouble)).sum().astype(np.float64)
+    found = [kernels.squared_norm(isa, update) for isa in kernels.isas()]
+    np.testing.assert_allclose(found, expected, rtol=1e-13)
+    assert all(same_bits(np.array(one), np.array(found[0])) for one in found)
+
+
 # ---- steps ----
 
 

@@ -38,8 +38,9 @@ def draw_grads(draw: st.DrawFn, environments: int, dtype: torch.dtype) -> Iterat
 def draw_rule(data: st.DataObject, environments: int) -> dict[str, Any]:
     """``tau`` and ``rescale``, or a rule; thresholds that some vote counts meet exactly."""
     tau = data.draw(st.integers(0, environments)) / environments
+    largest = {"max_norm": data.draw(st.sampled_from([None, 0.1, 2.0, 100.0]))}
     if data.draw(st.booleans()):
-        return {"tau": tau, "rescale": data.draw(st.booleans())}
+        return {"tau": tau, "rescale": data.draw(st.booleans()), **largest}
     rule = data.draw(
         st.sampled_from(
             [
@@ -50,7 +51,7 @@ def draw_rule(data: st.DataObject, environments: int) -> dict[str, Any]:
             ]
         )
     )
-    return {"rule": rule}
+    return {"rule": rule, **largest}
 
 
 def compare(found: Any, twin: Any, param: nn.Parameter, grads: Tensor, lr: float) -> None:

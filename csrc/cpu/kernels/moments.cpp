@@ -232,17 +232,17 @@ ANDMASK_INLINE void for_columns(const Rule& rule, const Update& task, int64_t be
   }
 }
 
-// Adds up in a fixed order, in sixteen lanes, so that the loop can be vectorised. Each lane adds at
-// most 32 factors, which is exact if they are 0 or 1.
-template <typename F>
-double add_up(const F* factors, int64_t columns) {
+// Adds up term(i) in a fixed order, in sixteen lanes, so that the loop can be vectorised. Each lane
+// adds at most 32 terms, which is exact if they are 0 or 1.
+template <typename Term>
+double add_up(int64_t columns, const Term& term) {
   constexpr int64_t kLanes = 16;
-  F partial[kLanes] = {};
+  decltype(term(0)) partial[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= columns; i += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) partial[lane] += factors[i + lane];
+    for (int64_t lane = 0; lane < kLanes; ++lane) partial[lane] += term(i + lane);
   }
-  for (; i < columns; ++i) partial[i % kLanes] += factors[i];
+  for (; i < columns; ++i) partial[i % kLanes] += term(i);
   double total = 0;
   for (int64_t lane = 0; lane < kLanes; ++lane) total += static_cast<double>(partial[lane]);
   return total;
@@ -257,7 +257,7 @@ double total_factor(const Update& task, int64_t begin, int64_t end) {
     const int64_t columns = end - block < kBlock ? end - block : kBlock;
     for_columns<Rule, F>(rule, task, block, columns,
                          [&](int64_t i, const Aggregate<F>& a) { factors[i] = a.factor; });
-    total += add_up(factors, columns);
+    total += add_up(columns, [&](int64_t i) { return factors[i]; });
   }
   return total;
 }
@@ -268,15 +268,25 @@ template <typename F, typename Rule>
 void resolve(const Update& task, double scale, int64_t begin, int64_t end, void* update) {
   const Rule rule(task.arguments, task.count);
   F* const __restrict out = static_cast<F*>(update);
-  if (scale == 1) {
+  const F grad_scale = task.grad_scale ? static_cast<F>(*task.grad_scale) : F(1);
+  if (scale == 1 && grad_scale == 1) {
     for_columns<Rule, F>(rule, task, begin, end - begin,
                          [&](int64_t i, const Aggregate<F>& a) { out[i] = a.factor * a.value; });
   } else {
     const F wide_scale = static_cast<F>(scale);
     for_columns<Rule, F>(rule, task, begin, end - begin, [&](int64_t i, const Aggregate<F>& a) {
-      out[i] = a.factor * a.value * wide_scale;
+      out[i] = a.factor * a.value * wide_scale * grad_scale;
     });
   }
+}
+
+template <typename F>
+double squared_norm(const void* update, int64_t columns) {
+  const F* const values = static_cast<const F*>(update);
+  return add_up(columns, [&](int64_t i) {
+    const double value = static_cast<double>(values[i]);
+    return value * value;
+  });
 }
 
 template <typename... Rules>
@@ -287,6 +297,7 @@ constexpr MomentKernels table(RuleList<Rules...>) {
        accumulate_all<double>},
       {{total_factor<float, Rules>...}, {total_factor<double, Rules>...}},
       {{resolve<float, Rules>...}, {resolve<double, Rules>...}},
+      {squared_norm<float>, squared_norm<double>},
   };
 }
 

@@ -19,10 +19,12 @@ struct MomentKernels {
   // The sum of the rule's factors over columns [begin, end).
   double (*total_factor[kWidths][MomentRules::kSize])(const Update& task, int64_t begin,
                                                       int64_t end);
-  // update[0, end - begin) = factor * value * scale, in the wide type. At most kUpdateBlock
-  // columns.
+  // update[0, end - begin) = factor * value * scale * grad_scale, in the wide type. At most
+  // kUpdateBlock columns.
   void (*resolve[kWidths][MomentRules::kSize])(const Update& task, double scale, int64_t begin,
                                                int64_t end, void* update);
+  // The sum of the squares of what resolve has written.
+  double (*squared_norm[kWidths])(const void* update, int64_t columns);
 };
 
 // All arrays of a block of this many columns stay in L1, and fit on the stack of any thread.

@@ -111,7 +111,8 @@ struct StepBody {
 
   KernelTable<StepItem> table;
   RuleCall call;
-  const double* scales;  // [tensors]; null: 1
+  const double* scales;      // [tensors]; null: 1
+  const double* grad_scale;  // of all updates; null: 1
   Steps steps;
 
   template <typename At>
@@ -126,8 +127,12 @@ struct StepBody {
       if (item.state[k]) states[k] = at.template get<F>(static_cast<const F*>(item.state[k]));
     }
     F updates[kWidth];
-    const F scale = scales ? static_cast<F>(scales[item.number]) : F(1);
-    get_updates<F, kWidth>(at, item.source, call, scale, updates);
+    get_updates<F, kWidth>(at, item.source, call, scale_of<F>(scales, item.number), updates);
+    if (grad_scale) {
+      const F factor = static_cast<F>(*grad_scale);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) updates[i] *= factor;
+    }
     const auto& rule = steps.of(item);
     F params[kWidth];
 #pragma unroll

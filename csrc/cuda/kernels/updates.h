@@ -123,14 +123,42 @@ ANDMASK_INLINE void get_updates(const At& at, const UpdateSource& source, const 
   }
 }
 
-// ---- the scale of each tensor, without asking the host ----
+// The factor of one tensor by `rescale`. `scales`: [tensors]; null: 1.
+template <typename F>
+ANDMASK_INLINE F scale_of(const double* scales, int64_t number) {
+  return scales ? static_cast<F>(scales[number]) : F(1);
+}
 
-struct FactorItem {
+// ---- sums over tensors, without asking the host ----
+
+struct SumItem {
   UpdateSource source;
   int64_t size;
   int64_t number;  // of the tensor among the tasks
   bool packed;
 };
+
+// A thread's share of a sum over a chunk. get(at, item, terms) computes `width` terms.
+template <int width, typename Get>
+ANDMASK_INLINE double sum_of_chunk(const KernelTable<SumItem>& table, const ThreadIndex& index,
+                                   const Get& get) {
+  const int64_t chunk = table.first_chunk[0] + index.block;
+  const int64_t entry = table.item_of(chunk);
+  const SumItem& item = table.items[entry];
+  double total = 0;
+  for_tiles<width>(item, chunk - table.first_chunk[entry], index.thread,
+                   [&](const Tile<width>& tile) {
+                     tile.template at</*ordered=*/true>([&](const auto& at) {
+                       double terms[width];
+                       get(at, item, terms);
+#pragma unroll
+                       for (int i = 0; i < width; ++i) {
+                         if (at.has(i)) total += terms[i];
+                       }
+                     });
+                   });
+  return total;
+}
 
 // parts[chunk] = the sum of the rule's factors in a chunk.
 template <typename F>
@@ -139,27 +167,49 @@ struct FactorBody {
   static constexpr int kWidth = kPackSize<F>;
   using Total = double;
 
-  KernelTable<FactorItem> table;
+  KernelTable<SumItem> table;
   RuleCall call;
   double* parts;  // [chunks of the group]
 
   ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
-    const int64_t chunk = table.first_chunk[0] + index.block;
-    const int64_t entry = table.item_of(chunk);
-    const FactorItem& item = table.items[entry];
-    double total = 0;
-    for_tiles<kWidth>(item, chunk - table.first_chunk[entry], index.thread,
-                      [&](const Tile<kWidth>& tile) {
-                        tile.template at</*ordered=*/true>([&](const auto& at) {
-                          Aggregate<F> aggregates[kWidth];
-                          aggregate<F, kWidth>(at, item.source, call, aggregates);
+    return sum_of_chunk<kWidth>(table, index,
+                                [&](const auto& at, const SumItem& item, double* terms) {
+                                  Aggregate<F> aggregates[kWidth];
+                                  aggregate<F, kWidth>(at, item.source, call, aggregates);
 #pragma unroll
-                          for (int i = 0; i < kWidth; ++i) {
-                            if (at.has(i)) total += static_cast<double>(aggregates[i].factor);
-                          }
-                        });
-                      });
-    return total;
+                                  for (int i = 0; i < kWidth; ++i)
+                                    terms[i] = static_cast<double>(aggregates[i].factor);
+                                });
+  }
+
+  ANDMASK_METHOD void finish(int64_t block, double total) const {
+    parts[table.first_chunk[0] + block] = total;
+  }
+};
+
+// parts[chunk] = the sum of the squares of a chunk of updates.
+template <typename F>
+struct SquaredNormBody {
+  static constexpr int kThreads = kTableThreads;
+  static constexpr int kWidth = kPackSize<F>;
+  using Total = double;
+
+  KernelTable<SumItem> table;
+  RuleCall call;
+  const double* scales;  // [tensors]; null: 1
+  double* parts;         // [chunks of the group]
+
+  ANDMASK_METHOD double operator()(const ThreadIndex& index) const {
+    return sum_of_chunk<kWidth>(
+        table, index, [&](const auto& at, const SumItem& item, double* terms) {
+          F updates[kWidth];
+          get_updates<F, kWidth>(at, item.source, call, scale_of<F>(scales, item.number), updates);
+#pragma unroll
+          for (int i = 0; i < kWidth; ++i) {
+            const double wide = static_cast<double>(updates[i]);
+            terms[i] = wide * wide;
+          }
+        });
   }
 
   ANDMASK_METHOD void finish(int64_t block, double total) const {
