@@ -7,10 +7,11 @@ losses and parameters.
 """
 
 from ._alignment import GradientCorrelation, gradient_correlation, gradient_cosines
-from ._diagnosis import Diagnosis, diagnose
+from ._diagnosis import diagnose
 from ._input_agreement import InputAgreement, input_agreement
 from ._monitor import Monitor
 from ._signal import coherence, signal_to_noise
+from ._verdict import Diagnosis
 from ._votes import (
     TauCurve,
     VoteHistogram,

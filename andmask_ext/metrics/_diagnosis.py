@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ._alignment import _gram
-from ._diagnosis_text import text_of
-from ._input_layer import CannotTellInputsApart, find_input_layer
+from ._input_layer import CannotTellInputsApart, InputLayer, find_input_layer
 from ._probe import Probe, examples_in, pairs_of, rows
+from ._verdict import Diagnosis
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["diagnose"]
 
 # Chosen on seeds that the table in docs/metrics.md does not show.
 SURE = 0.01  # the largest p-value that counts as a difference
@@ -26,52 +26,6 @@ _LOSSES = 16  # parts of an environment whose losses are compared
 _PERMUTATIONS = 999
 _LARGEST = 1 << 28  # coordinates of inputs that are held, 1 GiB
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True, eq=False)
-class Diagnosis:
-    """Whether environments pull in different directions. ``str()`` says it in plain words.
-
-    Attributes:
-        verdict: ``"directions"``, ``"strength"`` or ``"neither"``.
-        shared: the cosine of the gradients of two environments, without the noise of examples: 1 if
-            all pull the same way, 0 or less if each has a direction of its own.
-        p_gradients: how often gradients would differ as much if examples had been dealt out to
-            environments at random. 0.001 is the smallest value.
-        p_inputs: the same for the input that differs most. None if the model's inputs cannot be
-            told apart.
-        p_losses: the same for the losses of environments.
-        own: the largest :attr:`InputAgreement.own` of an input. None as above.
-        fought_over: the number of inputs on which environments pull in different directions. None
-            as above.
-        inputs: the number of inputs. None as above.
-        learned: the share of the loss that the model has learned to avoid, compared with targets
-            that are permuted. About 0 for an untrained model, 1 for a perfect one.
-        class_shift: how far frequencies of classes differ between environments, from 0 to 1
-            (Cramer's V, corrected for chance). None if targets are no classes.
-        cosines: the cosines of the gradients of all pairs of environments, float64 ``[d, d]``.
-        coherence: the m-coherence of environments, d if all gradients are equal.
-        losses: the loss of each environment.
-        examples: the number of examples of the smallest environment.
-    """
-
-    verdict: str
-    shared: float
-    p_gradients: float
-    p_inputs: float | None
-    p_losses: float
-    own: float | None
-    fought_over: int | None
-    inputs: int | None
-    learned: float
-    class_shift: float | None
-    cosines: Tensor
-    coherence: float
-    losses: tuple[float, ...]
-    examples: int
-
-    def __str__(self) -> str:
-        return text_of(self)
 
 
 def diagnose(
@@ -150,39 +104,32 @@ def diagnose(
     with probe.keeping_random_state(), torch.enable_grad():
         losses = _losses(probe, pairs, max(parts, min(_LOSSES, examples // 4)))
         learned = _learned(probe, pairs)
-        by_input = _by_input(probe, pairs, parts)
+        at_inputs = _AtInputs.of(probe, pairs, parts)
         gram = _of_all_parameters(probe, pairs, parts)
     within, between = _products(gram[None], len(pairs), parts)
     shared = _ratio(between[0, 0], within[0, 0])
     p_gradients = _p_value((within - between)[:, 0])
     p_losses = _p_value(_variances(losses))
-    different = p_gradients <= SURE
-    apart = different and shared < SHARED
-    own = fought_over = p_inputs = None
-    if by_input is not None:
-        within, between = _products(by_input, len(pairs), parts)
-        energy = by_input.diagonal(dim1=1, dim2=2).mean(1)
-        owns = torch.where(energy > 0, (within - between) / energy, 0.0)
-        p_inputs = _p_value(owns.amax(1))
-        own = float(owns[0].max())
-        places = (owns[0] >= OWN) & (within[0] > 2 * between[0])
-        fought_over = int(places.sum())
-        apart |= p_inputs <= SURE and bool(places[owns[0].argmax()])
+    different = min(p_gradients, p_losses) <= SURE
+    apart = p_gradients <= SURE and shared < SHARED
+    if at_inputs.p_value is not None and at_inputs.shared_unused is not None:
+        different |= at_inputs.p_value <= SURE
+        apart |= at_inputs.p_value <= SURE and bool(at_inputs.fought_over)
+        # Where a model has learned to use an input, environments pull it back and forth. Whether
+        # they disagree on its meaning shows if it is not used.
+        apart &= at_inputs.shared_unused < SHARED
     means = gram.unflatten(0, (-1, parts)).unflatten(2, (-1, parts)).mean((1, 3))
     norms = means.diagonal().sqrt()
     return Diagnosis(
-        verdict="directions"
-        if apart
-        else "strength"
-        if different or p_losses <= SURE
-        else "neither",
+        verdict="directions" if apart else "strength" if different else "neither",
         shared=shared,
         p_gradients=p_gradients,
-        p_inputs=p_inputs,
+        p_inputs=at_inputs.p_value,
         p_losses=p_losses,
-        own=own,
-        fought_over=fought_over,
-        inputs=None if by_input is None else len(by_input),
+        own=at_inputs.own,
+        fought_over=at_inputs.fought_over,
+        shared_unused=at_inputs.shared_unused,
+        inputs=at_inputs.count,
         learned=learned,
         class_shift=_class_shift(pairs),
         cosines=torch.where(norms[:, None] * norms == 0, 0.0, means / (norms[:, None] * norms)),
@@ -249,24 +196,61 @@ def _of_all_parameters(probe: Probe, pairs: Sequence[tuple[Any, Any]], parts: in
     ).sum(0)
 
 
-def _by_input(probe: Probe, pairs: Sequence[tuple[Any, Any]], parts: int) -> Tensor | None:
+@dataclass(frozen=True)
+class _AtInputs:
+    """What environments share at single inputs. All is None if inputs cannot be told apart."""
+
+    count: int | None = None
+    p_value: float | None = None
+    own: float | None = None
+    fought_over: int | None = None
+    shared_unused: float | None = None
+
+    @staticmethod
+    def of(probe: Probe, pairs: Sequence[tuple[Any, Any]], parts: int) -> _AtInputs:
+        try:
+            layer = find_input_layer(probe, pairs[0][0], None)
+            grams = _by_input(layer, pairs, parts)
+        except CannotTellInputsApart:
+            return _AtInputs()
+        if grams is None:
+            return _AtInputs()
+        within, between = _products(grams, len(pairs), parts)
+        energy = grams.diagonal(dim1=1, dim2=2).mean(1)
+        owns = torch.where(energy > 0, (within - between) / energy, 0.0)
+        places = (owns[0] >= OWN) & (within[0] > 2 * between[0])
+        asked = places if bool(places.any()) else torch.ones_like(places)
+        grams = _by_input(layer, pairs, parts, asked)
+        assert grams is not None
+        total = grams[asked].sum(0, keepdim=True)
+        within, between = _products(total, len(pairs), parts, permutations=0)
+        return _AtInputs(
+            count=len(owns[0]),
+            p_value=_p_value(owns.amax(1)),
+            own=float(owns[0].max()),
+            fought_over=int(places.sum()),
+            shared_unused=_ratio(between[0, 0], within[0, 0]),
+        )
+
+
+def _by_input(
+    layer: InputLayer,
+    pairs: Sequence[tuple[Any, Any]],
+    parts: int,
+    silenced: Tensor | None = None,
+) -> Tensor | None:
     """Return scalar products of the gradients of all parts at each input, ``[inputs, n, n]``."""
     values: list[Tensor] = []
-    try:
-        layer = find_input_layer(probe, pairs[0][0], None)
-        for pair in pairs:
-            for gradient in layer.gradients(*pair, parts):
-                values.append(gradient.values)
-                if len(pairs) * parts * values[0].numel() > _LARGEST:
-                    return None
-                if gradient.values.shape != values[0].shape:
-                    return None
-    except CannotTellInputsApart:
-        return None
+    for pair in pairs:
+        for gradient in layer.gradients(*pair, parts, silenced):
+            values.append(gradient.values)
+            if len(pairs) * parts * values[0].numel() > _LARGEST:
+                return None
+            if gradient.values.shape != values[0].shape:
+                return None
     size = max(1, _CHUNK // max(1, len(values) * values[0].shape[1]))
-    chunks = zip(*(one.split(size) for one in values), strict=True)
     products = []
-    for chunk in chunks:
+    for chunk in zip(*(one.split(size) for one in values), strict=True):
         wide = torch.stack(chunk, 1).double()
         products.append((wide @ wide.mT).cpu())
     return torch.cat(products)
@@ -296,13 +280,16 @@ def _class_shift(pairs: Sequence[tuple[Any, Any]]) -> float | None:
 # ---- how often chance does the same ----
 
 
-def _products(grams: Tensor, count: int, parts: int) -> tuple[Tensor, Tensor]:
+def _products(
+    grams: Tensor, count: int, parts: int, permutations: int = _PERMUTATIONS
+) -> tuple[Tensor, Tensor]:
     """Return mean products of two parts of one environment, and of two environments.
 
     Args:
         grams: scalar products of parts, ``[g, n, n]``, environment by environment.
         count: the number of environments.
         parts: the number of parts of each.
+        permutations: how many.
 
     Returns:
         Two tensors ``[1 + permutations, g]``, of which the first rows are the truth.
@@ -311,7 +298,7 @@ def _products(grams: Tensor, count: int, parts: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(0)
     truth = torch.arange(count).repeat_interleave(parts)
     orders = [torch.arange(n)] + [
-        torch.randperm(n, generator=generator) for _ in range(_PERMUTATIONS)
+        torch.randperm(n, generator=generator) for _ in range(permutations)
     ]
     flat = grams.flatten(1).t()
     inside = torch.cat([

@@ -47,25 +47,52 @@ class InputLayer:
             return "tokens"
         return "pixels" if isinstance(self.module, Conv) or self.shape else "features"
 
-    def gradients(self, inputs: Any, targets: Any, parts: int) -> Iterator[Gradient]:
+    def gradients(
+        self, inputs: Any, targets: Any, parts: int, silenced: Tensor | None = None
+    ) -> Iterator[Gradient]:
         """Yield the gradients of this many parts of a batch: examples 0, parts, 2 parts and so on.
 
         They add up to the gradient of the batch. One backward pass, which ends at the layer,
         serves all parts.
+
+        Args:
+            inputs: the inputs of the batch.
+            targets: its targets.
+            parts: the number of parts.
+            silenced: bool ``[inputs]``: inputs that the model does not see. It gets their mean over
+                the batch (zero for the embedding of a token), and gradients are those of the
+                deviations from it.
         """
         taken: list[Tensor] = []
         given: list[Tensor] = []
+        tokens = isinstance(self.module, nn.Embedding)
+
+        def see(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            seen = args[0].detach()
+            if silenced is None or tokens:
+                taken.append(seen)
+                return None
+            mean = seen.mean(0, keepdim=True)
+            taken.append(seen - mean)
+            hidden = silenced.view(seen.shape[1:] if seen[0].numel() == len(silenced) else (-1,))
+            return (torch.where(hidden, mean, seen), *args[1:])
 
         def cut(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            taken.append(args[0].detach())
-            given.append(output.detach().requires_grad_())
+            values = output.detach()
+            if silenced is not None and tokens:
+                values = values * ~silenced[args[0]].unsqueeze(-1)
+            given.append(values.requires_grad_())
             return given[-1]
 
-        handle = self.module.register_forward_hook(cut)
+        handles = [
+            self.module.register_forward_pre_hook(see),
+            self.module.register_forward_hook(cut),
+        ]
         try:
             loss = self.probe.loss(inputs, targets)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         if len(taken) != 1:
             raise CannotTellInputsApart(
                 f"model: expected one call of {self.name!r} in a forward pass, but got "

@@ -1,12 +1,13 @@
-"""What a diagnosis says, in plain words."""
+"""What a diagnosis found, in numbers and in plain words."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-if TYPE_CHECKING:
-    from ._diagnosis import Diagnosis
+from torch import Tensor
+
+__all__ = ["Diagnosis"]
 
 _UNTRAINED = 0.2  # shares of the loss that the model has learned to avoid
 _MEMORISED = 0.97
@@ -37,7 +38,57 @@ _NEXT = {
 }
 
 
-def text_of(result: Diagnosis) -> str:
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """Whether environments pull in different directions. ``str()`` says it in plain words.
+
+    Attributes:
+        verdict: ``"directions"``, ``"strength"`` or ``"neither"``.
+        shared: the cosine of the gradients of two environments, without the noise of examples: 1 if
+            all pull the same way, 0 or less if each has a direction of its own.
+        p_gradients: how often gradients would differ as much if examples had been dealt out to
+            environments at random. 0.001 is the smallest value.
+        p_inputs: the same for the input that differs most. None if the model's inputs cannot be
+            told apart.
+        p_losses: the same for the losses of environments.
+        own: the largest :attr:`InputAgreement.own` of an input. None as above.
+        fought_over: the number of inputs of which an environment's own share is large, see
+            :meth:`InputAgreement.fought_over`. None as above.
+        shared_unused: what environments share at these inputs, or at all if there are none, where
+            the model does not use them: near 1 if all would come to use them the same way, 0 or
+            less if each would in its own. None as above.
+        inputs: the number of inputs. None as above.
+        learned: the share of the loss that the model has learned to avoid, compared with targets
+            that are permuted. About 0 for an untrained model, 1 for a perfect one.
+        class_shift: how far frequencies of classes differ between environments, from 0 to 1
+            (Cramer's V, corrected for chance). None if targets are no classes.
+        cosines: the cosines of the gradients of all pairs of environments, float64 ``[d, d]``.
+        coherence: the m-coherence of environments, d if all gradients are equal.
+        losses: the loss of each environment.
+        examples: the number of examples of the smallest environment.
+    """
+
+    verdict: str
+    shared: float
+    p_gradients: float
+    p_inputs: float | None
+    p_losses: float
+    own: float | None
+    fought_over: int | None
+    shared_unused: float | None
+    inputs: int | None
+    learned: float
+    class_shift: float | None
+    cosines: Tensor
+    coherence: float
+    losses: tuple[float, ...]
+    examples: int
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def _text(result: Diagnosis) -> str:
     """Return the verdict, what it rests on, how sure it is, and what to do."""
     shifted = result.class_shift is not None and result.class_shift > _SHIFT
     lines = [
@@ -67,11 +118,19 @@ def _share(shared: float) -> str:
 
 
 def _inputs(result: Diagnosis) -> str:
-    if result.fought_over is None or result.p_inputs is None:
-        return "Inputs: not looked at, as they cannot be told apart or are too many."
-    some = f"fight over {result.fought_over} of {result.inputs}"
-    where = " (metrics.input_agreement shows which)" if result.fought_over else ""
-    return f"Inputs: environments {some}{where}, p = {result.p_inputs:.3f}."
+    if result.p_inputs is None or result.shared_unused is None:
+        return (
+            "Inputs: not looked at, as they cannot be told apart or are too many. Once a model "
+            "fits its data, strength can look like directions: ask an earlier state, too."
+        )
+    chance = f"p = {result.p_inputs:.3f}"
+    if not result.fought_over:
+        return f"Inputs: environments fight over none of {result.inputs}, {chance}."
+    return (
+        f"Inputs: environments fight over {result.fought_over} of {result.inputs} "
+        f"(metrics.input_agreement shows which), {chance}. Of what a model that does not use them "
+        f"would learn there, they share {_share(result.shared_unused)}."
+    )
 
 
 def _state(result: Diagnosis) -> str:
