@@ -222,8 +222,7 @@ class _AtInputs:
         asked = places if bool(places.any()) else torch.ones_like(places)
         grams = _by_input(layer, pairs, parts, asked)
         assert grams is not None
-        total = grams[asked].sum(0, keepdim=True)
-        within, between = _products(total, len(pairs), parts, permutations=0)
+        within, between = _products(grams.sum(0, keepdim=True), len(pairs), parts, permutations=0)
         return _AtInputs(
             count=len(owns[0]),
             p_value=_p_value(owns.amax(1)),
@@ -239,14 +238,17 @@ def _by_input(
     parts: int,
     silenced: Tensor | None = None,
 ) -> Tensor | None:
-    """Return scalar products of the gradients of all parts at each input, ``[inputs, n, n]``."""
+    """Return scalar products of the gradients of all parts at each input, ``[inputs, n, n]``.
+
+    With ``silenced`` those of these inputs only, at a model that does not see them. None: too many.
+    """
     values: list[Tensor] = []
     for pair in pairs:
         for gradient in layer.gradients(*pair, parts, silenced):
-            values.append(gradient.values)
+            values.append(gradient.values if silenced is None else gradient.values[silenced])
             if len(pairs) * parts * values[0].numel() > _LARGEST:
                 return None
-            if gradient.values.shape != values[0].shape:
+            if values[-1].shape != values[0].shape:
                 return None
     size = max(1, _CHUNK // max(1, len(values) * values[0].shape[1]))
     products = []

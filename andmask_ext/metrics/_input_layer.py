@@ -66,6 +66,8 @@ class InputLayer:
         taken: list[Tensor] = []
         given: list[Tensor] = []
         tokens = isinstance(self.module, nn.Embedding)
+        if silenced is not None:
+            silenced = silenced.to(first_input(inputs).device)
 
         def see(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             seen = args[0].detach()
