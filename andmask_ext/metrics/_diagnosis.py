@@ -40,8 +40,10 @@ def diagnose(
 
     - Do gradients differ, of all parameters together or at some input? With :math:`w` the mean
       scalar product of two parts of one environment, and :math:`b` that of two environments, what
-      environments share is :math:`b / w`. If parts of environments differ by more than chance and
-      they share less than half, the verdict is ``"directions"``.
+      environments share is :math:`b / w`. If environments differ by more than chance and share less
+      than half, the verdict is ``"directions"``. They must share as little where the model does not
+      see the inputs in question: once it uses an input, environments that differ in strength pull
+      it back and forth.
     - Else, do losses or gradients differ? A shortcut that is more reliable in one environment than
       in another makes losses differ. The verdict is ``"strength"``. It says that the mask does not
       help, and can hurt.
@@ -50,9 +52,9 @@ def diagnose(
     Differences are compared with those of 999 permutations of the parts over environments. Random
     numbers have a fixed seed.
 
-    What it cannot tell: class frequencies that differ between environments pull in different
-    directions, too, and the mask then hurts (a caution says so). Environments of different
-    difficulty look like ``"strength"``. A shortcut that is the same everywhere looks like nothing.
+    What it cannot tell: class frequencies that differ between environments give either verdict, and
+    the mask then hurts (a caution says so). Environments of different difficulty look like
+    ``"strength"``. A shortcut that is the same everywhere looks like nothing.
     See ``docs/metrics.md`` for how often the verdict was right.
 
     Args:

@@ -60,9 +60,12 @@ class InputAgreement:
     def fought_over(self, least: float = 0.4) -> Tensor:
         """Return on which inputs environments pull in different directions: bool.
 
+        These are shortcuts of differing meaning. At a model that fits its data, a shortcut of
+        differing strength is pulled back and forth, too: :func:`diagnose` tells them apart.
+
         Args:
-            least: the smallest ``own``. Where it is about 0.4, differing codes of a shortcut were
-                told from noise in the measurements of ``docs/metrics.md``.
+            least: the smallest ``own``. 0.4 told a shortcut from noise in nearly all measurements
+                of ``docs/metrics.md``.
         """
         return (self.own >= least) & (self.own > self.common)
 

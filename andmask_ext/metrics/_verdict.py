@@ -104,7 +104,7 @@ def _text(result: Diagnosis) -> str:
         return "\n".join([
             *lines,
             f"Caution: classes are not equally frequent in the environments (Cramer's V = "
-            f"{result.class_shift:.2f}). That alone pulls in different directions, and the mask "
+            f"{result.class_shift:.2f}). The verdict may come from that, and the mask "
             "hurts then.",
             "Next: balance the classes in each environment, and ask again.",
         ])  # fmt: skip
