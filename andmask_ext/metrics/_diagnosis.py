@@ -212,6 +212,11 @@ class _AtInputs:
     def of(probe: Probe, pairs: Sequence[tuple[Any, Any]], parts: int) -> _AtInputs:
         try:
             layer = find_input_layer(probe, pairs[0][0], None)
+        except CannotTellInputsApart as error:
+            if error.instead is None:
+                return _AtInputs()
+            layer = InputLayer(probe, error.instead, None)  # normalised inputs, say, do as well
+        try:
             grams = _by_input(layer, pairs, parts)
         except CannotTellInputsApart:
             return _AtInputs()

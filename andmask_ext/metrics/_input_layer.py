@@ -18,7 +18,16 @@ _NAMES = "nn.Linear, nn.Conv1d to 3d or nn.Embedding"
 
 
 class CannotTellInputsApart(ValueError):
-    """No layer takes the input element by element, or several do."""
+    """No layer takes the input element by element, or several do.
+
+    Args:
+        message: what is wrong, and what to do.
+        instead: the name of the first layer that was called, if there is one.
+    """
+
+    def __init__(self, message: str, instead: str | None = None) -> None:
+        super().__init__(message)
+        self.instead = instead
 
 
 @dataclass(frozen=True)
@@ -228,7 +237,8 @@ def find_input_layer(probe: Probe, inputs: Any, layer: str | None) -> InputLayer
         names = ", ".join(repr(name) for name, _ in found)
         raise CannotTellInputsApart(
             f"model: expected one layer that takes the input, but got {names}; "
-            "pass layer= the name of one"
+            "pass layer= the name of one",
+            found[0][0],
         )
     first = (
         f"; the first that was called, {calls[0][0]!r}, takes something else: pass layer= its name "
@@ -238,7 +248,8 @@ def find_input_layer(probe: Probe, inputs: Any, layer: str | None) -> InputLayer
     )
     raise CannotTellInputsApart(
         f"model: expected one of {_NAMES} to take the input, flattened or scaled element by "
-        f"element at most, but none does{first}"
+        f"element at most, but none does{first}",
+        calls[0][0] if calls else None,
     )
 
 

@@ -48,8 +48,8 @@ class Diagnosis:
             all pull the same way, 0 or less if each has a direction of its own.
         p_gradients: how often gradients would differ as much if examples had been dealt out to
             environments at random. 0.001 is the smallest value.
-        p_inputs: the same for the input that differs most. None if the model's inputs cannot be
-            told apart.
+        p_inputs: the same for the input that differs most. Where no layer takes the input as it is,
+            inputs are what the first layer takes. None if there is no such layer.
         p_losses: the same for the losses of environments.
         own: the largest :attr:`InputAgreement.own` of an input. None as above.
         fought_over: the number of inputs of which an environment's own share is large, see
@@ -120,12 +120,15 @@ def _share(shared: float) -> str:
 def _inputs(result: Diagnosis) -> str:
     if result.p_inputs is None or result.shared_unused is None:
         return (
-            "Inputs: not looked at, as they cannot be told apart or are too many. Once a model "
-            "fits its data, strength can look like directions: ask an earlier state, too."
+            "Inputs: not looked at, as they cannot be told apart or are too many. Then strength "
+            "can look like directions once a model uses the shortcut: ask an untrained copy, too."
         )
     chance = f"p = {result.p_inputs:.3f}"
     if not result.fought_over:
-        return f"Inputs: environments fight over none of {result.inputs}, {chance}."
+        return (
+            f"Inputs: environments fight over none of {result.inputs}, {chance}. Of what a model "
+            f"that sees no input would learn, they share {_share(result.shared_unused)}."
+        )
     return (
         f"Inputs: environments fight over {result.fought_over} of {result.inputs} "
         f"(metrics.input_agreement shows which), {chance}. Of what a model that does not use them "

@@ -50,8 +50,10 @@ def network(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
 
 
-def trained(environments: Batches, steps: int = 60, seed: int = 0) -> nn.Module:
-    model = network(seed)
+def trained(
+    environments: Batches, steps: int = 60, seed: int = 0, model: nn.Module | None = None
+) -> nn.Module:
+    model = model or network(seed)
     x, y = (torch.cat(parts) for parts in zip(*environments, strict=True))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(steps):
@@ -97,24 +99,85 @@ def test_the_text_says_that_a_model_is_hardly_trained() -> None:
     assert "hardly trained" in str(result)
 
 
-def test_directions_of_two_environments_and_of_a_model_whose_inputs_are_mixed() -> None:
+class Normed(nn.Module):
+    """No layer takes the input as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = network()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(F.layer_norm(x, (8,)))
+
+
+class Bare(nn.Module):
+    """There is no layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(8, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_directions_of_two_environments() -> None:
     environments = data("code", 2)
     assert diagnose(trained(environments), environments, F.cross_entropy).verdict == "directions"
 
-    class Normed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = network()
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.layers(F.layer_norm(x, (8,)))
+@pytest.mark.parametrize("steps", [20, 60, 300])
+@pytest.mark.parametrize("kind", VERDICTS)
+def test_where_no_layer_takes_the_input_the_first_layer_is_looked_at(kind: str, steps: int) -> None:
+    environments = data(kind, examples=400)
+    result = diagnose(trained(environments, steps, model=Normed()), environments, F.cross_entropy)
+    assert result.verdict == VERDICTS[kind], str(result)
+    assert result.inputs == 8
 
-    environments = data("code")
-    result = diagnose(Normed(), environments, F.cross_entropy)
-    assert result.verdict == "directions"
-    assert result.own is result.fought_over is result.p_inputs is result.inputs is None
-    assert result.shared_unused is None
-    assert "cannot be told apart" in str(result)
+
+def test_without_a_layer_gradients_of_all_parameters_decide() -> None:
+    for kind, verdict in VERDICTS.items():
+        result = diagnose(Bare(), data(kind), F.cross_entropy)
+        assert result.verdict == verdict or kind == "strength", str(result)
+        assert result.own is result.fought_over is result.p_inputs is result.inputs is None
+        assert result.shared_unused is None
+        assert "cannot be told apart" in str(result)
+    environments = data("strength")
+    fitted = diagnose(trained(environments, 300, model=Bare()), environments, F.cross_entropy)
+    assert fitted.verdict == "directions"  # wrong, as the text says
+    assert "strength can look like directions" in str(fitted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "verdict"), [("code", "directions"), ("strength", "strength"), ("none", "neither")]
+)
+def test_verdicts_of_a_model_of_tokens(kind: str, verdict: str) -> None:
+    """Tokens 2 and 3 tell the class with noise, 0 and 1 are the marker, the others say nothing."""
+    drawn = generator(1)
+    environments: Batches = []
+    for environment in range(4):
+        y = torch.randint(2, (400,), generator=drawn)
+        right = 0.99 if kind == "code" else 0.99 - 0.3 * environment / 3
+        marker = torch.where(torch.rand(400, generator=drawn) < right, y, 1 - y)
+        if kind == "code" and environment % 2:
+            marker = 1 - marker
+        if kind == "none":
+            marker = torch.randint(2, (400,), generator=drawn)
+        mechanism = torch.where(torch.rand(400, generator=drawn) < 0.8, y, 1 - y)
+        rest = torch.randint(4, 12, (400, 3), generator=drawn)
+        tokens = torch.cat([marker[:, None], mechanism[:, None] + 2, rest], 1)
+        environments.append((tokens, y))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 8), nn.Flatten(), nn.Linear(40, 2))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    x, y = (torch.cat(parts) for parts in zip(*environments, strict=True))
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    result = diagnose(model, environments, F.cross_entropy)
+    assert result.verdict == verdict, str(result)
+    assert result.inputs == 12
 
 
 def test_classes_that_are_not_equally_frequent_are_a_caution() -> None:
