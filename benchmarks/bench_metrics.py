@@ -230,6 +230,32 @@ def alternately(case: str, steps: dict[str, Step], yardstick: str) -> list[Row]:
     return rows
 
 
+def inputs(model: str) -> list[Row]:
+    """What environments agree on by input, and the diagnosis, against training on the batches."""
+    torch.manual_seed(0)
+    network, (x, y) = setting(model)
+    environments = list(zip(x.chunk(4), y.chunk(4), strict=True))
+
+    def plain() -> None:
+        for batch in environments:
+            network.zero_grad()
+            loss(network, batch).backward()
+
+    metrics = am.metrics
+    return measure(
+        f"inputs, {model}, 4 environments",
+        {
+            "input_agreement": lambda: metrics.input_agreement(
+                network, environments, F.cross_entropy, tau=0.8
+            ),
+            "diagnose": lambda: metrics.diagnose(network, environments, F.cross_entropy),
+            "plain": plain,
+        },
+        bytes_moved=0,
+        yardstick="plain",
+    )
+
+
 def quadratics(count: int, size: int) -> list[Callable[[Any], Tensor]]:
     torch.manual_seed(0)
     roots = torch.randn(count, size, 2 * size, dtype=torch.float64)
@@ -309,6 +335,7 @@ def main() -> None:
     cases += [partial(cosines, *shape) for shape in shapes[:5]]
     cases += [partial(pairs, model) for model in models]
     cases += [partial(monitor, model, every) for model in models for every in (True, False)]
+    cases += [partial(inputs, model) for model in models if model != "transformer"]
     cases += [partial(exact_score, size) for size in (50, 400)]
     cases += [partial(search, size) for size in (10, 200)]
     run(options, cases)

@@ -19,12 +19,14 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 import andmask_ext as am
 from andmask_ext import metrics, plots
 from studies.figures import save
 from studies.spirals.data import SpiralsConfig, draw_spirals
+from tools.diagnosis import as_images, hospitals, network, train_plainly
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
@@ -119,6 +121,26 @@ def draw_kept_fraction() -> Figure:
     return plots.kept_fraction(plain_training().monitor).figure
 
 
+def draw_inputs() -> Figure:
+    """Shortcuts that point in different directions, and one that differs in strength."""
+    figure, panels = plt.subplots(2, 2, figsize=(8.3, 6.2), layout="constrained")
+    titles = {
+        "code": "marker of differing meaning",
+        "strength": "marker of differing reliability",
+    }
+    for row, (kind, title) in zip(panels, titles.items(), strict=True):
+        environments = [(as_images(x), y) for x, y in hospitals(kind)[0]]
+        model = network("CNN", 0)
+        for _ in train_plainly(model, environments, 20):
+            pass
+        result = metrics.input_agreement(model, environments, F.cross_entropy, tau=0.8)
+        for axes, own in zip(row, (False, True), strict=True):
+            plots.input_agreement(result, own=own, ax=axes)
+            axes.add_patch(Rectangle((7.5, -0.5), 2, 5, fill=False, linewidth=1.6))
+        row[0].set_title(title)
+    return figure
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--output", type=Path, default=FIGURES, help="folder (docs/figures)")
@@ -128,6 +150,7 @@ def main() -> None:
         ("tau_curve", draw_tau_curve),
         ("cosines", draw_cosines),
         ("kept_fraction", draw_kept_fraction),
+        ("inputs", draw_inputs),
     ):
         path = output / f"{name}.png"
         figure = draw()

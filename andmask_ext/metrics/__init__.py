@@ -7,8 +7,11 @@ losses and parameters.
 """
 
 from ._alignment import GradientCorrelation, gradient_correlation, gradient_cosines
+from ._diagnosis import diagnose
+from ._input_agreement import InputAgreement, input_agreement
 from ._monitor import Monitor
 from ._signal import coherence, signal_to_noise
+from ._verdict import Diagnosis
 from ._votes import (
     TauCurve,
     VoteHistogram,
@@ -35,21 +38,25 @@ from .consistency import (
 )
 
 __all__ = [
+    "Diagnosis",
     "GradientCorrelation",
     "HessianDiagonals",
     "HessianMeans",
     "Inconsistency",
+    "InputAgreement",
     "LearningConsistency",
     "LeftOut",
     "Monitor",
     "TauCurve",
     "VoteHistogram",
     "coherence",
+    "diagnose",
     "gradient_correlation",
     "gradient_cosines",
     "hessian_diagonals",
     "hessian_means",
     "inconsistency_score",
+    "input_agreement",
     "invariant_learning_consistency",
     "kept_fraction",
     "leave_one_environment_out",

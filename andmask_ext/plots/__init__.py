@@ -12,12 +12,14 @@ except ImportError as error:
 
 from . import palette, style
 from ._correlations import gradient_correlation, gradient_cosines
+from ._inputs import input_agreement
 from ._monitor import kept_fraction
 from ._votes import masked_norm, tau_curve, vote_histogram
 
 __all__ = [
     "gradient_correlation",
     "gradient_cosines",
+    "input_agreement",
     "kept_fraction",
     "masked_norm",
     "palette",

@@ -69,3 +69,27 @@ class Correlations(Protocol):
     @property
     def correlations(self) -> Mapping[str, Tensor]:
         """Correlations with each signal, ``[t]``."""
+
+
+class ByInput(Protocol):
+    """The result of :func:`andmask_ext.metrics.input_agreement`."""
+
+    @property
+    def share(self) -> Tensor:
+        """Share of kept coordinates of each input."""
+
+    @property
+    def noise(self) -> Tensor:
+        """Share of kept coordinates expected for noise."""
+
+    @property
+    def own(self) -> Tensor:
+        """Share of the gradient that is an environment's own."""
+
+    @property
+    def tau(self) -> float:
+        """The threshold."""
+
+    @property
+    def kind(self) -> str:
+        """What an input is: "tokens", "pixels" or "features"."""

@@ -77,6 +77,19 @@ class Correlations:
     correlations: dict
 
 
+@dataclass
+class ByInput:
+    share: Tensor
+    noise: Tensor
+    own: Tensor
+    tau: float = 0.8
+    kind: str = "features"
+
+    @classmethod
+    def of(cls, *shape, kind="features"):
+        return cls(torch.rand(shape), torch.full(shape, 0.25), torch.rand(shape), kind=kind)
+
+
 def draw(axes):
     """Render the figure of one axes or of a list, and return it."""
     figure = (axes[0] if isinstance(axes, list) else axes).figure

@@ -14,7 +14,7 @@ import torch
 
 from andmask_ext import plots
 
-from .pictures import Correlations, Curve, Histogram, Monitor, draw
+from .pictures import ByInput, Correlations, Curve, Histogram, Monitor, draw
 
 FIGURES = {
     "vote_histogram": lambda **o: plots.vote_histogram(Histogram.of_noise(16), 0.8, **o),
@@ -29,6 +29,12 @@ FIGURES = {
     ),
     "gradient_correlation": lambda **o: plots.gradient_correlation(
         Correlations(torch.linspace(0, 1, 9), {"mechanism": torch.linspace(0.4, 1, 9)}), **o
+    ),
+    "input_agreement, features": lambda **o: plots.input_agreement(ByInput.of(12), **o),
+    "input_agreement, pixels": lambda **o: plots.input_agreement(ByInput.of(3, 8, 8), **o),
+    "input_agreement, own": lambda **o: plots.input_agreement(ByInput.of(8, 10), own=True, **o),
+    "input_agreement, tokens": lambda **o: plots.input_agreement(
+        ByInput.of(500, kind="tokens"), names=[f"token{number}" for number in range(500)], **o
     ),
 }
 
@@ -133,6 +139,7 @@ def test_without_matplotlib_the_error_names_the_extra():
         ("tau_curve", r"curve: expected metrics\.tau_curve\(grads\), but got Tensor"),
         ("kept_fraction", r"monitor: expected a metrics\.Monitor, but got Tensor"),
         ("gradient_correlation", r"result: expected metrics\.gradient_correlation\(.* got Tensor"),
+        ("input_agreement", r"result: expected metrics\.input_agreement\(.* got Tensor"),
     ],
 )
 def test_gradients_are_no_metrics(draw, message):
