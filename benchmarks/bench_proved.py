@@ -47,7 +47,7 @@ Setting = tuple[nn.Module, Loss, list[tuple[Tensor, Tensor]]]
 
 def vit(examples: int) -> Setting:
     """Make a vision transformer of 14 x 14 patches and a token for the class."""
-    config = ViTConfig(  # type: ignore[call-arg]
+    config = ViTConfig(
         hidden_size=128, num_hidden_layers=16 // examples, num_attention_heads=4,
         intermediate_size=512, image_size=112, patch_size=8, num_labels=CLASSES,
     )  # fmt: skip
@@ -60,7 +60,7 @@ def vit(examples: int) -> Setting:
 
 def bert(examples: int) -> Setting:
     """Make a BERT that classifies sentences."""
-    config = BertConfig(  # type: ignore[call-arg]
+    config = BertConfig(
         vocab_size=WORDS, hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
         intermediate_size=512, num_labels=CLASSES,
     )  # fmt: skip
@@ -73,7 +73,7 @@ def bert(examples: int) -> Setting:
 
 def mixtral(examples: int) -> Setting:
     """Make a language model of which each token takes two of eight experts."""
-    config = MixtralConfig(  # type: ignore[call-arg]
+    config = MixtralConfig(
         vocab_size=WORDS, hidden_size=128, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, intermediate_size=256, num_local_experts=8,
         experts_implementation="grouped_mm", use_cache=False,
@@ -83,7 +83,7 @@ def mixtral(examples: int) -> Setting:
 
 def deepseek(examples: int) -> Setting:
     """Make a language model with compressed attention and a dense and a routed layer."""
-    config = DeepseekV3Config(  # type: ignore[call-arg]
+    config = DeepseekV3Config(
         vocab_size=WORDS, hidden_size=128, num_hidden_layers=2, first_k_dense_replace=1,
         num_attention_heads=4, num_key_value_heads=4, intermediate_size=512,
         moe_intermediate_size=256, n_routed_experts=8, num_experts_per_tok=2, n_group=4,
