@@ -179,6 +179,7 @@ bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python -m benchmarks.bench_outer
 	$(BIN)/python -m benchmarks.bench_proved
 	$(BIN)/python -m benchmarks.bench_agreement
+	$(BIN)/python -m benchmarks.bench_trainers
 	$(BIN)/python -m benchmarks.bench_metrics
 	$(BIN)/python -m benchmarks.bench_cuda
 
