@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 import warnings
 import weakref
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 # torch stands between a caller and this package: in loss.backward(), and around every step().
 _INSIDE = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
+_MANY = 3  # steps: it is known that a step has several environments
+_alone: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 _given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -29,6 +33,28 @@ def warn_once(owner: object, message: str) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, depth = frame.f_back, depth + 1
     warnings.warn(message, stacklevel=depth)
+
+
+def warn_of_one_environment(owner: object, environments: int, rules: Iterable[Any]) -> None:
+    """Warn once if each of the first three steps had one environment: nothing is masked then.
+
+    Args:
+        owner: the optimizer.
+        environments: the number of environments of this step.
+        rules: those of its groups. One that takes the mean is meant so.
+    """
+    if not any(rule.moments and getattr(rule, "tau", 1) for rule in rules):
+        return
+    steps = _alone.get(owner, 0)
+    _alone[owner] = steps + 1 if environments == 1 else _MANY
+    if steps + 1 == 3 and environments == 1:
+        warn_once(
+            owner,
+            "step: expected several environments in a step, but each of the first three steps had "
+            "one, which agrees with itself, so nothing is masked; call step() after the backward "
+            "passes of all environments, let batches accumulate, or give each example an "
+            "environment of its own with andmask_ext.Agreement",
+        )
 
 
 def warn_of_processes(owner: object) -> None:

@@ -40,3 +40,30 @@ def test_a_warning_from_inside_of_torch_points_to_the_caller() -> None:
         with am.Agreement(model, am.AndMask(0.5))():
             model(torch.randn(4, 2)).sum().backward()  # torch calls this package
     assert given[0].filename == __file__
+
+
+def steps(optimizer: am.optim.AndMaskSGD, weight: torch.Tensor, *environments: int) -> list[str]:
+    """Return the warnings of steps with so many environments each."""
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        for count in environments:
+            for _ in range(count):
+                with optimizer.environment():
+                    weight.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return [str(one.message) for one in given]
+
+
+def test_steps_of_one_environment_each() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    def optimizer(**options: object) -> am.optim.AndMaskSGD:
+        return am.optim.AndMaskSGD([weight], lr=0.1, **options)  # type: ignore[arg-type]
+
+    (message,) = steps(optimizer(tau=0.5), weight, 1, 1, 1, 1, 1)
+    assert "each of the first three steps had one, which agrees with itself" in message
+    assert steps(optimizer(tau=0.5), weight, 1, 1, 2, 1, 1, 1, 1) == []  # the end of an epoch, say
+    assert steps(optimizer(tau=0.5), weight, 2, 1, 1, 1, 1) == []
+    assert steps(optimizer(tau=0.0), weight, 1, 1, 1) == []  # plain, and meant so
+    assert steps(optimizer(rule=am.rules.Mean()), weight, 1, 1, 1) == []

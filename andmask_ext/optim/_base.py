@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_bool, check_tau, check_weight
-from .._notices import warn_once
+from .._notices import warn_of_one_environment, warn_once
 from .._pending import Group, PendingStep, State, show_to_hooks
 from ..rules import AndMask, Rule
 from ._amp import overflowed
@@ -271,6 +271,7 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
                 Optimizer.zero_grad(self, set_to_none=True)
             return loss
         groups = pending.complete()
+        warn_of_one_environment(self, pending.environments, [group.rule for group in groups])
         if not (pending.has_reached or pending.reaches()):
             warn_once(
                 self,
