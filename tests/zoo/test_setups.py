@@ -43,11 +43,11 @@ from andmask_ext.integrations.accelerate import agreement_step  # noqa: E402
 from andmask_ext.integrations.lightning import AgreementCallback  # noqa: E402
 from andmask_ext.integrations.transformers import AgreementTrainer  # noqa: E402
 
-pytestmark = [  # the warnings of others are theirs
-    pytest.mark.filterwarnings("error:.*Agreement"),
-    pytest.mark.filterwarnings("default"),
-][::-1]
+# The warnings of others are theirs.
+pytestmark = pytest.mark.filterwarnings("default", "error:.*Agreement")
 
+# No example has as many labels as the batch has examples: Agreement, which could not tell them
+# apart, would warn.
 STEPS, BATCH, CLIP = 10, 4, 0.05
 RULE = am.AndMask(TAU)
 # Gradients that are zero but for rounding stay small in the update of Adam, too.
