@@ -123,11 +123,11 @@ test-all: test test-rest  ## every test but test-large
 
 .PHONY: test-zoo
 test-zoo: $(READY)  ## torch's databases of modules and ops, compared with the loop
-	$(PYTEST) tests/zoo --ignore=tests/zoo/test_models.py
+	$(PYTEST) tests/zoo --ignore=tests/zoo/test_models.py --ignore=tests/zoo/test_setups.py
 
 .PHONY: test-models
-test-models: $(READY)  ## models of transformers and peft, tiny, compared with the loop
-	$(PYTEST) tests/zoo/test_models.py
+test-models: $(READY)  ## models of transformers and peft, tiny, also in training loops of others
+	$(PYTEST) tests/zoo/test_models.py tests/zoo/test_setups.py
 
 # Each seed is a network; `make fuzz-agreement FIRST=5000` goes on where 5,000 seeds ended.
 FIRST ?= 0

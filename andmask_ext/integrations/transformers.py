@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import Trainer
 
+from .._notices import warn_once
 from ..agreement import Agreement
 from ..rules import Rule
 from ._contexts import Environments, TrainingContexts
@@ -86,6 +87,7 @@ class AgreementMixin:
     ) -> Tensor:
         """Run the trainer's step in the context, with a loss that is a mean over the batch."""
         self._contexts.prepare(model, self.optimizer)
+        self._check_smoothing(inputs.get("labels"))
         # Without a number of items the loss is a mean, which the trainer divides, unless somebody
         # else is known to have done so.
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
@@ -102,6 +104,21 @@ class AgreementMixin:
             loss: Tensor = super().training_step(model, inputs)  # type: ignore[misc]
         # The trainer adds up the losses of the step for its log.
         return loss / self.current_gradient_accumulation_steps if scaled else loss
+
+    def _check_smoothing(self: Any, labels: Any) -> None:
+        smoothed = self.label_smoother is not None and self.compute_loss_func is None
+        if not smoothed or self.agreement is None or labels is None or labels.dim() < 2:
+            return
+        counts = (labels != self.label_smoother.ignore_index).flatten(1).sum(1)
+        if bool((counts != counts[0]).any()):
+            warn_once(
+                self,
+                f"{type(self).__name__}: label_smoothing_factor expects examples with equally many "
+                "labels, as its loss is divided by the labels of the batch, but some have more, so "
+                "an environment counts by its labels; pass compute_loss_func=..., which takes "
+                "losses = cross_entropy(..., label_smoothing=..., reduction='none'), their mean "
+                "over the labels of each example, and the mean of these",
+            )
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         key = self._contexts.key

@@ -25,12 +25,12 @@ def needs(*packages: str) -> None:
 def aggregate(model: nn.Module, losses: Iterable[Tensor], tau: float = TAU) -> None:
     """Write the AND-masked mean of the gradients of losses to ``.grad``, by the specification."""
     params = [param for param in model.parameters() if param.requires_grad]
-    grads = [
-        torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        for loss in losses
-    ]
+    grads = [torch.autograd.grad(loss, params, allow_unused=True) for loss in losses]
     for param, column in zip(params, zip(*grads, strict=True), strict=True):
-        param.grad = reference.masked_mean(torch.stack(column), tau).to(param.dtype)
+        if all(grad is None for grad in column):
+            continue  # the optimizer leaves it alone
+        stack = torch.stack([torch.zeros_like(param) if g is None else g for g in column])
+        param.grad = reference.masked_mean(stack, tau).to(param.dtype)
 
 
 def train_by_loop(

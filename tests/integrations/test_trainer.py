@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,44 @@ def test_a_loss_function_of_the_user(tmp_path: Path, accumulate: int) -> None:
     )  # fmt: skip
     if accumulate == 1:
         assert logged(trainer, "loss")[0] == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_smoothed_labels_of_different_number_are_said(tmp_path: Path) -> None:
+    """The trainer's loss divides by the labels of the batch; one of the user's is exact."""
+
+    def smoothed(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        losses = nn.functional.cross_entropy(
+            outputs["logits"].flatten(0, 1), labels.flatten(), label_smoothing=0.1, reduction="none"
+        )
+        return (losses.view_as(labels).sum(1) / (labels != -100).sum(1)).mean()
+
+    def train(texts: bool, **options: Any) -> tuple[nn.Module, list[str]]:
+        model = language_model() if texts else classifier()
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            AgreementTrainer(
+                model=model, args=arguments(tmp_path, label_smoothing_factor=0.1),
+                train_dataset=examples(texts), optimizers=optimizers(model, ours=False),
+                rule=am.AndMask(TAU), **options,
+            ).train()  # fmt: skip
+        return model, [str(w.message) for w in given if "label_smoothing" in str(w.message)]
+
+    def loss(row: dict[str, Any]) -> Any:
+        batch = batch_of([row], torch.tensor([0]))
+        labels = batch.pop("labels")
+        return lambda: smoothed(reference(**batch), labels)
+
+    (message,) = train(texts=True)[1]
+    assert "AgreementTrainer: label_smoothing_factor expects examples with equally" in message
+    assert train(texts=False)[1] == []
+    model, messages = train(texts=True, compute_loss_func=smoothed)
+    assert messages == []
+    reference, rows = language_model().train(), examples(texts=True)
+    optimizer = optimizers(reference, ours=False)[0]
+    steps = [[loss(row) for row in rows[k : k + BATCH]] for k in range(0, SIZE, BATCH)]
+    scheduler = transformers.get_linear_schedule_with_warmup(optimizer, 0, STEPS)
+    train_by_loop(reference, steps, optimizer, None, scheduler)
+    assert_same(model, reference)
 
 
 @pytest.mark.parametrize("ours", [True, False], ids=["our optimizer", "a rule"])
