@@ -44,19 +44,6 @@ def ends(roots: Sequence[Node], through: Sequence[str]) -> list[Node]:
     return found + stack
 
 
-def only_end(roots: Sequence[Node], through: Sequence[str]) -> Node | None:
-    """Return the node that a loss is a multiple of, plus a number; None: it has several terms."""
-    if len(roots) != 1:
-        return None
-    node = roots[0]
-    while node.name() in through:
-        following = [other for other, _ in node.next_functions if other is not None]
-        if len(following) != 1:
-            return None
-        node = following[0]
-    return node
-
-
 def _elements(node: Node) -> int:
     count = 1
     for size in node._input_metadata[0].shape:

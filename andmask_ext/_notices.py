@@ -13,8 +13,8 @@ import torch
 
 # torch stands between a caller and this package: in loss.backward(), and around every step().
 _INSIDE = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
-_MANY = 3  # steps: it is known that a step has several environments
-_alone: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
+_ENOUGH = 3  # steps, to tell a mistake from the end of an epoch
+_idle: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 _given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
@@ -35,25 +35,44 @@ def warn_once(owner: object, message: str) -> None:
     warnings.warn(message, stacklevel=depth)
 
 
-def warn_of_one_environment(owner: object, environments: int, rules: Iterable[Any]) -> None:
-    """Warn once if each of the first three steps had one environment: nothing is masked then.
+def warn_if_nothing_is_masked(owner: object, environments: int, rules: Iterable[Any]) -> None:
+    """Warn once if each of the first three steps could mask nothing, whatever its gradients.
+
+    One environment agrees with itself. The votes of an odd number are at least 1, so a threshold of
+    1 / d or less keeps every coordinate without zeros.
 
     Args:
-        owner: the optimizer.
+        owner: the optimizer or Agreement.
         environments: the number of environments of this step.
         rules: those of its groups. One that takes the mean is meant so.
     """
-    if not any(rule.moments and getattr(rule, "tau", 1) for rule in rules):
+    masks = [rule for rule in rules if rule.moments and getattr(rule, "tau", 1)]
+    low = environments % 2 == 1 and all(
+        rule.name in ("and_mask", "geometric_mean") and rule.tau * environments <= 1
+        for rule in masks
+    )
+    if not masks:
         return
-    steps = _alone.get(owner, 0)
-    _alone[owner] = steps + 1 if environments == 1 else _MANY
-    if steps + 1 == 3 and environments == 1:
+    steps = _idle.get(owner, 0)
+    idle = environments == 1 or low
+    _idle[owner] = steps + 1 if idle else _ENOUGH
+    if steps + 1 != _ENOUGH or not idle:
+        return
+    if environments == 1:
         warn_once(
             owner,
             "step: expected several environments in a step, but each of the first three steps had "
             "one, which agrees with itself, so nothing is masked; call step() after the backward "
             "passes of all environments, let batches accumulate, or give each example an "
             "environment of its own with andmask_ext.Agreement",
+        )
+    else:
+        warn_once(
+            owner,
+            f"tau: expected a threshold above 1 / d, but got {masks[0].tau} with d = "
+            f"{environments} environments in a step: of an odd number at least one more agrees "
+            "than not, so nothing is masked; take a larger tau, such as 0.8 for a few large "
+            "environments",
         )
 
 

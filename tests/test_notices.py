@@ -67,3 +67,26 @@ def test_steps_of_one_environment_each() -> None:
     assert steps(optimizer(tau=0.5), weight, 2, 1, 1, 1, 1) == []
     assert steps(optimizer(tau=0.0), weight, 1, 1, 1) == []  # plain, and meant so
     assert steps(optimizer(rule=am.rules.Mean()), weight, 1, 1, 1) == []
+
+
+def test_a_threshold_that_masks_nothing() -> None:
+    weight = torch.ones(2, requires_grad=True)
+
+    def heard(tau: float, *environments: int) -> list[str]:
+        return steps(am.optim.AndMaskSGD([weight], lr=0.1, tau=tau), weight, *environments)
+
+    (message,) = heard(0.2, 3, 3, 3, 3)
+    assert "tau: expected a threshold above 1 / d, but got 0.2 with d = 3 environments" in message
+    assert heard(0.34, 3, 3, 3) == []  # two of three against one are masked
+    assert heard(0.2, 4, 4, 4) == []  # two against two are masked
+    assert heard(0.2, 3, 7, 3, 3, 3) == []
+    model = nn.Linear(2, 1)
+    agreement = am.Agreement(model, am.AndMask(0.2))
+
+    def train() -> None:
+        for _ in range(3):
+            with agreement():
+                model(torch.randn(3, 2)).mean().backward()
+
+    with pytest.warns(UserWarning, match=r"but got 0\.2 with d = 3 environments"):
+        train()

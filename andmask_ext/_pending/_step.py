@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -66,11 +66,14 @@ class PendingStep:
         self.owes_hooks = False  # of parameters, which have not seen the gradients
 
     @property
+    def owner(self) -> Owner:
+        """The optimizer or Agreement that provides the parameters and rules."""
+        return cast(Owner, self._owner())
+
+    @property
     def slots(self) -> dict[int, tuple[int, int]]:
         """The number of the group of each parameter and its index there, by its id."""
         return self.tracked.slots
-
-    # ---- observers ----
 
     def add_observer(self, observer: Observer) -> None:
         """Add an observer of every step, from the next step on."""
@@ -209,9 +212,7 @@ class PendingStep:
 
     def groups(self) -> list[Group]:
         """Return parameters, moments and rule of each group."""
-        owner = self._owner()
-        assert owner is not None
-        rules = owner._rules()
+        rules = self.owner._rules()
         if self.environments:
             self.tracked.require_unchanged(rules)
         return [
@@ -377,9 +378,7 @@ class PendingStep:
     def _prepare(self) -> None:
         """Create moments and hooks for the current groups."""
         if self.environments == 0:
-            owner = self._owner()
-            assert owner is not None
-            groups = owner._rules()
+            groups = self.owner._rules()
             observed = {kind for observer in self._observers for kind in observer.kinds}
             wanted = [observed.union(rule.moments or ()) for _, rule in groups]
             kinds = [tuple(kind for kind in KINDS if kind in some) for some in wanted]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .._checks import check_bool, check_count, check_weight
+from .._notices import warn_if_nothing_is_masked
 from .._pending import PendingStep, State, show_to_hooks
 from ..moments import Moments
 from ..optim import EnvironmentOptimizer
@@ -262,6 +263,7 @@ class Agreement(Copyable, Called):
     def _write_grads(self, scale: float) -> None:
         groups = self._pending.complete()
         self._pending.observe(groups)
+        warn_if_nothing_is_masked(self, self._pending.environments, [g.rule for g in groups])
         written: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
             for params, moments, rule in groups:

@@ -96,7 +96,6 @@ class BackwardPass:
         self._outer: Any = None  # the key of the plan of the outer one
         self._batches: list[Groups] = []  # the partitions of the batch
         self._of_loss: Groups  # the one that the loss is the mean of
-        self._amounts: Tensor | None = None  # by which the loss divides, of each environment
         self._anchors: list[Anchor] = []
         self._code: Code | None = None
         self._passes = 0
@@ -196,8 +195,6 @@ class BackwardPass:
             require_batch(self._batches[0].examples)
         environments = self._batches[0].environments
         self._code = None
-        batch = replace(self._batch, accumulates=self._batch.accumulates or self._passes > 0)
-        self._amounts = note_loss(self._setup, graph, self._batches[0], batch)
         if environments > 1:
             refuse_batch_norms(self._setup, self.recorder.batch_norms)
         self.recorder.paused = True
@@ -222,10 +219,11 @@ class BackwardPass:
         note_second_pass(self._setup, uses, id(self), self._passes, self.recorder.stale)
         self._inner = 0
         groups = self._batches[plan.batch]
-        self._amounts = None if plan.batch else self._amounts
+        batch = replace(self._batch, accumulates=self._batch.accumulates or self._passes > 0)
+        amounts = note_loss(self._setup, graph, groups, batch, self.recorder.outputs(), self.scale)
         self._of_loss = groups
         scale = self.scale * self._batch.loss_scale
-        weights, products = weights_of(groups, self._setup.reduction, scale, self._amounts), None
+        weights, products = weights_of(groups, self._setup.reduction, scale, amounts), None
         if self._gram or any(target.moments._tracks_norms for target in self._targets):
             products = Gramian(self._gram, groups, weights)
         accumulator = GradientAccumulator(

@@ -16,8 +16,9 @@ from ._anchors import Anchor
 from ._forward import ForwardRecorder
 from ._graph import Graph
 from ._groups import Checked, Groups, make_groups
-from ._losses import amounts_of_loss, is_scaled, losses_that_are_no_mean
+from ._losses import is_scaled, losses_that_are_no_mean
 from ._setup import Setup
+from ._uneven import amounts_of_loss
 
 # The key of the metadata of a node that has been in a backward pass: of which context, and which.
 _PASS = "andmask_ext.pass"
@@ -120,16 +121,32 @@ def refuse_batch_norms(setup: Setup, modules: Sequence[nn.Module]) -> None:
     )
 
 
-def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -> Tensor | None:
+def note_loss(
+    setup: Setup,
+    graph: Graph,
+    groups: Groups,
+    batch: BatchOptions,
+    outputs: Sequence[Tensor],
+    scale: float,
+) -> Tensor | None:
     """Return how much each environment counts in a loss that is seen to divide by it.
 
     It warns once if the loss is seen to be no mean over the examples, or no sum.
+
+    Args:
+        setup: the model.
+        graph: the graph of the loss.
+        groups: the partition of the examples of the loss.
+        batch: what the user said of the batch.
+        outputs: of the model.
+        scale: that of a gradient scaler.
     """
     nodes = [graph.nodes[root] for root in graph.roots]
     dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
     amounts = None
     if setup.reduction == "mean":
-        amounts = amounts_of_loss(nodes, groups, dim)
+        known = {output.grad_fn for output in outputs if output.grad_fn is not None}
+        amounts = amounts_of_loss(nodes, groups, known, dim, scale)
     if any(node._input_metadata[0].device.type != "cpu" for node in nodes):
         return amounts  # for warnings more would have to be read from the device
     if batch.accumulates and batch.loss_scale == 1.0 and any(map(is_scaled, nodes)):
@@ -139,7 +156,7 @@ def note_loss(setup: Setup, graph: Graph, groups: Groups, batch: BatchOptions) -
             "already, but the loss is divided or multiplied by a number; leave it out, or pass "
             "loss_scale=... to the context, such as 1 / k for a loss that is divided by k",
         )
-    message = losses_that_are_no_mean(nodes, groups, dim, setup.reduction)
+    message = losses_that_are_no_mean(nodes, groups, dim, setup.reduction, amounts is not None)
     if message is not None:
         warn_once(setup, message)
     return amounts

@@ -106,7 +106,8 @@ def make_groups(environments: Checked, examples: int) -> Groups:
         if examples % count:
             raise ValueError(
                 f"environments: expected a number that divides the batch of {examples} examples, "
-                f"but got {count}; for unequal groups pass the environment of each example"
+                f"but got {count}; for unequal groups pass the environment of each example, and "
+                "leave out a smaller last batch of an epoch (drop_last=True)"
             )
         size = examples // count
         return Groups(examples, count, size, torch.arange(count).repeat_interleave(size))

@@ -6,27 +6,26 @@ has terms of several kinds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from .._loss_nodes import NLL, REDUCED, SAME, SCALINGS, TERMS, ends, only_end
+from .._loss_nodes import NLL, REDUCED, SAME, SCALINGS, TERMS, ends
 from ._groups import Groups
 from ._nodes import saved
-
-# What stands between a cross entropy and the view that joins labels of all examples.
-_KEEP_ROWS = ("AliasBackward0", "CloneBackward0", "LogSoftmaxBackward0", "ToCopyBackward0")
-_VIEWS = ("ReshapeAliasBackward0", "UnsafeViewBackward0", "ViewBackward0")
+from ._uneven import amounts_of_labels, ignored_index
 
 _SUMS = ("SumBackward0", "SumBackward1")
 _MEANS = ("MeanBackward0", "MeanBackward1")
 
 
 def losses_that_are_no_mean(
-    roots: Sequence[Node], groups: Groups, batch_dim: int, reduction: str
+    roots: Sequence[Node],
+    groups: Groups,
+    batch_dim: int,
+    reduction: str,
+    corrected: bool = False,
 ) -> str | None:
     """Return what is wrong with a loss for ``loss_reduction``, and the remedy, or None.
 
@@ -38,10 +37,11 @@ def losses_that_are_no_mean(
         groups: the partition of the batch.
         batch_dim: the batch dimension.
         reduction: ``"mean"`` or ``"sum"``, as the loss is expected.
+        corrected: whether it is known what each environment counts in the loss.
     """
     if groups.environments == 1:
         return None
-    if reduction == "mean" and amounts_of_loss(roots, groups, batch_dim) is None:
+    if reduction == "mean" and not corrected:
         for node in ends(roots, (*SAME, *TERMS, *SCALINGS)):
             cause = _uneven(node, groups, batch_dim) if node.name() in NLL else None
             if cause:
@@ -74,91 +74,27 @@ def is_scaled(root: Node) -> bool:
     return isinstance(other, Tensor) and other.dim() == 0 and float(other) != 1.0
 
 
-def amounts_of_loss(roots: Sequence[Node], groups: Groups, batch_dim: int) -> Tensor | None:
-    """Return how much each environment counts in a mean that does not divide by the examples.
-
-    ``cross_entropy`` and ``nll_loss`` divide by the labels that are not ignored, or by their class
-    weights. None: all examples count alike, the loss has other terms, or it is not certain which
-    label belongs to which example.
-
-    Args:
-        roots: the nodes of the losses.
-        groups: the partition of the batch.
-        batch_dim: the batch dimension.
-
-    Returns:
-        float64 ``[environments]`` on the CPU.
-    """
-    end = only_end(roots, (*SAME, *TERMS, *SCALINGS))
-    if groups.environments == 1 or end is None or end.name() not in NLL:
-        return None
-    found = _amounts(end, groups, batch_dim)
-    return found if found is not None and _keeps_rows(end, groups.examples, batch_dim) else None
-
-
-def _keeps_rows(node: Node, examples: int, batch_dim: int) -> bool:
-    """Return whether the rows of a cross entropy are those of the examples, in their order."""
-    target = saved(node, "target")
-    sizes = tuple(map(int, target.shape))
-    if len(sizes) > batch_dim and sizes[batch_dim] == examples and sizes.count(examples) == 1:
-        return True
-    before = node.next_functions[0][0]
-    while before is not None and before.name() in _KEEP_ROWS:
-        before = before.next_functions[0][0]
-    if before is None or before.name() not in _VIEWS:
-        return False
-    whole = tuple(map(int, saved(before, "self_sym_sizes")))[:-1]  # without the classes
-    return (
-        len(whole) > batch_dim
-        and whole[batch_dim] == examples
-        and whole.count(examples) == 1
-        and target.numel() == math.prod(whole)
-    )
-
-
-def _amounts(node: Node, groups: Groups, batch_dim: int) -> Tensor | None:
-    """Return how much the labels of each environment count in a mean, if not as its examples."""
-    if saved(node, "reduction") != 1:
-        return None
-    target, weight = saved(node, "target"), saved(node, "weight")
-    labels = _by_example(target, groups.examples, batch_dim)
-    if labels is None or (labels.shape[1] == 1 and weight is None and target.is_cuda):
-        return None  # it would wait for the device, to see whether whole examples are ignored
-    if weight is None and float(saved(node, "total_weight")) == target.numel():
-        return None
-    counted = labels != _ignored(node)
-    amounts = counted.double()
-    if weight is not None:
-        amounts *= weight.double()[labels.clamp(0, len(weight) - 1)]
-    sums = torch.zeros(groups.environments, dtype=torch.float64)
-    sums.index_add_(0, groups.ids, amounts.sum(1).cpu())
-    means = sums / groups.sizes
-    return None if bool(means.max() - means.min() <= 1e-5 * means.max()) else sums
-
-
-def _ignored(node: Node) -> int:
-    index: int = saved(node, "ignore_index")
-    return index - 2**64 if index >= 2**63 else index
-
-
 def _uneven(node: Node, groups: Groups, batch_dim: int) -> str | None:
     """Return what makes the environments count unevenly in a mean of cross entropies."""
-    if _amounts(node, groups, batch_dim) is None:
+    labels = None
+    if saved(node, "reduction") == 1:
+        labels = _by_example(saved(node, "target"), groups.examples, batch_dim)
+    if labels is None or amounts_of_labels(node, labels, groups) is None:
         return None
+    start = (
+        "Agreement: expected a loss that is a mean over the examples, or one cross entropy of the "
+        "outputs of the model, in their order and without other terms, but cross_entropy or "
+        "nll_loss "
+    )
     if saved(node, "weight") is not None:
         return (
-            "Agreement: expected a loss that is a mean over the examples, or one cross entropy "
-            "alone, but cross_entropy or nll_loss with weight, which is a term of it, divides by "
-            "the class weights of the batch, so an environment counts by its labels; take losses "
-            "= cross_entropy(..., weight=..., reduction='none') and losses.mean()"
+            f"{start}with weight divides by the class weights of the batch, so an environment "
+            "counts by its labels; take losses = cross_entropy(..., weight=..., reduction='none') "
+            "and losses.mean()"
         )
-    target, ignored = saved(node, "target"), _ignored(node)
-    missing = int((target == ignored).sum())
     return (
-        "Agreement: expected a loss that is a mean over the examples, or one cross entropy alone, "
-        f"but cross_entropy or nll_loss, which is a term of it, ignores {missing} of "
-        f"{target.numel()} labels (ignore_index={ignored}) and divides by the rest, so an "
-        "environment counts by its labels; take losses = cross_entropy(..., reduction='none'), "
+        f"{start}ignores labels (ignore_index={ignored_index(node)}) and divides by the rest, so "
+        "an environment counts by its labels; take losses = cross_entropy(..., reduction='none'), "
         "their mean over the labels of each example, and the mean of these"
     )
 

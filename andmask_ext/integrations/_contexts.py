@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._pending import State
 from ..agreement import Agreement
 from ..optim import EnvironmentOptimizer
 from ..optim._wrapped import unwrapped
@@ -29,6 +30,7 @@ class TrainingContexts:
         options: of :class:`~andmask_ext.Agreement`.
 
     Attributes:
+        whole: whether each batch is one environment.
         agreement: the Agreement of the run, once there is one.
     """
 
@@ -51,10 +53,14 @@ class TrainingContexts:
                 "expected an optimizer of andmask_ext.optim, such as "
                 "EnvironmentWrapper(your_optimizer, rule)"
             )
-        self._name, self._rule, self._whole = name, rule, whole_batches
+        self._name, self._rule, self.whole = name, rule, whole_batches
         self._environments, self._options = environments, dict(options)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the model and the optimizer of an earlier run, and what it has left."""
         self._optimizer: EnvironmentOptimizer | None = None
-        self._model: nn.Module | None = None
+        self._known: list[int] = []  # the ids of the model and of its parameters
         self.agreement: Agreement | None = None
 
     @property
@@ -82,11 +88,12 @@ class TrainingContexts:
                 f"{self._name}: expected a rule or an optimizer of andmask_ext.optim, but got "
                 f"{self._rule} and {type(inner).__name__}, which has its own; leave out rule="
             )
-        optimizer = inner if ours else None
-        if model is self._model and optimizer is self._optimizer:
+        params = [param for group in inner.param_groups for param in group["params"]]
+        known = [id(model), id(inner), *map(id, params)]
+        if known == self._known:
             return
-        self._model, self._optimizer = model, optimizer
-        if not self._whole:
+        self._known, self._optimizer = known, inner if ours else None
+        if not self.whole:
             self.agreement = Agreement(model, self._rule or inner, **self._options)
 
     def step(
@@ -105,7 +112,7 @@ class TrainingContexts:
             last: whether the optimizer steps after this pass.
             grad_scaler: the scaler of the loss, if there is one.
         """
-        if self._whole:
+        if self.whole:
             assert self._optimizer is not None
             context = self._optimizer.environment(weight=divided_by, grad_scaler=grad_scaler)
             return _with_grads(context, self._optimizer if last and grad_scaler else None)
@@ -116,9 +123,21 @@ class TrainingContexts:
         )  # fmt: skip
 
     def finish(self, grad_scaler: torch.amp.GradScaler | None) -> None:
-        """Write the gradients of a rule, if no pass was the last one of the step."""
+        """Write the gradients, if no pass was the last one of the step."""
         if self._rule is not None and self.agreement is not None:
             self.agreement._finish(1.0 if grad_scaler is None else grad_scaler.get_scale())
+        pending = None if self._optimizer is None else self._optimizer._pending
+        if pending is not None and grad_scaler is not None and pending.state is State.PENDING:
+            assert self._optimizer is not None
+            self._optimizer.write_grads()
+
+    def drop(self) -> None:
+        """Drop the environments of a rule that have not voted, as an optimizer does by itself.
+
+        A context that is open goes on.
+        """
+        if self._rule is not None and self.agreement is not None:
+            self.agreement._pending.drop()
 
     def _environments_of(self, batch: Any) -> Any:
         if isinstance(self._environments, str):

@@ -6,6 +6,7 @@ Manual optimization and Fabric need none: ``with agreement(): self.manual_backwa
 from __future__ import annotations
 
 import functools
+import inspect
 from contextlib import ExitStack
 from typing import Any
 
@@ -71,7 +72,7 @@ class AgreementCallback(Callback):  # type: ignore[misc]
     ) -> None:
         name = type(self).__name__
         self._contexts = TrainingContexts(name, rule, environments, whole_batches, options)
-        self._module: Any = None
+        self._strategy: Any = None
         self._open = ExitStack()
         self._batch: tuple[Any, int] = None, 0
 
@@ -82,19 +83,19 @@ class AgreementCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Put the context around the training step."""
-        if not pl_module.automatic_optimization:
-            raise RuntimeError(
-                f"{type(self).__name__}: expected automatic optimization; with manual optimization "
-                "leave the callback out, and write `with self.agreement(): "
-                "self.manual_backward(loss)`, where self.agreement = andmask_ext.Agreement(self, "
-                "self.optimizers()) is made in on_train_start"
-            )
+        self._refuse(pl_module)
+        self._contexts.reset()
         self._contexts.prepare(pl_module, trainer.optimizers[0])
         self._restore()
-        original = pl_module.training_step
+        self._strategy = strategy = trainer.strategy
+        # Not the module's: that may be copied, pickled, or have a step of its own there.
+        original = strategy.training_step
 
         @functools.wraps(original)
         def training_step(*args: Any, **kwargs: Any) -> Any:
+            automatic = trainer.fit_loop.epoch_loop.automatic_optimization
+            if self._contexts.whole or getattr(automatic, "_skip_backward", False):
+                return original(*args, **kwargs)
             try:
                 with ExitStack() as stack:
                     stack.enter_context(self._context(trainer))
@@ -106,13 +107,23 @@ class AgreementCallback(Callback):  # type: ignore[misc]
                 return None
             return output
 
-        self._module, pl_module.training_step = pl_module, training_step
+        strategy.training_step = training_step
 
     def on_train_batch_start(
         self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the batch."""
+        """Remember the batch, and take parameters that another callback has added."""
         self._batch = batch, batch_idx
+        self._contexts.prepare(pl_module, trainer.optimizers[0])
+
+    def on_before_zero_grad(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Drop what a step has left that never came to its end."""
+        self._contexts.drop()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        """Open the context of a whole batch, whose forward pass needs none."""
+        if self._contexts.whole:
+            self._open.enter_context(self._context(trainer))
 
     def on_after_backward(self, trainer: Any, pl_module: Any) -> None:
         """Close the context: the environments have voted."""
@@ -129,13 +140,35 @@ class AgreementCallback(Callback):  # type: ignore[misc]
         self._restore()
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave the module as it was."""
+        """Leave the strategy as it was."""
         self._restore()
 
+    def _refuse(self, module: Any) -> None:
+        """Raise RuntimeError if a module cannot be trained like that."""
+        name = type(self).__name__
+        if not module.automatic_optimization:
+            raise RuntimeError(
+                f"{name}: expected automatic optimization; with manual optimization leave the "
+                "callback out, and write `with self.agreement(): self.manual_backward(loss)`, "
+                "where self.agreement = andmask_ext.Agreement(self, self.optimizers()) is made in "
+                "on_train_start"
+            )
+        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+            raise RuntimeError(
+                f"{name}: expected a training_step that takes a batch, but got one that takes "
+                "dataloader_iter, whose batches a callback does not see; take (batch, batch_idx), "
+                "or use manual optimization"
+            )
+        if getattr(module, "_compiler_ctx", None) is not None and not self._contexts.whole:
+            raise RuntimeError(
+                f"{name}: expected a module that is not compiled, but got one of torch.compile, "
+                "which Agreement cannot read; pass the module itself, or use whole_batches=True"
+            )
+
     def _restore(self) -> None:
-        if self._module is not None:
-            self._module.__dict__.pop("training_step", None)
-            self._module = None
+        if self._strategy is not None:
+            self._strategy.__dict__.pop("training_step", None)
+            self._strategy = None
         self._batch = None, 0
 
     def _context(self, trainer: Any) -> Any:

@@ -10,6 +10,8 @@ from transformers import Trainer
 
 from .._notices import warn_once
 from ..agreement import Agreement
+from ..optim import EnvironmentOptimizer
+from ..optim._wrapped import unwrapped
 from ..rules import Rule
 from ._contexts import Environments, TrainingContexts
 
@@ -78,6 +80,14 @@ class AgreementMixin:
     def agreement(self) -> Agreement | None:
         """The Agreement of the run."""
         return self._contexts.agreement
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, without what an earlier run has left that was interrupted inside a step."""
+        self._contexts.reset()
+        optimizer = unwrapped(getattr(self, "optimizer", None))
+        if isinstance(optimizer, EnvironmentOptimizer):
+            optimizer._pending.drop()
+        return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(
         self: Any,

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .._checks import check_bool, check_tau, check_weight
-from .._notices import warn_of_one_environment, warn_once
+from .._notices import warn_if_nothing_is_masked, warn_once
 from .._pending import Group, PendingStep, State, show_to_hooks
 from ..rules import AndMask, Rule
 from ._amp import overflowed
@@ -38,7 +38,6 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
         expected_environments: int | None,
         max_norm: float | None = None,
     ) -> None:
-        self.max_norm = max_norm
         expected = expected_environments
         if expected is not None and (not isinstance(expected, int) or expected < 1):
             raise ValueError(
@@ -46,6 +45,7 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
             )
         self._expected = expected
         self._pending = PendingStep(self, clears_grads=True)
+        self.grad_norm, self.max_norm = None, max_norm
         super().__init__(params, defaults)
 
     # ---- the rule of a group ----
@@ -271,7 +271,7 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
                 Optimizer.zero_grad(self, set_to_none=True)
             return loss
         groups = pending.complete()
-        warn_of_one_environment(self, pending.environments, [group.rule for group in groups])
+        warn_if_nothing_is_masked(self, pending.environments, [group.rule for group in groups])
         if not (pending.has_reached or pending.reaches()):
             warn_once(
                 self,
@@ -396,5 +396,5 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
             return
         environments = state.pop("environments", None)  # unpickled or copied
         self._pending = PendingStep(self, clears_grads=True)
-        super().__setstate__(state)
+        super().__setstate__({"_max_norm": None, "grad_norm": None, **state})
         self._load_pending({"environments": environments})

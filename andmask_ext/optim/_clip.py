@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._pending import PendingStep
 from ._checks import as_number
 from ._updates import Arguments
 
@@ -36,8 +37,10 @@ class ClipsNorm:
             step, and without ``max_norm``.
     """
 
-    grad_norm: Tensor | None = None
-    _max_norm: float | None = None
+    # No values in the class: wrappers of frameworks derive from it, and look here first.
+    grad_norm: Tensor | None
+    _max_norm: float | None
+    _pending: PendingStep
 
     @property
     def max_norm(self) -> float | None:
@@ -46,7 +49,8 @@ class ClipsNorm:
 
     @max_norm.setter
     def max_norm(self, value: float | None) -> None:
-        self._max_norm = check_max_norm(value)
+        owner = self._pending.owner  # the optimizer itself, should this be a wrapper of it
+        owner._max_norm = check_max_norm(value)  # type: ignore[attr-defined]
 
     def _clip(self, updates: Sequence[Arguments]) -> Tensor | None:
         """Set ``grad_norm``. Return the factor of all gradients, 0-dim float64; None: 1.

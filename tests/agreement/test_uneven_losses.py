@@ -149,3 +149,122 @@ def test_a_framework_that_divides() -> None:
             (loss if used is None else used.scale(loss)).backward()
         grads.append(model.weight.grad / (1.0 if used is None else 64.0))
     torch.testing.assert_close(*grads)
+
+
+# ---- what the way from the outputs to the loss tells ----
+
+KEPT = [5, 2, 3, 5, 4, 2]
+SORTED = torch.tensor([3, 0, 5, 1, 4, 2])
+
+
+def run(
+    loss: Callable[[Tensor, Tensor], Tensor], length: int = T, batch_dim: int = 0, **options: Any
+) -> None:  # fmt: skip
+    """Compare a loss of outputs and padded labels with the loop."""
+    tokens = torch.randint(0, 10, (N, length))
+    labels = padded(torch.randint(0, C, (N, length)), [min(k, length) for k in KEPT])
+    if batch_dim:
+        tokens, labels = tokens.T.contiguous(), labels.T.contiguous()
+    check(
+        Tagger(), lambda m, x, y: loss(m(x), y), tokens, labels, batch_dim=batch_dim,
+        dims=(batch_dim, batch_dim),
+        **options,
+    )  # fmt: skip
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a number": lambda o, y: -0.5 * flat(o, y) / 4 + 1,
+    "the mean of one": lambda o, y: flat(o, y).mean(),
+    "the sum of one": lambda o, y: torch.stack([flat(o, y)]).sum(),
+    "turned": lambda o, y: F.cross_entropy(o.transpose(0, 1).flatten(0, 1), y.T.flatten()),
+    "permuted": lambda o, y: F.cross_entropy(o.permute(0, 2, 1), y),
+    "cut": lambda o, y: flat(o[:, 1:], y[:, 1:]),
+    "capped": lambda o, y: flat(5 * (o / 5).tanh(), y),
+    "one axis more": lambda o, y: F.cross_entropy(o.mT[..., None], y[..., None]),
+}
+
+
+@pytest.mark.parametrize("environments", ENVIRONMENTS, ids=str)
+@pytest.mark.parametrize("loss", WAYS.values(), ids=WAYS)
+def test_ways_to_the_loss(loss: Callable[[Tensor, Tensor], Tensor], environments: Any) -> None:
+    run(loss, environments=environments)
+
+
+@pytest.mark.parametrize("way", [flat, maps, WAYS["turned"], WAYS["permuted"]])
+def test_as_many_tokens_as_examples(way: Callable[..., Tensor]) -> None:
+    run(way, length=N)
+
+
+def test_a_batch_in_dimension_one() -> None:
+    run(flat, batch_dim=1)
+    run(lambda o, y: F.cross_entropy(o.permute(0, 2, 1), y), batch_dim=1)
+    run(flat, batch_dim=1, length=N)
+
+
+NOT_CERTAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a factor of the batch": lambda o, y: flat(o, y) * (y != -100).sum() / y.numel(),
+    "other rows": lambda o, y: flat(o[SORTED], y[SORTED]),
+    "rows that are turned round": lambda o, y: flat(o.flip(0), y.flip(0)),
+    "another term": lambda o, y: flat(o, y) + o.square().mean(),
+    "the same twice": lambda o, y: flat(o, y) + flat(o, y),
+}
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("loss", NOT_CERTAIN.values(), ids=NOT_CERTAIN)
+def test_what_is_not_certain_is_said_and_left_alone(
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """The gradient of an environment is then its examples' part of that of the batch."""
+    model, tokens = Tagger(), torch.randint(0, 10, (N, T))
+    labels = padded(torch.randint(0, C, (N, T)), KEPT)
+    agreement = am.Agreement(model, am.AndMask(tau=0.0))
+    with pytest.warns(UserWarning, match="one cross entropy of the outputs of the model"):
+        with agreement():
+            loss(model(tokens), labels).backward()
+    found = [param.grad for param in model.parameters()]
+    expected = torch.autograd.grad(loss(model(tokens), labels), list(model.parameters()))
+    torch.testing.assert_close(found, list(expected))
+
+
+def test_a_mean_over_examples_in_another_way_is_exact() -> None:
+    """Its factor undoes the division."""
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(model(x), y, weight=WEIGHT) * WEIGHT[y].mean()
+
+    x, y = torch.randn(N, 3, dtype=torch.float64), torch.tensor([0, 1, 1, 2, 0, 1])
+    with pytest.warns(UserWarning, match="class weights"):
+        check(nn.Linear(3, C, dtype=torch.float64), loss, x, y)
+
+
+def test_labels_are_counted_exactly() -> None:
+    """In bfloat16 1022 labels are 1024."""
+    labels = torch.randint(0, C, (4, 256))
+    labels[0, :2] = -100
+    model = Tagger()
+
+    def step(model: nn.Module, tokens: Tensor, labels: Tensor) -> Tensor:
+        scores = model(tokens).flatten(0, 1).bfloat16()
+        return F.cross_entropy(scores, labels.flatten()).double()
+
+    agreement = am.Agreement(model, am.AndMask(tau=0.0))
+    tokens = torch.randint(0, 10, (4, 256))
+    with agreement():
+        step(model, tokens, labels).backward()
+    votes = [param.grad.clone() for param in model.parameters()]
+    model.zero_grad()
+    for k in range(4):
+        (step(model, tokens[[k]], labels[[k]]) / 4).backward()
+    for ours, param in zip(votes, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, param.grad, rtol=0.1, atol=1e-3)
+
+
+def test_a_model_that_returns_its_loss_only() -> None:
+    class Whole(Tagger):
+        def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:  # type: ignore[override]
+            return flat(super().forward(tokens), labels)
+
+    tokens = torch.randint(0, 10, (N, T))
+    labels = padded(torch.randint(0, C, (N, T)), KEPT)
+    check(Whole(), lambda m, x, y: m(x, y), tokens, labels)

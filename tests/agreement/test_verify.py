@@ -158,7 +158,7 @@ def test_class_weights_and_ignored_labels_are_named() -> None:
 
     assert "class weights" in str(agreement.verify(batch, with_penalty(weight=weight)).cause)
     found = agreement.verify(batch, with_penalty(ignore_index=0), 3)
-    assert "ignores 1 of 6 labels" in str(found.cause)
+    assert "ignores labels" in str(found.cause)
     assert agreement.verify(batch, cross_entropy(weight=weight)).passed
     assert agreement.verify(batch, cross_entropy(ignore_index=0), 3).passed
 

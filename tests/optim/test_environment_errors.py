@@ -69,6 +69,8 @@ def test_nothing_but_backward_passes_inside_an_environment(make: Any) -> None:
             with pytest.raises(RuntimeError, match=message):
                 call()
             backward(params, [g[0] for g in random_grads(params)])
+        with optimizer.environment():
+            backward(params, [g[1] for g in random_grads(params)])
         optimizer.step()
     works(optimizer, params)
 

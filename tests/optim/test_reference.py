@@ -16,6 +16,9 @@ from andmask_ext.optim import reference
 
 from .common import environments
 
+# Some draws have one environment in each step, or three with a small tau.
+pytestmark = pytest.mark.filterwarnings("ignore:step. expected several", "ignore:tau. expected a")
+
 optim = am.optim
 STEPS = 6
 dtypes = pytest.mark.parametrize(
