@@ -48,8 +48,7 @@ def warn_if_nothing_is_masked(owner: object, environments: int, rules: Iterable[
     """
     masks = [rule for rule in rules if rule.moments and getattr(rule, "tau", 1)]
     low = environments % 2 == 1 and all(
-        rule.name in ("and_mask", "geometric_mean") and rule.tau * environments <= 1
-        for rule in masks
+        rule.name == "and_mask" and rule.tau * environments <= 1 for rule in masks
     )
     if not masks:
         return

@@ -72,6 +72,7 @@ class TrainingContexts:
         """Take the model and the optimizer of the run.
 
         Raises:
+            RuntimeError: the model is compiled.
             TypeError: there is no rule, and the optimizer is none of :mod:`andmask_ext.optim`.
             ValueError: there is a rule, and the optimizer has rules of its own.
         """
@@ -87,6 +88,12 @@ class TrainingContexts:
             raise ValueError(
                 f"{self._name}: expected a rule or an optimizer of andmask_ext.optim, but got "
                 f"{self._rule} and {type(inner).__name__}, which has its own; leave out rule="
+            )
+        if hasattr(model, "_orig_mod") and not self.whole:
+            raise RuntimeError(
+                f"{self._name}: expected a model that is not compiled, but got one of "
+                "torch.compile, which Agreement cannot read; leave out torch_compile=True or "
+                "torch.compile(), or use whole_batches=True"
             )
         params = [param for group in inner.param_groups for param in group["params"]]
         known = [id(model), id(inner), *map(id, params)]

@@ -364,15 +364,18 @@ def test_a_subclass_of_another_trainer(tmp_path: Path) -> None:
 
 
 def test_rules_in_no_place_or_in_two(tmp_path: Path) -> None:
-    def train(ours: bool, **options: Any) -> None:
+    def train(ours: bool, compiled: bool = False, **options: Any) -> None:
         model = classifier()
+        args = arguments(tmp_path, torch_compile=compiled)
         AgreementTrainer(
-            model=model, args=arguments(tmp_path), train_dataset=examples(),
+            model=model, args=args, train_dataset=examples(),
             optimizers=optimizers(model, ours), **options,
         ).train()  # fmt: skip
 
     with pytest.raises(TypeError, match=r"AgreementTrainer: expected an optimizer .* but got SGD"):
         train(ours=False)
+    with pytest.raises(RuntimeError, match="leave out torch_compile=True"):
+        train(ours=True, compiled=True)
     with pytest.raises(ValueError, match="AndMaskSGD, which has its own; leave out rule="):
         train(ours=True, rule=am.AndMask(TAU))
     with pytest.raises(ValueError, match=r"environments='hospital' expects .* but got input_ids"):
