@@ -42,6 +42,9 @@ def agreement_step(
         ...             accelerator.clip_grad_norm_(model.parameters(), 1.0)
         ...         optimizer.step()
         ...         optimizer.zero_grad()
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     for name, value, kind in (
         ("accelerator", accelerator, Accelerator), ("agreement", agreement, Agreement)

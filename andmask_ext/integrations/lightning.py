@@ -50,7 +50,8 @@ class AgreementCallback(Callback):  # type: ignore[misc]
             before, and with ``whole_batches=True``.
 
     Raises:
-        RuntimeError: at the start of training: the module has manual optimization.
+        RuntimeError: at the start of training: the module has manual optimization, is compiled, or
+            takes ``dataloader_iter``.
         TypeError: at the start: there is no rule, and the optimizer is one of torch.
         ValueError: there are rules in both places; or the batch has no such key.
 
@@ -58,8 +59,11 @@ class AgreementCallback(Callback):  # type: ignore[misc]
         >>> import lightning as L
         >>> import andmask_ext as am
         >>> from andmask_ext.integrations.lightning import AgreementCallback
-        >>> callback = AgreementCallback(am.AndMask(tau=0.2), environments="site")
+        >>> callback = AgreementCallback(am.AndMask(tau=0.8), environments="site")
         >>> trainer = L.Trainer(callbacks=[callback], gradient_clip_val=1.0)  # doctest: +SKIP
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
 
     def __init__(

@@ -31,6 +31,9 @@ class RuleAggregator(Aggregator):  # type: ignore[misc]
         >>> from andmask_ext.integrations.torchjd import RuleAggregator
         >>> RuleAggregator(am.AndMask(tau=1.0))(torch.tensor([[1.0, -2.0], [3.0, 4.0]]))
         tensor([2., 0.])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
 
     def __init__(self, rule: Rule) -> None:
@@ -71,6 +74,9 @@ def jac_to_grad(tensors: Iterable[Tensor], /, rule: Rule, *, retain_jac: bool = 
         >>> jac_to_grad([weight], am.AndMask(tau=1.0))
         >>> weight.grad
         tensor([2., 0.])
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
     _check(rule)
     jacobians: list[tuple[Any, Tensor]] = []

@@ -49,6 +49,7 @@ class AgreementMixin:
             before, and with ``whole_batches=True``.
 
     Raises:
+        RuntimeError: at the first step: the model is compiled (``torch_compile=True``).
         TypeError: at the first step: there is no rule, and the optimizer is one of torch.
         ValueError: there are rules in both places; or the inputs have no such column.
 
@@ -56,10 +57,13 @@ class AgreementMixin:
         >>> import andmask_ext as am
         >>> from andmask_ext.integrations.transformers import AgreementTrainer
         >>> trainer = AgreementTrainer(  # doctest: +SKIP
-        ...     model=model, args=args, train_dataset=data, rule=am.AndMask(tau=0.2),
+        ...     model=model, args=args, train_dataset=data, rule=am.AndMask(tau=0.8),
         ...     environments="site",
         ... )
         >>> trainer.train()  # doctest: +SKIP
+
+    Reference:
+        Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
 
     def __init__(
