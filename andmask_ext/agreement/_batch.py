@@ -127,7 +127,7 @@ def note_loss(
     groups: Groups,
     batch: BatchOptions,
     outputs: Sequence[Tensor],
-    scale: float,
+    scale: float | None,
 ) -> Tensor | None:
     """Return how much each environment counts in a loss that is seen to divide by it.
 
@@ -139,7 +139,7 @@ def note_loss(
         groups: the partition of the examples of the loss.
         batch: what the user said of the batch.
         outputs: of the model.
-        scale: that of a gradient scaler.
+        scale: that of a gradient scaler, or None.
     """
     nodes = [graph.nodes[root] for root in graph.roots]
     dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim

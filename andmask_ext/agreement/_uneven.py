@@ -33,7 +33,7 @@ def amounts_of_loss(
     groups: Groups,
     outputs: Set[Node],
     output_dim: int,
-    scale: float = 1.0,
+    scale: float | None = None,
 ) -> Tensor | None:
     """Return how much each environment counts in a mean that does not divide by the examples.
 
@@ -46,7 +46,7 @@ def amounts_of_loss(
         groups: the partition of the examples of the loss.
         outputs: the nodes of the outputs of the model.
         output_dim: their batch dimension.
-        scale: that of a gradient scaler.
+        scale: that of a gradient scaler, which may be 1; None: there is none.
 
     Returns:
         float64 ``[environments]`` on the CPU.
@@ -88,7 +88,7 @@ def ignored_index(node: Node) -> int:
     return _signed(saved(node, "ignore_index"))
 
 
-def _only_end(roots: Sequence[Node], scale: float) -> Node | None:
+def _only_end(roots: Sequence[Node], scale: float | None) -> Node | None:
     """Return the node that a loss is a multiple of, plus a number; None: it has several terms."""
     if len(roots) != 1:
         return None
@@ -107,7 +107,7 @@ def _only_end(roots: Sequence[Node], scale: float) -> Node | None:
         node = following[0]
 
 
-def _is_number(node: Node, scale: float) -> bool:
+def _is_number(node: Node, scale: float | None) -> bool:
     """Return whether the factor of a scaling is a number, and none that is made of the batch."""
     name = "_saved_other" if node.next_functions[0][0] is not None else "_saved_self"
     factor = getattr(node, name, None)
@@ -118,7 +118,7 @@ def _is_number(node: Node, scale: float) -> bool:
     probes = (torch.float16, torch.bfloat16) if floating else (torch.int8, torch.uint8)
     if all(torch.result_type(factor, torch.zeros((), dtype=probe)) == probe for probe in probes):
         return True
-    return scale != 1.0 and factor.numel() == 1 and float(factor) == scale
+    return scale is not None and factor.numel() == 1 and float(factor) == scale
 
 
 def _readings(node: Node, examples: int) -> Iterator[tuple[Tensor, int]]:

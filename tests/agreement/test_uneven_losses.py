@@ -136,18 +136,19 @@ def test_an_environment_without_labels_has_no_gradient() -> None:
     assert torch.equal(votes.long(), (grads[0].sign() + grads[1].sign()).long())
 
 
-def test_a_framework_that_divides() -> None:
+@pytest.mark.parametrize("size", [1.0, 64.0])  # a scaler may come down to 1
+def test_a_framework_that_divides(size: float) -> None:
     """`loss_scale` and a scaler work on top of it."""
     model, x = nn.Linear(3, C), torch.randn(N, 3)
     y = torch.tensor([0, 1, 1, 2, 0, 1])
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=size)
     grads = []
     for scale, used in ((1.0, None), (0.25, scaler)):
         model.zero_grad()
         with am.Agreement(model, RULE)(2, loss_scale=scale, grad_scaler=used):
             loss = scale * F.cross_entropy(model(x), y, weight=WEIGHT.float())
             (loss if used is None else used.scale(loss)).backward()
-        grads.append(model.weight.grad / (1.0 if used is None else 64.0))
+        grads.append(model.weight.grad / (1.0 if used is None else size))
     torch.testing.assert_close(*grads)
 
 
