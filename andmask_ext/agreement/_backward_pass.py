@@ -220,14 +220,8 @@ class BackwardPass:
         self._inner = 0
         groups = self._batches[plan.batch]
         batch = replace(self._batch, accumulates=self._batch.accumulates or self._passes > 0)
-        amounts = note_loss(
-            self._setup,
-            graph,
-            groups,
-            batch,
-            self.recorder.outputs(),
-            None if self.grad_scaler is None else self.scale,
-        )
+        outputs, scaler = self.recorder.outputs(), self.grad_scaler
+        amounts = note_loss(self._setup, graph, groups, batch, outputs, scaler)
         self._of_loss = groups
         scale = self.scale * self._batch.loss_scale
         weights, products = weights_of(groups, self._setup.reduction, scale, amounts), None

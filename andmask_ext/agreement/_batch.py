@@ -127,7 +127,7 @@ def note_loss(
     groups: Groups,
     batch: BatchOptions,
     outputs: Sequence[Tensor],
-    scale: float | None,
+    grad_scaler: torch.amp.GradScaler | None,
 ) -> Tensor | None:
     """Return how much each environment counts in a loss that is seen to divide by it.
 
@@ -139,13 +139,14 @@ def note_loss(
         groups: the partition of the examples of the loss.
         batch: what the user said of the batch.
         outputs: of the model.
-        scale: that of a gradient scaler, or None.
+        grad_scaler: the scaler of the loss, or None.
     """
     nodes = [graph.nodes[root] for root in graph.roots]
     dim = setup.batch_dim if setup.output_batch_dim is None else setup.output_batch_dim
     amounts = None
     if setup.reduction == "mean":
         known = {output.grad_fn for output in outputs if output.grad_fn is not None}
+        scale = None if grad_scaler is None else grad_scaler.get_scale()
         amounts = amounts_of_loss(nodes, groups, known, dim, scale)
     if any(node._input_metadata[0].device.type != "cpu" for node in nodes):
         return amounts  # for warnings more would have to be read from the device
