@@ -31,6 +31,7 @@ __all__ = [
     "convolution_gradients",
     "fed_ilc",
     "geometric_mean",
+    "gradient_agreement_filtering",
     "masked_average",
     "masked_mean",
     "mean",
@@ -289,6 +290,18 @@ def fed_ilc(grads: Tensor, tau: float | None = None, **test: Any) -> Tensor:
         logs = torch.where(side > 0, side, 1.0).log().sum(0)
         sides.append(count / grads.shape[0] * (logs / count.clamp(min=1)).exp())
     return agreement_mask(grads, tau, **test) * (sides[0] - sides[1]) + nan_if_not_finite(grads)
+
+
+def gradient_agreement_filtering(grads: Tensor, limit: float, halve: bool = False) -> Tensor:
+    """Average the whole gradients, in their order, that stay near the average; 0 if none does."""
+    average, count = grads[0].double(), 1
+    for grad in grads[1:].double():
+        size = average.norm() * grad.norm()
+        cosine = (average * grad).sum() / size if size != 0 else 0.0
+        if not 1 - cosine > limit + 1e-9:  # as NaN is not
+            share = 2 if halve else count + 1
+            average, count = average + (grad - average) / share, count + 1
+    return average if count > 1 else torch.zeros_like(average)
 
 
 # ---- moments ----
