@@ -246,9 +246,9 @@ def test_votes_may_fill_their_type_and_not_more(
         torch.tensor([-1.0, 0.0, 1.0]).expand(rows, 3)
         if stacked
         else torch.tensor([-1.0, 0.0, 1.0])
-    c.voters = [torch.zeros(3, dtype=vote_type)]
     ]
     c.votes = [torch.tensor([rows - largest, 0, largest - rows], dtype=vote_type)]
+    c.voters = [torch.zeros(3, dtype=vote_type)]
     assert c.after("accumulate").votes[0].tolist() == [-largest, 0, largest]
     c.added += 1
     message = "count" if vote_type == torch.int32 else rf"votes\[0\] wide enough for {largest + 1} "
