@@ -59,6 +59,40 @@ class SignTest {
   std::vector<double> tails_;
 };
 
+// The least votes with p <= level, by the number of voters: for all of them in one walk, as a tail
+// follows from that of two voters less, whose votes change by -2, 0 or 2.
+inline std::vector<int32_t> significant_votes(double level, int64_t environments) {
+  std::vector<int32_t> table(environments + 1);
+  const long double allowed = static_cast<long double>(level * (1 + kLevelTolerance)) / 2;
+  for (int64_t parity = 0; parity <= std::min<int64_t>(1, environments); ++parity) {
+    int64_t votes = 0;                 // 0: not even unanimity is significant yet
+    long double chance = 0, tail = 0;  // of so many votes for one side, and of at least so many
+    for (int64_t voters = parity; voters <= environments; voters += 2) {
+      const auto m = static_cast<long double>(voters);
+      if (votes == 0) {
+        const long double all = std::ldexp(1.0L, -static_cast<int>(voters));
+        if (voters > 0 && all <= allowed) {
+          votes = voters;
+          chance = tail = all;
+        }
+      } else {
+        const auto k = static_cast<long double>(votes);
+        tail += (chance * (m - 2 + k) / (m - k) - chance) / 4;
+        chance *= (m - 1) * m / ((m + k) * (m - k));
+        while (tail > allowed) {
+          tail -= chance;
+          chance *= static_cast<long double>(voters - votes) /
+                    static_cast<long double>(voters + votes + 2);
+          votes += 2;
+        }
+      }
+      const int64_t least = votes == 0 ? voters + 1 : std::max<int64_t>(1, votes - 1);
+      table[voters] = static_cast<int32_t>(least);
+    }
+  }
+  return table;
+}
+
 // The thresholds of a test by the number of voters, or without `abstain` that of d voters only. For
 // fdr they are those at the level q: no threshold of a tensor is below them.
 class VoteThresholds {
@@ -75,6 +109,10 @@ class VoteThresholds {
     double level = test.level;
     if (test.criterion == Criterion::significance) {
       level = std::max(level, unanimity(environments));  // then unanimity of all is enough
+    }
+    if (test.criterion == Criterion::significance && test.abstain) {
+      table_ = significant_votes(level, environments);
+      return;
     }
     for_voters([&](int64_t voters) {
       SignTest one(voters);

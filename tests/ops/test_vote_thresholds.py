@@ -153,6 +153,25 @@ def test_a_thousand_environments_that_abstain() -> None:
     assert found([torch.ones(1025, 3)], "significance", 0.01, "abstain")[1].item() == 3
 
 
+@pytest.mark.parametrize("alpha", [0.6, 0.05, 0.25, 1e-6])
+def test_significance_with_any_number_of_voters(alpha: float) -> None:
+    environments = 40_000
+    voters = torch.randint(0, environments + 1, (3000,), dtype=torch.int32)
+    voters[:300] = torch.arange(300)
+    votes = torch.zeros_like(voters)
+    thresholds, _, _ = ops._vote_thresholds([votes], [voters], environments, alpha, 1, True)
+    least = thresholds[0].long()[voters.long()].numpy()
+    m = voters.numpy()
+
+    def tail(k: np.ndarray) -> np.ndarray:
+        k = k + (k + m) % 2
+        return np.where(k > m, 0.0, np.where(k <= 0, 1.0, 2 * binom.sf((k + m) // 2 - 1, m, 0.5)))
+
+    assert (tail(least) <= alpha * (1 + 1e-8)).all()
+    assert ((tail(least - 1) > alpha * (1 - 1e-8)) | (least == 1)).all()
+    assert (least <= m + 1).all()
+
+
 def test_threads_do_not_matter() -> None:
     grads = [torch.randn(40, n) + (torch.rand(n) < 0.1) for n in (100_000, 3, 70_000)]
     before = torch.get_num_threads()
