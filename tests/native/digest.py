@@ -53,6 +53,15 @@ def moments_and_steps(
         for rescale in (False, True):
             yield bits(ops._resolve(*kinds, count, rule, arguments, rescale))
             yield bits([ops._squared_norm(*kinds, count, rule, arguments, rescale)])
+    for abstain in (False, True):
+        voters = kinds[4] if abstain else []
+        for criterion in range(3):
+            yield bits(list(ops._vote_thresholds(kinds[1], voters, count, 0.3, criterion, abstain)))
+            if not (criterion or abstain):
+                continue
+            for rule, arguments in (("and_mask", [0.3]), ("sand_mask", [0.3, 2.0])):
+                arguments = [*arguments, float(criterion), float(abstain)]
+                yield bits(ops._resolve(*kinds, count, rule, arguments, True))
     finite = [[t.nan_to_num(0, 1, -1) if t.is_floating_point() else t for t in k] for k in kinds]
     rule = (*finite, count, "and_mask", [0.6], True)
     state = [[torch.zeros_like(t) for t in kinds[0]] for _ in range(3)]
