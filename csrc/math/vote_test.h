@@ -33,6 +33,12 @@ struct Thresholds {
   bool abstain = false;
 };
 
+// The place of a number of voters in a table of thresholds. A damaged state may hold numbers that
+// cannot be: they must not read other memory.
+ANDMASK_INLINE int64_t place_of_voters(int64_t voters, int64_t environments) {
+  return voters < 0 ? 0 : voters > environments ? environments : voters;
+}
+
 // A level is compared with what is rounded, and often is a short decimal that should hold exactly.
 constexpr double kLevelTolerance = 1e-9;
 

@@ -241,7 +241,9 @@ ANDMASK_INLINE void for_columns(const Rule& rule, const Update& task, int64_t be
   }
   if constexpr (abstain) {
     voters = load_votes(moments.voters, moments.vote_bytes, begin, columns, scratch.voters);
-    for (int64_t i = 0; i < columns; ++i) scratch.thresholds[i] = task.thresholds[voters[i]];
+    for (int64_t i = 0; i < columns; ++i) {
+      scratch.thresholds[i] = task.thresholds[place_of_voters(voters[i], task.count)];
+    }
   }
   if constexpr ((Rule::kMoments & kSquares) != 0) {
     squares = static_cast<const F*>(moments.squares) + begin;
@@ -287,7 +289,8 @@ int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
     int32_t some = 0;
     if constexpr (abstain) {
       for (int64_t i = 0; i < size; ++i) {
-        some += agrees(votes[chunk + i], task.thresholds[voters[chunk + i]]);
+        const int64_t place = place_of_voters(voters[chunk + i], task.count);
+        some += agrees(votes[chunk + i], task.thresholds[place]);
       }
     } else {
       // In the type of the votes, so that as many fit into a vector as can be. A threshold beyond
