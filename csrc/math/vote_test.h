@@ -35,7 +35,7 @@ struct Thresholds {
 
 // The place of a number of voters in a table of thresholds. A damaged state may hold numbers that
 // cannot be: they must not read other memory.
-ANDMASK_INLINE int64_t place_of_voters(int64_t voters, int64_t environments) {
+ANDMASK_INLINE int32_t place_of_voters(int32_t voters, int32_t environments) {
   return voters < 0 ? 0 : voters > environments ? environments : voters;
 }
 
