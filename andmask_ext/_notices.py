@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
 import weakref
@@ -11,8 +12,9 @@ from typing import Any
 
 import torch
 
-# torch stands between a caller and this package: in loss.backward(), and around every step().
-_INSIDE = tuple(f"{Path(file).parent}/" for file in (__file__, torch.__file__))
+# Others stand between a caller and this package: torch in loss.backward() and around every step(),
+# contextlib in `with` statements.
+_INSIDE = (*(f"{Path(file).parent}/" for file in (__file__, torch.__file__)), contextlib.__file__)
 _ENOUGH = 3  # steps, to tell a mistake from the end of an epoch
 _idle: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 _given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
@@ -47,14 +49,16 @@ def warn_if_nothing_is_masked(owner: object, environments: int, rules: Iterable[
         rules: those of its groups. One that takes the mean is meant so.
     """
     masks = [rule for rule in rules if rule.moments and getattr(rule, "tau", None) != 0]
+    if not masks:
+        return
     low = environments % 2 == 1 and all(
         rule.name == "and_mask" and rule.tau is not None and rule.tau * environments <= 1
         for rule in masks
     )
-    if not masks:
-        return
+    # For fdr, one environment is too few, so it masks everything.
+    alone = environments == 1 and all(getattr(rule, "fdr", None) is None for rule in masks)
     steps = _idle.get(owner, 0)
-    idle = environments == 1 or low
+    idle = alone or low
     _idle[owner] = steps + 1 if idle else _ENOUGH
     if steps + 1 != _ENOUGH or not idle:
         return

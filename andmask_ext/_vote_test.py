@@ -12,6 +12,7 @@ from ._notices import warn_once
 
 LEVELS = ("tau", "significance", "fdr")  # in the order of the criteria of the native library
 ZEROS = ("count", "abstain")
+_MOST_PAIRS = 1024  # kMostPairs of the native library
 
 
 class VoteTest(NamedTuple):
@@ -81,6 +82,17 @@ def vote_test(tau: object, fdr: object, significance: object, zeros: object) -> 
     check_level(name, level)
     check_zeros(zeros)
     return VoteTest(LEVELS.index(name), float(level), zeros == "abstain")
+
+
+def check_environments(test: VoteTest, environments: int) -> None:
+    """Raise ValueError if there are too many environments for a test."""
+    if torch.compiler.is_compiling():  # the number may be a symbol; the op checks it
+        return
+    if test.name == "fdr" and test.abstain and environments > _MOST_PAIRS:
+        raise ValueError(
+            f"fdr: expected at most {_MOST_PAIRS} environments for fdr with zeros='abstain', but "
+            f"got {environments}; let zeros count, or take significance"
+        )
 
 
 def warn_of_level(test: VoteTest, environments: int) -> None:

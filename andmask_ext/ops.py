@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._autograd import inside_transform, masked_mean_for_transforms
 from ._checks import check_bool, check_grads
-from ._vote_test import given_levels, vote_test, warn_of_level
+from ._vote_test import check_environments, given_levels, vote_test, warn_of_level
 
 __all__ = ["agreement_mask", "masked_mean", "vote_histogram"]
 
@@ -26,7 +26,9 @@ def _checked(grads: Tensor, rescale: bool, zeros: str, **levels: float | None) -
     check_bool("rescale", rescale)
     given = given_levels(levels) or {"tau": 1.0}
     options = {"tau": None, "fdr": None, "significance": None, **given, "zeros": zeros}
-    warn_of_level(vote_test(**options), grads.shape[0])
+    test = vote_test(**options)
+    check_environments(test, grads.shape[0])
+    warn_of_level(test, grads.shape[0])
     return {**options, "rescale": rescale}
 
 
@@ -69,7 +71,8 @@ def masked_mean(
         TypeError: ``grads`` is not a dense floating-point tensor, a level is not a number, or
             ``rescale`` is not a bool.
         ValueError: ``grads`` has no environment, several levels are given, one lies outside its
-            range, or ``zeros`` is unknown.
+            range, ``zeros`` is unknown, or it has more environments than ``fdr`` with
+            ``"abstain"`` takes.
 
     Shape:
         - grads: :math:`(d, *)`

@@ -93,3 +93,24 @@ def test_a_threshold_that_masks_nothing() -> None:
 
     with pytest.warns(UserWarning, match=r"but got 0\.2 with d = 3 environments"):
         train()
+
+
+def test_fdr_masks_what_other_rules_would_not() -> None:
+    weight, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+
+    def optimizer(**options: object) -> am.optim.AndMaskSGD:
+        return am.optim.AndMaskSGD([weight], lr=0.1, **options)  # type: ignore[arg-type]
+
+    steps(optimizer(fdr=0.0511), weight, 1)  # the warning of the level, for all optimizers
+    assert not steps(optimizer(fdr=0.0511), weight, 1, 1, 1, 1)  # everything is masked
+    groups = [{"params": [weight]}, {"params": [other], "fdr": 0.5}]
+    mixed = am.optim.AndMaskSGD(groups, lr=0.1, tau=0.2)
+    assert not steps(mixed, weight, 3, 3, 3, 3)  # a group masks
+
+
+def test_the_warning_of_a_level_at_the_end_of_a_context_points_to_the_caller() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.warns(UserWarning, match="significance: expected at least 15 envir") as given:
+        with am.Agreement(model, am.AndMask(significance=7.7e-5))():
+            model(torch.randn(4, 2)).mean().backward()
+    assert given[0].filename == __file__

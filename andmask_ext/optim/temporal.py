@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 
 from .._checks import check_bool, check_dense_grad, check_dtype
 from .._devices import by_device
+from .._notices import warn_once
 from .._vote_test import check_level, given_levels
 from ._checks import (
     check_betas,
@@ -55,7 +57,8 @@ class TemporalAndMaskAdam(Optimizer):
         weight_decay: factor of the L2 penalty or of the decoupled decay.
         tau: agreement threshold in [0, 1]. It has no default: 1 freezes the model.
         significance: instead of ``tau``: the largest chance, in (0, 1), with which an average of
-            fair signs keeps a coordinate. See above.
+            fair signs keeps a coordinate. See above. A small one needs a large beta3: 1e-5 one of
+            0.93. Below it nothing would ever move, and a warning says so.
         weight_decay_mode: ``"after_mask"`` adds the L2 penalty to m and v, not to the vote.
             ``"decoupled"`` multiplies all parameters by ``1 - lr * weight_decay``, as AdamW does.
         bias_correction: divide m, v and a by ``1 - beta^step`` each. With ``tau=0`` this is Adam.
@@ -124,7 +127,8 @@ class TemporalAndMaskAdam(Optimizer):
             ValueError: an option of the group lies outside its range.
         """
         warn_of_typos(self, param_group)
-        if given_levels(param_group):  # its own takes the place of the optimizer's
+        # Its own level takes the place of the optimizer's. Torch refuses what is no dict.
+        if isinstance(param_group, dict) and given_levels(param_group):
             param_group = {"tau": None, "significance": None, **param_group}
         super().add_param_group(param_group)
         try:
@@ -132,6 +136,26 @@ class TemporalAndMaskAdam(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        self._warn_of_reach(self.param_groups[-1])
+
+    def _warn_of_reach(self, group: dict[str, Any]) -> None:
+        """Warn if even signs that always agree never pass the threshold, which freezes weights."""
+        if group["significance"] is None:
+            return
+        beta, twice = group["betas"][2], 2 * math.log(2 / group["significance"])
+        # The average tends to 1, and the square of the threshold to this.
+        if twice * (1 - beta) / (1 + beta) < 1:
+            return
+        enough = (twice - 1) / (twice + 1)
+        level = 2 * math.exp(-(1 + beta) / (2 * (1 - beta)))
+        larger = f", or a significance above {level:.2g}" if level < 1 else ""
+        warn_once(
+            self,
+            f"significance: expected a level that averages of signs with beta3={beta:g} can reach, "
+            f"but got {group['significance']:g}: even signs that always agree stay below its "
+            "threshold, so nothing will move; take a beta3 of at least "
+            f"{math.ceil(1000 * enough) / 1000}{larger}",
+        )
 
     @staticmethod
     def _check_group(group: dict[str, Any]) -> None:
@@ -139,10 +163,15 @@ class TemporalAndMaskAdam(Optimizer):
         check_betas(group, 3)
         check_range(group, "eps", 0.0)
         check_range(group, "weight_decay", 0.0)
+        if group.get("fdr") is not None:
+            raise ValueError(
+                f"fdr: expected tau or significance, but got fdr={group['fdr']}: averages of signs "
+                "have no false discovery rate"
+            )
         if (group["tau"] is None) == (group["significance"] is None):
             raise ValueError(
                 "tau: expected tau or significance, but got "
-                f"{'both' if group['significance'] else 'neither'}"
+                f"{'neither' if group['tau'] is None else 'both'}"
             )
         for name, level in given_levels(group).items():
             check_level(name, level)
@@ -234,6 +263,8 @@ class TemporalAndMaskAdam(Optimizer):
 
         def finish(_: dict[str, Any]) -> None:
             for group, before in zip(self.param_groups, options, strict=True):
+                if given_levels(group):  # one of them is the state's
+                    before |= {"tau": None, "significance": None}
                 for key, value in before.items():
                     group.setdefault(key, value)
                 group["betas"] = (*group["betas"], *before["betas"][len(group["betas"]) :])

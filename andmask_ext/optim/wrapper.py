@@ -102,9 +102,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         mask = {
             name: group[name] for name in NO_MASK.keys() & group.keys() - self.optimizer.defaults
         }
-        if not given_levels(mask):
-            return rule_of_group({"rule": rule})
-        if rule == self.defaults["rule"]:
+        if given_levels(mask) and rule == self.defaults["rule"]:
             rule = None  # the group's own level replaces the rule of all groups
         return rule_of_group({**mask, "rule": rule})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._devices import call_by_device
-from .._vote_test import VoteTest
+from .._vote_test import VoteTest, check_environments
 from ..moments import Moments
 from ._base import Rule
 from ._conflicts import AgreementSum
@@ -56,6 +56,7 @@ def kept_by(test: VoteTest, moments: Moments) -> Kept:
     """
     sums, votes, _, _, voters = moments._lists(moments._touched)
     count = moments.count
+    check_environments(test, count)
     find = torch.ops.andmask._vote_thresholds.default
     thresholds, kept, coordinates = call_by_device(
         lambda *lists: find(*lists, count, test.level, test.criterion, test.abstain),

@@ -9,7 +9,14 @@ from torch import Tensor
 
 from .. import ops
 from .._checks import check_bool, check_number
-from .._vote_test import LEVELS, VoteTest, given_levels, vote_test, warn_of_level
+from .._vote_test import (
+    LEVELS,
+    VoteTest,
+    check_environments,
+    given_levels,
+    vote_test,
+    warn_of_level,
+)
 from ._base import Rule
 
 
@@ -56,6 +63,7 @@ class Tested(Rule):
         return []
 
     def _check_environments(self, environments: int) -> None:
+        check_environments(self.test, environments)
         warn_of_level(self.test, environments)
 
 

@@ -27,11 +27,11 @@ struct VoteTest {
 // Most environments of fdr with abstain: a device has bins for every pair of votes and voters.
 constexpr int64_t kMostPairs = 1024;
 
-// |votes| that keep a coordinate, by the number of its voters.
-struct Thresholds {
-  const int32_t* table = nullptr;  // [environments + 1] by voters; without abstain, [1]
-  bool abstain = false;
-};
+// The place of a number of voters in a table of thresholds. A damaged state may hold numbers that
+// cannot be: they must not read other memory.
+ANDMASK_INLINE int32_t place_of_voters(int32_t voters, int32_t environments) {
+  return voters < 0 ? 0 : voters > environments ? environments : voters;
+}
 
 // A level is compared with what is rounded, and often is a short decimal that should hold exactly.
 constexpr double kLevelTolerance = 1e-9;

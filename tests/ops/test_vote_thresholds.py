@@ -282,3 +282,30 @@ def test_a_level_out_of_reach_is_said_once() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             rule(grads)
+
+
+def test_too_many_environments_for_fdr_with_zeros_that_abstain() -> None:
+    grads = torch.ones(1025, 2)
+    message = "fdr: expected at most 1024 environments for fdr with zeros='abstain', but got 1025"
+    rule = am.AndMask(fdr=0.1, zeros="abstain")
+    moments = am.Moments([grads[0]], rule.moments)
+    moments.add_stacked([grads])
+    for refused in (
+        lambda: rule(grads),
+        lambda: am.rules.GeometricMean(fdr=0.1, zeros="abstain")(grads),
+        lambda: rule.update(moments),
+        lambda: am.metrics.vote_threshold(grads, fdr=0.1, zeros="abstain"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refused()
+
+
+def test_voters_that_cannot_be_read_no_other_memory() -> None:
+    # As a damaged state may hold them.
+    voters = torch.tensor([9, 2**30, -(2**30)], dtype=torch.int32)
+    votes = torch.full_like(voters, 9)
+    (update,) = ops._resolve(
+        [torch.full((3,), 9.0)], [votes], [], [], [voters], 9, "and_mask", [0.5, 1, 1], False
+    )
+    assert torch.equal(update, torch.ones(3))  # as of 9, 9 and 0 voters
+    ops._vote_thresholds([votes], [voters], 9, 0.5, 2, True)

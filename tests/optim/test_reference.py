@@ -133,6 +133,7 @@ def test_adam(dtype: torch.dtype, data: st.DataObject, adamw: bool) -> None:
     compare(found, twin, param, grads, options["lr"])
 
 
+@pytest.mark.filterwarnings("ignore:significance. expected a level that averages")  # drawn
 @dtypes
 @settings(max_examples=50)
 @given(data=st.data())

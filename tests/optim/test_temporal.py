@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -123,3 +125,51 @@ def test_a_sparse_gradient_is_refused_by_name() -> None:
     ):
         optimizer.step()
     assert not optimizer.state
+
+
+def test_a_state_from_before_significance_brings_its_tau() -> None:
+    params = parameters()
+    state = optim.TemporalAndMaskAdam(params, tau=0.4).state_dict()
+    del state["param_groups"][0]["significance"]
+    optimizer = optim.TemporalAndMaskAdam(params, significance=0.05)
+    optimizer.load_state_dict(state)
+    assert optimizer.param_groups[0]["tau"] == 0.4
+    assert optimizer.param_groups[0]["significance"] is None
+    step(optimizer, params)
+
+
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        ({"significance": 0.0, "tau": 0.5}, ValueError, "but got both"),
+        ({"fdr": 0.1}, ValueError, "fdr: expected tau or significance, but got fdr=0.1"),
+        (None, TypeError, "must be a dict"),
+    ],
+)
+def test_groups_that_are_refused(
+    group: dict[str, float] | None, error: type[Exception], message: str
+) -> None:
+    params = parameters()
+    optimizer = optim.TemporalAndMaskAdam(params[:1], tau=0.5)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group(params[1:] if group is None else {"params": params[1:], **group})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])
+def test_a_level_that_no_average_reaches_is_said(beta: float) -> None:
+    # The average of signs that always agree tends to 1, the threshold to a limit.
+    limit = 2 * math.exp(-(1 + beta) / (2 * (1 - beta)))
+    for level, moves in ((limit * 1.1, True), (limit * 0.9, False)):
+        param = nn.Parameter(torch.zeros(1))
+        with warnings.catch_warnings(record=True) as given:
+            warnings.simplefilter("always")
+            optimizer = optim.TemporalAndMaskAdam(
+                [param], betas=(0.9, 0.999, beta), significance=level
+            )
+        assert [moves] == [not given]
+        assert moves or "nothing will move" in str(given[0].message)
+        for _ in range(int(10 / (1 - beta))):
+            param.grad = torch.ones(1)
+            optimizer.step()
+        assert bool(param.detach().ne(0)) == moves

@@ -162,6 +162,17 @@ def test_groups_share_and_may_have_their_own_rule() -> None:
         torch.testing.assert_close(param.grad, rule(stack))
 
 
+@pytest.mark.parametrize("option", [{"zeros": "abstain"}, {"rescale": True}])
+def test_options_of_a_mask_beside_a_rule_are_not_passed_over(option: dict[str, Any]) -> None:
+    groups = [{"params": parameters(), **option}]
+    (name,) = option
+    with pytest.raises(ValueError, match=f"{name}: .* but got {name}=.* and rule=AndMask"):
+        optim.EnvironmentWrapper(torch.optim.SGD(groups, lr=0.1), tau=0.5)
+    groups = [{"params": parameters(), **option, "tau": 0.5}]
+    wrapper = optim.EnvironmentWrapper(torch.optim.SGD(groups, lr=0.1), am.rules.Mean())
+    assert wrapper._rules()[0][1] == am.AndMask(0.5, **option)
+
+
 def test_step_hooks_of_both_run() -> None:
     params, seen = parameters(), []
     base = torch.optim.SGD(params, lr=0.1)

@@ -241,7 +241,10 @@ ANDMASK_INLINE void for_columns(const Rule& rule, const Update& task, int64_t be
   }
   if constexpr (abstain) {
     voters = load_votes(moments.voters, moments.vote_bytes, begin, columns, scratch.voters);
-    for (int64_t i = 0; i < columns; ++i) scratch.thresholds[i] = task.thresholds[voters[i]];
+    const int32_t most = static_cast<int32_t>(task.count);
+    for (int64_t i = 0; i < columns; ++i) {
+      scratch.thresholds[i] = task.thresholds[place_of_voters(voters[i], most)];
+    }
   }
   if constexpr ((Rule::kMoments & kSquares) != 0) {
     squares = static_cast<const F*>(moments.squares) + begin;
@@ -286,8 +289,10 @@ int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
     const int64_t size = end - chunk < kChunk ? end - chunk : kChunk;
     int32_t some = 0;
     if constexpr (abstain) {
+      const int32_t most = static_cast<int32_t>(task.count);
       for (int64_t i = 0; i < size; ++i) {
-        some += agrees(votes[chunk + i], task.thresholds[voters[chunk + i]]);
+        const int32_t place = place_of_voters(voters[chunk + i], most);
+        some += agrees(votes[chunk + i], task.thresholds[place]);
       }
     } else {
       // In the type of the votes, so that as many fit into a vector as can be. A threshold beyond

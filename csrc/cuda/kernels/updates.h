@@ -79,7 +79,8 @@ ANDMASK_INLINE void get_tested_votes(const At& at, const UpdateSource& source, c
   const int32_t all = source.thresholds && !call.abstain ? *source.thresholds : call.threshold;
 #pragma unroll
   for (int i = 0; i < width; ++i) {
-    thresholds[i] = call.abstain ? source.thresholds[voters[i]] : all;
+    thresholds[i] =
+        call.abstain ? source.thresholds[place_of_voters(voters[i], call.environments)] : all;
   }
 }
 
