@@ -19,14 +19,18 @@ _masked_mean = torch.ops.andmask.masked_mean.default
 _agreement_mask = torch.ops.andmask.agreement_mask.default
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, float, bool], output: Tensor) -> None:
-    grads, ctx.tau, ctx.rescale = inputs
+def _setup_context(
+    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Tensor
+) -> None:
+    grads, *ctx.options = inputs
+    ctx.keywords = keyword_only_inputs
     ctx.save_for_backward(grads)  # no copy: computing the mask again is cheaper than keeping it
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (grads,) = ctx.saved_tensors
-    mask = _agreement_mask(grads.detach(), ctx.tau, ctx.rescale)  # float32 for the 16-bit types
+    # The mask is float32 for the 16-bit types.
+    mask = _agreement_mask(grads.detach(), *ctx.options, **ctx.keywords)
     column = (grad * mask / grads.shape[0]).to(grads.dtype)
     return column.expand_as(grads), None, None
 
@@ -35,7 +39,13 @@ torch.library.register_autograd("andmask::masked_mean", _backward, setup_context
 
 # The outputs of the mask, of histograms and of norms never require gradients.
 _library = torch.library.Library("andmask", "IMPL")
-for _name in ("agreement_mask", "vote_histogram", "_vote_histograms", "_squared_norm"):
+for _name in (
+    "agreement_mask",
+    "vote_histogram",
+    "_vote_histograms",
+    "_squared_norm",
+    "_vote_thresholds",
+):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
 
 
@@ -44,15 +54,17 @@ def _vmap_rule(op: Any) -> Any:
         info: Any,
         in_dims: tuple[int | None, ...],
         grads: Tensor,
-        tau: float = 1.0,
+        tau: float | None = None,
         rescale: bool = False,
+        **keywords: Any,
     ) -> tuple[Tensor, int]:
         (batch_dim, *_) = in_dims
         assert batch_dim is not None  # torch calls the rule only where a tensor is batched
-        if rescale and grads.shape[batch_dim]:
-            # Each sample of the vmap batch has its own rescale factor.
-            return torch.stack([op(sample, tau, True) for sample in grads.unbind(batch_dim)]), 0
-        return op(grads.movedim(batch_dim, 1), tau, False), 0
+        if (rescale or keywords.get("fdr") is not None) and grads.shape[batch_dim]:
+            # Each sample of the vmap batch has its own rescale factor and threshold.
+            samples = grads.unbind(batch_dim)
+            return torch.stack([op(sample, tau, rescale, **keywords) for sample in samples]), 0
+        return op(grads.movedim(batch_dim, 1), tau, False, **keywords), 0
 
     return rule
 
@@ -68,7 +80,7 @@ def inside_transform() -> bool:
     )
 
 
-def masked_mean_for_transforms(grads: Tensor, tau: float, rescale: bool) -> Tensor:
+def masked_mean_for_transforms(grads: Tensor, options: dict[str, Any]) -> Tensor:
     """Compute ``masked_mean`` with a derivative that every transform supports.
 
     In torch 2.10 to 2.14, transforms cannot differentiate an op whose formula was registered by
@@ -76,9 +88,9 @@ def masked_mean_for_transforms(grads: Tensor, tau: float, rescale: bool) -> Tens
     op gives the value, and plain torch ops that add zero to it give the derivative.
     """
     constant = grads.detach()
-    mask: Tensor = _agreement_mask(constant, tau, rescale)
+    mask: Tensor = _agreement_mask(constant, **options)
     linear = (mask * grads.to(mask.dtype).mean(0)).to(grads.dtype)
-    value: Tensor = _masked_mean(constant, tau, rescale)
+    value: Tensor = _masked_mean(constant, **options)
     return value + (linear - linear.detach())
 
 
@@ -127,7 +139,8 @@ def _aggregate_vmap(
         noise = (
             noise.expand(size, *noise.shape) if noise_dim is None else noise.movedim(noise_dim, 0)
         )
-    if size and (rescale or RULES[rule].per_tensor):
+    tested = len(arguments) > RULES[rule].arguments  # fdr tests the votes of a whole tensor
+    if size and (rescale or tested or RULES[rule].per_tensor):
         samples = [
             _aggregate(sample, rule, arguments, rescale, None if noise is None else noise[index])
             for index, sample in enumerate(grads.unbind(1))

@@ -14,6 +14,7 @@ from ._notices import warn_of_processes, warn_once
 from ._pending import Hook
 from .moments import Moments
 from .rules import Rule
+from .rules._filtering import GramRule
 
 __all__ = ["backward"]
 
@@ -58,7 +59,8 @@ def backward(
             last one, so only one graph is in memory at a time.
         rule: a rule such as :class:`andmask_ext.AndMask`, or a callable that maps stacked
             gradients ``[d, *shape]`` to one gradient ``[*shape]``. It is called once per parameter,
-            without gradient tracking.
+            without gradient tracking. :class:`andmask_ext.rules.GradientAgreementFiltering` sees
+            the gradients of all parameters together.
         params: the leaf tensors that get gradients. Leaves that do not require grad are skipped.
             Default: every leaf that the losses depend on.
         weights: one positive factor per environment. It acts like a factor of the loss. With n_e
@@ -207,17 +209,21 @@ def _stack(
         for column, grad in zip(columns, grads, strict=True):
             column.append(grad if grad is None or weight == 1 else grad * weight)
         del grads, grad
-    updates: list[Tensor | None] = []
+    updates: list[Tensor | None] = [None] * len(leaves)
+    reached = [i for i, column in enumerate(columns) if any(grad is not None for grad in column)]
     with torch.no_grad():
-        for column, leaf in zip(columns, leaves, strict=True):
-            if all(grad is None for grad in column):
-                updates.append(None)
-                continue
-            stack = torch.stack([torch.zeros_like(leaf) if g is None else g for g in column])
-            column.clear()
-            updates.append(_apply(rule, stack, leaf))
+        if isinstance(rule, GramRule) and reached:
+            rule = rule._of_whole(_stacked(columns[index], leaves[index]) for index in reached)
+        for index in reached:
+            stack = _stacked(columns[index], leaves[index])
+            columns[index].clear()
+            updates[index] = _apply(rule, stack, leaves[index])
             del stack
     return updates
+
+
+def _stacked(column: list[Tensor | None], leaf: Tensor) -> Tensor:
+    return torch.stack([torch.zeros_like(leaf) if grad is None else grad for grad in column])
 
 
 def _check_losses(losses: Iterable[Tensor] | Tensor) -> list[Tensor]:

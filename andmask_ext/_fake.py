@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import _library  # noqa: F401  # loads the ops
-from ._checks import check_grads, check_tau
+from ._checks import check_grads
 from ._dtypes import wide_dtype
+from ._vote_test import given_levels, vote_test
 
 
-def _masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def _masked_mean(
+    grads: Tensor,
+    tau: float | None = None,
+    rescale: bool = False,
+    *,
+    fdr: float | None = None,
+    significance: float | None = None,
+    zeros: str = "count",
+) -> Tensor:
     check_grads(grads)
-    check_tau(tau)
+    given = given_levels({"tau": tau, "fdr": fdr, "significance": significance}) or {"tau": 1.0}
+    vote_test(given.get("tau"), given.get("fdr"), given.get("significance"), zeros)
     return grads.new_empty(grads.shape[1:])
 
 
-def _agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def _agreement_mask(grads: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     wide = wide_dtype(grads)
-    return _masked_mean(grads, tau, rescale).to(wide)
+    return _masked_mean(grads, *args, **kwargs).to(wide)
 
 
 torch.library.register_fake("andmask::masked_mean", _masked_mean)
@@ -78,6 +89,7 @@ def _accumulate_(
     votes: list[Tensor],
     squares: list[Tensor],
     logs: list[Tensor],
+    voters: list[Tensor],
     grads: list[Tensor],
     count: int,
     weights: Sequence[float] = (),
@@ -91,6 +103,7 @@ def _resolve(
     votes: list[Tensor],
     squares: list[Tensor],
     logs: list[Tensor],
+    voters: list[Tensor],
     count: int,
     rule: str,
     arguments: Sequence[float],
@@ -104,6 +117,7 @@ def _squared_norm(
     votes: list[Tensor],
     squares: list[Tensor],
     logs: list[Tensor],
+    voters: list[Tensor],
     count: int,
     rule: str,
     arguments: Sequence[float],
@@ -119,6 +133,23 @@ def _in_place(*args: object, **kwargs: object) -> None:
 torch.library.register_fake("andmask::_accumulate_", _accumulate_)
 torch.library.register_fake("andmask::_resolve", _resolve)
 torch.library.register_fake("andmask::_squared_norm", _squared_norm)
+
+
+def _vote_thresholds(
+    votes: list[Tensor],
+    voters: list[Tensor],
+    count: int,
+    level: float,
+    criterion: int,
+    abstain: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    tensors = len(votes)
+    thresholds = votes[0].new_empty((tensors, count + 1 if abstain else 1), dtype=torch.int32)
+    counts = votes[0].new_empty((tensors,), dtype=torch.int64)
+    return thresholds, counts, torch.empty_like(counts)
+
+
+torch.library.register_fake("andmask::_vote_thresholds", _vote_thresholds)
 for _name in (
     "_accumulate_outer_",
     "_accumulate_convolution_",

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ._dtypes import wide_dtype
 
-KINDS = ("votes", "squares", "logs")  # in addition to "sum", in the order of the native ops
+# In addition to "sum", in the order of the native ops.
+KINDS = ("votes", "squares", "logs", "voters")
+_COUNTED = {"votes", "voters"}
 _LOG_OF_ZERO = math.log(1e-10)
 _VOTE_DTYPES = (torch.int8, torch.int16, torch.int32)
 
@@ -51,7 +53,7 @@ class Memory:
         ]
 
     def lists(self, indices: Sequence[int]) -> list[list[Any]]:
-        """Return sum, votes, squares and logs of some parameters; kinds not kept are empty."""
+        """Return sum, votes, squares, logs, voters of some parameters; those not kept are empty."""
         return [
             [self._slots[index][kind] for index in indices] if kind in self.kinds else []
             for kind in ("sum", *KINDS)
@@ -72,8 +74,8 @@ class Memory:
             return
         self._vote_dtype = next(t for t in _VOTE_DTYPES if environments <= torch.iinfo(t).max)
         for slot in self._slots:
-            if "votes" in slot:
-                slot["votes"] = slot["votes"].to(self._vote_dtype)
+            for kind in _COUNTED & slot.keys():
+                slot[kind] = slot[kind].to(self._vote_dtype)
 
     def touch(self, index: int, count: int) -> None:
         """Allocate the tensors of a parameter if needed, and add its earlier zero gradients.
@@ -96,7 +98,7 @@ class Memory:
                 slot[kind].fill_(_of_zeros(kind, count))
 
     def _dtype(self, kind: str, param: Tensor) -> torch.dtype:
-        if kind == "votes":
+        if kind in _COUNTED:
             return self._vote_dtype
         return wide_dtype(param)
 

@@ -1,4 +1,4 @@
-"""Squared norms whose rounding error does not grow with the size of a tensor."""
+"""Squared norms and scalar products whose rounding error does not grow with the size."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ._dtypes import wide_dtype
 # (torch.linalg.vector_norm of 16 million float32 numbers on a CPU is 0.06 % too small.)
 _PART = 1 << 14
 _CACHED = 1 << 18  # number of elements that are widened together
+_CHUNK_BYTES = 8 << 20  # of stacked gradients that are widened together
 
 
 def squared_norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -63,3 +64,15 @@ def squared_norms_over_environments(
         ]
     factor = weights[0] ** 2 if weights else 1.0
     return [squared_norm(grad) * factor for grad in grads]
+
+
+def scalar_products(grads: Tensor) -> Tensor:
+    """Return the scalar products of all pairs of stacked gradients, float64 ``[d, d]``."""
+    environments = grads.shape[0]
+    flat = grads.reshape(environments, -1)
+    total = flat.new_zeros(environments, environments, dtype=torch.float64)
+    columns = max(1, _CHUNK_BYTES // (8 * environments))
+    for chunk in flat.split(columns, 1):
+        wide = chunk.double()
+        total += wide @ wide.t()
+    return total

@@ -27,7 +27,8 @@ class Moments:
       then int32;
     - ``squares``: :math:`\sum_e (g_e - \bar g)^2`, updated with the running mean, so a mean far
       above the spread cancels no digits; float32 or float64 as ``sum``;
-    - ``logs``: :math:`\sum_e \log(|g_e| + 10^{-10})`, float32 or float64 as ``sum``.
+    - ``logs``: :math:`\sum_e \log(|g_e| + 10^{-10})`, float32 or float64 as ``sum``;
+    - ``voters``: the number of signs that are not zero, in the dtype of ``votes``, which it needs.
 
     The kind ``"norms"`` adds one float64 number per parameter, ``squared_norms``:
     :math:`\sum_e \|g_e\|^2`, for :func:`andmask_ext.metrics.coherence`.
@@ -40,7 +41,7 @@ class Moments:
         params: the parameters (or any tensors of their shape, dtype, device and layout). Frozen
             parameters of other dtypes are passed over.
         kinds: the moments to keep in addition to the sum: a subset of ``"votes"``, ``"squares"``,
-            ``"logs"`` and ``"norms"``. For a rule pass ``rule.moments``.
+            ``"logs"``, ``"norms"`` and, beside votes, ``"voters"``. For a rule: ``rule.moments``.
 
     Raises:
         TypeError: a parameter is not a floating-point tensor.
@@ -79,6 +80,8 @@ class Moments:
         for kind in wanted:
             if kind not in known:
                 raise ValueError(f"kinds: expected some of {', '.join(known)}, but got {kind!r}")
+        if "voters" in wanted and "votes" not in wanted:
+            raise ValueError("kinds: expected 'votes' beside 'voters', but got 'voters' alone")
         self.kinds: tuple[str, ...] = tuple(kind for kind in known if kind in wanted)
         self.count = 0
         self._memory = Memory(self._params, self.kinds)
@@ -116,6 +119,11 @@ class Moments:
     def logs(self) -> list[Tensor | None]:
         """Sums of the logarithms of the magnitudes of the gradients (plus 1e-10)."""
         return self._get("logs")
+
+    @property
+    def voters(self) -> list[Tensor | None]:
+        """Numbers of gradients whose sign is not zero."""
+        return self._get("voters")
 
     @property
     def squared_norms(self) -> list[Tensor | None] | None:
@@ -293,7 +301,7 @@ class Moments:
         return self._memory.touched
 
     def _lists(self, indices: Sequence[int]) -> list[list[Any]]:
-        """Return sum, votes, squares and logs of some parameters, as the native ops take them."""
+        """Return sum, votes, squares, logs and voters of some parameters, as native ops do."""
         return self._memory.lists(indices)
 
     def _release_sums(self) -> None:

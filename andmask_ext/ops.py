@@ -8,22 +8,37 @@ Autocast does not affect the ops: they return the dtype of ``grads``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ._autograd import inside_transform, masked_mean_for_transforms
-from ._checks import check_bool, check_grads, check_tau
+from ._checks import check_bool, check_grads
+from ._vote_test import given_levels, vote_test, warn_of_level
 
 __all__ = ["agreement_mask", "masked_mean", "vote_histogram"]
 
 
-def _check(grads: Tensor, tau: float, rescale: bool) -> None:
+def _checked(grads: Tensor, rescale: bool, zeros: str, **levels: float | None) -> dict[str, Any]:
+    """Return the options of the native ops. Without a level, unanimity is asked for."""
     check_grads(grads)
-    check_tau(tau)
     check_bool("rescale", rescale)
+    given = given_levels(levels) or {"tau": 1.0}
+    options = {"tau": None, "fdr": None, "significance": None, **given, "zeros": zeros}
+    warn_of_level(vote_test(**options), grads.shape[0])
+    return {**options, "rescale": rescale}
 
 
-def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def masked_mean(
+    grads: Tensor,
+    tau: float | None = None,
+    rescale: bool = False,
+    *,
+    fdr: float | None = None,
+    significance: float | None = None,
+    zeros: str = "count",
+) -> Tensor:
     r"""Return the mean gradient over environments, zeroed where their signs do not agree.
 
     This is the AND-mask. Coordinate j is kept iff
@@ -36,9 +51,14 @@ def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tenso
     Args:
         grads: stacked gradients ``[d, *shape]`` of d environments: float16, bfloat16, float32 or
             float64, any strides. If each environment's gradient is contiguous, no copy is made.
-        tau: agreement threshold in [0, 1]. 0 keeps all (the plain mean), 1 asks for unanimity.
+        tau: agreement threshold in [0, 1]. 0 keeps all (the plain mean), 1 asks for unanimity,
+            which is what happens without ``tau``, ``fdr`` and ``significance``.
         rescale: divide by the share of kept coordinates of this tensor (plus 1e-10), as the
             authors' code does, so that masking does not shrink the step.
+        fdr: false discovery rate, instead of ``tau``: see :class:`andmask_ext.AndMask`.
+        significance: level of significance, instead of ``tau``: see :class:`andmask_ext.AndMask`.
+        zeros: ``"count"`` or ``"abstain"``: see :class:`andmask_ext.AndMask`. With ``"abstain"``,
+            ``fdr`` or ``significance``, sums are those of :class:`andmask_ext.Moments`.
 
     Returns:
         The masked mean ``[*shape]``, contiguous, in the dtype of ``grads``. It is differentiable:
@@ -46,9 +66,10 @@ def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tenso
         rescale factor are constant almost everywhere, so they have no derivative.
 
     Raises:
-        TypeError: ``grads`` is not a dense floating-point tensor, ``tau`` is not a number, or
+        TypeError: ``grads`` is not a dense floating-point tensor, a level is not a number, or
             ``rescale`` is not a bool.
-        ValueError: ``grads`` has no environment, or ``tau`` lies outside [0, 1].
+        ValueError: ``grads`` has no environment, several levels are given, one lies outside its
+            range, or ``zeros`` is unknown.
 
     Shape:
         - grads: :math:`(d, *)`
@@ -65,20 +86,31 @@ def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tenso
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
-    _check(grads, tau, rescale)
+    options = _checked(grads, rescale, zeros, tau=tau, fdr=fdr, significance=significance)
     if inside_transform():
-        return masked_mean_for_transforms(grads, tau, rescale)
-    out: Tensor = torch.ops.andmask.masked_mean.default(grads, tau, rescale)
+        return masked_mean_for_transforms(grads, options)
+    out: Tensor = torch.ops.andmask.masked_mean.default(grads, **options)
     return out
 
 
-def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def agreement_mask(
+    grads: Tensor,
+    tau: float | None = None,
+    rescale: bool = False,
+    *,
+    fdr: float | None = None,
+    significance: float | None = None,
+    zeros: str = "count",
+) -> Tensor:
     """Return the mask of :func:`masked_mean` alone: 1 where the environments agree, 0 elsewhere.
 
     Args:
         grads: as for :func:`masked_mean`.
         tau: as for :func:`masked_mean`.
         rescale: divide the mask by its mean (plus 1e-10).
+        fdr: as for :func:`masked_mean`.
+        significance: as for :func:`masked_mean`.
+        zeros: as for :func:`masked_mean`.
 
     Returns:
         The mask ``[*shape]`` in float32 (float64 for float64), as the rescale factor may exceed the
@@ -100,8 +132,8 @@ def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Te
     Reference:
         Parascandolo et al., *Learning explanations that are hard to vary*, ICLR 2021, section 2.3.
     """
-    _check(grads, tau, rescale)
-    out: Tensor = torch.ops.andmask.agreement_mask.default(grads, tau, rescale)
+    options = _checked(grads, rescale, zeros, tau=tau, fdr=fdr, significance=significance)
+    out: Tensor = torch.ops.andmask.agreement_mask.default(grads, **options)
     return out
 
 

@@ -9,9 +9,11 @@ Reference:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor
 __all__ = [
     "accumulate_convolution",
     "accumulate_outer",
+    "agreement",
     "agreement_mask",
     "agreement_random",
     "agreement_sum",
@@ -28,6 +31,7 @@ __all__ = [
     "convolution_gradients",
     "fed_ilc",
     "geometric_mean",
+    "gradient_agreement_filtering",
     "masked_average",
     "masked_mean",
     "mean",
@@ -37,11 +41,14 @@ __all__ = [
     "outer_gradients",
     "sand_mask",
     "sign_dropout",
+    "sign_test_tail",
     "smooth_mask",
     "total_norm",
     "trimmed_mean",
     "vote_histogram",
     "vote_threshold",
+    "vote_thresholds",
+    "voters",
     "votes",
     "winsorized_mean",
 ]
@@ -61,17 +68,76 @@ def vote_threshold(tau: float, environments: int) -> int:
     return max(0, math.ceil(tau * environments - 1e-6))
 
 
-def agreement_mask(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def voters(grads: Tensor, zeros: str = "count") -> Tensor:
+    """Count who votes: all environments, or with ``"abstain"`` the signs that are not zero."""
+    if zeros == "count":
+        return torch.full_like(votes(grads), grads.shape[0])
+    return (grads > 0).sum(0) + (grads < 0).sum(0)
+
+
+@functools.cache
+def sign_test_tail(votes: int, voters: int) -> Fraction:
+    """Return the chance that ``|V| >= votes``, where V sums so many fair signs."""
+    ways = sum(math.comb(voters, b) for b in range(voters + 1) if abs(2 * b - voters) >= votes)
+    return Fraction(ways, 2**voters)
+
+
+def vote_thresholds(
+    grads: Tensor,
+    tau: float | None = None,
+    *,
+    fdr: float | None = None,
+    significance: float | None = None,
+    zeros: str = "count",
+) -> Tensor:
+    """Return the smallest ``|votes|`` that keeps each coordinate: int64 ``[*shape]``.
+
+    A level may be missed by 1e-9 of it, as it often is a decimal that is not a float64.
+    """
+    count = grads.shape[0]
+    given, m = votes(grads).abs().flatten().tolist(), voters(grads, zeros).flatten().tolist()
+    if fdr is not None:
+        level = _step_up(given, m, fdr)
+    elif significance is not None:
+        level = max(Fraction(significance), sign_test_tail(count, count))
+    else:
+        assert tau is not None
+        of_tau = [vote_threshold(tau, max(voters, 1)) for voters in m]
+        return torch.tensor(of_tau, dtype=torch.int64).view(grads.shape[1:])
+    allowed = level * (1 + Fraction(1, 10**9))
+    of_level = [
+        next((k for k in range(1, voters + 1) if sign_test_tail(k, voters) <= allowed), voters + 1)
+        for voters in m
+    ]
+    return torch.tensor(of_level, dtype=torch.int64).view(grads.shape[1:])
+
+
+def _step_up(votes: Sequence[int], voters: Sequence[int], fdr: float) -> Fraction:
+    """Return the level of Benjamini and Hochberg's step-up among tests that could reach it."""
+    q = Fraction(fdr) * (1 + Fraction(1, 10**9))
+    tested = [(k, m) for k, m in zip(votes, voters, strict=True) if sign_test_tail(m, m) <= q]
+    tails = sorted(sign_test_tail(k, m) for k, m in tested)
+    kept = max((i for i, p in enumerate(tails, start=1) if len(tails) * p <= q * i), default=0)
+    return Fraction(fdr) * Fraction(kept, max(1, len(tails)))
+
+
+def agreement_mask(
+    grads: Tensor, tau: float | None = None, rescale: bool = False, **test: Any
+) -> Tensor:
     """Return 1 where the environments agree, else 0; divided by its mean if ``rescale``."""
-    mask = (votes(grads).abs() >= vote_threshold(tau, grads.shape[0])).double()
+    if tau is None and test.keys() <= {"zeros"}:
+        tau = 1.0
+    mask = (votes(grads).abs() >= vote_thresholds(grads, tau, **test)).double()
     if rescale and mask.numel() > 0:
         mask = mask / (1e-10 + mask.mean())
     return mask
 
 
-def masked_mean(grads: Tensor, tau: float = 1.0, rescale: bool = False) -> Tensor:
+def masked_mean(
+    grads: Tensor, tau: float | None = None, rescale: bool = False, **test: Any
+) -> Tensor:
     """Multiply the mean over environments by the mask. NaN and infinities are not hidden."""
-    return agreement_mask(grads, tau, rescale) * grads.double().mean(0)
+    return agreement_mask(grads, tau, rescale, **test) * grads.double().mean(0)
 
 
 def vote_histogram(grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,41 +173,60 @@ def mean(grads: Tensor) -> Tensor:
     return grads.double().mean(0)
 
 
-def and_mask(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
+def and_mask(grads: Tensor, tau: float | None = None, rescale: bool = False, **test: Any) -> Tensor:
     """Return :func:`masked_mean`."""
-    return masked_mean(grads, tau, rescale)
+    return masked_mean(grads, tau, rescale, **test)
 
 
-def geometric_mean(grads: Tensor, tau: float, rescale: bool = False) -> Tensor:
+def geometric_mean(
+    grads: Tensor, tau: float | None = None, rescale: bool = False, **test: Any
+) -> Tensor:
     """Multiply mask, sign of the mean, and geometric mean of the magnitudes."""
     grads = grads.double()
     magnitude = (grads.abs() + 1e-10).log().mean(0).exp()
-    return agreement_mask(grads, tau, rescale) * grads.sum(0).sign() * magnitude
+    return agreement_mask(grads, tau, rescale, **test) * grads.sum(0).sign() * magnitude
 
 
-def smooth_mask(grads: Tensor, tau: float, k: float) -> Tensor:
-    """Return ``tanh(k * (agreement - tau) / variance)``, at least 0; NaN becomes 1e-17."""
+def agreement(grads: Tensor, zeros: str = "count") -> Tensor:
+    """Return the share of the voters by which the majority wins; 0 if nobody votes."""
+    return votes(grads).abs().double() / voters(grads, zeros).clamp(min=1)
+
+
+def smooth_mask(grads: Tensor, tau: float | None, k: float, **test: Any) -> Tensor:
+    """Return ``tanh(k * (agreement - tau) / variance)``, at least 0; NaN becomes 1e-17.
+
+    With ``fdr`` or ``significance``, tau is the last agreement that is not kept, and the mask is 0
+    where the AND-mask's is.
+    """
+    zeros = test.get("zeros", "count")
+    bar, kept = torch.tensor(0.0 if tau is None else tau, dtype=torch.float64), torch.tensor(True)
+    if tau is None:
+        least = vote_thresholds(grads, **test)
+        bar = (least - 1) / voters(grads, zeros).clamp(min=1).double()
+        kept = votes(grads).abs() >= least
     grads = grads.double()
     environments = grads.shape[0]
-    agreement = votes(grads).abs().double() / environments
     squares = (grads - grads.mean(0)).square().sum(0)
     variance = squares / (environments - 1) if environments > 1 else torch.tensor(1e-17)
-    return (k * (agreement - tau) / variance).tanh().clamp(min=0).nan_to_num(nan=1e-17)
+    mask = (k * (agreement(grads, zeros) - bar) / variance).tanh().clamp(min=0)
+    return mask.nan_to_num(nan=1e-17) * kept
 
 
-def sand_mask(grads: Tensor, tau: float, k: float, rescale: bool = False) -> Tensor:
+def sand_mask(
+    grads: Tensor, tau: float | None = None, k: float = 10.0, rescale: bool = False, **test: Any
+) -> Tensor:
     """Multiply the mean by the smooth mask. With ``rescale``, divide the mask by its mean."""
-    mask = smooth_mask(grads, tau, k)
+    mask = smooth_mask(grads, tau, k, **test)
     if rescale and mask.numel() > 0:
         mask = mask / (1e-10 + mask.mean())
     return mask * grads.double().mean(0)
 
 
-def masked_average(grads: Tensor, tau: float) -> Tensor:
-    """Multiply the mean by the agreement where the agreement is below tau."""
-    agreement = votes(grads).abs().double() / grads.shape[0]
-    kept = agreement_mask(grads, tau) == 1
-    return torch.where(kept, 1.0, agreement) * grads.double().mean(0)
+def masked_average(grads: Tensor, tau: float | None = None, **test: Any) -> Tensor:
+    """Multiply the mean by the agreement where the AND-mask is 0."""
+    kept = agreement_mask(grads, tau, **test) == 1
+    share = agreement(grads, test.get("zeros", "count"))
+    return torch.where(kept, 1.0, share) * grads.double().mean(0)
 
 
 def agreement_sum(grads: Tensor) -> Tensor:
@@ -196,7 +281,7 @@ def median_of_three(grads: Tensor) -> Tensor:
     return median(torch.stack([group.double().mean(0) for group in grads.tensor_split(3)]))
 
 
-def fed_ilc(grads: Tensor, tau: float) -> Tensor:
+def fed_ilc(grads: Tensor, tau: float | None = None, **test: Any) -> Tensor:
     """Mask the difference of the geometric means of both signs, weighted by their counts."""
     grads = grads.double()
     sides = []
@@ -204,7 +289,19 @@ def fed_ilc(grads: Tensor, tau: float) -> Tensor:
         count = (side > 0).sum(0).double()
         logs = torch.where(side > 0, side, 1.0).log().sum(0)
         sides.append(count / grads.shape[0] * (logs / count.clamp(min=1)).exp())
-    return agreement_mask(grads, tau) * (sides[0] - sides[1]) + nan_if_not_finite(grads)
+    return agreement_mask(grads, tau, **test) * (sides[0] - sides[1]) + nan_if_not_finite(grads)
+
+
+def gradient_agreement_filtering(grads: Tensor, limit: float, halve: bool = False) -> Tensor:
+    """Average the whole gradients, in their order, that stay near the average; 0 if none does."""
+    average, count = grads[0].double(), 1
+    for grad in grads[1:].double():
+        size = average.norm() * grad.norm()
+        cosine = (average * grad).sum() / size if size != 0 else 0.0
+        if not 1 - cosine > limit + 1e-9:  # as NaN is not
+            share = 2 if halve else count + 1
+            average, count = average + (grad - average) / share, count + 1
+    return average if count > 1 else torch.zeros_like(average)
 
 
 # ---- moments ----
@@ -217,6 +314,7 @@ class Moments(NamedTuple):
     votes: Tensor
     squares: Tensor
     logs: Tensor
+    voters: Tensor
 
 
 def moments(grads: Tensor, weights: Sequence[float] = ()) -> Moments:
@@ -225,7 +323,8 @@ def moments(grads: Tensor, weights: Sequence[float] = ()) -> Moments:
     weighted = grads.double() * factors.view(-1, *[1] * (grads.dim() - 1))
     deviations = weighted - weighted.mean(0)
     logs = (weighted.abs() + 1e-10).log()
-    return Moments(weighted.sum(0), votes(grads), deviations.square().sum(0), logs.sum(0))
+    squares = deviations.square().sum(0)
+    return Moments(weighted.sum(0), votes(grads), squares, logs.sum(0), voters(grads, "abstain"))
 
 
 def environments(order: Tensor | None, offsets: Tensor | None, examples: int) -> Iterator[Tensor]:

@@ -49,12 +49,13 @@ def compare(
     environments: int,
 ) -> list[Row]:
     votes = torch.zeros(shape, dtype=torch.int8 if environments < 128 else torch.int16)
-    total, squares = torch.zeros(shape), torch.zeros(shape)
+    total, squares, voters = torch.zeros(shape), torch.zeros(shape), votes.clone()
     return measure(
         case,
         {
-            "andmask": lambda: ours((total, votes, None, None)),
-            "andmask with squares": lambda: ours((total, votes, squares, None)),
+            "andmask": lambda: ours((total, votes, None, None, None)),
+            "andmask with squares": lambda: ours((total, votes, squares, None, None)),
+            "andmask with voters": lambda: ours((total, votes, None, None, voters)),
             "plain weight gradient": plain,
         },
         bytes_moved=5 * total.numel(),

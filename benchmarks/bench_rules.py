@@ -94,6 +94,14 @@ def fed_ilc(g: Tensor) -> Tensor:
     return (agreement(g) >= TAU) * (sides[0] - sides[1])
 
 
+def gradient_agreement_filtering(g: Tensor) -> Tensor:
+    mean, count = g[0], 1
+    for one in g[1:]:
+        if torch.nn.functional.cosine_similarity(mean, one, dim=0) >= 0:
+            mean, count = mean + (one - mean) / (count + 1), count + 1
+    return mean if count > 1 else torch.zeros_like(mean)
+
+
 RULES: dict[am.rules.Rule, Callable[[Tensor], Tensor]] = {
     am.rules.Mean(): lambda g: g.mean(0),
     am.AndMask(TAU): and_mask,
@@ -108,6 +116,7 @@ RULES: dict[am.rules.Rule, Callable[[Tensor], Tensor]] = {
     am.rules.WinsorizedMean(10.0): winsorized_mean,
     am.rules.SignDropout(): sign_dropout,
     am.rules.FedILC(TAU): fed_ilc,
+    am.rules.GradientAgreementFiltering(): gradient_agreement_filtering,
 }
 COMPILED = (am.rules.GeometricMean, am.rules.SandMask, am.rules.SignDropout, am.rules.FedILC)
 

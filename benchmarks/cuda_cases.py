@@ -124,14 +124,14 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Step]:
     grads, sums, params = lists(), lists(), lists()
     votes = [torch.randint(-COUNT, COUNT + 1, (size,), device=device).to(torch.int8) for _ in grads]
     steps = [torch.zeros((), device=device) for _ in grads]
-    own: tuple[Any, ...] = (sums, votes, [], [], COUNT, "and_mask", [TAU])
+    own: tuple[Any, ...] = (sums, votes, [], [], [], COUNT, "and_mask", [TAU])
 
     def pair(formula: Callable[..., object], *arguments: list[Tensor]) -> dict[str, Step]:
         compiled = torch.compile(formula, dynamic=False)
         return {EAGER: lambda: formula(*arguments), COMPILED: lambda: compiled(*arguments)}
 
     if work.op.startswith("accumulate_"):
-        call = lambda: ops._accumulate_(sums, votes, [], [], grads, 1)  # noqa: E731
+        call = lambda: ops._accumulate_(sums, votes, *[[]] * 3, grads, 1)  # noqa: E731
         return {OURS: call, **pair(accumulate, sums, votes, grads)}
     if work.op.startswith("resolve"):
         return {OURS: lambda: ops._resolve(*own), **pair(resolve, sums, votes)}
@@ -163,7 +163,7 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Step]:
             ),
             **pair(resolved_adam, params, averages, squares, steps, sums, votes),
         }
-    options |= {"tau": TAU, "beta3": 0.9, "bias_correction": True}
+    options |= {"tau": TAU, "significance": None, "beta3": 0.9, "bias_correction": True}
     return {
         OURS: lambda: ops._temporal_adam_step_(
             params, averages, squares, signs, steps, grads, **options
@@ -188,7 +188,7 @@ def on_rows(work: Work, device: torch.device) -> dict[str, Step]:
     compiled = torch.compile(outer, dynamic=False)
     plain = torch.empty(outputs, inputs, dtype=dtype, device=device)
     return {
-        OURS: lambda: ops._accumulate_outer_(total, votes, None, None, a3, d3, None, None, 0),
+        OURS: lambda: ops._accumulate_outer_(total, votes, *[None] * 3, a3, d3, None, None, 0),
         EAGER: lambda: outer(total, votes, a3, d3),
         COMPILED: lambda: compiled(total, votes, a3, d3),
         "plain": lambda: torch.mm(d.t(), a, out=plain),
@@ -218,7 +218,7 @@ def on_images(work: Work, device: torch.device) -> dict[str, Step]:
 
     return {
         OURS: lambda: ops._accumulate_convolution_(
-            total, votes, None, None, images, grads, None, None, 0, *window, 1
+            total, votes, None, None, None, images, grads, None, None, 0, *window, 1
         ),
         EAGER: eager,
         "plain": lambda: plain(images, grads),

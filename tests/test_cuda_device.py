@@ -115,16 +115,17 @@ def calls() -> dict[str, Callable[[], object]]:
             grad_scale=ops._squared_norm(*arguments).rsqrt(),
         ),
         "temporal_adam_step_": lambda: ops._temporal_adam_step_(
-            params, *state, steps, some, tau=0.3, beta3=0.9, bias_correction=True, **adam
+            params, *state, steps, some, tau=0.3, significance=None, beta3=0.9,
+            bias_correction=True, **adam,
         ),
         "accumulate_outer_": lambda: ops._accumulate_outer_(
-            total, votes, None, None, inputs, outputs, None, None, 0
+            total, votes, None, None, None, inputs, outputs, None, None, 0
         ),
         "accumulate_outer_, one row": lambda: ops._accumulate_outer_(
-            total, votes, None, None, inputs[:, :1], outputs[:, :1], None, None, 0
+            total, votes, None, None, None, inputs[:, :1], outputs[:, :1], None, None, 0
         ),
         "accumulate_convolution_": lambda: ops._accumulate_convolution_(
-            kernel, kernel_votes, None, None, images, errors, None, None, 0, *[[1, 1]] * 3, 1
+            kernel, kernel_votes, None, None, None, images, errors, None, None, 0, *[[1, 1]] * 3, 1
         ),
     }  # fmt: skip
 
@@ -206,20 +207,20 @@ def test_every_op_can_be_captured() -> None:
 def test_what_is_read_from_the_host_cannot_be_captured() -> None:
     inputs, outputs, total = torch.randn(6, 2, 3), torch.randn(6, 2, 4), torch.zeros(4, 3)
     offsets = torch.tensor([0, 1, 6], device="cpu")
-    ops._accumulate_outer_(total, None, None, None, inputs, outputs, None, offsets, 0)
+    ops._accumulate_outer_(total, None, None, None, None, inputs, outputs, None, offsets, 0)
     with (
         pytest.raises(RuntimeError, match="a CUDA graph cannot capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
-        ops._accumulate_outer_(total, None, None, None, inputs, outputs, None, offsets, 0)
+        ops._accumulate_outer_(total, None, None, None, None, inputs, outputs, None, offsets, 0)
 
 
 def test_tensors_on_another_device_are_named() -> None:
     with pytest.raises(RuntimeError, match=r"expected sum\[0\] on cuda:0, .* got it on the CPU"):
-        ops._accumulate_([torch.zeros(3, device="cpu")], [], [], [], [torch.ones(3)], 0)
+        ops._accumulate_([torch.zeros(3, device="cpu")], *[[]] * 4, [torch.ones(3)], 0)
     with pytest.raises(RuntimeError, match="expected offsets on the CPU"):
         ops._accumulate_outer_(
-            torch.zeros(4, 3), None, None, None, torch.randn(2, 2, 3), torch.randn(2, 2, 4), None,
+            torch.zeros(4, 3), *[None] * 4, torch.randn(2, 2, 3), torch.randn(2, 2, 4), None,
             torch.tensor([0, 2]), 0,
         )  # fmt: skip
 

@@ -43,12 +43,12 @@ def main() -> None:
         for found in (
             ops.masked_mean(grads, 0.5, True),
             ops._aggregate(grads, "median", []),
-            ops._resolve([grads.float()], [], [], [], 2, "mean", [])[0],
+            ops._resolve([grads.float()], *[[]] * 4, 2, "mean", [])[0],
         ):
             assert found.device == grads.device, found.device
         assert ops.agreement_mask(grads).dtype == torch.float32
         total = torch.empty(5, 6, device="cuda")
-        ops._accumulate_([total], [total.to(torch.int8)], [], [], [total], 0)
+        ops._accumulate_([total], [total.to(torch.int8)], [], [], [], [total], 0)
         graph = make_fx(lambda grads: ops.masked_mean(grads, 0.5) * 2)(grads)
         assert any("andmask" in str(node.target) for node in graph.graph.nodes)
     print("fake tensors on cuda: right devices, shapes and dtypes; traced")

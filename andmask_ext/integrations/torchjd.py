@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 from torchjd.aggregation import Aggregator
 
 from ..rules import Rule
+from ..rules._filtering import GramRule
 
 __all__ = ["RuleAggregator", "jac_to_grad"]
 
@@ -52,7 +53,8 @@ def jac_to_grad(tensors: Iterable[Tensor], /, rule: Rule, *, retain_jac: bool = 
     """Aggregate the Jacobian in ``.jac`` of each tensor by a rule, and add it to ``.grad``.
 
     This is ``torchjd.autojac.jac_to_grad`` with a rule for each tensor alone. No Jacobian is
-    joined with another one, so it needs less memory.
+    joined with another one, so it needs less memory. But
+    :class:`andmask_ext.rules.GradientAgreementFiltering` sees those of all tensors together.
 
     Args:
         tensors: parameters, whose ``.jac`` ``[environments, *shape]`` ``torchjd.autojac.backward``
@@ -92,8 +94,11 @@ def jac_to_grad(tensors: Iterable[Tensor], /, rule: Rule, *, retain_jac: bool = 
     if len(counts) != 1:
         got = f"Jacobians of {', '.join(map(str, counts))} rows" if counts else "no tensor"
         raise ValueError(f"tensors: expected Jacobians of one number of rows, but got {got}")
+    apply: Callable[[Tensor], Tensor] = rule
+    if isinstance(rule, GramRule):
+        apply = rule._of_whole(jacobian for _, jacobian in jacobians)
     for tensor, jacobian in jacobians:
-        update = rule(jacobian)
+        update = apply(jacobian)
         tensor.grad = update if tensor.grad is None else tensor.grad.add_(update)
         if not retain_jac:
             del tensor.jac

@@ -9,14 +9,12 @@ import torch
 from torch import Tensor
 
 from .._checks import check_bool, check_tau
+from .._norms import scalar_products
 from ..agreement import Agreement
 from ..rules._threshold import vote_threshold
 from ._inputs import Entries, Gradients, Stacked, entries_of, stacked_of, without_none
 
 __all__ = ["GradientCorrelation", "gradient_correlation", "gradient_cosines"]
-
-# The number of columns that are widened together.
-_CHUNK_BYTES = 8 << 20
 
 
 def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
@@ -60,7 +58,7 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
                 "agreement, but none was reached"
             )
     else:
-        products = [_gram(param_grads) for param_grads in stacked_of(grads)]
+        products = [scalar_products(param_grads) for param_grads in stacked_of(grads)]
     device = products[0].device
     total = products[0].clone()
     for product in products[1:]:
@@ -73,18 +71,6 @@ def gradient_cosines(grads: Stacked | Agreement) -> Tensor:
     finite = torch.where(torch.isfinite(norms), exact, torch.nan)
     cosines.diagonal().copy_(finite)
     return cosines
-
-
-def _gram(grads: Tensor) -> Tensor:
-    """Return the scalar products of all pairs, float64 ``[d, d]``."""
-    environments = grads.shape[0]
-    flat = grads.reshape(environments, -1)
-    total = flat.new_zeros(environments, environments, dtype=torch.float64)
-    columns = max(1, _CHUNK_BYTES // (8 * environments))
-    for chunk in flat.split(columns, 1):
-        wide = chunk.double()
-        total.addmm_(wide, wide.t())
-    return total
 
 
 @dataclass(frozen=True, eq=False)

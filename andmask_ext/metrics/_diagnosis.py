@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._alignment import _gram
+from .._norms import scalar_products
 from ._input_layer import CannotTellInputsApart, InputLayer, find_input_layer
 from ._probe import Probe, examples_in, pairs_of, rows
 from ._verdict import Diagnosis
@@ -194,7 +194,7 @@ def _of_all_parameters(probe: Probe, pairs: Sequence[tuple[Any, Any]], parts: in
         for part in range(parts)
     ]
     return torch.stack(
-        [_gram(torch.stack(of_one)).cpu() for of_one in zip(*grads, strict=True)]
+        [scalar_products(torch.stack(of_one)).cpu() for of_one in zip(*grads, strict=True)]
     ).sum(0)
 
 

@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._checks import check_bool, check_tau, check_weight
+from .._checks import check_weight
 from .._notices import warn_if_nothing_is_masked, warn_once
 from .._pending import Group, PendingStep, State, show_to_hooks
-from ..rules import AndMask, Rule
+from .._vote_test import LEVELS, given_levels
+from ..rules import Rule
 from ._amp import overflowed
 from ._checks import check_params, warn_of_typos
 from ._clip import ClipsNorm
 from ._environment import ContextMethod, Environment
-from ._rules import check_rule, require_one, with_plain_rules
+from ._rules import NO_MASK, check_rule, require_one, rule_of_group, with_plain_rules
 from ._state import load_state, makes_only_state
 from ._updates import Arguments, updates_of
 
@@ -51,9 +52,7 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
     # ---- the rule of a group ----
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        tau, rule = group["tau"], group["rule"]
-        require_one(tau, group["rescale"], rule)  # groups may be changed between steps
-        return AndMask(tau, group["rescale"]) if rule is None else rule
+        return rule_of_group(group)  # groups may be changed between steps
 
     def _rules(self) -> list[tuple[list[Tensor], Rule]]:
         return [(group["params"], self._rule(group)) for group in self.param_groups]
@@ -61,8 +60,8 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as :meth:`torch.optim.Optimizer.add_param_group`.
 
-        A group that has its own ``"rule"`` ignores the optimizer's ``tau`` and ``rescale``. A group
-        that has its own ``"tau"`` ignores the optimizer's ``rule``.
+        A group that has its own ``"rule"`` ignores the optimizer's AND-mask. A group that has its
+        own ``"tau"``, ``"fdr"`` or ``"significance"`` ignores the optimizer's others and ``rule``.
 
         Args:
             param_group: ``"params"`` and the options of the group. Other options take their
@@ -71,8 +70,8 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
         Raises:
             RuntimeError: there are environments since the last step.
             TypeError: a parameter or an option of the group has the wrong type.
-            ValueError: an option of the group lies outside its range, or it has ``"tau"`` and
-                ``"rule"``.
+            ValueError: an option of the group lies outside its range, or it has several of
+                ``"tau"``, ``"fdr"``, ``"significance"`` and ``"rule"``.
         """
         self._require_no_environments()
         if isinstance(param_group, dict):
@@ -87,12 +86,14 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
 
     @staticmethod
     def _override_rule(group: dict[str, Any]) -> None:
-        """Replace the default rule (tau, rescale, rule) by the group's own, if it has one."""
+        """Replace the default rule by the group's own, if it has one."""
+        levels = given_levels(group)
         if group.get("rule") is not None:
-            require_one(group.get("tau"), group.get("rescale"), group["rule"])
-            group["tau"], group["rescale"] = None, False
-        elif group.get("tau") is not None:
-            group["rule"] = None
+            require_one(group)
+            group.update(NO_MASK)
+        elif levels:
+            require_one(group)
+            group.update({**dict.fromkeys(LEVELS), **levels, "rule": None})
 
     def _require_no_environments(self) -> None:
         if self._pending.environments:
@@ -103,12 +104,7 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_params(group["params"])
-        if group["rule"] is not None:
-            check_rule(group["rule"])
-        elif group["tau"] is not None:
-            check_tau(group["tau"])
-            check_bool("rescale", group["rescale"])
-        self._rule(group)  # raises unless exactly one is set
+        check_rule(self._rule(group))  # raises unless exactly one is set
 
     # ---- environments ----
 
@@ -369,8 +365,8 @@ class EnvironmentOptimizer(ClipsNorm, Optimizer):
 
         def finish(loaded: dict[str, Any]) -> None:
             for group, default in zip(self.param_groups, defaults, strict=True):
-                if group.get("tau") is not None or group.get("rule") is not None:
-                    default |= {"tau": None, "rescale": False, "rule": None}  # the state says all
+                if given_levels(group) or group.get("rule") is not None:
+                    default |= {**NO_MASK, "rule": None}  # the state says all
                 for key, value in default.items():
                     group.setdefault(key, value)
             self._pending.drop()

@@ -6,27 +6,59 @@ import dataclasses
 from typing import Any
 
 from .. import rules
-from ..rules import Rule
+from .._vote_test import LEVELS, given_levels
+from ..rules import AndMask, Rule
+
+# The options of a group that make an AND-mask, as they are where another rule takes its place.
+NO_MASK: dict[str, Any] = {**dict.fromkeys(LEVELS), "zeros": "count", "rescale": False}
 
 
-def require_one(tau: object, rescale: object, rule: object) -> None:
-    """Raise unless there is a threshold or a rule, and not both.
+def require_one(options: dict[str, Any]) -> None:
+    """Raise unless there is a level of an AND-mask or a rule, and not both.
+
+    Args:
+        options: those of a group: levels, ``rescale``, ``zeros`` and ``rule``, if it has them.
 
     Raises:
-        ValueError: both are given, or neither; or ``rescale`` is given together with a rule.
+        ValueError: both are given, or neither; several levels are; or ``rescale`` or ``zeros`` is
+            given together with a rule.
     """
-    if tau is None and rule is None:
+    levels, rule = given_levels(options), options.get("rule")
+    if not levels and rule is None:
         raise ValueError(
-            "tau: expected a threshold in [0, 1] (0 averages, 1 asks for unanimity), or rule=..., "
-            "but got neither"
+            "tau: expected a threshold in [0, 1] (0 averages, 1 asks for unanimity), fdr=..., "
+            "significance=... or rule=..., but got none of them"
         )
-    if rule is not None and (tau is not None or rescale is True):
-        name, value = ("rescale", rescale) if tau is None else ("tau", tau)
+    if len(levels) > 1:
+        got = ", ".join(f"{name}={level}" for name, level in levels.items())
         raise ValueError(
-            f"{name}: expected tau (with rescale) or rule, but got {name}={value} and "
-            f"rule={rule}; put it into the rule, rule=AndMask(tau, rescale), or set the other one "
-            "to None in the param group"
+            f"tau: expected one of tau, fdr and significance, but got {got}; set the others to "
+            "None in the param group"
         )
+    mask = {name: options[name] for name, value in NO_MASK.items() if options.get(name) not in
+            (None, value)}  # fmt: skip
+    if rule is not None and mask:
+        name, value = next(iter(mask.items()))
+        raise ValueError(
+            f"{name}: expected an AND-mask by tau, fdr or significance (with rescale and zeros), "
+            f"or rule, but got {name}={value} and rule={rule}; put it into the rule, such as "
+            "rule=AndMask(tau, rescale), or set the other one to None in the param group"
+        )
+
+
+def rule_of_group(options: dict[str, Any]) -> Rule:
+    """Return the rule that the options of a group make, which :func:`require_one` allows."""
+    require_one(options)
+    rule: Rule | None = options.get("rule")
+    if rule is not None:
+        return rule
+    return AndMask(
+        options.get("tau"),
+        options.get("rescale", False),
+        fdr=options.get("fdr"),
+        significance=options.get("significance"),
+        zeros=options.get("zeros", "count"),
+    )
 
 
 def check_rule(rule: object) -> None:

@@ -48,9 +48,11 @@ class AndMaskAdam(EnvironmentOptimizer):
         tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. It
             has no default: on noisy gradients a threshold near 1 freezes the model.
         rescale: divide each parameter's update by the share of its coordinates that are kept.
-        rule: a rule on moments, instead of ``tau``. A param group may have its own ``"tau"`` or
-            ``"rule"``. For example, ``rule=andmask_ext.rules.Mean()`` excludes a group of biases
-            from the vote.
+        fdr, significance, zeros: a threshold that sets itself, instead of ``tau``, and what a zero
+            is: see :class:`andmask_ext.AndMask`.
+        rule: a rule on moments, instead of an AND-mask. A param group may have its own ``"tau"``,
+            ``"fdr"``, ``"significance"`` or ``"rule"``. For example,
+            ``rule=andmask_ext.rules.Mean()`` excludes a group of biases from the vote.
         weight_decay_mode: ``"after_mask"``, ``"before_mask"`` or ``"decoupled"``: see
             :class:`AndMaskSGD`.
         max_norm: largest norm of the aggregated gradient of all parameters of all groups, above 0.
@@ -65,8 +67,8 @@ class AndMaskAdam(EnvironmentOptimizer):
 
     Raises:
         TypeError: an option has the wrong type, or the rule needs all gradients at once.
-        ValueError: an option lies outside its range, or not exactly one of ``tau`` and ``rule`` is
-            given.
+        ValueError: an option lies outside its range, or not exactly one of ``tau``, ``fdr``,
+            ``significance`` and ``rule`` is given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -102,6 +104,9 @@ class AndMaskAdam(EnvironmentOptimizer):
         differentiable: bool = False,
         tau: float | None = None,
         rescale: bool = False,
+        fdr: float | None = None,
+        significance: float | None = None,
+        zeros: str = "count",
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
         max_norm: float | None = None,
@@ -117,6 +122,9 @@ class AndMaskAdam(EnvironmentOptimizer):
             "maximize": maximize,
             "tau": tau,
             "rescale": rescale,
+            "fdr": fdr,
+            "significance": significance,
+            "zeros": zeros,
             "rule": rule,
             "weight_decay_mode": weight_decay_mode,
         }
@@ -206,6 +214,9 @@ class AndMaskAdamW(AndMaskAdam):
         differentiable: bool = False,
         tau: float | None = None,
         rescale: bool = False,
+        fdr: float | None = None,
+        significance: float | None = None,
+        zeros: str = "count",
         rule: Rule | None = None,
         weight_decay_mode: str = "decoupled",
         max_norm: float | None = None,
@@ -213,7 +224,8 @@ class AndMaskAdamW(AndMaskAdam):
     ) -> None:
         super().__init__(
             params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize, tau=tau,
-            rescale=rescale, rule=rule, weight_decay_mode=weight_decay_mode,
+            rescale=rescale, fdr=fdr, significance=significance, zeros=zeros, rule=rule,
+            weight_decay_mode=weight_decay_mode,
             max_norm=max_norm, expected_environments=expected_environments, foreach=foreach,
             fused=fused,
             capturable=capturable, differentiable=differentiable,

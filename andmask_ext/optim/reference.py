@@ -12,6 +12,7 @@ Reference:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -194,13 +195,14 @@ class TemporalAndMaskAdam:
         weight_decay: float = 0.0,
         *,
         tau: float = 0.5,
+        significance: float | None = None,
         weight_decay_mode: str = "after_mask",
         bias_correction: bool = False,
         maximize: bool = False,
     ) -> None:
         self.param = param.detach().double().clone()
         self.lr, self.betas, self.eps, self.weight_decay = lr, betas, eps, weight_decay
-        self.tau, self.maximize = tau, maximize
+        self.tau, self.significance, self.maximize = tau, significance, maximize
         self.weight_decay_mode = weight_decay_mode
         self.bias_correction = bias_correction
         self.steps = 0
@@ -225,10 +227,15 @@ class TemporalAndMaskAdam:
         self.exp_avg_sq = beta2 * self.exp_avg_sq + (1 - beta2) * grad.square()
 
         mean, square, agreement = self.exp_avg, self.exp_avg_sq, self.sign_avg
+        if self.significance is not None:
+            factors = [(1 - beta3) * beta3**age for age in range(self.steps)]
+            variance = sum(factor**2 for factor in factors)
+            least = math.sqrt(2 * variance * math.log(2 / self.significance))
+        else:
+            least = (self.tau - 1e-6) * (1 - beta3**self.steps if self.bias_correction else 1)
         if self.bias_correction:
             mean = mean / (1 - beta1**self.steps)
             square = square / (1 - beta2**self.steps)
-            agreement = agreement / (1 - beta3**self.steps)
-        mask = (agreement.abs() >= self.tau - 1e-6).double()
+        mask = (agreement.abs() >= least).double()
         self.param -= self.lr * mean * mask / (square.sqrt() + self.eps)
         return self.param

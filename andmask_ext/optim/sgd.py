@@ -42,9 +42,11 @@ class AndMaskSGD(EnvironmentOptimizer):
         tau: agreement threshold of the AND-mask in [0, 1]. 0 averages, 1 asks for unanimity. It
             has no default: on noisy gradients a threshold near 1 freezes the model.
         rescale: divide each parameter's update by the share of its coordinates that are kept.
-        rule: a rule on moments, instead of ``tau``. A param group may have its own ``"tau"`` or
-            ``"rule"``. For example, ``rule=andmask_ext.rules.Mean()`` excludes a group of biases
-            from the vote.
+        fdr, significance, zeros: a threshold that sets itself, instead of ``tau``, and what a zero
+            is: see :class:`andmask_ext.AndMask`.
+        rule: a rule on moments, instead of an AND-mask. A param group may have its own ``"tau"``,
+            ``"fdr"``, ``"significance"`` or ``"rule"``. For example,
+            ``rule=andmask_ext.rules.Mean()`` excludes a group of biases from the vote.
         weight_decay_mode: ``"after_mask"`` adds ``weight_decay * param`` to the aggregated
             gradient, so coordinates without agreement shrink too, as the paper's authors advise.
             ``"before_mask"`` adds it to the gradient of each environment, so it takes part in the
@@ -61,8 +63,8 @@ class AndMaskSGD(EnvironmentOptimizer):
 
     Raises:
         TypeError: an option has the wrong type, or the rule needs all gradients at once.
-        ValueError: an option lies outside its range, or not exactly one of ``tau`` and ``rule`` is
-            given.
+        ValueError: an option lies outside its range, or not exactly one of ``tau``, ``fdr``,
+            ``significance`` and ``rule`` is given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -97,6 +99,9 @@ class AndMaskSGD(EnvironmentOptimizer):
         differentiable: bool = False,
         tau: float | None = None,
         rescale: bool = False,
+        fdr: float | None = None,
+        significance: float | None = None,
+        zeros: str = "count",
         rule: Rule | None = None,
         weight_decay_mode: str = "after_mask",
         max_norm: float | None = None,
@@ -112,6 +117,9 @@ class AndMaskSGD(EnvironmentOptimizer):
             "maximize": maximize,
             "tau": tau,
             "rescale": rescale,
+            "fdr": fdr,
+            "significance": significance,
+            "zeros": zeros,
             "rule": rule,
             "weight_decay_mode": weight_decay_mode,
         }

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .._checks import check_bool, check_dense_grad, check_dtype, check_tau
+from .._checks import check_bool, check_dense_grad, check_dtype
 from .._devices import by_device
+from .._vote_test import check_level, given_levels
 from ._checks import (
     check_betas,
     check_lr,
@@ -37,6 +38,12 @@ class TemporalAndMaskAdam(Optimizer):
     starts at zero, so with a large :math:`\beta_3` nothing moves in the first steps. The comparison
     with tau has a tolerance of 1e-6. A zero gradient votes for neither sign.
 
+    With ``significance``, the threshold of step T is :math:`\sqrt{2 v_T \ln(2 / \alpha)}`, with
+    :math:`v_T = \frac{1-\beta_3}{1+\beta_3} (1 - \beta_3^{2T})`, the variance of a if signs are
+    fair and independent from step to step. By Hoeffding's inequality noise passes it with a chance
+    of at most :math:`\alpha`. In the first steps it is out of reach, and nothing moves. There is no
+    ``fdr``: a is no count, so its chances are only bounded, which is too coarse to rank by.
+
     The paper's best setting on CoinRun is lr 0.0078, beta1 0.21, beta3 0.79, tau 0.36 and weight
     decay 0.057.
 
@@ -47,6 +54,8 @@ class TemporalAndMaskAdam(Optimizer):
         eps: added to the denominator.
         weight_decay: factor of the L2 penalty or of the decoupled decay.
         tau: agreement threshold in [0, 1]. It has no default: 1 freezes the model.
+        significance: instead of ``tau``: the largest chance, in (0, 1), with which an average of
+            fair signs keeps a coordinate. See above.
         weight_decay_mode: ``"after_mask"`` adds the L2 penalty to m and v, not to the vote.
             ``"decoupled"`` multiplies all parameters by ``1 - lr * weight_decay``, as AdamW does.
         bias_correction: divide m, v and a by ``1 - beta^step`` each. With ``tau=0`` this is Adam.
@@ -56,7 +65,8 @@ class TemporalAndMaskAdam(Optimizer):
 
     Raises:
         TypeError: an option has the wrong type, or a gradient is sparse.
-        ValueError: an option lies outside its range.
+        ValueError: an option lies outside its range, or not exactly one of ``tau`` and
+            ``significance`` is given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -82,7 +92,8 @@ class TemporalAndMaskAdam(Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         *,
-        tau: float,
+        tau: float | None = None,
+        significance: float | None = None,
         weight_decay_mode: str = "after_mask",
         bias_correction: bool = False,
         maximize: bool = False,
@@ -98,6 +109,7 @@ class TemporalAndMaskAdam(Optimizer):
             "eps": eps,
             "weight_decay": weight_decay,
             "tau": tau,
+            "significance": significance,
             "weight_decay_mode": weight_decay_mode,
             "bias_correction": bias_correction,
             "maximize": maximize,
@@ -112,6 +124,8 @@ class TemporalAndMaskAdam(Optimizer):
             ValueError: an option of the group lies outside its range.
         """
         warn_of_typos(self, param_group)
+        if given_levels(param_group):  # its own takes the place of the optimizer's
+            param_group = {"tau": None, "significance": None, **param_group}
         super().add_param_group(param_group)
         try:
             self._check_group(self.param_groups[-1])
@@ -125,7 +139,13 @@ class TemporalAndMaskAdam(Optimizer):
         check_betas(group, 3)
         check_range(group, "eps", 0.0)
         check_range(group, "weight_decay", 0.0)
-        check_tau(group["tau"])
+        if (group["tau"] is None) == (group["significance"] is None):
+            raise ValueError(
+                "tau: expected tau or significance, but got "
+                f"{'both' if group['significance'] else 'neither'}"
+            )
+        for name, level in given_levels(group).items():
+            check_level(name, level)
         for name in ("bias_correction", "maximize"):
             check_bool(name, group[name])
         if group["weight_decay_mode"] not in ("after_mask", "decoupled"):
@@ -179,7 +199,8 @@ class TemporalAndMaskAdam(Optimizer):
             *[[state[key] for state in states] for key in ("exp_avg", "exp_avg_sq", "sign_avg")],
             [state["step"] for state in states],
             [param.grad for param in params],
-            tau=float(group["tau"]),
+            tau=group["tau"],
+            significance=group["significance"],
             lr=float(group["lr"]),
             beta1=float(group["betas"][0]),
             beta2=float(group["betas"][1]),

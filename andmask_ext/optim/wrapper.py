@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from .._devices import by_device
 from .._pending import Group, State
-from ..rules import AndMask, Rule
+from .._vote_test import given_levels
+from ..rules import Rule
 from ._base import EnvironmentOptimizer
 from ._checks import check_params
-from ._rules import check_rule, require_one, rule_of, with_rules
+from ._rules import NO_MASK, check_rule, rule_of, rule_of_group, with_rules
 from ._state import unshare
 from ._updates import of_written
 
@@ -32,7 +33,7 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         rule: a rule on moments. A param group may have its own, under the key ``"rule"``.
         tau: agreement threshold in [0, 1], instead of ``rule``: short for
             ``rule=AndMask(tau, rescale)``.
-        rescale: an option of ``AndMask``, with ``tau`` only.
+        rescale, fdr, significance, zeros: as in :class:`andmask_ext.AndMask`, for a rule made here.
         max_norm: largest norm of the aggregated gradient, as in :class:`AndMaskSGD`. The gradients
             that are written for the wrapped optimizer are clipped in place.
         expected_environments: if set, ``step()`` raises unless exactly this many environments were
@@ -41,8 +42,8 @@ class EnvironmentWrapper(EnvironmentOptimizer):
     Raises:
         TypeError: ``optimizer`` is no optimizer, ``rule`` is no rule, or the rule needs all
             gradients at once.
-        ValueError: ``tau`` lies outside [0, 1], ``max_norm`` is not above 0, or not exactly one of
-            ``tau`` and ``rule`` is given.
+        ValueError: a level lies outside its range, ``max_norm`` is not above 0, or not exactly one
+            of ``tau``, ``fdr``, ``significance`` and ``rule`` is given.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -67,6 +68,9 @@ class EnvironmentWrapper(EnvironmentOptimizer):
         *,
         tau: float | None = None,
         rescale: bool = False,
+        fdr: float | None = None,
+        significance: float | None = None,
+        zeros: str = "count",
         max_norm: float | None = None,
         expected_environments: int | None = None,
     ) -> None:
@@ -74,9 +78,8 @@ class EnvironmentWrapper(EnvironmentOptimizer):
             raise TypeError(
                 f"optimizer: expected a torch.optim.Optimizer, but got {type(optimizer).__name__}"
             )
-        require_one(tau, rescale, rule)
-        if tau is not None:
-            rule = AndMask(tau, rescale)
+        mask = {"tau": tau, "fdr": fdr, "significance": significance, "zeros": zeros}
+        rule = rule_of_group({**mask, "rescale": rescale, "rule": rule})
         self.optimizer = optimizer
         defaults = {**optimizer.defaults, "rule": rule}
         super().__init__(optimizer.param_groups, defaults, expected_environments, max_norm)
@@ -95,13 +98,15 @@ class EnvironmentWrapper(EnvironmentOptimizer):
 
     def _rule(self, group: dict[str, Any]) -> Rule:
         rule: Rule | None = group["rule"]
-        if "tau" in self.optimizer.defaults or group.get("tau") is None:
-            require_one(None, None, rule)
-            return rule  # type: ignore[return-value]
+        # An option of the same name belongs to the wrapped optimizer.
+        mask = {
+            name: group[name] for name in NO_MASK.keys() & group.keys() - self.optimizer.defaults
+        }
+        if not given_levels(mask):
+            return rule_of_group({"rule": rule})
         if rule == self.defaults["rule"]:
-            rule = None  # the group's own tau replaces the rule of all groups
-        require_one(group["tau"], group.get("rescale"), rule)
-        return AndMask(group["tau"], group.get("rescale", False))
+            rule = None  # the group's own level replaces the rule of all groups
+        return rule_of_group({**mask, "rule": rule})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_params(group["params"])

@@ -10,6 +10,7 @@ import torch
 
 from ._base import Rule
 from ._conflicts import AgreementRandom, AgreementSum, SignDropout
+from ._filtering import GradientAgreementFiltering
 from ._masks import AndMask, FedILC, GeometricMean, MaskedAverage, SandMask
 from ._means import Mean, Median, MedianOfThree, TrimmedMean, WinsorizedMean
 
@@ -19,6 +20,7 @@ __all__ = [
     "AndMask",
     "FedILC",
     "GeometricMean",
+    "GradientAgreementFiltering",
     "MaskedAverage",
     "Mean",
     "Median",

@@ -29,8 +29,8 @@ class Rule:
     Attributes:
         name: the name of the rule in the native library.
         moments: the moments that the rule needs in addition to the sum: a subset of ``"votes"``,
-            ``"squares"`` and ``"logs"`` (see :class:`andmask_ext.Moments`). None: it needs the
-            gradients of all environments at once.
+            ``"squares"``, ``"logs"`` and ``"voters"`` (see :class:`andmask_ext.Moments`). None: it
+            needs the gradients of all environments at once.
         rescale: whether the update of a parameter is divided by the mean of its mask.
 
     Raises:
@@ -144,6 +144,7 @@ class Rule:
                 f"but got {' + '.join(moments._memory.kinds)}; "
                 f"make them with Moments(params, rule.moments)"
             )
+        self._check_environments(moments.count)
         return (*moments._lists(indices), moments.count, self.name, self.arguments, self.rescale)
 
     def _check_environments(self, environments: int) -> None:

@@ -3,6 +3,7 @@
 #include <stdexcept>
 
 #include "../errors.h"
+#include "../math/sign_test.h"
 #include "../tasks/aggregate.h"
 #include "device.h"
 #include "kernels/columns.h"
@@ -43,6 +44,9 @@ void run_moments(const AggregateTask& call) {
   const auto total_factor = kernels.total_factor[kTypes][call.moment_rule];
   const auto store = step_kernels(active_isa()).store[static_cast<int>(call.dtype)];
   const unsigned moments = moments_of(call.moment_rule, MomentRules());
+  const VoteTest test{Criterion::tau,
+                      tests_votes(call.moment_rule, MomentRules()) ? *call.arguments : 0};
+  const auto thresholds = vote_thresholds(test, call.environments);
   const Units units({call.columns});
   std::vector<double> totals(units.count());
   units.parallel(call.environments, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
@@ -57,7 +61,9 @@ void run_moments(const AggregateTask& call) {
     const Update rule{.moments = arrays,
                       .sum_dtype = sizeof(F) == sizeof(double) ? Dtype::float64 : Dtype::float32,
                       .arguments = call.arguments,
-                      .count = call.environments};
+                      .count = call.environments,
+                      .test = test,
+                      .thresholds = thresholds->table().data()};
     for (int64_t first = begin; first < end; first += kJoinedBlock) {
       const int64_t columns = std::min(kJoinedBlock, end - first);
       const void* const grads =

@@ -5,6 +5,7 @@
 
 #include "../math/agreement.h"
 #include "device.h"
+#include "kept.h"
 #include "kernels/steps.h"
 #include "units.h"
 
@@ -22,9 +23,16 @@ std::vector<int64_t> sizes_of(const std::vector<Update>& updates) {
 }
 
 // The factor by which each update is scaled.
-std::vector<double> scales(const std::vector<Update>& updates, const Units& units) {
+std::vector<double> scales(const std::vector<Update>& updates, const Units& units, Kept& kept) {
   std::vector<double> scales(updates.size(), 1.0);
   if (updates.empty() || !updates[0].rescale) return scales;
+  const auto scale = [&](size_t i, double total) {
+    scales[i] = inverse_density(total, static_cast<double>(updates[i].columns));
+  };
+  if (masks_by_test(updates[0].rule, MomentRules())) {
+    for (size_t i = 0; i < scales.size(); ++i) scale(i, static_cast<double>(kept.counts()[i]));
+    return scales;
+  }
   const MomentKernels& kernels = moment_kernels(active_isa());
   std::vector<double> totals(units.count());
   units.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
@@ -34,7 +42,7 @@ std::vector<double> scales(const std::vector<Update>& updates, const Units& unit
   for (size_t i = 0; i < scales.size(); ++i) {
     double total = 0;
     for (int64_t unit = units.first(i); unit < units.first(i + 1); ++unit) total += totals[unit];
-    scales[i] = inverse_density(total, static_cast<double>(updates[i].columns));
+    scale(i, total);
   }
   return scales;
 }
@@ -43,8 +51,9 @@ std::vector<double> scales(const std::vector<Update>& updates, const Units& unit
 // update of columns [begin, end) in the wide type, in L1. The moments of a block are read before
 // consume may overwrite them.
 template <typename Consume>
-void for_updates(const std::vector<Update>& updates, const Units& units, const Consume& consume) {
-  const std::vector<double> scales = andmask::scales(updates, units);
+void for_updates(std::vector<Update> updates, const Units& units, const Consume& consume) {
+  Kept kept(updates, units);
+  const std::vector<double> scales = andmask::scales(updates, units, kept);
   const MomentKernels& kernels = moment_kernels(active_isa());
   units.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
     alignas(64) unsigned char block_update[kUpdateBlock * sizeof(double)];
@@ -63,7 +72,8 @@ template <typename Task, typename Step>
 void for_steps(const std::vector<Task>& tasks, const Step& step) {
   std::vector<Update> updates;
   for (const Task& task : tasks) updates.push_back(task.update);
-  for_updates(updates, Units(sizes_of(updates)),
+  const Units units(sizes_of(updates));
+  for_updates(std::move(updates), units,
               [&](int64_t index, int64_t, const void* block, int64_t begin, int64_t end) {
                 step(tasks[index], block, begin, end);
               });
@@ -107,6 +117,19 @@ void run(const Cpu&, const SquaredNormTask& task) {
               });
   // In the order of the units, so that the number of threads does not matter.
   *task.out = std::accumulate(parts.begin(), parts.end(), 0.0);
+}
+
+void run(const Cpu&, const VoteThresholdsTask& task) {
+  std::vector<Update> updates = task.updates;
+  const Units units(sizes_of(updates));
+  Kept kept(updates, units);
+  const Update& first = updates[0];
+  const int64_t size = first.test.abstain ? first.count + 1 : 1;
+  for (size_t i = 0; i < updates.size(); ++i) {
+    std::copy_n(updates[i].thresholds, size, task.thresholds + static_cast<int64_t>(i) * size);
+  }
+  std::copy(kept.counts().begin(), kept.counts().end(), task.kept);
+  std::copy(kept.tested().begin(), kept.tested().end(), task.tested);
 }
 
 void run(const Cpu&, const std::vector<SgdTask>& tasks) {

@@ -115,8 +115,10 @@ void run(const Stream& stream, const AggregateTask& task) {
       using Rule = typename decltype(rule)::type;
       double arguments[kMostArguments] = {};
       std::copy_n(task.arguments, Rule::kArguments, arguments);
+      const int64_t threshold = Rule::kTests ? vote_threshold(arguments[0], task.environments) : 0;
       moment_rule<T, kFurther<Rule>>(stream, task,
-                                     RuleCall(arguments, task.environments, task.moment_rule));
+                                     RuleCall({arguments, task.environments}, task.moment_rule,
+                                              static_cast<int32_t>(threshold)));
     });
     with_rule(ColumnRules(), task.column_rule, [&](auto rule) {
       using Rule = typename decltype(rule)::type;

@@ -37,7 +37,8 @@ inline bool packs(const void* array, int width, int64_t bytes) {
 
 inline bool packs(const MomentArrays& moments, int width, int64_t bytes) {
   return packs(moments.sum, width, bytes) && packs(moments.squares, width, bytes) &&
-         packs(moments.logs, width, bytes) && packs(moments.votes, width, moments.vote_bytes);
+         packs(moments.logs, width, bytes) && packs(moments.votes, width, moments.vote_bytes) &&
+         packs(moments.voters, width, moments.vote_bytes);
 }
 
 }  // namespace andmask

@@ -48,8 +48,8 @@ const T* upload(const Stream& stream, const T* from, int64_t count) {
   check_cuda(cudaStreamIsCapturing(handle, &status), "cudaStreamIsCapturing");
   if (status != cudaStreamCaptureStatusNone) {
     throw std::runtime_error(
-        "andmask: a CUDA graph cannot capture weights that differ, an order, or environments of "
-        "different sizes, because they are read from host memory");
+        "andmask: a CUDA graph cannot capture weights that differ, an order, environments of "
+        "different sizes, fdr, or zeros that abstain, because they are read from host memory");
   }
   T* const to = stream.scratch<T>(count);
   check_cuda(cudaMemcpyAsync(to, from, static_cast<size_t>(count) * sizeof(T),

@@ -149,7 +149,7 @@ void run_environments(const Stream& stream, Request request) {
     request.weights = upload(stream, task.weights, task.environments);
   }
   request.sums = request.votes = true;
-  if (task.moments.squares || task.moments.logs) {
+  if (task.moments.squares || task.moments.logs || task.moments.voters) {
     launch_tiles<SimpleMultiplier<T>, true>(stream, request);
   } else {
     run_sums<T>(stream, request);
@@ -161,7 +161,8 @@ void run_environments(const Stream& stream, Request request) {
 void run(const Stream& stream, const OuterTask& task) {
   Request request{task, nullptr, nullptr, nullptr, nullptr, 0, 0, 1, false, false};
   if (task.weights && all_same(task.weights, task.environments)) request.weight = task.weights[0];
-  const bool single = has_single_rows(task) && !task.moments.squares && !task.moments.logs;
+  const bool single =
+      has_single_rows(task) && !task.moments.squares && !task.moments.logs && !task.moments.voters;
   with_type(task.activations.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     if (single) {

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "fill_tables.h"
+#include "kept.h"
 #include "types.h"
 
 namespace andmask {
@@ -11,10 +12,17 @@ namespace {
 
 using Indices = std::vector<int64_t>;
 
-RuleCall rule_call(const Update& update) {
+// Prepares the rule of all updates, and points them to the thresholds of its test.
+RuleCall rule_call(const Stream& stream, std::vector<Update>& updates) {
+  const Update& first = updates[0];
   double arguments[kMostArguments] = {};
-  std::copy_n(update.arguments, rule_arguments(update.rule, MomentRules()), arguments);
-  return RuleCall(arguments, update.count, update.rule);
+  std::copy_n(first.arguments, rule_arguments(first.rule, MomentRules()), arguments);
+  return RuleCall({arguments, first.count, first.test}, first.rule,
+                  set_thresholds(stream, updates));
+}
+
+UpdateSource source_of(const Update& update) {
+  return {update.moments, update.sum_dtype, update.thresholds};
 }
 
 bool packs_source(const Update& update, int width) {
@@ -22,15 +30,13 @@ bool packs_source(const Update& update, int width) {
   const int64_t wide = update.sum_dtype == Dtype::float64 ? 8 : 4;
   return packs(moments.sum, width, item_size(update.sum_dtype)) &&
          packs(moments.squares, width, wide) && packs(moments.logs, width, wide) &&
-         packs(moments.votes, width, moments.vote_bytes);
+         packs(moments.votes, width, moments.vote_bytes) &&
+         packs(moments.voters, width, moments.vote_bytes);
 }
 
 template <typename F>
 SumItem sum_item(const Update& update, int64_t number) {
-  return {{update.moments, update.sum_dtype},
-          update.columns,
-          number,
-          packs_source(update, kPackSize<F>)};
+  return {source_of(update), update.columns, number, packs_source(update, kPackSize<F>)};
 }
 
 int64_t chunks_in(const std::vector<SumItem>& items) {
@@ -91,8 +97,10 @@ template <typename Task, typename MakeSteps, typename StatesOf>
 void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeSteps& make_steps,
                const StatesOf& states_of) {
   if (tasks.empty()) return;
-  const Update& first = tasks[0].update;
-  const RuleCall call = rule_call(first);
+  std::vector<Update> updates;
+  for (const Task& task : tasks) updates.push_back(task.update);
+  const RuleCall call = rule_call(stream, updates);
+  const Update& first = updates[0];
   double* const scale = scale_memory(stream, first, tasks.size());
   for (int kind = 0; kind < kDtypes; ++kind) {
     with_type(static_cast<Dtype>(kind), [&](auto type) {
@@ -105,7 +113,7 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
       if (chosen.empty()) return;
       if (scale) {
         std::vector<SumItem> sums;
-        for (int64_t i : chosen) sums.push_back(sum_item<F>(tasks[i].update, i));
+        for (int64_t i : chosen) sums.push_back(sum_item<F>(updates[i], i));
         add_scales<F>(stream, sums, call, scale);
       }
       const auto steps = make_steps(F(), chosen);
@@ -113,9 +121,9 @@ void run_steps(const Stream& stream, const std::vector<Task>& tasks, const MakeS
       constexpr int width = Body::kWidth;
       std::vector<StepItem> items;
       for (int64_t i : chosen) {
-        const Update& update = tasks[i].update;
+        const Update& update = updates[i];
         StepItem item{};
-        item.source = {update.moments, update.sum_dtype};
+        item.source = source_of(update);
         item.target = target_of(tasks[i]);
         item.number = i;
         item.size = update.columns;
@@ -158,8 +166,8 @@ void run(const Stream& stream, const std::vector<ResolveTask>& tasks) {
 }
 
 void run(const Stream& stream, const SquaredNormTask& task) {
-  const std::vector<Update>& updates = task.updates;
-  const RuleCall call = rule_call(updates[0]);
+  std::vector<Update> updates = task.updates;
+  const RuleCall call = rule_call(stream, updates);
   double* const scales = scale_memory(stream, updates[0], updates.size());
   int64_t chunks = 0;
   for (const Update& update : updates) chunks += chunks_of(update.columns);

@@ -9,6 +9,7 @@
 
 #include "../cpu/kernels/dispatch.h"
 #include "../math/columns.h"
+#include "../math/sign_test.h"
 #include "../tasks/masked_mean.h"
 
 namespace andmask {
@@ -33,6 +34,9 @@ int find_rule(const std::string& wanted, RuleList<Rules...>) {
 
 // Throws if there is no rule on moments of that name.
 int moment_rule(const std::string& name);
+
+// The test that the arguments of a rule ask for, as ops read them.
+VoteTest parse_test(const std::string& rule, const std::vector<double>& arguments);
 
 // The functions of the module, which every file registers: ANDMASK_BINDINGS(m) { m.def(...); }
 class Bindings {

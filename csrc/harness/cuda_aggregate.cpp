@@ -72,7 +72,8 @@ void aggregate_behind(const py::array_t<float>& grads, const std::string& rule, 
   if (rule == "mean") {
     using Body = MomentRuleBody<float, 0>;
     const double none[kMostArguments] = {};
-    run(Body::kThreads * Body::kWidth, Body{task, RuleCall(none, environments, 0), to, nullptr});
+    run(Body::kThreads * Body::kWidth,
+        Body{task, RuleCall({none, environments}, 0, 0), to, nullptr});
   } else if (rule == "sign_dropout") {
     using Body = TermRuleBody<float, SignDropout>;
     run(Body::kThreads * Body::kWidth,

@@ -25,12 +25,15 @@ void* pointer(Arrays& list, size_t index) {
 
 // Lists of moments; those that are not kept are empty.
 struct Moments {
-  Arrays sum, votes, squares, logs;
+  Arrays sum, votes, squares, logs, voters;
 
   MomentArrays of(size_t index) {
-    return {pointer(sum, index), pointer(votes, index),
-            votes.empty() ? 0 : static_cast<int>(votes[index].itemsize()), pointer(squares, index),
-            pointer(logs, index)};
+    return {pointer(sum, index),
+            pointer(votes, index),
+            votes.empty() ? 0 : static_cast<int>(votes[index].itemsize()),
+            pointer(squares, index),
+            pointer(logs, index),
+            pointer(voters, index)};
   }
 };
 
@@ -38,7 +41,7 @@ Moments moments_of(const py::dict& lists) {
   const auto get = [&](const char* name) {
     return lists.contains(name) ? lists[name].cast<Arrays>() : Arrays();
   };
-  return {get("sum"), get("votes"), get("squares"), get("logs")};
+  return {get("sum"), get("votes"), get("squares"), get("logs"), get("voters")};
 }
 
 // grads: arrays [environments, columns], rows contiguous.
@@ -62,6 +65,7 @@ void accumulate(const Arrays& grads, int64_t count, const py::dict& lists, const
 struct Rule {
   int index;
   Numbers arguments;
+  VoteTest test;
   int64_t count;
   Moments moments;
   bool rescale;
@@ -71,6 +75,7 @@ struct Rule {
        bool rescale, std::optional<double> grad_scale = {})
       : index(moment_rule(name)),
         arguments(arguments),
+        test(parse_test(name, arguments)),
         count(count),
         moments(moments_of(lists)),
         rescale(rescale),
@@ -84,6 +89,7 @@ struct Rule {
             .count = count,
             .columns = moments.sum[i].shape(0),
             .rule = index,
+            .test = test,
             .rescale = rescale,
             .grad_scale = grad_scale ? &*grad_scale : nullptr};
   }

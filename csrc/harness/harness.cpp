@@ -56,6 +56,15 @@ int moment_rule(const std::string& name) {
   return rule;
 }
 
+VoteTest parse_test(const std::string& rule, const std::vector<double>& arguments) {
+  const int index = moment_rule(rule);
+  if (!tests_votes(index, MomentRules())) return {};
+  const size_t own = rule == SandMask::kName ? SandMask::kArguments : Voting::kArguments;
+  if (arguments.size() < own + 2) return {Criterion::tau, arguments.at(0), false};
+  return {static_cast<Criterion>(static_cast<int>(arguments[own])), arguments[0],
+          arguments[own + 1] != 0};
+}
+
 namespace {
 
 py::array wide_like(const py::array& grads, int64_t columns) {
@@ -109,6 +118,8 @@ ANDMASK_BINDINGS(m) {
   m.def("masked_mean", &masked_mean, py::arg("isa"), py::arg("grads"), py::arg("threshold"),
         py::arg("output") = "masked_mean", py::arg("splits") = std::vector<int64_t>{});
   m.def("scale", &scale);
+  m.def("sign_test_tail",
+        [](int64_t votes, int64_t voters) { return SignTest(voters).tail(votes); });
   m.def("vote_threshold",
         [](double tau, int64_t environments) { return vote_threshold(tau, environments); });
   m.def("inverse_density", [](double kept, double count) { return inverse_density(kept, count); });

@@ -25,9 +25,9 @@ void* pointer(const Array& array) {
 }
 
 MomentArrays arrays(const py::array& sum, const Array& votes, const Array& squares,
-                    const Array& logs) {
-  return {pointer(sum), pointer(votes), votes ? static_cast<int>(votes->itemsize()) : 0,
-          pointer(squares), pointer(logs)};
+                    const Array& logs, const Array& voters) {
+  return {pointer(sum),     pointer(votes), votes ? static_cast<int>(votes->itemsize()) : 0,
+          pointer(squares), pointer(logs),  pointer(voters)};
 }
 
 // Calls f(begin, end) for [0, splits[0]), [splits[0], splits[1]), ... as threads do.
@@ -44,14 +44,15 @@ void in_parts(const std::vector<int64_t>& splits, int64_t columns, const F& f) {
 // Adds the rows of `grads` to the moments, in place.
 void accumulate(const std::string& isa, const py::array& grads, int64_t count, const py::array& sum,
                 const Array& votes, const Array& squares, const Array& logs,
-                const std::vector<double>& weights, const std::vector<int64_t>& splits) {
+                const std::vector<double>& weights, const std::vector<int64_t>& splits,
+                const Array& voters) {
   if (grads.ndim() != 2) throw std::invalid_argument("grads: expected 2 dims");
   const AccumulateTask task{.grads = grads.data(),
                             .rows = grads.shape(0),
                             .stride = grads.strides(0) / grads.itemsize(),
                             .weights = weights.empty() ? nullptr : weights.data(),
                             .count = count,
-                            .moments = arrays(sum, votes, squares, logs)};
+                            .moments = arrays(sum, votes, squares, logs, voters)};
   const auto kernel =
       moment_kernels(parse_isa(isa)).accumulate[static_cast<int>(parse_dtype(grads))];
   in_parts(splits, grads.shape(1), [&](int64_t begin, int64_t end) { kernel(task, begin, end); });
@@ -61,12 +62,17 @@ void accumulate(const std::string& isa, const py::array& grads, int64_t count, c
 py::tuple resolve(const std::string& isa, const std::string& rule,
                   const std::vector<double>& arguments, int64_t count, const py::array& sum,
                   const Array& votes, const Array& squares, const Array& logs, double scale,
-                  std::optional<double> grad_scale, const std::vector<int64_t>& splits) {
+                  std::optional<double> grad_scale, const std::vector<int64_t>& splits,
+                  const Array& voters) {
   const Dtype dtype = parse_dtype(sum);
-  const Update task{.moments = arrays(sum, votes, squares, logs),
+  const VoteTest test = parse_test(rule, arguments);
+  const auto thresholds = vote_thresholds(test, count);
+  const Update task{.moments = arrays(sum, votes, squares, logs, voters),
                     .sum_dtype = dtype,
                     .arguments = arguments.data(),
                     .count = count,
+                    .test = test,
+                    .thresholds = thresholds->table().data(),
                     .grad_scale = grad_scale ? &*grad_scale : nullptr};
   const int width = static_cast<int>(dtype == Dtype::float64 ? Width::float64 : Width::float32);
   const int index = moment_rule(rule);
@@ -169,11 +175,12 @@ ANDMASK_BINDINGS(m) {
   m.def("accumulate", &accumulate, py::arg("isa"), py::arg("grads"), py::arg("count"),
         py::arg("sum"), py::arg("votes") = py::none(), py::arg("squares") = py::none(),
         py::arg("logs") = py::none(), py::arg("weights") = std::vector<double>(),
-        py::arg("splits") = whole);
+        py::arg("splits") = whole, py::arg("voters") = py::none());
   m.def("resolve", &resolve, py::arg("isa"), py::arg("rule"), py::arg("arguments"),
         py::arg("count"), py::arg("sum"), py::arg("votes") = py::none(),
         py::arg("squares") = py::none(), py::arg("logs") = py::none(), py::arg("scale") = 1.0,
-        py::arg("grad_scale") = py::none(), py::arg("splits") = whole);
+        py::arg("grad_scale") = py::none(), py::arg("splits") = whole,
+        py::arg("voters") = py::none());
   m.def("squared_norm", &squared_norm);
   m.def("store", &store);
   m.def("sgd", &sgd, py::arg("isa"), py::arg("param"), py::arg("momentum_buffer"),

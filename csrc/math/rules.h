@@ -5,21 +5,30 @@
 // tests/rules/rule_table.py.
 #pragma once
 
-#include "agreement.h"
 #include "elementary.h"
+#include "vote_test.h"
 
 namespace andmask {
 
 // The sums that a rule may ask for.
-enum Moment : unsigned { kSum = 1, kVotes = 2, kSquares = 4, kLogs = 8 };
+enum Moment : unsigned { kSum = 1, kVotes = 2, kSquares = 4, kLogs = 8, kVoters = 16 };
 
 // The sums of one coordinate. Sums that a rule does not need are 0.
 template <typename F>
 struct Sums {
-  F sum;          // of the gradients
-  int32_t votes;  // of their signs
-  F squares;      // of their squared deviations from their mean
-  F logs;         // of log(|gradient| + kLogFloor)
+  F sum;              // of the gradients
+  int32_t votes;      // of their signs
+  int32_t voters;     // signs that are not zero, or all environments if zeros do not abstain
+  int32_t threshold;  // |votes| that keep the coordinate
+  F squares;          // of their squared deviations from their mean
+  F logs;             // of log(|gradient| + kLogFloor)
+};
+
+// What makes a rule.
+struct RuleSetup {
+  const double* arguments;
+  int64_t environments;
+  VoteTest test = {};
 };
 
 constexpr double kLogFloor = 1e-10;
@@ -68,9 +77,12 @@ struct Mean {
   static constexpr unsigned kMoments = kSum;
   static const char* invalid(const double*) { return nullptr; }
 
+  static constexpr bool kTests = false;
+  static constexpr bool kMasks = false;
+
   double count;
 
-  Mean(const double*, int64_t environments) : count(static_cast<double>(environments)) {}
+  explicit Mean(const RuleSetup& call) : count(static_cast<double>(call.environments)) {}
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
@@ -78,18 +90,29 @@ struct Mean {
   }
 };
 
-// Rules whose one argument is the threshold of a vote.
+// Rules whose first argument is the level of a test of the votes. `kTests`: the test is one of
+// VoteTest. `kMasks`: the factor is 1 where the votes reach the threshold, and else 0.
 struct Voting {
-  static constexpr int kArguments = 1;  // tau
+  static constexpr int kArguments = 1;
+  static constexpr bool kTests = true;
+  static constexpr bool kMasks = true;
   static const char* invalid(const double* args) { return invalid_tau(args[0]); }
 
   double count;
-  int32_t threshold;
 
-  Voting(const double* args, int64_t environments)
-      : count(static_cast<double>(environments)),
-        threshold(static_cast<int32_t>(vote_threshold(args[0], environments))) {}
+  explicit Voting(const RuleSetup& call) : count(static_cast<double>(call.environments)) {}
+
+  template <typename F>
+  ANDMASK_METHOD F mask(const Sums<F>& sums) const {
+    return agrees(sums.votes, sums.threshold) ? F(1) : F(0);
+  }
 };
+
+// By how large a share of the voters the majority wins.
+template <typename F>
+ANDMASK_INLINE F majority(int32_t votes, int32_t voters) {
+  return static_cast<F>(votes < 0 ? -votes : votes) / static_cast<F>(voters > 0 ? voters : 1);
+}
 
 // Parascandolo et al. 2021, sec. 2.3.
 struct AndMask : Voting {
@@ -99,7 +122,7 @@ struct AndMask : Voting {
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
-    return {agrees(sums.votes, threshold) ? F(1) : F(0), sums.sum / static_cast<F>(count)};
+    return {mask(sums), sums.sum / static_cast<F>(count)};
   }
 };
 
@@ -114,7 +137,7 @@ struct GeometricMean : Voting {
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
     const F direction = (sums.sum > 0 ? F(1) : F(0)) - (sums.sum < 0 ? F(1) : F(0));
     const F magnitude = static_cast<F>(exp_of(static_cast<double>(sums.logs) / count));
-    return {agrees(sums.votes, threshold) ? F(1) : F(0), direction * magnitude};
+    return {mask(sums), direction * magnitude};
   }
 };
 
@@ -123,23 +146,34 @@ struct SandMask {
   static constexpr const char* kName = "sand_mask";
   static constexpr int kArguments = 2;  // tau, k
   static constexpr unsigned kMoments = kSum | kVotes | kSquares;
+  static constexpr bool kTests = true;
+  static constexpr bool kMasks = false;
   static const char* invalid(const double* args) {
     return invalid_tau(args[0]) ? invalid_tau(args[0]) : args[1] > 0 ? nullptr : "expected k > 0";
   }
 
   double count, tau, k;
+  bool fixed;  // tau is given
 
-  SandMask(const double* args, int64_t environments)
-      : count(static_cast<double>(environments)), tau(args[0]), k(args[1]) {}
+  explicit SandMask(const RuleSetup& call)
+      : count(static_cast<double>(call.environments)),
+        tau(call.arguments[0]),
+        k(call.arguments[1]),
+        fixed(call.test.criterion == Criterion::tau) {}
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
-    const double agreement = static_cast<double>(sums.votes < 0 ? -sums.votes : sums.votes) / count;
+    const double agreement = majority<double>(sums.votes, sums.voters);
+    // A test keeps what it keeps of an AND-mask: tau is the last agreement that is not enough.
+    const double bar = fixed ? tau
+                             : static_cast<double>(sums.threshold - 1) /
+                                   static_cast<double>(sums.voters > 0 ? sums.voters : 1);
+    const bool kept = fixed || agrees(sums.votes, sums.threshold);
     // The authors' code takes 1e-17 for what is not a number: the variance of one environment, and
     // 0 / 0 where an agreement of exactly tau meets a variance of 0.
     const double variance = count > 1 ? static_cast<double>(sums.squares) / (count - 1) : 1e-17;
-    const double mask = tanh_of(k * (agreement - tau) / variance);
-    const double factor = mask == mask ? (mask > 0 ? mask : 0) : 1e-17;
+    const double mask = tanh_of(k * (agreement - bar) / variance);
+    const double factor = !kept ? 0 : mask == mask ? (mask > 0 ? mask : 0) : 1e-17;
     return {static_cast<F>(factor), sums.sum / static_cast<F>(count)};
   }
 };
@@ -148,13 +182,14 @@ struct SandMask {
 struct MaskedAverage : Voting {
   static constexpr const char* kName = "masked_average";
   static constexpr unsigned kMoments = kSum | kVotes;
+  static constexpr bool kMasks = false;
   using Voting::Voting;
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
-    const F agreement =
-        static_cast<F>(sums.votes < 0 ? -sums.votes : sums.votes) / static_cast<F>(count);
-    return {agrees(sums.votes, threshold) ? F(1) : agreement, sums.sum / static_cast<F>(count)};
+    const F factor =
+        agrees(sums.votes, sums.threshold) ? F(1) : majority<F>(sums.votes, sums.voters);
+    return {factor, sums.sum / static_cast<F>(count)};
   }
 };
 
@@ -165,14 +200,17 @@ struct AgreementSum {
   static constexpr unsigned kMoments = kSum | kVotes;
   static const char* invalid(const double*) { return nullptr; }
 
-  int32_t threshold;
+  static constexpr bool kTests = false;
+  static constexpr bool kMasks = true;
 
-  AgreementSum(const double*, int64_t environments)
-      : threshold(static_cast<int32_t>(environments)) {}
+  int32_t environments;
+
+  explicit AgreementSum(const RuleSetup& call)
+      : environments(static_cast<int32_t>(call.environments)) {}
 
   template <typename F>
   ANDMASK_METHOD Aggregate<F> operator()(const Sums<F>& sums) const {
-    return {agrees(sums.votes, threshold) ? F(1) : F(0), sums.sum};
+    return {agrees(sums.votes, environments) ? F(1) : F(0), sums.sum};
   }
 };
 
@@ -188,6 +226,22 @@ template <typename... Rules>
 constexpr unsigned moments_of(int rule, RuleList<Rules...>) {
   constexpr unsigned moments[] = {Rules::kMoments...};
   return moments[rule];
+}
+
+// True if the factors of the rule of this index are what its test keeps.
+template <typename... Rules>
+constexpr bool masks_by_test(int rule, RuleList<Rules...>) {
+  constexpr bool masks[] = {(Rules::kTests && Rules::kMasks)...};
+  return masks[rule];
+}
+
+// The index of the AND-mask.
+constexpr int kAndMask = 1;
+
+template <typename... Rules>
+constexpr bool tests_votes(int rule, RuleList<Rules...>) {
+  constexpr bool tests[] = {Rules::kTests...};
+  return tests[rule];
 }
 
 }  // namespace andmask

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../tasks/steps.h"
-#include "scalar.h"
+#include "elementary.h"
 
 namespace andmask {
 
@@ -112,7 +112,7 @@ template <typename F>
 struct TemporalAdam {
   Adam<F> adam;
   F one_minus_beta3;
-  F threshold;  // (tau - 1e-6), times 1 - beta3^step with bias correction
+  F threshold;  // of |sign_avg|
 
   ANDMASK_METHOD F mask(F grad, F& sign_avg) const {
     const F vote = (grad > 0 ? F(1) : F(0)) - (grad < 0 ? F(1) : F(0));
@@ -126,10 +126,22 @@ struct TemporalAdam {
   }
 };
 
+// The threshold that an average of fair signs passes with a probability of at most alpha. It is a
+// sum of independent signs s_i with the factors (1 - beta) beta^(T - i), whose squares add up to
+// v = (1 - beta) / (1 + beta) (1 - beta^2T). Hoeffding's inequality: P(|a| >= x) <= 2 exp(-x^2 /
+// 2v).
+ANDMASK_INLINE double significant_average(double alpha, double beta, double correction) {
+  const double variance = (1 - beta) / (1 + beta) * correction * (2 - correction);
+  return square_root(2 * variance * -log_of(alpha / 2));
+}
+
 template <typename F>
 ANDMASK_INLINE TemporalAdam<F> temporal_adam_of(const TemporalAdamTask& task) {
-  return {adam_of<F>(task), static_cast<F>(1 - task.beta3),
-          static_cast<F>((task.tau - 1e-6) * task.correction3)};
+  const double threshold =
+      task.significance > 0
+          ? significant_average(task.significance, task.beta3, task.sign_correction)
+          : (task.tau - 1e-6) * task.correction3;
+  return {adam_of<F>(task), static_cast<F>(1 - task.beta3), static_cast<F>(threshold)};
 }
 
 }  // namespace andmask

@@ -4,8 +4,7 @@
 #include <optional>
 
 #include "../tasks/aggregate.h"
-#include "checks.h"
-#include "rules.h"
+#include "stacked.h"
 
 namespace andmask {
 
@@ -36,10 +35,16 @@ Tensor aggregate(const Tensor& grads, std::string name, std::vector<double> argu
   const torch::headeronly::IntHeaderOnlyArrayRef out_shape(shape.data() + 1, shape.size() - 1);
   const Tensor out = torch::stable::new_empty(grads, out_shape);
   if (out.numel() == 0) return out;
+  const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
+  const VoteTest test = test_of(op, rule, arguments, grads.size(0));
+  if (!test.is_plain()) {
+    update_of_stacked(device, rows, dtype, rule, arguments, test, rescale, /*mask_only=*/false,
+                      out);
+    return out;
+  }
   // A statistic of the tensor takes a second pass. Until then 16-bit results are kept in float32.
   const bool waits = is_narrow(dtype) && (rescale || rule.fills_missing);
   const Tensor wide = waits ? torch::stable::new_empty(grads, out_shape, ScalarType::Float) : out;
-  const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
   const Tensor noise_row = noise ? torch::stable::contiguous(*noise) : grads;
   run(device, AggregateTask{
                   .grads = rows.const_data_ptr(),

@@ -25,6 +25,7 @@ void implement(Library& m) {
   m.impl("_vote_histograms", TORCH_BOX(&vote_histograms<Device>));
   m.impl("_resolve", TORCH_BOX(&resolve<Device>));
   m.impl("_resolve_", TORCH_BOX(&resolve_in_place<Device>));
+  m.impl("_vote_thresholds", TORCH_BOX(&vote_thresholds<Device>));
   m.impl("_squared_norm", TORCH_BOX(&squared_norm<Device>));
   m.impl("_sgd_step_", TORCH_BOX(&sgd_step<Device>));
   m.impl("_adam_step_", TORCH_BOX(&adam_step<Device>));

@@ -1,17 +1,34 @@
 // The ops masked_mean and agreement_mask: checks, and the memory of the results.
 #pragma once
 
-#include "../math/agreement.h"
+#include <optional>
+
 #include "../tasks/masked_mean.h"
-#include "checks.h"
+#include "stacked.h"
 
 namespace andmask {
 
+using Level = std::optional<double>;
+
+// Returns the test that the arguments of an op ask for: at most one level; none is tau = 1.
+inline VoteTest vote_test(const char* op, Level tau, Level fdr, Level significance,
+                          const std::string& zeros, int64_t environments) {
+  check(tau.has_value() + fdr.has_value() + significance.has_value() <= 1, op,
+        "expected one of tau, fdr and significance, but got several");
+  check(zeros == "count" || zeros == "abstain", op,
+        "expected zeros to be \"count\" or \"abstain\", but got \"", zeros, "\"");
+  VoteTest test{Criterion::tau, tau.value_or(1.0), zeros == "abstain"};
+  if (fdr) test = {Criterion::fdr, *fdr, test.abstain};
+  if (significance) test = {Criterion::significance, *significance, test.abstain};
+  check_test(op, test, environments);
+  return test;
+}
+
 template <typename Device>
-Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool rescale,
-                           bool mask_only) {
+Tensor reduce_environments(const char* op, const Tensor& grads, Level tau, bool rescale, Level fdr,
+                           Level significance, const std::string& zeros, bool mask_only) {
   check_grads(op, grads);
-  check_tau(op, tau);
+  const VoteTest test = vote_test(op, tau, fdr, significance, zeros, grads.size(0));
   const Dtype dtype = check_dtype(op, "grads", grads);
   const auto shape = grads.sizes();
   const auto out_shape =
@@ -29,11 +46,17 @@ Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool
 
   const Tensor rows = rows_are_contiguous(grads) ? grads : torch::stable::contiguous(grads);
   const int64_t environments = rows.size(0);
+  if (!test.is_plain()) {
+    const std::vector<double> arguments = {test.level};
+    update_of_stacked(device, rows, dtype, find_rule(op, "and_mask", arguments, environments, true),
+                      arguments, test, rescale, mask_only, out);
+    return out;
+  }
   run(device, MaskedMeanTask{
                   .grads = rows.const_data_ptr(),
                   .environments = environments,
                   .stride = rows.stride(0),
-                  .threshold = static_cast<int32_t>(vote_threshold(tau, environments)),
+                  .threshold = static_cast<int32_t>(vote_threshold(test.level, environments)),
                   .output = mask_only ? Output::mask
                             : rescale ? Output::masked_mean_wide
                                       : Output::masked_mean,
@@ -46,15 +69,17 @@ Tensor reduce_environments(const char* op, const Tensor& grads, double tau, bool
 }
 
 template <typename Device>
-Tensor masked_mean(const Tensor& grads, double tau, bool rescale) {
-  return reduce_environments<Device>("andmask::masked_mean", grads, tau, rescale,
-                                     /*mask_only=*/false);
+Tensor masked_mean(const Tensor& grads, Level tau, bool rescale, Level fdr, Level significance,
+                   std::string zeros) {
+  return reduce_environments<Device>("andmask::masked_mean", grads, tau, rescale, fdr, significance,
+                                     zeros, /*mask_only=*/false);
 }
 
 template <typename Device>
-Tensor agreement_mask(const Tensor& grads, double tau, bool rescale) {
-  return reduce_environments<Device>("andmask::agreement_mask", grads, tau, rescale,
-                                     /*mask_only=*/true);
+Tensor agreement_mask(const Tensor& grads, Level tau, bool rescale, Level fdr, Level significance,
+                      std::string zeros) {
+  return reduce_environments<Device>("andmask::agreement_mask", grads, tau, rescale, fdr,
+                                     significance, zeros, /*mask_only=*/true);
 }
 
 }  // namespace andmask

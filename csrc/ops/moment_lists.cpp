@@ -11,7 +11,7 @@ void check_moment(const char* op, const char* name, const Tensors& moment, const
   check(moment.size() == sum.size(), op, "expected ", name, " of ", sum.size(),
         " tensors, as sum has", needed ? " (rule " + rule + " needs them)" : std::string(),
         ", but got ", moment.size());
-  const bool votes = std::string(name) == "votes";
+  const bool votes = std::string(name) == "votes" || std::string(name) == "voters";
   for (size_t i = 0; i < sum.size(); ++i) {
     if (!same_shape(moment[i], sum[i])) {
       fail(op, "expected ", name, "[", i, "] of shape ", shape_text(sum[i]), ", as sum[", i,
@@ -32,13 +32,22 @@ void check_moment(const char* op, const char* name, const Tensors& moment, const
 
 }  // namespace
 
+void check_voters(const char* op, const MomentLists& lists, size_t i) {
+  check(lists.votes.size() == lists.voters.size(), op,
+        "expected votes beside voters, but got none");
+  if (lists.voters[i].scalar_type() != lists.votes[i].scalar_type()) {
+    fail(op, "expected voters[", i, "] of dtype ", dtype_text(lists.votes[i].scalar_type()),
+         ", as votes[", i, "] has, but got ", dtype_text(lists.voters[i].scalar_type()));
+  }
+}
+
 MomentArrays moment_arrays(const MomentLists& lists, int64_t index) {
-  const auto pointer = [index](const Tensors& list) {
-    return list.empty() ? nullptr : list[index].mutable_data_ptr();
-  };
-  return {pointer(lists.sum), pointer(lists.votes),
+  return {pointer(lists.sum, index),
+          pointer(lists.votes, index),
           lists.votes.empty() ? 0 : static_cast<int>(lists.votes[index].element_size()),
-          pointer(lists.squares), pointer(lists.logs)};
+          pointer(lists.squares, index),
+          pointer(lists.logs, index),
+          pointer(lists.voters, index)};
 }
 
 void Aligned::align(const std::vector<Tensor*>& written, const std::vector<Tensor*>& read,
@@ -66,9 +75,12 @@ std::vector<Update> check_updates(const char* op, const MomentLists& lists, int6
                                   bool rescale) {
   check_count(op, count);
   const RuleInfo& info = find_rule(op, rule, arguments, count, /*on_moments=*/true);
+  const VoteTest test = test_of(op, info, arguments, count);
   check_moment(op, "votes", lists.votes, lists.sum, info.moments & kVotes, rule);
   check_moment(op, "squares", lists.squares, lists.sum, info.moments & kSquares, rule);
   check_moment(op, "logs", lists.logs, lists.sum, info.moments & kLogs, rule);
+  check_moment(op, "voters", lists.voters, lists.sum, test.abstain, rule + " whose zeros abstain");
+  for (size_t i = 0; i < lists.voters.size(); ++i) check_voters(op, lists, i);
   std::vector<Update> updates;
   for (size_t i = 0; i < lists.sum.size(); ++i) {
     updates.push_back({.sum_dtype = check_dtype(op, "sum", lists.sum[i], i),
@@ -76,6 +88,7 @@ std::vector<Update> check_updates(const char* op, const MomentLists& lists, int6
                        .count = count,
                        .columns = lists.sum[i].numel(),
                        .rule = info.moment_rule,
+                       .test = test,
                        .rescale = rescale});
   }
   return updates;

@@ -12,17 +12,24 @@ namespace andmask {
 
 // Kinds of moments that are not kept are empty lists.
 struct MomentLists {
-  Tensors sum, votes, squares, logs;
+  Tensors sum, votes, squares, logs, voters;
 
   // The moments of one parameter that are kept.
   std::vector<Tensor*> tensors(int64_t index) {
     std::vector<Tensor*> kept;
-    for (Tensors* list : {&sum, &votes, &squares, &logs}) {
+    for (Tensors* list : {&sum, &votes, &squares, &logs, &voters}) {
       if (!list->empty()) kept.push_back(&(*list)[index]);
     }
     return kept;
   }
 };
+
+inline void* pointer(const Tensors& list, size_t index) {
+  return list.empty() ? nullptr : list[index].mutable_data_ptr();
+}
+
+// Checks that voters[i] has the type of votes[i].
+void check_voters(const char* op, const MomentLists& lists, size_t i);
 
 MomentArrays moment_arrays(const MomentLists& lists, int64_t index);
 

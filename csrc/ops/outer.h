@@ -75,8 +75,8 @@ inline void set_groups(const char* op, int64_t examples, Optional& order, Option
 // copies take their place.
 class OuterMoments {
  public:
-  OuterMoments(Tensor& sum, Optional& votes, Optional& squares, Optional& logs)
-      : sum_(sum), votes_(votes), squares_(squares), logs_(logs) {}
+  OuterMoments(Tensor& sum, Optional& votes, Optional& squares, Optional& logs, Optional& voters)
+      : sum_(sum), votes_(votes), squares_(squares), logs_(logs), voters_(voters) {}
 
   void check(const char* op, const Ints& shape, Dtype dtype, int64_t count,
              int64_t environments) const {
@@ -99,6 +99,10 @@ class OuterMoments {
     }
     if (squares_) check_moment("squares", *squares_, wide_type(dtype));
     if (logs_) check_moment("logs", *logs_, wide_type(dtype));
+    if (voters_) {
+      andmask::check(votes_.has_value(), op, "expected votes beside voters, but got None");
+      check_moment("voters", *voters_, votes_->scalar_type());
+    }
   }
 
   template <typename Device>
@@ -107,6 +111,7 @@ class OuterMoments {
     if (votes_) device.check_here("votes", -1, *votes_);
     if (squares_) device.check_here("squares", -1, *squares_);
     if (logs_) device.check_here("logs", -1, *logs_);
+    if (voters_) device.check_here("voters", -1, *voters_);
   }
 
   void set(OuterTask& task) {
@@ -124,9 +129,12 @@ class OuterMoments {
     const auto pointer = [](const Optional& moment) {
       return moment ? moment->mutable_data_ptr() : nullptr;
     };
-    task.moments = {sum_.mutable_data_ptr(), pointer(votes_),
-                    votes_ ? static_cast<int>(votes_->element_size()) : 0, pointer(squares_),
-                    pointer(logs_)};
+    task.moments = {sum_.mutable_data_ptr(),
+                    pointer(votes_),
+                    votes_ ? static_cast<int>(votes_->element_size()) : 0,
+                    pointer(squares_),
+                    pointer(logs_),
+                    pointer(voters_)};
     OuterLayout& layout = task.layout;
     int64_t stride = 1;
     for (int64_t dim = sum_.dim() - 1; dim >= 2; --dim) {
@@ -145,7 +153,7 @@ class OuterMoments {
   template <typename F>
   void for_each(const F& f) {
     f(sum_);
-    for (Optional* moment : {&votes_, &squares_, &logs_}) {
+    for (Optional* moment : {&votes_, &squares_, &logs_, &voters_}) {
       if (*moment) f(**moment);
     }
   }
@@ -154,6 +162,7 @@ class OuterMoments {
   Optional& votes_;
   Optional& squares_;
   Optional& logs_;
+  Optional& voters_;
   std::vector<std::pair<Tensor, Tensor>> copies_;
 };
 
@@ -172,7 +181,7 @@ inline Dtype check_operands(const char* op, const Tensor& activations, const Ten
 }
 
 template <typename Device>
-void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional logs,
+void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional logs, Optional voters,
                       Tensor activations, Tensor grad_outputs, Optional order, Optional offsets,
                       int64_t count, Weights weights) {
   const char* const op = "andmask::_accumulate_outer_";
@@ -193,7 +202,7 @@ void accumulate_outer(Tensor sum, Optional votes, Optional squares, Optional log
   Ints default_offsets;
   set_groups(op, activations.size(0), order, offsets, default_offsets, task);
   check_weights(op, weights, task.environments);
-  OuterMoments moments(sum, votes, squares, logs);
+  OuterMoments moments(sum, votes, squares, logs, voters);
   moments.check_here(device);
   moments.check(op, {grad_outputs.size(2), activations.size(2)}, dtype, count, task.environments);
   if (sum.numel() == 0) return;
@@ -250,9 +259,9 @@ inline void set_window(const char* op, const Tensor& sum, const Tensor& activati
 
 template <typename Device>
 void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Optional logs,
-                            Tensor activations, Tensor grad_outputs, Optional order,
-                            Optional offsets, int64_t count, Ints stride, Ints padding,
-                            Ints dilation, int64_t groups, Weights weights) {
+                            Optional voters, Tensor activations, Tensor grad_outputs,
+                            Optional order, Optional offsets, int64_t count, Ints stride,
+                            Ints padding, Ints dilation, int64_t groups, Weights weights) {
   const char* const op = "andmask::_accumulate_convolution_";
   const int64_t dims = activations.dim();
   if (dims < 3 || dims > 2 + kWindowAxes) {
@@ -281,7 +290,7 @@ void accumulate_convolution(Tensor sum, Optional votes, Optional squares, Option
   Ints shape(sum.sizes().begin(), sum.sizes().end());
   shape[0] = outputs;
   shape[1] = channels / groups;
-  OuterMoments moments(sum, votes, squares, logs);
+  OuterMoments moments(sum, votes, squares, logs, voters);
   moments.check_here(device);
   moments.check(op, shape, dtype, count, task.environments);
   if (sum.numel() == 0) return;

@@ -18,6 +18,7 @@ struct RuleInfo {
   unsigned moments;  // that a rule on moments needs
   Noise noise;
   bool fills_missing;
+  bool tests;  // votes, by one of VoteTest
 
   bool rescales() const { return (moments & kVotes) != 0; }  // by its mask
 };
@@ -27,6 +28,12 @@ struct RuleInfo {
 const RuleInfo& find_rule(const char* op, const std::string& name,
                           const std::vector<double>& arguments, int64_t environments,
                           bool on_moments);
+
+// Returns the test of a rule: [tau, ...], or [level, ..., criterion, abstain]. Checks all that
+// find_rule does not.
+VoteTest test_of(const char* op, const RuleInfo& rule, const std::vector<double>& arguments,
+                 int64_t environments);
+void check_test(const char* op, const VoteTest& test, int64_t environments);
 
 // Returns the rule of a call of _aggregate and checks all arguments that are no tensors. `noise`:
 // it is given.

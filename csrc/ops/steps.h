@@ -35,7 +35,8 @@ class Step {
                           {"sum", moments_.sum},
                           {"votes", moments_.votes},
                           {"squares", moments_.squares},
-                          {"logs", moments_.logs}});
+                          {"logs", moments_.logs},
+                          {"voters", moments_.voters}});
     for (size_t i = 0; i < params_.size(); ++i) {
       const Dtype dtype = check_dtype(op, "params", params_[i], i);
       dtypes_.push_back(dtype);
@@ -144,18 +145,15 @@ class Step {
   std::vector<float*> steps_;
 };
 
-inline void* pointer(const Tensors& list, size_t index) {
-  return list.empty() ? nullptr : list[index].mutable_data_ptr();
-}
-
 template <typename Device>
 void sgd_step(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors votes, Tensors squares,
-              Tensors logs, int64_t count, std::string rule, std::vector<double> arguments,
-              bool rescale, double lr, double momentum, double dampening, double weight_decay,
-              bool decoupled_weight_decay, bool nesterov, bool maximize, bool first_step,
-              std::optional<Tensor> grad_scale) {
+              Tensors logs, Tensors voters, int64_t count, std::string rule,
+              std::vector<double> arguments, bool rescale, double lr, double momentum,
+              double dampening, double weight_decay, bool decoupled_weight_decay, bool nesterov,
+              bool maximize, bool first_step, std::optional<Tensor> grad_scale) {
   const char* const op = "andmask::_sgd_step_";
-  Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
+  Step<Device> step(op, params, {sum, votes, squares, logs, voters}, count, rule, arguments,
+                    rescale);
   step.scale(grad_scale);
   step.state("momentum_buffers", momentum_buffers, /*optional=*/momentum == 0);
   step.run([&](size_t i) {
@@ -174,13 +172,14 @@ void sgd_step(Tensors params, Tensors momentum_buffers, Tensors sum, Tensors vot
 template <typename Device>
 void adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors max_exp_avg_sqs,
                Tensors steps, Tensors sum, Tensors votes, Tensors squares, Tensors logs,
-               int64_t count, std::string rule, std::vector<double> arguments, bool rescale,
-               double lr, double beta1, double beta2, double eps, double weight_decay,
+               Tensors voters, int64_t count, std::string rule, std::vector<double> arguments,
+               bool rescale, double lr, double beta1, double beta2, double eps, double weight_decay,
                bool decoupled_weight_decay, bool maximize, std::optional<Tensor> grad_scale) {
   const char* const op = "andmask::_adam_step_";
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);
-  Step<Device> step(op, params, {sum, votes, squares, logs}, count, rule, arguments, rescale);
+  Step<Device> step(op, params, {sum, votes, squares, logs, voters}, count, rule, arguments,
+                    rescale);
   step.scale(grad_scale);
   step.state("exp_avgs", exp_avgs);
   step.state("exp_avg_sqs", exp_avg_sqs);
@@ -205,16 +204,21 @@ void adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors ma
 
 template <typename Device>
 void temporal_adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors sign_avgs,
-                        Tensors steps, Tensors grads, double tau, double lr, double beta1,
-                        double beta2, double beta3, double eps, double weight_decay,
-                        bool decoupled_weight_decay, bool maximize, bool bias_correction) {
+                        Tensors steps, Tensors grads, std::optional<double> tau,
+                        std::optional<double> significance, double lr, double beta1, double beta2,
+                        double beta3, double eps, double weight_decay, bool decoupled_weight_decay,
+                        bool maximize, bool bias_correction) {
   const char* const op = "andmask::_temporal_adam_step_";
-  check_tau(op, tau);
+  check(tau.has_value() != significance.has_value(), op,
+        "expected one of tau and significance, but got ", tau ? "both" : "neither");
+  check_tau(op, tau.value_or(0));
+  check_number(op, "significance", significance.value_or(.5),
+               !significance || (*significance > 0 && *significance < 1), "in (0, 1)");
   check_beta(op, "beta1", beta1);
   check_beta(op, "beta2", beta2);
   check_beta(op, "beta3", beta3);
   const std::vector<double> none;
-  Step<Device> step(op, params, {grads, {}, {}, {}}, 1, "mean", none, false);
+  Step<Device> step(op, params, {grads, {}, {}, {}, {}}, 1, "mean", none, false);
   step.state("exp_avgs", exp_avgs);
   step.state("exp_avg_sqs", exp_avg_sqs);
   step.state("sign_avgs", sign_avgs);
@@ -235,8 +239,14 @@ void temporal_adam_step(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, T
                         .decoupled_weight_decay = decoupled_weight_decay,
                         .maximize = maximize,
                         .step = step.step(i)};
-    return TemporalAdamTask{adam, pointer(sign_avgs, i), beta3, correction(beta3),
-                            tau,  bias_correction};
+    return TemporalAdamTask{adam,
+                            pointer(sign_avgs, i),
+                            beta3,
+                            correction(beta3),
+                            tau.value_or(0),
+                            bias_correction,
+                            significance.value_or(0),
+                            step.correction(beta3, i)};
   });
 }
 

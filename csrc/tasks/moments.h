@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../math/vote_test.h"
 #include "device.h"
 #include "dtype.h"
 
@@ -15,6 +16,7 @@ struct MomentArrays {
   int vote_bytes = 0;       // 1, 2 or 4
   void* squares = nullptr;  // F; null where not kept
   void* logs = nullptr;     // F; null where not kept
+  void* voters = nullptr;   // signs that are not zero, as wide as votes; null where not kept
 };
 
 // Adds environments to the moments of one tensor.
@@ -40,9 +42,11 @@ struct Update {
   const double* arguments = nullptr;  // of the rule, in host memory
   int64_t count = 1;                  // environments
   int64_t columns = 0;
-  int rule = 0;                        // index in MomentRules
-  bool rescale = false;                // by the inverse of the mean factor
-  const double* grad_scale = nullptr;  // a factor of the update, on the device; null: 1
+  int rule = 0;                         // index in MomentRules
+  VoteTest test = {};                   // of a rule that tests votes
+  const int32_t* thresholds = nullptr;  // of the test, on the device, which fills them in
+  bool rescale = false;                 // by the inverse of the mean factor
+  const double* grad_scale = nullptr;   // a factor of the update, on the device; null: 1
 };
 
 // Stores the update, rounded to the type of the sum.
@@ -54,6 +58,17 @@ struct ResolveTask {
 // The rule, its arguments, `count` and `rescale` are the same for all tensors of a call.
 void run(const Cpu& cpu, const std::vector<ResolveTask>& tasks);
 void run(const Stream& stream, const std::vector<ResolveTask>& tasks);
+
+// The thresholds that the test of the updates' rule sets, and what they keep.
+struct VoteThresholdsTask {
+  std::vector<Update> updates;    // of one test; votes, and voters if zeros abstain
+  int32_t* thresholds = nullptr;  // [tensors, environments + 1], or [tensors] without `abstain`
+  int64_t* kept = nullptr;        // [tensors]: coordinates
+  int64_t* tested = nullptr;      // [tensors]: coordinates that could be kept
+};
+
+void run(const Cpu& cpu, const VoteThresholdsTask& task);
+void run(const Stream& stream, const VoteThresholdsTask& task);
 
 // Sums the squares of all updates, in float64, where those of float32 cannot overflow.
 struct SquaredNormTask {

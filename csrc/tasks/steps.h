@@ -35,6 +35,8 @@ struct TemporalAdamTask : AdamTask {
   void* sign_avg = nullptr;
   double beta3 = 0, correction3 = 1, tau = 0;
   bool bias_correction = true;  // else the corrections are 1
+  double significance = 0;      // instead of tau; 0: tau
+  double sign_correction = 1;   // 1 - beta3^step, whatever bias_correction
 };
 
 void run(const Cpu& cpu, const std::vector<SgdTask>& tasks);

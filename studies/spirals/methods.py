@@ -44,6 +44,7 @@ RULES: dict[str, Callable[[Settings], am.rules.Rule]] = {
     "masked-average": lambda s: am.rules.MaskedAverage(**s.threshold),
     "median": lambda s: am.rules.Median(),
     "sign-dropout": lambda s: am.rules.SignDropout(),
+    "agreement-filtering": lambda s: am.rules.GradientAgreementFiltering(s.cos_distance, s.halve),
 }
 
 
@@ -117,6 +118,16 @@ def by_columns(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor
     return torch.stack(logits), torch.stack(losses).mean()
 
 
+def filtered(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Filter whole gradients, in a new order at each step, which is left out if none agree."""
+    order = torch.randperm(len(labels))
+    logits, loss = by_columns(learner, inputs[order], labels[order])
+    params = list(learner.model.parameters())
+    if not any(param.grad is not None and param.grad.any() for param in params):
+        learner.optimizer.zero_grad(set_to_none=True)  # so that momentum and decay rest, too
+    return logits[order.argsort()], loss
+
+
 def invariant(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Penalise the squared derivative of each environment's loss by a scale of the logits (IRMv1).
 
@@ -171,4 +182,5 @@ STEPS: dict[str, Step] = {
     "masked-average": by_moments,
     "median": by_columns,
     "sign-dropout": by_columns,
+    "agreement-filtering": filtered,
 }

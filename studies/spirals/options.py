@@ -44,6 +44,8 @@ def add_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
     add("tau", float, "share of net votes that a coordinate needs", nargs="+")
     add("rescale", bool, "divide by the share of kept coordinates")
     add("sharpness", float, "k of the SAND-mask")
+    add("cos_distance", float, "gradient agreement filtering: limit of the cosine distance")
+    add("halve", bool, "there: average each gradient half and half with all before it")
     add("dropout", float, "share of hidden units left out")
     add("l1", float, "penalty, a part of the loss")
     add("l2", float, "penalty, added to the masked gradient; mean, l1, dropout, batch-norm: none")

@@ -26,8 +26,8 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "lr": (1e-3, 1e-2, 1e-1),
 }
 # Of those settings that only some methods have. The paper prints no ranges for tau (it found 1 to
-# be best), for rescaling, nor for the weight of DANN; the SAND-mask and masked averaging are not
-# in it.
+# be best), for rescaling, nor for the weight of DANN; the SAND-mask, masked averaging and
+# gradient agreement filtering are not in it.
 OWN: dict[str, tuple[Any, ...]] = {
     "dropout": (0.5,),
     "l1": (1e-6, 1e-5, 1e-4),
@@ -38,6 +38,8 @@ OWN: dict[str, tuple[Any, ...]] = {
     "tau": (0.6, 0.8, 0.9, 1.0),
     "rescale": (False, True),
     "sharpness": (1.0, 10.0, 100.0),
+    "cos_distance": (0.9, 0.95, 0.97, 1.0),  # as its authors recommend
+    "halve": (False, True),
 }
 SAND_TAU = (0.4, 0.6, 0.8, 0.9)  # with 1 nothing passes
 

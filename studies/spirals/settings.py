@@ -26,6 +26,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "masked-average": (*THRESHOLD, "l2"),
     "median": ("l2",),
     "sign-dropout": ("l2",),
+    "agreement-filtering": ("cos_distance", "halve", "l2"),
 }
 OF_SOME = {name for names in METHODS.values() for name in names}
 OPTIMIZERS = ("adam", "sgd")
@@ -47,6 +48,8 @@ class Settings(study.Settings):
             It is faster; sums differ in their rounding, and runs by what becomes of that.
         rescale: divide each masked gradient by its share of kept coordinates.
         sharpness: ``k`` of the SAND-mask.
+        cos_distance: limit of the cosine distance in gradient agreement filtering.
+        halve: there, average each gradient half and half with all before it.
         dropout: share of hidden units that are left out.
         l1: penalty on the sum of absolute weights, a part of the loss.
         l2: penalty that the optimizer adds to the (masked) gradient.
@@ -85,6 +88,8 @@ class Settings(study.Settings):
     together: bool = False
     rescale: bool = True
     sharpness: float = 10.0
+    cos_distance: float = 1.0
+    halve: bool = False
     dropout: float = 0.5
     l1: float = 1e-5
     l2: float = 1e-4
@@ -147,6 +152,8 @@ class Settings(study.Settings):
                 )
         if not 0 < self.sharpness < float("inf"):
             raise ValueError(f"sharpness: expected a finite number > 0, got {self.sharpness}")
+        if not 0 <= self.cos_distance <= 2:
+            raise ValueError(f"cos_distance: expected a number in [0, 2], got {self.cos_distance}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: expected a share in [0, 1), got {self.dropout}")
         if self.anneal < 0:

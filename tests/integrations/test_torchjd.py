@@ -44,7 +44,7 @@ def filled() -> nn.Module:
 RULES = {
     "and_mask": am.AndMask(0.5), "rescaled": am.AndMask(0.5, rescale=True), "mean": am.rules.Mean(),
     "geometric": am.rules.GeometricMean(0.5), "sand": am.rules.SandMask(tau=0.5, k=1.0),
-    "median": am.rules.Median(),
+    "median": am.rules.Median(), "filtering": am.rules.GradientAgreementFiltering(0.9),
 }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def moments_and_steps(
             torch.empty(g.shape[1:], dtype=vote_type if votes else w)
             for g, w in zip(grads, wide, strict=True)
         ]
-        for votes in (False, True, False, False)
+        for votes in (False, True, False, False, True)
     ]
     weights = [0.5 + e / count for e in range(count)]
     ops._accumulate_(*kinds, grads, 0, weights, True)
@@ -69,7 +69,7 @@ def moments_and_steps(
     for factor in (None, scale):
         ops._adam_step_(params, *state, steps, *rule, **betas, **decay, grad_scale=factor)
     yield bits(params) + bits([t for kind in state for t in kind])
-    options = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
+    options = {"tau": 0.4, "significance": None, "beta3": 0.7, "bias_correction": True}
     for kind in state:
         for tensor in kind:
             tensor.zero_()
@@ -87,13 +87,15 @@ def weight_gradients(rng: np.random.Generator, dtype: torch.dtype) -> Iterator[b
         )
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         kinds = [torch.empty(70, 200, dtype=wide), torch.empty(70, 200, dtype=torch.int8)]
-        ops._accumulate_outer_(*kinds, None, None, a, d, None, None, 0, [0.5])
+        ops._accumulate_outer_(*kinds, None, None, None, a, d, None, None, 0, [0.5])
         yield bits(kinds)
         images = a.view(30, rows, 20, 10)
         kinds = [t.view(70, -1)[:, : rows * 3].reshape(70, rows, 3, 1) for t in kinds]
         grads = torch.from_numpy(rng.integers(-2, 3, (30, 70, 18, 10))).to(dtype)
         window = ([1, 1], [0, 0], [1, 1], 1)
-        ops._accumulate_convolution_(*kinds, None, None, images, grads, None, None, 0, *window, [])
+        ops._accumulate_convolution_(
+            *kinds, None, None, None, images, grads, None, None, 0, *window, []
+        )
         yield bits(kinds)
 
 

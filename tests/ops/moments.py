@@ -16,7 +16,7 @@ ops = torch.ops.andmask
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-KINDS = ("sum", "votes", "squares", "logs")
+KINDS = ("sum", "votes", "squares", "logs", "voters")
 RULES = MOMENT_RULES
 SHAPES = [(3, 5), (), (0, 4), (70,)]
 
@@ -29,7 +29,7 @@ class Case(SimpleNamespace):
     """Moments of several parameters, and all else that the ops take."""
 
     def moments(self) -> list[list[Tensor]]:
-        return [self.sum, self.votes, self.squares, self.logs]
+        return [self.sum, self.votes, self.squares, self.logs, self.voters]
 
     def after(self, op: str, **changes: Any) -> Case:
         """Call an op on copies, with some arguments replaced; return the copies."""
@@ -86,7 +86,7 @@ class Case(SimpleNamespace):
 DECAY = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
 SGD = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first_step": False}
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-TEMPORAL = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
+TEMPORAL = {"tau": 0.4, "significance": None, "beta3": 0.7, "bias_correction": True}
 
 
 def case(
@@ -103,7 +103,8 @@ def case(
         return [torch.rand(shape, dtype=w) * factor for shape in shapes]
 
     moments = [new() for _ in KINDS]
-    moments[1] = [t.to(torch.int8) for t in moments[1]]
+    for counted in (1, 4):
+        moments[counted] = [t.to(torch.int8) for t in moments[counted]]
     ops._accumulate_(*moments, grads, 0, [], True)
     values = {
         **dict(zip(KINDS, moments, strict=True)),

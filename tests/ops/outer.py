@@ -56,7 +56,8 @@ class Outer:
         """Moments that hold nothing useful yet."""
         dtype = wide(self.activations.dtype)
         moments = [torch.full(self.shape, torch.nan, dtype=dtype) for _ in KINDS]
-        moments[1] = torch.full(self.shape, 77, dtype=votes)
+        for counted in (1, 4):
+            moments[counted] = torch.full(self.shape, 77, dtype=votes)
         return moments
 
     def args(self, moments: Sequence[Tensor | None], count: int = 0) -> tuple[Any, ...]:
@@ -109,7 +110,9 @@ class Outer:
 WHOLE = [0.0, -0.0, 1.0, -1.0, 2.0, -3.0]  # products and sums are exact: ties are ties
 SPECIAL = [0.0, -0.0, 1.0, -0.5, 1e-39, -1e-39, 1e18, torch.inf, -torch.inf, torch.nan]
 sizes = st.one_of(st.integers(1, 20), st.sampled_from([31, 33, 63, 64, 65, 70, 129, 200]))
-kinds = st.sampled_from([KINDS, ("sum",), ("sum", "votes"), ("sum", "votes", "logs")])
+kinds = st.sampled_from(
+    [KINDS, ("sum",), ("sum", "votes"), ("sum", "votes", "logs"), ("sum", "votes", "voters")]
+)
 
 
 def values(

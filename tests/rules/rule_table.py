@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -24,8 +25,31 @@ Bound = Callable[[am.rules.Rule, Tensor, float], Tensor]
 inf = float("inf")
 
 
-def taus(environments: int) -> st.SearchStrategy[float]:
-    return st.one_of(strategies.taus, strategies.tie_taus(environments))
+def votings(environments: int) -> st.SearchStrategy[dict[str, Any]]:
+    """What decides which coordinates are kept: a level by its name, and what zeros are."""
+    taus = st.one_of(strategies.taus, strategies.tie_taus(environments))
+    chances = st.one_of(
+        st.sampled_from([0.05, 0.5, 0.25, 1e-6]),
+        st.integers(1, 12).map(lambda m: 2.0**-m),  # ties: unanimity of m + 1
+        st.floats(1e-9, 0.999),
+    )
+    return st.one_of(
+        taus.map(lambda tau: {"tau": tau}),
+        st.builds(
+            lambda name, level, zeros: {name: level, "zeros": zeros},
+            st.sampled_from(["fdr", "significance"]),
+            chances,
+            st.sampled_from(["count", "abstain"]),
+        ),
+        taus.map(lambda tau: {"tau": tau, "zeros": "abstain"}),
+    )
+
+
+def options_of(rule: am.rules.Rule) -> dict[str, Any]:
+    """The arguments of a rule that say its test, for the reference."""
+    names = ("tau", "fdr", "significance", "zeros")
+    given = {name: getattr(rule, name, None) for name in names}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 # ---- bounds ----
@@ -76,19 +100,28 @@ def of_fed_ilc(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     return bound
 
 
+def smooth_mask_of(rule: am.rules.SandMask, g: Tensor) -> Tensor:
+    options = options_of(rule)
+    return reference.smooth_mask(g, options.pop("tau", None), rule.k, **options)
+
+
 def of_sand_mask(rule: am.rules.Rule, g: Tensor, eps: float) -> Tensor:
     assert isinstance(rule, am.rules.SandMask)
     if len(g) == 1:
         error = torch.zeros(g.shape[1:], dtype=torch.float64)
     else:
         variance = (g - g.mean(0)).square().sum(0) / (len(g) - 1)
-        x = rule.k * (reference.votes(g).abs().double() / len(g) - rule.tau) / variance
+        bar: float | Tensor = rule.tau or 0.0
+        if rule.tau is None:
+            kept_from = reference.vote_thresholds(g, **options_of(rule))
+            bar = (kept_from - 1) / reference.voters(g, rule.zeros).clamp(min=1)
+        x = rule.k * (reference.agreement(g, rule.zeros) - bar) / variance
         rounding = 8 * (len(g) + 8) * eps * (1 + eps * g.square().mean(0) / variance)
         error = (x.abs() * rounding / x.clamp(-300, 300).cosh().square()).clamp(max=1)
         error = error.nan_to_num(nan=1e-16).where(x.abs() < 300, 1e-16)
         largest = torch.finfo(torch.float32 if eps > 1e-10 else torch.float64).max
         error[g.abs().amax(0) > largest**0.5 / 100] = inf
-    mask = reference.smooth_mask(g, rule.tau, rule.k)
+    mask = smooth_mask_of(rule, g)
     bound = error * g.mean(0).abs() + mask * of_mean(rule, g, eps)
     if rule.rescale and mask.numel():
         bound = bound + mask * g.mean(0).abs() * error.mean() * factor_of(rule, g)
@@ -121,23 +154,27 @@ class Row:
     odd: bool = True  # rule(-grads) == -rule(grads)
 
 
-def sand_mask(tau: float, k: float, rescale: bool) -> am.rules.SandMask:
+def sand_mask(voting: dict[str, Any], k: float, rescale: bool) -> am.rules.SandMask:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tau = 1
-        return am.rules.SandMask(tau, k, rescale)
+        return am.rules.SandMask(k=k, rescale=rescale, **voting)
 
 
 def sand_masks(environments: int) -> st.SearchStrategy[am.rules.Rule]:
     k = st.sampled_from([0.1, 1.0, 10.0])
-    return st.builds(sand_mask, taus(environments), k, st.booleans())
+    return st.builds(sand_mask, votings(environments), k, st.booleans())
 
 
-def of_tau(rule: type[am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
-    return lambda environments: st.builds(rule, taus(environments))
+def voting(rule: Callable[..., am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
+    return lambda environments: votings(environments).map(lambda test: rule(**test))
 
 
-def with_rescale(rule: type[am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
-    return lambda environments: st.builds(rule, taus(environments), st.booleans())
+def with_rescale(
+    rule: Callable[..., am.rules.Rule],
+) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
+    return lambda environments: st.builds(
+        lambda test, rescale: rule(rescale=rescale, **test), votings(environments), st.booleans()
+    )
 
 
 def plain(rule: type[am.rules.Rule]) -> Callable[[int], st.SearchStrategy[am.rules.Rule]]:
@@ -161,7 +198,7 @@ TABLE: dict[type[am.rules.Rule], Row] = {
         with_rescale(am.rules.GeometricMean), reference.geometric_mean, of_logs, True, masks=True),
     am.rules.SandMask: Row(sand_masks, reference.sand_mask, of_sand_mask, True, masks=True),
     am.rules.MaskedAverage: Row(
-        of_tau(am.rules.MaskedAverage), reference.masked_average, of_mean, True),
+        voting(am.rules.MaskedAverage), reference.masked_average, of_mean, True),
     am.rules.AgreementSum: Row(plain(am.rules.AgreementSum), reference.agreement_sum, of_sum, True),
     am.rules.Median: Row(plain(am.rules.Median), reference.median, of_median, False),
     am.rules.MedianOfThree: Row(
@@ -169,7 +206,7 @@ TABLE: dict[type[am.rules.Rule], Row] = {
     am.rules.TrimmedMean: Row(trimmed_means, reference.trimmed_mean, of_trimmed_mean, False),
     am.rules.WinsorizedMean: Row(
         winsorized_means, reference.winsorized_mean, of_winsorized_mean, False),
-    am.rules.FedILC: Row(of_tau(am.rules.FedILC), reference.fed_ilc, of_fed_ilc, False),
+    am.rules.FedILC: Row(voting(am.rules.FedILC), reference.fed_ilc, of_fed_ilc, False),
     am.rules.SignDropout: Row(
         plain(am.rules.SignDropout), reference.sign_dropout, of_sign_dropout, False, random=True,
         odd=False),
@@ -194,6 +231,9 @@ def examples() -> list[am.rules.Rule]:
         am.rules.TrimmedMean(2),
         am.rules.WinsorizedMean(20.0),
         am.rules.FedILC(0.4),
+        am.AndMask(fdr=0.2),
+        am.AndMask(significance=0.3, rescale=True, zeros="abstain"),
+        am.rules.GeometricMean(fdr=0.2, zeros="abstain"),
         am.rules.SignDropout(),
         am.rules.AgreementRandom(),
     ]
@@ -202,13 +242,18 @@ def examples() -> list[am.rules.Rule]:
 def reference_of(rule: am.rules.Rule, grads: Tensor, seed: int = 0) -> Tensor:
     """What the reference makes of ``grads``, with the noise that the rule draws after ``seed``."""
     row = TABLE[type(rule)]
+    test = options_of(rule)
     arguments: list[object] = list(rule.arguments)
+    if test:
+        arguments = [test.pop("tau", None)]
+        if isinstance(rule, am.rules.SandMask):
+            arguments.append(rule.k)
     if row.masks:
         arguments.append(rule.rescale)
     if row.random:
         torch.manual_seed(seed)
         arguments.append(rule._noise(grads))
-    return row.twin(grads, *arguments)
+    return row.twin(grads, *arguments, **test)
 
 
 def factor_of(rule: am.rules.Rule, grads: Tensor) -> float:
@@ -217,9 +262,9 @@ def factor_of(rule: am.rules.Rule, grads: Tensor) -> float:
         return 1.0
     if isinstance(rule, am.rules.SandMask):
         finite = grads.double().where(grads.isfinite().all(0), 0.0)
-        mask = reference.smooth_mask(finite, rule.tau, rule.k)
+        mask = smooth_mask_of(rule, finite)
     else:
-        mask = reference.agreement_mask(grads, rule.tau)
+        mask = reference.agreement_mask(grads, **options_of(rule))
     return 1 / (1e-10 + float(mask.mean()))
 
 

@@ -130,7 +130,9 @@ def test_dann_teaches_the_classifier_what_the_features_unlearn(data):
         torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", [method for method in RULES if method != "sign-dropout"])
+@pytest.mark.parametrize(
+    "method", [m for m in RULES if m not in ("sign-dropout", "agreement-filtering")]
+)
 def test_rules_see_the_gradient_of_each_environment(method, data):
     settings = replace(STEP, method=method, tau=0.5, rescale=False)
     model = build_model(settings, 0)
@@ -169,3 +171,21 @@ def test_sign_dropout_keeps_the_gradients_of_one_sign(data):
         kept |= {"up"} if (is_up & ~is_down).any() else set()
         kept |= {"down"} if (is_down & ~is_up).any() else set()
     assert kept == {"up", "down"}
+
+
+def test_agreement_filtering_draws_the_order_and_leaves_out_steps_without_agreement(data):
+    settings = replace(STEP, method="agreement-filtering", cos_distance=2.0)
+    model = build_model(settings, 0)
+    loss = torch.stack(losses_of(model, data)).mean()
+    assert_equal(step(settings, data)[0], grads_of(loss, model))  # all join
+
+    halved = replace(settings, halve=True)
+    torch.manual_seed(0)
+    order = torch.randperm(3)
+    each = [grads_of(losses_of(model, data)[index], model) for index in order]
+    torch.manual_seed(0)
+    expected = {n: each[0][n] / 4 + each[1][n] / 4 + each[2][n] / 2 for n in each[0]}
+    assert_equal(step(halved, data, model=model)[0], expected)
+
+    none = replace(settings, cos_distance=0.0, l2=0.1)
+    assert not any(change.any() for change in step(none, data)[0].values())

@@ -1,5 +1,7 @@
 #include "moments.h"
 
+#include <limits>
+
 #include "load.h"
 
 namespace andmask {
@@ -9,33 +11,38 @@ constexpr int64_t kBlock = kUpdateBlock;
 
 // ---- accumulate: one simple loop for each moment, over a block that stays in L1 ----
 
-template <typename F, typename V>
+// `counts`: signs that are not zero add one, whichever they are.
+template <bool counts, typename F, typename V>
 void add_votes(const F* __restrict grads, int64_t columns, bool first, V* __restrict votes) {
   constexpr int64_t kChunk = 64;  // narrowed in a loop of its own: else votes set the vector width
   using Vote = decltype(sign(F()));
+  const auto vote = [](F grad) {
+    const Vote one = sign(grad);
+    return counts && one < 0 ? Vote{1} : one;
+  };
   for (int64_t begin = 0; begin < columns; begin += kChunk) {
     const int64_t size = columns - begin < kChunk ? columns - begin : kChunk;
     Vote chunk[kChunk];
     if (size == kChunk) {
-      for (int64_t i = 0; i < kChunk; ++i) chunk[i] = sign(grads[begin + i]);
+      for (int64_t i = 0; i < kChunk; ++i) chunk[i] = vote(grads[begin + i]);
       for (int64_t i = 0; i < kChunk; ++i) {
         votes[begin + i] = static_cast<V>((first ? 0 : votes[begin + i]) + chunk[i]);
       }
     } else {
       for (int64_t i = begin; i < columns; ++i) {
-        votes[i] = static_cast<V>((first ? 0 : votes[i]) + sign(grads[i]));
+        votes[i] = static_cast<V>((first ? 0 : votes[i]) + vote(grads[i]));
       }
     }
   }
 }
 
-template <typename F>
+template <bool counts, typename F>
 void add_votes(const F* grads, int64_t columns, bool first, int bytes, void* votes,
                int64_t offset) {
   switch (bytes) {
-    case 1: return add_votes(grads, columns, first, static_cast<int8_t*>(votes) + offset);
-    case 2: return add_votes(grads, columns, first, static_cast<int16_t*>(votes) + offset);
-    default: return add_votes(grads, columns, first, static_cast<int32_t*>(votes) + offset);
+    case 1: return add_votes<counts>(grads, columns, first, static_cast<int8_t*>(votes) + offset);
+    case 2: return add_votes<counts>(grads, columns, first, static_cast<int16_t*>(votes) + offset);
+    default: return add_votes<counts>(grads, columns, first, static_cast<int32_t*>(votes) + offset);
   }
 }
 
@@ -84,8 +91,13 @@ void accumulate(const AccumulateTask& task, int64_t begin, int64_t end) {
       const int64_t count = task.count + row;
       const T* const stored = static_cast<const T*>(task.grads) + row * task.stride + block;
       const F* grads = widened(stored, columns, scratch);
-      if (task.moments.votes) {  // before the weight, which could make a zero of a small gradient
-        add_votes(grads, columns, count == 0, task.moments.vote_bytes, task.moments.votes, block);
+      // Votes come before the weight, which could make a zero of a small gradient.
+      const MomentArrays& moments = task.moments;
+      if (moments.votes) {
+        add_votes<false>(grads, columns, count == 0, moments.vote_bytes, moments.votes, block);
+      }
+      if (moments.voters) {
+        add_votes<true>(grads, columns, count == 0, moments.vote_bytes, moments.voters, block);
       }
       if (task.weights && task.weights[row] != 1) {
         const F weight = static_cast<F>(task.weights[row]);
@@ -106,6 +118,7 @@ struct Joined {
   alignas(64) double squares[kJoinedBlock];
   alignas(64) double logs[kJoinedBlock];
   alignas(64) int32_t votes[kJoinedBlock];
+  alignas(64) int32_t voters[kJoinedBlock];
 };
 
 template <typename From, typename To>
@@ -157,12 +170,18 @@ void accumulate_all(const AccumulateTask& task, int64_t columns) {
     if (moments.votes) {
       add_group(static_cast<const int32_t*>(moments.votes), columns, first, all.votes);
     }
+    if (moments.voters) {
+      add_group(static_cast<const int32_t*>(moments.voters), columns, first, all.voters);
+    }
   }
   round_all<F>(all.sum, columns, moments.sum);
   if (moments.squares) round_all<F>(all.squares, columns, moments.squares);
   if (moments.logs) round_all<F>(all.logs, columns, moments.logs);
   if (moments.votes) {
     add_group(all.votes, columns, true, static_cast<int32_t*>(moments.votes));
+  }
+  if (moments.voters) {
+    add_group(all.voters, columns, true, static_cast<int32_t*>(moments.voters));
   }
 }
 
@@ -172,6 +191,8 @@ template <typename F>
 struct ResolveScratch {
   alignas(64) F sum[kBlock];
   int32_t votes[kBlock];
+  int32_t voters[kBlock];
+  int32_t thresholds[kBlock];
 };
 
 // Returns the sums of columns [begin, begin + columns), widened if necessary.
@@ -193,43 +214,112 @@ void widen_votes(const V* __restrict votes, int64_t columns, int32_t* __restrict
   for (int64_t i = 0; i < columns; ++i) wide[i] = votes[i];
 }
 
-const int32_t* load_votes(const MomentArrays& moments, int64_t begin, int64_t columns,
+// Returns the votes, or the voters, of columns [begin, begin + columns), widened if necessary.
+const int32_t* load_votes(const void* votes, int bytes, int64_t begin, int64_t columns,
                           int32_t* scratch) {
-  switch (moments.vote_bytes) {
-    case 1: widen_votes(static_cast<const int8_t*>(moments.votes) + begin, columns, scratch); break;
-    case 2:
-      widen_votes(static_cast<const int16_t*>(moments.votes) + begin, columns, scratch);
-      break;
-    default: return static_cast<const int32_t*>(moments.votes) + begin;
+  switch (bytes) {
+    case 1: widen_votes(static_cast<const int8_t*>(votes) + begin, columns, scratch); break;
+    case 2: widen_votes(static_cast<const int16_t*>(votes) + begin, columns, scratch); break;
+    default: return static_cast<const int32_t*>(votes) + begin;
   }
   return scratch;
 }
 
 // Calls `use(index in the block, aggregate)` for every column, in loops that can be vectorised.
-template <typename Rule, typename F, typename Use>
+template <bool abstain, typename Rule, typename F, typename Use>
 ANDMASK_INLINE void for_columns(const Rule& rule, const Update& task, int64_t begin,
                                 int64_t columns, const Use& use) {
   ResolveScratch<F> scratch;
   const F* const sum = load_sum<F>(task, begin, columns, scratch.sum);
+  const MomentArrays& moments = task.moments;
   const int32_t* votes = nullptr;
+  const int32_t* voters = nullptr;
   const F* squares = nullptr;
   const F* logs = nullptr;
   if constexpr ((Rule::kMoments & kVotes) != 0) {
-    votes = load_votes(task.moments, begin, columns, scratch.votes);
+    votes = load_votes(moments.votes, moments.vote_bytes, begin, columns, scratch.votes);
+  }
+  if constexpr (abstain) {
+    voters = load_votes(moments.voters, moments.vote_bytes, begin, columns, scratch.voters);
+    for (int64_t i = 0; i < columns; ++i) scratch.thresholds[i] = task.thresholds[voters[i]];
   }
   if constexpr ((Rule::kMoments & kSquares) != 0) {
-    squares = static_cast<const F*>(task.moments.squares) + begin;
+    squares = static_cast<const F*>(moments.squares) + begin;
   }
   if constexpr ((Rule::kMoments & kLogs) != 0) {
-    logs = static_cast<const F*>(task.moments.logs) + begin;
+    logs = static_cast<const F*>(moments.logs) + begin;
   }
+  const int32_t threshold = Rule::kTests && !abstain ? *task.thresholds : 0;
+  const int32_t all = static_cast<int32_t>(task.count);
   for (int64_t i = 0; i < columns; ++i) {
-    Sums<F> sums{sum[i], 0, 0, 0};
+    Sums<F> sums{sum[i], 0, all, threshold, 0, 0};
     if constexpr ((Rule::kMoments & kVotes) != 0) sums.votes = votes[i];
+    if constexpr (abstain) {
+      sums.voters = voters[i];
+      sums.threshold = scratch.thresholds[i];
+    }
     if constexpr ((Rule::kMoments & kSquares) != 0) sums.squares = squares[i];
     if constexpr ((Rule::kMoments & kLogs) != 0) sums.logs = logs[i];
     use(i, rule(sums));
   }
+}
+
+template <typename Rule, typename F, typename Use>
+ANDMASK_INLINE void for_columns(const Update& task, int64_t begin, int64_t columns,
+                                const Use& use) {
+  const Rule rule({task.arguments, task.count, task.test});
+  if constexpr (Rule::kTests) {
+    if (task.test.abstain) return for_columns<true, Rule, F>(rule, task, begin, columns, use);
+  }
+  for_columns<false, Rule, F>(rule, task, begin, columns, use);
+}
+
+// ---- which coordinates a test keeps ----
+
+template <bool abstain, typename V>
+int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
+  constexpr int64_t kChunk = 128;  // a byte can count them in each lane
+  const V* const votes = static_cast<const V*>(task.moments.votes);
+  const V* const voters = static_cast<const V*>(task.moments.voters);
+  int64_t kept = 0;
+  for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
+    const int64_t size = end - chunk < kChunk ? end - chunk : kChunk;
+    int32_t some = 0;
+    if constexpr (abstain) {
+      for (int64_t i = 0; i < size; ++i) {
+        some += agrees(votes[chunk + i], task.thresholds[voters[chunk + i]]);
+      }
+    } else {
+      // In the type of the votes, so that as many fit into a vector as can be. A threshold beyond
+      // it keeps nothing.
+      const int64_t least = *task.thresholds;
+      if (least > std::numeric_limits<V>::max()) return 0;
+      const V threshold = static_cast<V>(least);
+      V lanes = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        const V vote = votes[chunk + i];
+        const V magnitude = static_cast<V>(vote < 0 ? -vote : vote);
+        lanes = static_cast<V>(lanes - (magnitude >= threshold));
+      }
+      some = -static_cast<int32_t>(lanes);
+    }
+    kept += some;
+  }
+  return kept;
+}
+
+template <bool abstain>
+int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
+  switch (task.moments.vote_bytes) {
+    case 1: return count_kept<abstain, int8_t>(task, begin, end);
+    case 2: return count_kept<abstain, int16_t>(task, begin, end);
+    default: return count_kept<abstain, int32_t>(task, begin, end);
+  }
+}
+
+int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
+  return task.test.abstain ? count_kept<true>(task, begin, end)
+                           : count_kept<false>(task, begin, end);
 }
 
 // Adds up term(i) in a fixed order, in sixteen lanes, so that the loop can be vectorised. Each lane
@@ -250,12 +340,11 @@ double add_up(int64_t columns, const Term& term) {
 
 template <typename F, typename Rule>
 double total_factor(const Update& task, int64_t begin, int64_t end) {
-  const Rule rule(task.arguments, task.count);
   alignas(64) F factors[kBlock];
   double total = 0;
   for (int64_t block = begin; block < end; block += kBlock) {
     const int64_t columns = end - block < kBlock ? end - block : kBlock;
-    for_columns<Rule, F>(rule, task, block, columns,
+    for_columns<Rule, F>(task, block, columns,
                          [&](int64_t i, const Aggregate<F>& a) { factors[i] = a.factor; });
     total += add_up(columns, [&](int64_t i) { return factors[i]; });
   }
@@ -266,15 +355,14 @@ double total_factor(const Update& task, int64_t begin, int64_t end) {
 // of 0.
 template <typename F, typename Rule>
 void resolve(const Update& task, double scale, int64_t begin, int64_t end, void* update) {
-  const Rule rule(task.arguments, task.count);
   F* const __restrict out = static_cast<F*>(update);
   const F grad_scale = task.grad_scale ? static_cast<F>(*task.grad_scale) : F(1);
   if (scale == 1 && grad_scale == 1) {
-    for_columns<Rule, F>(rule, task, begin, end - begin,
+    for_columns<Rule, F>(task, begin, end - begin,
                          [&](int64_t i, const Aggregate<F>& a) { out[i] = a.factor * a.value; });
   } else {
     const F wide_scale = static_cast<F>(scale);
-    for_columns<Rule, F>(rule, task, begin, end - begin, [&](int64_t i, const Aggregate<F>& a) {
+    for_columns<Rule, F>(task, begin, end - begin, [&](int64_t i, const Aggregate<F>& a) {
       out[i] = a.factor * a.value * wide_scale * grad_scale;
     });
   }
@@ -298,6 +386,7 @@ constexpr MomentKernels table(RuleList<Rules...>) {
       {{total_factor<float, Rules>...}, {total_factor<double, Rules>...}},
       {{resolve<float, Rules>...}, {resolve<double, Rules>...}},
       {squared_norm<float>, squared_norm<double>},
+      count_kept,
   };
 }
 

@@ -25,6 +25,8 @@ struct MomentKernels {
                                                int64_t end, void* update);
   // The sum of the squares of what resolve has written.
   double (*squared_norm[kWidths])(const void* update, int64_t columns);
+  // The coordinates of columns [begin, end) whose votes reach the thresholds.
+  int64_t (*count_kept)(const Update& task, int64_t begin, int64_t end);
 };
 
 // All arrays of a block of this many columns stay in L1, and fit on the stack of any thread.

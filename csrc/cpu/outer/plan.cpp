@@ -68,7 +68,7 @@ OuterPlan::OuterPlan(const OuterTask& task_, Isa isa, int64_t threads)
       shape(shapes[static_cast<int>(lanewise ? OuterTileKind::lanes : OuterTileKind::wide)]),
       geometry(task, shapes, lanewise),
       row_tiles(ceil_div(task.grad_outputs.channels, shape.rows)),
-      general(task.moments.squares || task.moments.logs),
+      general(task.moments.squares || task.moments.logs || task.moments.voters),
       longest(0) {
   for (int64_t e = 0; e < task.environments; ++e) {
     longest = std::max(longest, task.offsets[e + 1] - task.offsets[e]);
@@ -91,7 +91,8 @@ OuterRange OuterPlan::rows(int64_t part) const {
 
 int64_t OuterPlan::tile_bytes() const {
   const int64_t arrays = 2 + (task.moments.squares != nullptr) + (task.moments.logs != nullptr);
-  return tile_elements() * (arrays * wide() + vote_bytes());
+  const int64_t votes = task.moments.voters ? 2 : 1;
+  return tile_elements() * (arrays * wide() + votes * vote_bytes());
 }
 
 // Chooses parts that keep the longest share of a thread short: the tiles themselves, and the

@@ -48,7 +48,7 @@ class Worker {
     planes_size_ =
         (plan.lanewise ? kOuterDepth * kOuterLanePitch : plan.shape.rows * kOuterPitch) * wide;
     const int64_t planes = outputs_.size() * planes_size_;
-    constexpr int64_t kArrays = 7;
+    constexpr int64_t kArrays = 8;
     scratch.reserve(panel + planes + size_ / plan.tile_elements() * plan.tile_bytes() +
                     kArrays * OuterScratch::rounded(1));
     panel_ = scratch.take<char>(panel);
@@ -61,6 +61,7 @@ class Worker {
     }
     if (task_.moments.squares) moments_.squares = scratch.take<char>(size_ * wide);
     if (task_.moments.logs) moments_.logs = scratch.take<char>(size_ * wide);
+    if (task_.moments.voters) moments_.voters = scratch.take<char>(size_ * plan.vote_bytes());
   }
 
   void run() {
@@ -173,6 +174,7 @@ class Worker {
     move(moments.votes, moments.vote_bytes);
     move(moments.squares, plan_.wide());
     move(moments.logs, plan_.wide());
+    move(moments.voters, moments.vote_bytes);
   }
 
   // Calls pack(task, first) for runs of positions that are packed in the same way.
@@ -323,6 +325,7 @@ class Worker {
       exchange_array(moments.votes, scratch.votes, moments.vote_bytes);
       exchange_array(moments.squares, scratch.squares, plan_.wide());
       exchange_array(moments.logs, scratch.logs, plan_.wide());
+      exchange_array(moments.voters, scratch.voters, moments.vote_bytes);
     });
   }
 

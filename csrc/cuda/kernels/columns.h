@@ -94,8 +94,10 @@ struct JoinedMoments {
     }
   }
 
-  ANDMASK_METHOD Sums<F> sums(int32_t votes, int i) const {
-    return {static_cast<F>(sum[i]), votes, static_cast<F>(squares[i]), static_cast<F>(logs[i])};
+  ANDMASK_METHOD Sums<F> sums(int32_t votes, const RuleCall& call, int i) const {
+    return {static_cast<F>(sum[i]),     votes,
+            call.environments,          call.threshold,
+            static_cast<F>(squares[i]), static_cast<F>(logs[i])};
   }
 };
 
@@ -136,7 +138,7 @@ struct MomentRuleBody {
         if constexpr (kFurther<std::remove_cvref_t<decltype(rule)>> == further) {
 #pragma unroll
           for (int i = 0; i < kWidth; ++i) {
-            const Aggregate<F> aggregate = rule(joined.sums(moments.votes[i], i));
+            const Aggregate<F> aggregate = rule(joined.sums(moments.votes[i], call, i));
             // The factor multiplies; it never selects: a value that is not finite shows as NaN.
             updates[i] = aggregate.factor * aggregate.value;
             if (at.has(i)) total += static_cast<double>(aggregate.factor);

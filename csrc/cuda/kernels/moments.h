@@ -23,6 +23,7 @@ struct MomentsOf {
   F squares[width] = {};
   F logs[width] = {};
   int32_t votes[width] = {};
+  int32_t voters[width] = {};
 
   template <typename At>
   ANDMASK_METHOD void read(const At& at, const MomentArrays& moments) {
@@ -36,6 +37,7 @@ struct MomentsOf {
     copy(moments.squares, squares);
     copy(moments.logs, logs);
     if (moments.votes) get_votes<width>(at, moments.votes, moments.vote_bytes, votes);
+    if (moments.voters) get_votes<width>(at, moments.voters, moments.vote_bytes, voters);
   }
 
   template <typename At>
@@ -51,6 +53,7 @@ struct MomentsOf {
     copy(squares, moments.squares);
     copy(logs, moments.logs);
     if (moments.votes) put_votes<width>(at, votes, moments.vote_bytes, moments.votes);
+    if (moments.voters) put_votes<width>(at, voters, moments.vote_bytes, moments.voters);
   }
 
   // Adds one environment after `count` others.
@@ -61,7 +64,9 @@ struct MomentsOf {
 #pragma unroll
     for (int i = 0; i < width; ++i) {
       wide[i] = widen(grads[i]);
-      votes[i] += static_cast<int32_t>(sign(wide[i]));  // before the weight
+      const int32_t vote = static_cast<int32_t>(sign(wide[i]));  // before the weight
+      votes[i] += vote;
+      voters[i] += vote * vote;
     }
     if (weight != 1) {
 #pragma unroll

@@ -191,6 +191,7 @@ ANDMASK_INLINE void correct(AdamTask& task, double steps) {
 
 ANDMASK_INLINE void correct(TemporalAdamTask& task, double steps) {
   task.correction1 = task.correction2 = task.correction3 = 1;
+  task.sign_correction = correction_of(task.beta3, steps);
   if (!task.bias_correction) return;
   correct(static_cast<AdamTask&>(task), steps);
   task.correction3 = correction_of(task.beta3, steps);

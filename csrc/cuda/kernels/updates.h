@@ -14,7 +14,7 @@ struct RuleBox;
 
 template <>
 struct RuleBox<RuleList<>> {
-  RuleBox(const double*, int64_t) {}
+  explicit RuleBox(const RuleSetup&) {}
 };
 
 template <typename First, typename... Rest>
@@ -22,8 +22,7 @@ struct RuleBox<RuleList<First, Rest...>> {
   First first;
   RuleBox<RuleList<Rest...>> rest;
 
-  RuleBox(const double* arguments, int64_t count)
-      : first(arguments, count), rest(arguments, count) {}
+  explicit RuleBox(const RuleSetup& setup) : first(setup), rest(setup) {}
 
   template <typename Use>
   ANDMASK_METHOD void with(int rule, const Use& use) const {
@@ -45,19 +44,43 @@ int rule_arguments(int rule, RuleList<Rules...>) {
   return counts[rule];
 }
 
+// `threshold`: |votes| that keep a coordinate of a tensor without a table of its own.
 struct RuleCall {
   RuleBox<MomentRules> rules;
   int rule;
+  int32_t environments;
+  int32_t threshold;
+  bool abstain;
 
-  RuleCall(const double* arguments, int64_t count, int rule_)
-      : rules(arguments, count), rule(rule_) {}
+  RuleCall(const RuleSetup& setup, int rule_, int32_t threshold_)
+      : rules(setup),
+        rule(rule_),
+        environments(static_cast<int32_t>(setup.environments)),
+        threshold(threshold_),
+        abstain(setup.test.abstain) {}
 };
 
 // The moments of one tensor. The sum may be a plain gradient, in 16 bits too.
 struct UpdateSource {
   MomentArrays moments;
   Dtype sum_dtype;
+  const int32_t* thresholds = nullptr;  // of its test: [environments + 1] by voters, or [1]
 };
+
+// Reads the votes of `width` coordinates, those who voted, and how many votes keep them.
+template <int width, typename At>
+ANDMASK_INLINE void get_tested_votes(const At& at, const UpdateSource& source, const RuleCall& call,
+                                     int32_t* votes, int32_t* voters, int32_t* thresholds) {
+  const MomentArrays& moments = source.moments;
+  if (call.abstain) get_votes<width>(at, moments.voters, moments.vote_bytes, voters);
+  get_votes<width>(at, moments.votes, moments.vote_bytes, votes);
+  const int32_t all = source.thresholds && !call.abstain ? *source.thresholds : call.threshold;
+#pragma unroll
+  for (int i = 0; i < width; ++i) {
+    if (!call.abstain) voters[i] = call.environments;
+    thresholds[i] = call.abstain ? source.thresholds[voters[i]] : all;
+  }
+}
 
 template <typename F, int width, typename At>
 ANDMASK_INLINE void get_sum(const At& at, const UpdateSource& source, F* sum) {
@@ -85,6 +108,8 @@ ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const Ru
     constexpr unsigned moments = std::remove_reference_t<decltype(rule)>::kMoments;
     F sum[width];
     [[maybe_unused]] int32_t votes[width];
+    [[maybe_unused]] int32_t voters[width];
+    [[maybe_unused]] int32_t thresholds[width];
     [[maybe_unused]] Pack<F, width> squares;
     [[maybe_unused]] Pack<F, width> logs;
     if constexpr ((moments & kSquares) != 0) {
@@ -96,12 +121,16 @@ ANDMASK_INLINE void aggregate(const At& at, const UpdateSource& source, const Ru
     // The loads that are widened come last: widening waits for them.
     get_sum<F, width>(at, source, sum);
     if constexpr ((moments & kVotes) != 0) {
-      get_votes<width>(at, source.moments.votes, source.moments.vote_bytes, votes);
+      get_tested_votes<width>(at, source, call, votes, voters, thresholds);
     }
 #pragma unroll
     for (int i = 0; i < width; ++i) {
-      Sums<F> sums{sum[i], 0, 0, 0};
-      if constexpr ((moments & kVotes) != 0) sums.votes = votes[i];
+      Sums<F> sums{sum[i], 0, 0, 0, 0, 0};
+      if constexpr ((moments & kVotes) != 0) {
+        sums.votes = votes[i];
+        sums.voters = voters[i];
+        sums.threshold = thresholds[i];
+      }
       if constexpr ((moments & kSquares) != 0) sums.squares = squares[i];
       if constexpr ((moments & kLogs) != 0) sums.logs = logs[i];
       aggregates[i] = rule(sums);
