@@ -65,9 +65,9 @@ def absolute(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 def by_moments(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Apply a rule on moments: a backward pass for each environment, in its context."""
-    assert isinstance(learner.optimizer, am.optim.EnvironmentOptimizer)
     if learner.agreement is not None:
         return at_once(learner.agreement, learner.model, inputs, labels)
+    assert isinstance(learner.optimizer, am.optim.EnvironmentOptimizer)
     logits, losses = [], []
     for x, y in zip(inputs, labels, strict=True):
         with learner.optimizer.environment():

@@ -47,7 +47,7 @@ SOME: tuple[Threshold, ...] = (
 
 # Digits with wrong labels; every example is an environment.
 DIGITS = NoiseSettings(labels="noisy", epochs=36)
-QUICK_DIGITS = replace(DIGITS, size=12, epochs=30, examples=400, lr=1e-3)
+QUICK_DIGITS = replace(DIGITS, size=8, epochs=24, examples=400, lr=1e-3)
 BATCHES = (40, 80, 160, 320)
 NOISY: tuple[Threshold, ...] = (
     {"tau": 0.1}, {"tau": 0.2},
@@ -142,7 +142,7 @@ def label_noise(quick: bool, seeds: Sequence[int]) -> list[Run[Settings]]:
     base = QUICK_DIGITS if quick else DIGITS
     runs: list[Run[Settings]] = []
     thresholds = QUICK_NOISY if quick else NOISY
-    for batch in (20, 40) if quick else BATCHES:
+    for batch in (40, 80) if quick else BATCHES:
         of_batch = replace(base, batch=batch)
         tried = [("Adam", of_batch)]
         if not quick:
@@ -166,7 +166,7 @@ def label_noise(quick: bool, seeds: Sequence[int]) -> list[Run[Settings]]:
 def criteria(quick: bool, seeds: Sequence[int]) -> list[Run[Settings]]:
     """Every criterion on both tasks; those of the library are in the other parts."""
     tasks: dict[str, SpiralsSettings | NoiseSettings] = (
-        {"spirals quick": QUICK_SPIRALS, "digits": replace(QUICK_DIGITS, batch=40)}
+        {"spirals quick": QUICK_SPIRALS, "digits": replace(QUICK_DIGITS, batch=80)}
         if quick
         else {"spirals narrow": SIZES["narrow"], "digits": DIGITS}
     )
