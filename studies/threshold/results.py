@@ -22,7 +22,7 @@ Done: TypeAlias = Sequence[Finished[Settings]]
 FOUND = 0.99  # test accuracy from which on a run has found the spirals
 LEARNED = 0.95  # test accuracy that is good for digits
 REPEATED = 0.15  # share of wrong labels, at most, that still counts as not memorised
-FEWEST = 16  # environments that a rate of 0.005 ought to do with
+FEWEST = 32  # environments that a rate of 0.005 ought to do with
 WINDOW = 3  # epochs of which the end is the mean
 
 
@@ -112,7 +112,7 @@ def _present_spirals(done: Done, picture: Path, summary: Summary) -> None:
     for method in methods:
         cells = [groups.get((*place, method), []) for place in places]
         rows.append((method, *(_with_training(cell) for cell in cells)))
-    columns = ("threshold", *(f"{size}, {turns:g} revolutions" for size, turns in places))
+    columns = ("threshold", *(f"{size}, {turns:g} rev." for size, turns in places))
     summary.tables.append(
         Table("spirals: test accuracy, % (training accuracy in brackets)", columns, rows)
     )
