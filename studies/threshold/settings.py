@@ -54,7 +54,9 @@ NOISY: tuple[Threshold, ...] = (
     {"significance": 0.01}, {"significance": 0.05},
     {"fdr": DEFAULT_RATE}, {"fdr": 0.05}, {"fdr": 0.5},
 )  # fmt: skip
-QUICK_NOISY: tuple[Threshold, ...] = ({"tau": 0.2}, {"significance": 0.05}, {"fdr": 0.05})
+QUICK_NOISY: tuple[Threshold, ...] = (
+    {"tau": 0.2}, {"significance": 0.05}, {"fdr": DEFAULT_RATE},
+)  # fmt: skip
 ABSTAINING: tuple[Threshold, ...] = ({"significance": 0.05}, {"fdr": 0.05})
 # What a user would try first; stopping early is plain Adam's best epoch.
 SMOOTHING, SLOW = 0.1, 0.2

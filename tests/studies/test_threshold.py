@@ -183,6 +183,6 @@ def test_quick_draws_every_part(tmp_path):
     assert len(summary["claims"]) == 8
     found = {claim["text"].split(",")[0]: claim["holds"] for claim in summary["claims"]}
     assert found["from 32 environments on"]
-    assert len(read_records(tmp_path)) == summary["runs"] == 15
+    assert len(read_records(tmp_path)) == summary["runs"] == 17
     for name in ("spirals", "environments", "digits", "criteria"):
         assert_picture(tmp_path / f"threshold-{name}.png")
