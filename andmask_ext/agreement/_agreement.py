@@ -321,12 +321,12 @@ class Agreement(Copyable, Called):
     def report(self) -> Report:
         """Return how each parameter was treated in the last context. ``print`` shows a table.
 
+        While moments are held, it has the threshold of votes, what it keeps, and noise in that.
+
         Raises:
             RuntimeError: it is called after :meth:`detach`.
         """
-        setup = self._require_setup("report")
-        named = [(setup.name(param), param) for param in setup.params]
-        return make_report(named, setup.treatments)
+        return make_report(self._require_setup("report"), self._pending)
 
     def verify(
         self,

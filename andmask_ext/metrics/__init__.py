@@ -11,6 +11,7 @@ from ._diagnosis import diagnose
 from ._input_agreement import InputAgreement, input_agreement
 from ._monitor import Monitor
 from ._signal import coherence, signal_to_noise
+from ._thresholds import VoteThreshold, vote_threshold
 from ._verdict import Diagnosis
 from ._votes import (
     TauCurve,
@@ -49,6 +50,7 @@ __all__ = [
     "Monitor",
     "TauCurve",
     "VoteHistogram",
+    "VoteThreshold",
     "coherence",
     "diagnose",
     "gradient_correlation",
@@ -68,4 +70,5 @@ __all__ = [
     "signal_to_noise",
     "tau_curve",
     "vote_histogram",
+    "vote_threshold",
 ]

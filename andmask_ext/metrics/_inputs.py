@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_grads
-from .._devices import by_device
+from .._devices import call_by_device
 from .._notices import warn_once
 from ..moments import Moments
 
@@ -73,20 +73,9 @@ def without_none(values: Sequence[Tensor | None]) -> list[Tensor]:
 
 def vote_histograms(sums: list[Tensor], votes: list[Tensor], count: int) -> tuple[Tensor, Tensor]:
     """Call the op on lists of tensors on several devices. The results are on the first device."""
-    groups = by_device(sums)
-    if len(groups) == 1:
-        pair: tuple[Tensor, Tensor] = torch.ops.andmask._vote_histograms.default(sums, votes, count)
-        return pair
-    device = sums[0].device
-    all_counts, all_squares = [], []
-    for places in groups:
-        counts, squares = torch.ops.andmask._vote_histograms.default(
-            [sums[place] for place in places], [votes[place] for place in places], count
-        )
-        all_counts.append(counts.to(device))
-        all_squares.append(squares.to(device))
-    order = torch.tensor([place for places in groups for place in places]).argsort().to(device)
-    return torch.cat(all_counts)[order], torch.cat(all_squares)[order]
+    op = torch.ops.andmask._vote_histograms.default
+    counts, squares = call_by_device(lambda *lists: op(*lists, count), sums, votes)
+    return counts, squares
 
 
 def entries_of(grads: Gradients, name: str = "grads") -> Entries:

@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .._checks import check_bool, check_count, check_tau
+from .._checks import check_bool, check_count
 from .._pending import Group, Observer
+from .._vote_test import vote_test
 from ..agreement import Agreement
 from ..optim import EnvironmentOptimizer, TemporalAndMaskAdam
 from ._record import METRICS, make_record
@@ -33,8 +34,12 @@ class Monitor(Observer):
     Every ``every`` steps, just before the moments are aggregated, it records these metrics:
 
     - ``sign_agreement``: mean of :math:`|\mathrm{votes}| / d` over coordinates;
-    - ``kept_fraction``: share of coordinates with :math:`|\mathrm{votes}| \ge \tau d`;
+    - ``kept_fraction``: share of coordinates with :math:`|\mathrm{votes}| \ge t`;
     - ``noise_kept_fraction``: the share expected for pure noise;
+    - ``threshold``: :math:`t / d`, above 1 where a parameter is masked whole; for all parameters
+      together the mean over coordinates;
+    - ``noise_share``: ``noise_kept_fraction / kept_fraction``, at most 1: the estimated share of
+      noise among what is kept. It is NaN where nothing is kept;
     - ``norm``, ``masked_norm``: norms of the mean gradient and of its kept coordinates;
     - ``coherence``: see :func:`andmask_ext.metrics.coherence`.
 
@@ -44,13 +49,20 @@ class Monitor(Observer):
     stay on the device of the parameters, so no step waits for the device. The source keeps the
     monitor until :meth:`detach`.
 
+    The threshold t of votes is that of each group's rule: :math:`\tau d` rounded up, or what its
+    ``fdr`` or ``significance`` makes of the votes of a parameter. If zeros abstain, t depends on
+    the coordinate, and ``threshold`` is that of a coordinate without zeros.
+
     To monitor plain training, train with ``Mean()``. ``Monitor(optimizer, tau=0.8)`` then records
-    what a threshold of 0.8 would keep.
+    what a threshold of 0.8 would keep, and ``Monitor(optimizer, fdr=0.005)`` what that level would.
 
     Args:
         source: an optimizer of :mod:`andmask_ext.optim` that takes environments, or an
             :class:`andmask_ext.Agreement`.
-        tau: threshold of ``kept_fraction``. None: the threshold of each group's rule.
+        tau: threshold, instead of that of each group's rule.
+        fdr: false discovery rate, instead of that threshold: see :class:`andmask_ext.AndMask`.
+        significance: level of significance, instead of that threshold.
+        zeros: with one of these three, ``"count"`` or ``"abstain"``: what a gradient of 0 is.
         every: the number of steps from one record to the next. The first step is recorded.
         coherence: whether to record the coherence.
         names: names of the parameters: ``model.named_parameters()`` or a dict. None: the names that
@@ -59,7 +71,8 @@ class Monitor(Observer):
     Raises:
         TypeError: ``source`` is neither of these, such as ``TemporalAndMaskAdam``, which has one
             environment per step; or an option has the wrong type.
-        ValueError: ``tau`` lies outside [0, 1], or ``every`` is not positive.
+        ValueError: more than one threshold is given, or ``zeros`` without one; one of them lies
+            outside its range; or ``every`` is not positive.
 
     Example:
         >>> import torch, andmask_ext as am
@@ -78,19 +91,22 @@ class Monitor(Observer):
         tensor(0.5000, dtype=torch.float64)
     """
 
-    kinds = ("votes",)
-
     def __init__(
         self,
         source: EnvironmentOptimizer | Agreement,
         *,
         tau: float | None = None,
+        fdr: float | None = None,
+        significance: float | None = None,
+        zeros: str = "count",
         every: int = 10,
         coherence: bool = True,
         names: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor] | None = None,
     ) -> None:
-        if tau is not None:
-            check_tau(tau)
+        of_rules = (tau, fdr, significance, zeros) == (None, None, None, "count")
+        self._test = None if of_rules else vote_test(tau, fdr, significance, zeros)
+        abstain = self._test is not None and self._test.abstain
+        self.kinds = ("votes", "voters") if abstain else ("votes",)
         check_count("every", every, 1)
         check_bool("coherence", coherence)
         known: dict[int, str] = {}
@@ -106,7 +122,6 @@ class Monitor(Observer):
             )
         # The source holds the monitor. A strong reference back would make a cycle.
         self._source = weakref.ref(source)
-        self._tau = tau
         self._every = every
         self._coherence = coherence
         self._known = known if names is None else _by_id(names)
@@ -144,7 +159,7 @@ class Monitor(Observer):
         if self._records and names != self.names:
             self._rename(names)
         self.names = names
-        self._records.append(make_record(groups, self._tau, self._coherence))
+        self._records.append(make_record(groups, self._test, self._coherence))
         self.steps.append(step)
 
     def _rename(self, names: list[str]) -> None:
@@ -288,7 +303,13 @@ class Monitor(Observer):
             )
         self._step, self._written = state["step"], state["written"]
         self.steps, self.names = list(state["steps"]), list(state["names"])
-        self._records = [dict(record) for record in state["records"]]
+        self._records = [_with_all_metrics(record) for record in state["records"]]
+
+
+def _with_all_metrics(record: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a record with NaN for metrics that an earlier version did not know."""
+    unknown = torch.full_like(record["norm"], torch.nan)
+    return {metric: record.get(metric, unknown) for metric in METRICS}
 
 
 def _by_id(names: object) -> dict[int, str]:

@@ -25,7 +25,7 @@ class Update(NamedTuple):
 
 def of_written(grads: list[Tensor]) -> Arguments:
     """Return the arguments for gradients that are taken as they are."""
-    return grads, [], [], [], 1, Mean.name, [], False
+    return grads, [], [], [], [], 1, Mean.name, [], False
 
 
 def updates_of(

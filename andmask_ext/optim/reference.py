@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,11 @@ class _EnvironmentOptimizer:
         weight_decay: float,
         weight_decay_mode: str,
         maximize: bool,
-        tau: float,
+        tau: float | None,
         rescale: bool,
         rule: Callable[[Tensor], Tensor] | None,
         max_norm: float | None,
+        voting: dict[str, Any],
     ) -> None:
         self.max_norm = max_norm
         self.param = param.detach().double().clone()
@@ -44,7 +46,7 @@ class _EnvironmentOptimizer:
         self.weight_decay = weight_decay
         self.weight_decay_mode = weight_decay_mode
         self.maximize = maximize
-        self.rule = rule or (lambda grads: masked_mean(grads, tau, rescale))
+        self.rule = rule or (lambda grads: masked_mean(grads, tau, rescale, **voting))
 
     def aggregate(self, grads: Tensor) -> Tensor:
         """Return the aggregated gradient, weight decay included. Apply decoupled decay."""
@@ -77,15 +79,17 @@ class AndMaskSGD(_EnvironmentOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        tau: float = 1.0,
+        tau: float | None = None,
         rescale: bool = False,
         rule: Callable[[Tensor], Tensor] | None = None,
         weight_decay_mode: str = "after_mask",
         max_norm: float | None = None,
+        **voting: Any,
     ) -> None:
         super().__init__(
-            param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule, max_norm
-        )
+            param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule, max_norm,
+            voting,
+        )  # fmt: skip
         self.momentum, self.dampening, self.nesterov = momentum, dampening, nesterov
         self.buffer: Tensor | None = None
 
@@ -118,15 +122,17 @@ class AndMaskAdam(_EnvironmentOptimizer):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        tau: float = 1.0,
+        tau: float | None = None,
         rescale: bool = False,
         rule: Callable[[Tensor], Tensor] | None = None,
         weight_decay_mode: str = "after_mask",
         max_norm: float | None = None,
+        **voting: Any,
     ) -> None:
         super().__init__(
-            param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule, max_norm
-        )
+            param, lr, weight_decay, weight_decay_mode, maximize, tau, rescale, rule, max_norm,
+            voting,
+        )  # fmt: skip
         self.betas, self.eps, self.amsgrad = betas, eps, amsgrad
         self.steps = 0
         self.exp_avg = torch.zeros_like(self.param)
@@ -161,11 +167,12 @@ class AndMaskAdamW(AndMaskAdam):
         amsgrad: bool = False,
         *,
         maximize: bool = False,
-        tau: float = 1.0,
+        tau: float | None = None,
         rescale: bool = False,
         rule: Callable[[Tensor], Tensor] | None = None,
         weight_decay_mode: str = "decoupled",
         max_norm: float | None = None,
+        **voting: Any,
     ) -> None:
         super().__init__(
             param,
@@ -180,6 +187,7 @@ class AndMaskAdamW(AndMaskAdam):
             rule=rule,
             weight_decay_mode=weight_decay_mode,
             max_norm=max_norm,
+            **voting,
         )
 
 

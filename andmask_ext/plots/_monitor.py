@@ -1,15 +1,17 @@
-"""The figure of kept coordinates of every parameter during training."""
+"""The figure of what is kept of every parameter during training."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
+from matplotlib.colors import Colormap, LogNorm, Normalize
 from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from .._checks import check_bool
+from . import palette
 from ._axes import DIVERGING, Array, as_array, axes_or_new, check_has
 from ._data import Records
 from .style import WIDTH, style
@@ -18,10 +20,16 @@ __all__ = ["kept_fraction"]
 
 _LETTERS = 30  # the longest name of a parameter
 _ROWS = 40  # the largest number of parameters with a name for each
+_LABELS = {
+    "kept_fraction": "share of coordinates kept",
+    "threshold": "threshold t / d",
+    "noise_share": "share of noise in kept",
+}
 
 
 def kept_fraction(
     monitor: Records,
+    metric: str = "kept_fraction",
     *,
     relative: bool = False,
     limits: tuple[float, float] | None = None,
@@ -29,14 +37,18 @@ def kept_fraction(
 ) -> Axes:
     """Draw a heat map of the share of coordinates that the AND-mask keeps, by parameter and step.
 
-    The first parameter is the top row. Long names are cut in the middle. NaN is hatched.
+    The first parameter is the top row. Long names are cut in the middle. NaN is hatched. With
+    ``metric="threshold"``, vermilion is a parameter that is masked whole.
 
     Args:
         monitor: a :class:`andmask_ext.metrics.Monitor` with records.
+        metric: what to draw: ``"kept_fraction"``, the ``"threshold"`` of votes as a share of the
+            environments, or ``"noise_share"``, the estimated share of noise among what is kept.
         relative: divide shares by the share expected for noise, and use a logarithmic scale. White
             is noise, blue is more, and vermilion is less.
-        limits: lowest and highest value of the colours. Default: from 0 to the highest value; with
-            ``relative``, as far below noise as the highest value is above it.
+        limits: lowest and highest value of the colours. Default: from 0 to the highest value, or
+            to 1 for the threshold; with ``relative``, as far below noise as the highest value is
+            above it.
         ax: the axes to draw into; default: a new figure.
 
     Returns:
@@ -44,8 +56,8 @@ def kept_fraction(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: there is no record or no parameter, shapes differ, or ``limits`` do not
-            increase.
+        ValueError: there is no record or no parameter, shapes differ, ``metric`` is unknown or is
+            drawn with ``relative``, or ``limits`` do not increase.
 
     Example:
         >>> import torch
@@ -58,18 +70,30 @@ def kept_fraction(
     """
     check_has("monitor", monitor, ("steps", "names", "series"), "a metrics.Monitor")
     check_bool("relative", relative)
+    if metric not in _LABELS:
+        raise ValueError(f"metric: expected one of {', '.join(_LABELS)}, but got {metric!r}")
+    if relative and metric != "kept_fraction":
+        raise ValueError(f"relative: expected False for {metric}, as only shares are compared")
     steps, names = np.asarray(monitor.steps, dtype=float), list(monitor.names)
     if not len(steps) or not names:
         raise ValueError(
             f"monitor: expected records of parameters, but got {len(steps)} records "
             f"of {len(names)} parameters"
         )
-    values = _series(monitor, "kept_fraction", (len(steps), len(names)))
+    values = _series(monitor, metric, (len(steps), len(names)))
     if relative:
         noise = _series(monitor, "noise_kept_fraction", (len(steps), len(names)))
         with np.errstate(divide="ignore", invalid="ignore"):
             values = values / noise
-    low, high = _limits(values, relative, limits)
+    whole = values > 1 if metric == "threshold" else np.zeros(values.shape, dtype=bool)
+    default = (0.0, 1.0) if metric == "threshold" else None
+    low, high = _limits(values, relative, limits or default)
+    colours: Colormap = colormaps["cividis"]
+    if relative:
+        colours = DIVERGING.with_extremes(bad=(0, 0, 0, 0))
+    if whole.any():  # they alone lie beyond the end
+        values = np.where(whole, high + 1, np.minimum(values, high))
+        colours = colours.with_extremes(over=palette.VERMILION)
     if relative:  # a logarithmic scale has no 0: draw it at the low end
         values = np.where(values <= 0, low, np.where(np.isposinf(values), high, values))
     with style():
@@ -78,7 +102,7 @@ def kept_fraction(
             _edges(steps),
             np.arange(len(names) + 1) - 0.5,
             np.ma.masked_invalid(values.T),
-            cmap=DIVERGING.with_extremes(bad=(0, 0, 0, 0)) if relative else "cividis",
+            cmap=colours,
             norm=LogNorm(low, high) if relative else Normalize(low, high),
             rasterized=True,
         )
@@ -94,14 +118,16 @@ def kept_fraction(
         if len(steps) == 1:
             axes.set_xticks(steps, [f"{steps[0]:.0f}"])
         axes.spines[:].set_visible(False)
-        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=25)
+        extend = "max" if whole.any() else "neither"
+        bar = axes.figure.colorbar(mesh, ax=axes, pad=0.015, aspect=25, extend=extend)
         bar.outline.set_visible(False)
         if relative:
             steps_of_ten = (1, 2, 5) if high / low < 1000 else (1,)
             bar.set_ticks(LogLocator(subs=steps_of_ten))
             bar.formatter = StrMethodFormatter("{x:g}")
             bar.minorticks_off()
-        bar.set_label("kept: multiple of noise" if relative else "share of coordinates kept")
+        label = "kept: multiple of noise" if relative else _LABELS[metric]
+        bar.set_label("t / d (tip: masked whole)" if whole.any() else label)
     return axes
 
 

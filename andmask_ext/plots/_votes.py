@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from .._checks import check_bool, check_tau
+from .._checks import check_bool
+from .._vote_test import VoteTest, vote_test
 from ..rules._threshold import vote_threshold
 from . import palette
 from ._axes import Array, as_array, axes_or_new, check_has, percent
@@ -21,7 +22,13 @@ _BARS = 64  # largest number of bars; more numbers of votes share bars
 
 
 def vote_histogram(
-    histogram: Votes, tau: float | None = None, *, log: bool = False, ax: Axes | None = None
+    histogram: Votes,
+    tau: float | None = None,
+    *,
+    fdr: float | None = None,
+    significance: float | None = None,
+    log: bool = False,
+    ax: Axes | None = None,
 ) -> Axes:
     """Draw the distribution of agreement over coordinates, and that of pure noise.
 
@@ -34,6 +41,9 @@ def vote_histogram(
         histogram: the result of :func:`andmask_ext.metrics.vote_histogram`.
         tau: mark this threshold and the share that it keeps. The share is exact even if numbers
             share bars.
+        fdr: mark the threshold of this false discovery rate, instead of ``tau``. It is that of all
+            coordinates of the histogram together, where a rule takes each parameter by itself.
+        significance: mark the threshold of this level of significance, instead of ``tau``.
         log: use a logarithmic scale for shares.
         ax: the axes to draw into; default: a new figure.
 
@@ -42,7 +52,8 @@ def vote_histogram(
 
     Raises:
         TypeError: an argument has the wrong type.
-        ValueError: ``tau`` lies outside [0, 1], or there are not d + 1 counts.
+        ValueError: more than one threshold is given, or lies outside its range, or there are not
+            d + 1 counts.
 
     Example:
         >>> import torch
@@ -56,8 +67,8 @@ def vote_histogram(
     """
     check_has("histogram", histogram, ("counts", "noise"), "metrics.vote_histogram(grads)")
     check_bool("log", log)
-    if tau is not None:
-        check_tau(tau)
+    levels = (tau, fdr, significance)
+    test = None if levels == (None, None, None) else vote_test(*levels, "count")
     environments = histogram.environments
     counts, noise = as_array("counts", histogram.counts, 1), as_array("noise", histogram.noise, 1)
     if not len(counts) == len(noise) == environments + 1:
@@ -110,9 +121,12 @@ def vote_histogram(
             axes.set_ylim(0, 1.3 * top)
         half = len(heights) // 2
         right = heights[:half].sum() > heights[half:].sum()
-        if tau is not None:
-            least = vote_threshold(tau, environments)
-            right = _mark_threshold(axes, tau, least, environments, shares, noise)
+        if test is not None:
+            least = _least_votes(test, counts, noise)
+            name = f"{test.name} = {test.level:g}: t = {least}"
+            if test.name == "tau":
+                name = f"τ = {test.level:g}"
+            right = _mark_threshold(axes, name, least, environments, shares, noise)
         axes.legend(loc="upper right" if right else "upper left", borderaxespad=0.2)
     return axes
 
@@ -132,8 +146,23 @@ def _bars(environments: int, with_zero: bool) -> tuple[Array, Array]:
     return starts, edges
 
 
+def _least_votes(test: VoteTest, counts: Array, noise: Array) -> int:
+    """Return the smallest number of votes that a test keeps; d + 1 if it keeps nothing."""
+    environments = len(counts) - 1
+    if test.name == "tau":
+        return vote_threshold(test.level, environments)
+    tail, seen = (values[::-1].cumsum()[::-1] for values in (noise, counts))
+    allowed = 1 + 1e-9  # levels are decimals
+    if test.name == "significance":
+        passes = tail <= max(test.level, tail[-1]) * allowed
+    else:
+        passes = (seen > 0) & (seen[0] * tail <= test.level * seen * allowed)
+    passes[0] = False  # no vote is no evidence
+    return int(passes.argmax()) if passes.any() else environments + 1
+
+
 def _mark_threshold(
-    axes: Axes, tau: float, least: int, environments: int, shares: Array, noise: Array
+    axes: Axes, name: str, least: int, environments: int, shares: Array, noise: Array
 ) -> bool:
     """Draw a line left of what the threshold keeps, with the share. Return if the text is right.
 
@@ -152,8 +181,7 @@ def _mark_threshold(
         label="_kept side",
     )
     axes.annotate(
-        f"τ = {tau:g} keeps {percent(shares[least:].sum())}\n"
-        f"(of noise {percent(noise[least:].sum())})",
+        f"{name} keeps {percent(shares[least:].sum())}\n(of noise {percent(noise[least:].sum())})",
         (place, 0.94),
         xycoords=axes.get_xaxis_transform(),
         xytext=(-5 if left else 5, 0),

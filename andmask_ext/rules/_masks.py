@@ -14,7 +14,7 @@ from ._base import Rule
 
 
 @dataclass(frozen=True, repr=False)
-class _Tested(Rule):
+class Tested(Rule):
     """A rule with a test of votes. Subclasses have the fields tau and perhaps rescale first."""
 
     fdr: float | None = field(default=None, kw_only=True)
@@ -60,7 +60,7 @@ class _Tested(Rule):
 
 
 @dataclass(frozen=True, repr=False)
-class AndMask(_Tested):
+class AndMask(Tested):
     r"""Keep a coordinate of the mean gradient only where the environments agree in sign.
 
     .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| \ge \tau d] \cdot \bar g
@@ -127,7 +127,7 @@ class AndMask(_Tested):
 
 
 @dataclass(frozen=True, repr=False)
-class GeometricMean(_Tested):
+class GeometricMean(Tested):
     r"""The AND-mask on the geometric mean of magnitudes, with the sign of the mean.
 
     .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| \ge \tau d] \cdot \mathrm{sign}(\bar g)
@@ -161,7 +161,7 @@ class GeometricMean(_Tested):
 
 
 @dataclass(frozen=True, repr=False)
-class SandMask(_Tested):
+class SandMask(Tested):
     r"""The smoothed AND-mask: a soft mask that is larger where magnitudes vary less.
 
     .. math:: m \cdot \bar g \Big/ \overline{m}, \quad
@@ -215,7 +215,7 @@ class SandMask(_Tested):
 
 
 @dataclass(frozen=True, repr=False)
-class MaskedAverage(_Tested):
+class MaskedAverage(Tested):
     r"""Gradient masked averaging: low agreement multiplies the mean instead of masking it.
 
     .. math:: \bar g \cdot \begin{cases} 1 & A \ge \tau \\ A & \text{else} \end{cases}, \quad
@@ -244,7 +244,7 @@ class MaskedAverage(_Tested):
 
 
 @dataclass(frozen=True, repr=False)
-class FedILC(_Tested):
+class FedILC(Tested):
     r"""The AND-mask on geometric means of the positive and of the negative gradients.
 
     .. math:: \mathbb{1}[|\sum_e \mathrm{sign}(g_e)| \ge \tau d] \left(

@@ -1,6 +1,7 @@
 #include "kept.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "kernels/moments.h"
 
@@ -18,56 +19,70 @@ Kept::Kept(std::vector<Update>& updates, const Units& units) : updates_(updates)
 }
 
 const std::vector<int64_t>& Kept::counts() {
-  if (counts_.empty() && !updates_.empty()) {
-    counts_.resize(updates_.size());
-    count(std::vector<bool>(updates_.size(), true), counts_);
+  if (!counts_.empty()) return counts_;
+  const auto count_kept = moment_kernels(active_isa()).count_kept;
+  std::vector<int64_t> parts(units_.count());
+  units_.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
+    parts[unit] = count_kept(updates_[index], begin, end);
+  });
+  for (size_t i = 0; i < updates_.size(); ++i) {
+    const auto part = parts.begin();
+    counts_.push_back(
+        std::accumulate(part + units_.first(i), part + units_.first(i + 1), int64_t{0}));
   }
   return counts_;
 }
 
-// From thresholds that no result is below they rise, until what they keep allows them. Every round
-// reads the votes alone; there are at most as many as a table has levels, and commonly a handful.
 void Kept::find_fdr() {
-  const size_t tensors = updates_.size();
-  const std::vector<int32_t>& first = thresholds_->table();
-  counts_.resize(tensors);
-  std::vector<bool> open(tensors);
-  for (size_t i = 0; i < tensors; ++i) open[i] = updates_[i].columns > 0;
-  if (updates_[0].test.abstain) {
-    std::vector<int32_t> any(first.size(), 0);
-    std::fill_n(any.begin(), std::min<size_t>(thresholds_->least_voters(), any.size()), INT32_MAX);
-    for (Update& update : updates_) update.thresholds = any.data();
-    count(open, tested_);
+  const size_t places = thresholds_->table().size();
+  counts_.resize(updates_.size());
+  tables_.resize(updates_.size() * places);
+  // Every round reads the votes of a tensor again, so small ones take all their rounds in cache.
+  constexpr int64_t kSmall = int64_t{1} << 18;
+  std::vector<int64_t> small;
+  std::vector<int64_t> sizes;
+  for (size_t i = 0; i < updates_.size(); ++i) {
+    if (updates_[i].columns > kSmall) continue;
+    small.push_back(static_cast<int64_t>(i));
+    sizes.push_back(std::max<int64_t>(1, updates_[i].columns));
   }
-  tables_.resize(tensors * first.size());
-  for (size_t i = 0; i < tensors; ++i) {
-    int32_t* const table = tables_.data() + i * first.size();
-    std::copy(first.begin(), first.end(), table);
-    updates_[i].thresholds = table;
-    open[i] = open[i] && tested_[i] > 0;
-  }
-  while (std::find(open.begin(), open.end(), true) != open.end()) {
-    count(open, counts_);
-    for (size_t i = 0; i < tensors; ++i) {
-      if (!open[i]) continue;
-      open[i] = thresholds_->raise(counts_[i], tested_[i], tables_.data() + i * first.size());
-    }
+  const auto count_kept = moment_kernels(active_isa()).count_kept;
+  Units(sizes, kSmall).parallel(4, [&](int64_t number, int64_t, int64_t, int64_t) {
+    find_fdr(small[number],
+             [&](const Update& update) { return count_kept(update, 0, update.columns); });
+  });
+  for (size_t i = 0; i < updates_.size(); ++i) {
+    if (updates_[i].columns <= kSmall) continue;
+    const Units units({updates_[i].columns});
+    find_fdr(static_cast<int64_t>(i), [&](const Update& update) {
+      std::vector<int64_t> parts(units.count());
+      units.parallel(1, [&](int64_t, int64_t unit, int64_t begin, int64_t end) {
+        parts[unit] = count_kept(update, begin, end);
+      });
+      return std::accumulate(parts.begin(), parts.end(), int64_t{0});
+    });
   }
 }
 
-void Kept::count(const std::vector<bool>& chosen, std::vector<int64_t>& counts) const {
-  const auto count_kept = moment_kernels(active_isa()).count_kept;
-  std::vector<int64_t> parts(units_.count());
-  units_.parallel(1, [&](int64_t index, int64_t unit, int64_t begin, int64_t end) {
-    if (chosen[index]) parts[unit] = count_kept(updates_[index], begin, end);
-  });
-  for (size_t i = 0; i < counts.size(); ++i) {
-    if (!chosen[i]) continue;
-    counts[i] = 0;
-    for (int64_t unit = units_.first(i); unit < units_.first(i + 1); ++unit) {
-      counts[i] += parts[unit];
-    }
+// From thresholds that no result is below they rise, until what they keep allows them. There are at
+// most as many rounds as a table has levels, and commonly a handful.
+template <typename Count>
+void Kept::find_fdr(int64_t index, const Count& count) {
+  Update& update = updates_[index];
+  const std::vector<int32_t>& first = thresholds_->table();
+  if (update.test.abstain) {
+    std::vector<int32_t> any(first.size(), 0);
+    std::fill_n(any.begin(), std::min<size_t>(thresholds_->least_voters(), any.size()), INT32_MAX);
+    update.thresholds = any.data();
+    tested_[index] = count(update);
   }
+  int32_t* const table = tables_.data() + index * static_cast<int64_t>(first.size());
+  std::copy(first.begin(), first.end(), table);
+  update.thresholds = table;
+  const int64_t tested = std::max<int64_t>(1, tested_[index]);
+  do {
+    counts_[index] = count(update);
+  } while (thresholds_->raise(counts_[index], tested, table));
 }
 
 }  // namespace andmask

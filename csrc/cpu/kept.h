@@ -24,8 +24,9 @@ class Kept {
 
  private:
   void find_fdr();
-  // Counts what the thresholds of the chosen tensors keep.
-  void count(const std::vector<bool>& chosen, std::vector<int64_t>& counts) const;
+  // count(update) returns what the thresholds of an update keep.
+  template <typename Count>
+  void find_fdr(int64_t index, const Count& count);
 
   std::vector<Update>& updates_;
   const Units& units_;

@@ -23,8 +23,7 @@ namespace {
 // So signs are used wherever they can be. torch.mm, one environment after the other, costs 1 for
 // the products alone, and much more for small environments.
 auto choose_path(const OuterTask& task) {
-  const bool signs =
-      has_single_rows(task) && !task.moments.squares && !task.moments.logs && !task.moments.voters;
+  const bool signs = has_single_rows(task) && !task.moments.squares && !task.moments.logs;
   return signs ? accumulate_sign_outer : accumulate_outer_tiles;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -57,7 +58,8 @@ def test_dataframe() -> None:
     assert frame.step.unique().tolist() == [0, 2, 4]
     chosen = frame[(frame.step == 2) & (frame.parameter == "0.1")]
     for metric in METRICS:
-        assert chosen[metric].item() == monitor.series(metric)[1, 1].item()
+        recorded = monitor.series(metric)[1, 1].item()
+        assert chosen[metric].item() == recorded or math.isnan(recorded), metric
     assert frame[frame.parameter == "all"].norm.tolist() == monitor.total("norm").tolist()
 
 
@@ -161,6 +163,19 @@ def test_a_temporal_optimizer_is_refused_with_a_reason() -> None:
     optimizer = am.optim.TemporalAndMaskAdam(parameters(), tau=0.5)
     with pytest.raises(TypeError, match="but got TemporalAndMaskAdam, which sees one in each step"):
         metrics.Monitor(optimizer)
+
+
+def test_records_of_an_earlier_version_have_no_threshold() -> None:
+    monitor = trained()
+    state, before = monitor.state_dict(), monitor.series("norm")
+    for record in state["records"]:
+        del record["threshold"], record["noise_share"]
+    monitor.load_state_dict(state)
+    assert torch.equal(monitor.series("norm"), before)
+    for metric in ("threshold", "noise_share"):
+        assert monitor.series(metric).shape == (3, 3)
+        assert monitor.series(metric).isnan().all()
+    assert len(monitor.to_dataframe()) == 3 * 4
 
 
 def test_records_from_elsewhere_join_those_of_a_device() -> None:

@@ -43,7 +43,11 @@ def draw_rule(data: st.DataObject, environments: int) -> dict[str, Any]:
     tau = data.draw(st.integers(0, environments)) / environments
     largest = {"max_norm": data.draw(st.sampled_from([None, 0.1, 2.0, 100.0]))}
     if data.draw(st.booleans()):
-        return {"tau": tau, "rescale": data.draw(st.booleans()), **largest}
+        rescale, zeros = data.draw(st.booleans()), data.draw(st.sampled_from(["count", "abstain"]))
+        voting = data.draw(
+            st.sampled_from([{"tau": tau}, {"fdr": 0.3}, {"fdr": 0.9}, {"significance": 0.4}])
+        )
+        return {**voting, "zeros": zeros, "rescale": rescale, **largest}
     rule = data.draw(
         st.sampled_from(
             [
@@ -51,6 +55,8 @@ def draw_rule(data: st.DataObject, environments: int) -> dict[str, Any]:
                 am.rules.MaskedAverage(tau),
                 am.AndMask(tau),
                 am.rules.GeometricMean(tau),
+                am.rules.GeometricMean(fdr=0.5, zeros="abstain"),
+                am.rules.MaskedAverage(significance=0.3),
             ]
         )
     )
@@ -143,7 +149,12 @@ def test_temporal_adam(dtype: torch.dtype, data: st.DataObject) -> None:
         "weight_decay_mode": data.draw(st.sampled_from(["after_mask", "decoupled"])),
         "bias_correction": data.draw(st.booleans()),
         "maximize": data.draw(st.booleans()),
-        "tau": data.draw(st.sampled_from([0.0, 0.25, 0.36, 0.5, 0.75, 1.0])),
+        **data.draw(
+            st.one_of(
+                st.sampled_from([0.0, 0.25, 0.36, 0.5, 0.75, 1.0]).map(lambda tau: {"tau": tau}),
+                st.sampled_from([0.05, 0.3, 0.9]).map(lambda level: {"significance": level}),
+            )
+        ),
     }
     grads = data.draw(draw_grads(1, dtype))
     param = nn.Parameter(torch.randn(3, 5).to(dtype))

@@ -67,7 +67,12 @@ class Monitor:
         return cls(
             list(range(0, 10 * records, 10)),
             [f"layer{number}.weight" for number in range(parameters)],
-            {"kept_fraction": kept, "noise_kept_fraction": torch.full_like(kept, 0.25)},
+            {
+                "kept_fraction": kept,
+                "noise_kept_fraction": torch.full_like(kept, 0.25),
+                "threshold": torch.where(kept > 0, 1 - kept / 2, 1.125),
+                "noise_share": torch.where(kept > 0, kept / 4, torch.nan),
+            },
         )
 
 

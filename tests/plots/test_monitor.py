@@ -113,7 +113,50 @@ def test_relative_to_no_noise_at_all():
     assert np.ma.getmaskarray(mesh_of(axes).get_array()).T.tolist() == [[False, True]] * 2
 
 
+KEPT = torch.tensor([[0.8, 0.0], [0.4, 0.2]])  # nothing of the second parameter at first
+
+
+def bar_of(axes):
+    (bar,) = [other for other in axes.figure.axes if other is not axes]
+    return bar
+
+
+def test_thresholds_go_to_one_and_what_is_masked_whole_lies_beyond():
+    axes = plots.kept_fraction(Monitor.of(2, 2, KEPT), "threshold")
+    mesh = mesh_of(axes)
+    shown = np.asarray(mesh.get_array())
+    np.testing.assert_allclose(shown[0], [0.6, 0.8], rtol=1e-6)
+    assert shown[1, 0] > 1
+    assert shown[1, 1] == pytest.approx(0.9)
+    assert mesh.get_clim() == (0, 1)
+    red, green, blue = colour_at(axes, 0, 1)
+    assert red > 180 > green > blue, "vermilion"
+    assert "masked whole" in bar_of(axes).get_ylabel()
+    axes = plots.kept_fraction(Monitor.of(2, 2, KEPT + 0.1), "threshold")
+    assert bar_of(axes).get_ylabel() == "threshold t / d"
+
+
+def test_a_high_threshold_does_not_look_masked_whole_if_limits_are_lower():
+    axes = plots.kept_fraction(Monitor.of(2, 2, KEPT), "threshold", limits=(0, 0.5))
+    assert mesh_of(axes).get_clim() == (0, 0.5)
+    yellow, vermilion = colour_at(axes, 10, 1), colour_at(axes, 0, 1)
+    assert yellow[1] > 200 > vermilion[1]
+
+
+def test_the_share_of_noise_is_hatched_where_nothing_is_kept():
+    axes = plots.kept_fraction(Monitor.of(2, 2, KEPT), "noise_share")
+    mesh = mesh_of(axes)
+    np.testing.assert_allclose(mesh.get_array()[0], [0.2, 0.1], rtol=1e-6)
+    assert np.ma.getmaskarray(mesh.get_array()).tolist() == [[False, False], [True, False]]
+    assert mesh.get_clim() == (0, pytest.approx(0.2))
+    assert "noise" in bar_of(axes).get_ylabel()
+
+
 def test_monitor_errors():
+    with pytest.raises(ValueError, match=r"metric: expected one of kept_fraction, .* got 'norm'"):
+        plots.kept_fraction(Monitor.of(2, 2), "norm")
+    with pytest.raises(ValueError, match="relative: expected False for threshold"):
+        plots.kept_fraction(Monitor.of(2, 2), "threshold", relative=True)
     with pytest.raises(ValueError, match="expected records of parameters, but got 0 records"):
         plots.kept_fraction(Monitor.of(0, 2))
     with pytest.raises(ValueError, match="but got 3 records of 0 parameters"):

@@ -22,6 +22,13 @@ FIGURES = {
     "kept_fraction": lambda **o: plots.kept_fraction(Monitor.of(20, 12), **o),
     "kept_fraction, many": lambda **o: plots.kept_fraction(Monitor.of(20, 200), **o),
     "kept_fraction, one": lambda **o: plots.kept_fraction(Monitor.of(1, 1), relative=True, **o),
+    "kept_fraction, threshold": lambda **o: plots.kept_fraction(
+        Monitor.of(20, 3, torch.rand(20, 3).sub(0.3).relu()), "threshold", **o
+    ),
+    "kept_fraction, noise": lambda **o: plots.kept_fraction(Monitor.of(20, 3), "noise_share", **o),
+    "vote_histogram, fdr": lambda **o: plots.vote_histogram(
+        Histogram.of_noise(1024), fdr=1e-9, **o
+    ),
     "tau_curve": lambda **o: plots.tau_curve(Curve.of(Histogram.of_noise(16)), **o),
     "masked_norm": lambda **o: plots.masked_norm(Curve.of(Histogram.of_noise(16)), **o),
     "gradient_cosines": lambda **o: plots.gradient_cosines(

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from matplotlib.patches import StepPatch
 
-from andmask_ext import plots
+from andmask_ext import plots, reference
 from andmask_ext.rules._threshold import vote_threshold
 
 from .pictures import Curve, Histogram, draw, noise_votes, texts
@@ -115,6 +115,25 @@ def test_the_threshold_stands_left_of_what_it_keeps_and_says_how_much(environmen
         assert f"keeps {100 * kept:.1f} %" in texts(axes)
 
 
+@settings(max_examples=40)
+@given(st.data())
+def test_the_threshold_of_a_level_is_that_of_the_reference(data):
+    environments = data.draw(st.integers(1, 24))
+    votes = data.draw(st.lists(st.integers(0, environments), min_size=1, max_size=30))
+    level = data.draw(st.sampled_from([0.05, 0.25, 0.005, 2.0**-7, 0.9]))
+    test = {data.draw(st.sampled_from(["fdr", "significance"])): level}
+    grads = torch.zeros(environments, len(votes))
+    for column, number in enumerate(votes):
+        grads[:number, column] = 1
+    least = int(reference.vote_thresholds(grads, **test)[0])
+    counts = torch.bincount(torch.tensor(votes), minlength=environments + 1)
+    axes = plots.vote_histogram(Histogram(environments, counts), **test)
+    assert f"= {level:g}: t = {least} keeps" in texts(axes)
+    (line,) = [line for line in axes.lines if line.get_label() == "_threshold"]
+    assert axes.get_xlim()[0] < line.get_xdata()[0] < axes.get_xlim()[1]
+    plt.close(axes.figure)
+
+
 def test_the_kept_share_counts_zeros_exactly_and_names_that_of_noise():
     histogram = Histogram(4, torch.tensor([0, 0, 600, 200, 200]))
     shown = texts(plots.vote_histogram(histogram, tau=0.75))
@@ -147,6 +166,10 @@ def test_histogram_errors():
     histogram = Histogram.of_noise(4)
     with pytest.raises(ValueError, match=r"tau: expected a number in \[0, 1\], but got 1.5"):
         plots.vote_histogram(histogram, tau=1.5)
+    with pytest.raises(ValueError, match=r"expected exactly one of tau .* got tau=0.5, fdr=0.1"):
+        plots.vote_histogram(histogram, 0.5, fdr=0.1)
+    with pytest.raises(ValueError, match=r"fdr: expected a Python number in \(0, 1\), but got 1"):
+        plots.vote_histogram(histogram, fdr=1)
     with pytest.raises(TypeError, match="ax: expected matplotlib Axes, but got str"):
         plots.vote_histogram(histogram, ax="left")
     with pytest.raises(TypeError, match="log: expected a bool"):

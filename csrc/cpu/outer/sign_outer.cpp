@@ -89,6 +89,7 @@ struct Product {
     product.weights = nullptr;
     product.count = first ? 0 : 1;
     product.moments.votes = nullptr;
+    product.moments.voters = nullptr;
     product.activations = rows_from(task.activations, begin);
     product.grad_outputs = rows_from(task.grad_outputs, begin);
     if (weights) {
@@ -124,22 +125,36 @@ struct SignVotes {
       pack(task.activations, from, to, activations);
       pack(task.grad_outputs, from, to, grad_outputs);
     });
-    const SignOuterTask votes{activations,
-                              grad_outputs,
-                              rows,
-                              inputs,
-                              outputs,
-                              first,
-                              task.moments.votes,
-                              task.moments.vote_bytes,
-                              task.layout.output_stride};
-    const int64_t blocks = (input_panels + kSignPanels - 1) / kSignPanels;
-    in_shares(blocks * panels_of(outputs), threads, parallel_for, [&](int64_t from, int64_t to) {
-      for (int64_t i = from; i < to; ++i) {
-        const int64_t panel = i % blocks * kSignPanels;
-        kernels.vote(votes, i / blocks, panel, std::min(panel + kSignPanels, input_panels));
+    const auto vote = [&](void* votes) {
+      const SignOuterTask signs{activations,
+                                grad_outputs,
+                                rows,
+                                inputs,
+                                outputs,
+                                first,
+                                votes,
+                                task.moments.vote_bytes,
+                                task.layout.output_stride};
+      const int64_t blocks = (input_panels + kSignPanels - 1) / kSignPanels;
+      in_shares(blocks * panels_of(outputs), threads, parallel_for, [&](int64_t from, int64_t to) {
+        for (int64_t i = from; i < to; ++i) {
+          const int64_t panel = i % blocks * kSignPanels;
+          kernels.vote(signs, i / blocks, panel, std::min(panel + kSignPanels, input_panels));
+        }
+      });
+    };
+    vote(task.moments.votes);
+    if (!task.moments.voters) return;
+    // The voters are the votes of the sizes: what is negative becomes positive.
+    const auto take_sizes = [&](uint8_t* packed, int64_t columns) {
+      const int64_t bytes = packed_bytes(rows, columns);
+      for (int64_t i = 0; i < bytes; ++i) {
+        packed[i] = static_cast<uint8_t>((packed[i] | packed[i] >> 4) & 15);
       }
-    });
+    };
+    take_sizes(activations, inputs);
+    take_sizes(grad_outputs, outputs);
+    vote(task.moments.voters);
   }
 };
 

@@ -72,12 +72,13 @@ template <int width, typename At>
 ANDMASK_INLINE void get_tested_votes(const At& at, const UpdateSource& source, const RuleCall& call,
                                      int32_t* votes, int32_t* voters, int32_t* thresholds) {
   const MomentArrays& moments = source.moments;
+#pragma unroll
+  for (int i = 0; i < width; ++i) voters[i] = call.environments;
   if (call.abstain) get_votes<width>(at, moments.voters, moments.vote_bytes, voters);
   get_votes<width>(at, moments.votes, moments.vote_bytes, votes);
   const int32_t all = source.thresholds && !call.abstain ? *source.thresholds : call.threshold;
 #pragma unroll
   for (int i = 0; i < width; ++i) {
-    if (!call.abstain) voters[i] = call.environments;
     thresholds[i] = call.abstain ? source.thresholds[voters[i]] : all;
   }
 }
