@@ -177,6 +177,7 @@ bench: $(READY)  ## measure; see benchmarks/README.md for options
 	$(BIN)/python -m benchmarks.bench_moments
 	$(BIN)/python -m benchmarks.bench_backward
 	$(BIN)/python -m benchmarks.bench_optim
+	$(BIN)/python -m benchmarks.bench_thresholds
 	$(BIN)/python -m benchmarks.bench_outer
 	$(BIN)/python -m benchmarks.bench_proved
 	$(BIN)/python -m benchmarks.bench_agreement

@@ -76,3 +76,17 @@ def scalar_products(grads: Tensor) -> Tensor:
         wide = chunk.double()
         total += wide @ wide.t()
     return total
+
+
+def merged_norms(
+    params: Sequence[Tensor],
+    mine: Sequence[Tensor | None] | None,
+    theirs: Sequence[Tensor | None] | None,
+) -> list[Tensor | None]:
+    """Return the sums of two lists of squared norms, one per parameter, on its device."""
+    nothing: list[Tensor | None] = [None] * len(params)
+    merged: list[Tensor | None] = []
+    for param, one, two in zip(params, mine or nothing, theirs or nothing, strict=True):
+        two = None if two is None else two.to(param.device)
+        merged.append(one if two is None else two if one is None else one + two)
+    return merged

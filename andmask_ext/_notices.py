@@ -46,9 +46,10 @@ def warn_if_nothing_is_masked(owner: object, environments: int, rules: Iterable[
         environments: the number of environments of this step.
         rules: those of its groups. One that takes the mean is meant so.
     """
-    masks = [rule for rule in rules if rule.moments and getattr(rule, "tau", 1)]
+    masks = [rule for rule in rules if rule.moments and getattr(rule, "tau", None) != 0]
     low = environments % 2 == 1 and all(
-        rule.name == "and_mask" and rule.tau * environments <= 1 for rule in masks
+        rule.name == "and_mask" and rule.tau is not None and rule.tau * environments <= 1
+        for rule in masks
     )
     if not masks:
         return

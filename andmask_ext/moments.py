@@ -12,7 +12,7 @@ from ._checks import check_dense_grad, check_dtype, check_weight
 from ._devices import by_device
 from ._dtypes import dtype_name
 from ._memory import KINDS, Memory
-from ._norms import squared_norms_over_environments
+from ._norms import merged_norms, squared_norms_over_environments
 
 __all__ = ["Moments"]
 
@@ -330,23 +330,11 @@ class Moments:
         if other.count == 0:
             return
         with torch.no_grad():
-            norms = self._merged_norms(other)
+            lost = other._norms is None or (self.count > 0 and self._norms is None)
+            norms = None if lost else merged_norms(self._params, self._norms, other._norms)
             self._memory.merge(other._memory, self.count, other.count)
             self._norms = norms
         self.count += other.count
-
-    def _merged_norms(self, other: Moments) -> list[Tensor | None] | None:
-        if other._norms is None or (self.count and self._norms is None):
-            return None
-        mine = self._norms or [None] * len(self._params)
-        theirs = [
-            None if norm is None else norm.to(param.device)
-            for norm, param in zip(other._norms, self._params, strict=True)
-        ]
-        return [
-            one if two is None else two if one is None else one + two
-            for one, two in zip(mine, theirs, strict=True)
-        ]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for :meth:`load_state_dict`. Resuming from it gives identical bits.

@@ -47,7 +47,6 @@ def clock() -> Callable[[], float]:
 def alone(count: int, size: int, rescale: bool) -> list[Row]:
     """Measure the fused step of AdamW on moments that stay as they are."""
     generator = torch.Generator().manual_seed(0)
-    zeros = lambda: [torch.zeros(size) for _ in range(count)]  # noqa: E731
     sums = [torch.randn(size, generator=generator) for _ in range(count)]
     # Of 32 fair signs, with a few zeros and a few coordinates on which nearly all agree.
     voters = [torch.full((size,), ENVIRONMENTS, dtype=torch.int8) for _ in range(count)]
@@ -56,9 +55,9 @@ def alone(count: int, size: int, rescale: bool) -> list[Row]:
         some[torch.rand(size, generator=generator) < 0.05] = 30
     steps: dict[str, Step] = {}
     for name, (arguments, abstain) in ARGUMENTS.items():
-        state = [zeros() for _ in range(3)]
+        state = [[torch.zeros(size) for _ in range(count)] for _ in range(3)]
         counts = [torch.zeros(()) for _ in range(count)]
-        moments = (sums, votes, [], [], voters if abstain else [], ENVIRONMENTS)
+        moments: tuple[Any, ...] = (sums, votes, [], [], voters if abstain else [], ENVIRONMENTS)
         steps[name] = partial(
             ops._adam_step_, *state, [], counts, *moments, "and_mask", arguments, rescale,
             lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=1e-2,

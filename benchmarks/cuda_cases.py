@@ -163,7 +163,7 @@ def on_lists(work: Work, device: torch.device) -> dict[str, Step]:
             ),
             **pair(resolved_adam, params, averages, squares, steps, sums, votes),
         }
-    options |= {"tau": TAU, "significance": None, "beta3": 0.9, "bias_correction": True}
+    options |= {"tau": TAU, "beta3": 0.9, "bias_correction": True}
     return {
         OURS: lambda: ops._temporal_adam_step_(
             params, averages, squares, signs, steps, grads, **options

@@ -88,8 +88,8 @@ STABLE_TORCH_LIBRARY(andmask, m) {
       "bool decoupled_weight_decay, bool maximize, Tensor? grad_scale=None) -> ()");
   m.def(
       "_temporal_adam_step_(Tensor(a!)[] params, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-      "Tensor(d!)[] sign_avgs, Tensor(e!)[] steps, Tensor[] grads, *, float? tau, "
-      "float? significance, float lr, "
+      "Tensor(d!)[] sign_avgs, Tensor(e!)[] steps, Tensor[] grads, *, float? tau=None, "
+      "float? significance=None, float lr, "
       "float beta1, float beta2, float beta3, float eps, float weight_decay, "
       "bool decoupled_weight_decay, bool maximize, bool bias_correction) -> ()");
   m.def(

@@ -115,8 +115,7 @@ def calls() -> dict[str, Callable[[], object]]:
             grad_scale=ops._squared_norm(*arguments).rsqrt(),
         ),
         "temporal_adam_step_": lambda: ops._temporal_adam_step_(
-            params, *state, steps, some, tau=0.3, significance=None, beta3=0.9,
-            bias_correction=True, **adam,
+            params, *state, steps, some, tau=0.3, beta3=0.9, bias_correction=True, **adam
         ),
         "accumulate_outer_": lambda: ops._accumulate_outer_(
             total, votes, None, None, None, inputs, outputs, None, None, 0

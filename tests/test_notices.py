@@ -65,6 +65,9 @@ def test_steps_of_one_environment_each() -> None:
     assert "each of the first three steps had one, which agrees with itself" in message
     assert steps(optimizer(tau=0.5), weight, 1, 1, 2, 1, 1, 1, 1) == []  # the end of an epoch, say
     assert steps(optimizer(tau=0.5), weight, 2, 1, 1, 1, 1) == []
+    (message,) = steps(optimizer(significance=0.05), weight, 1, 1, 1, 1)
+    assert "each of the first three steps had one, which agrees with itself" in message
+    assert steps(optimizer(significance=0.5), weight, 3, 3, 3) == []
     assert steps(optimizer(tau=0.0), weight, 1, 1, 1) == []  # plain, and meant so
     assert steps(optimizer(rule=am.rules.Mean()), weight, 1, 1, 1) == []
 

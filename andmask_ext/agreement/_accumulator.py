@@ -217,7 +217,7 @@ class GradientAccumulator:
         return ""
 
     def _memory(self, target: Target) -> list[Tensor | None]:
-        """Return sum, votes, squares and logs of a parameter; those not kept are None."""
+        """Return sum, votes, squares, logs, voters of a parameter; those not kept are None."""
         lists = target.moments._open_memory([target.index], self._groups.environments)
         return [tensors[0] if tensors else None for tensors in lists]
 
@@ -296,13 +296,15 @@ class GradientAccumulator:
         self._bytes = 0
 
     def _add_lookup(self, memory: list[Tensor | None], lookup: Lookup, count: int) -> None:
-        total, votes = memory[:2]
+        total, votes, _, _, voters = memory
         gradients, lines, environments = lookup.segments()
         if count == 0:
             _clear(memory)
         if votes is not None:
             signs = (gradients > 0).to(votes.dtype) - (gradients < 0).to(votes.dtype)
             votes.index_add_(0, lines, signs)
+            if voters is not None:
+                voters.index_add_(0, lines, signs.abs())
         assert total is not None
         if len(self._weights) > 1:
             weights = torch.tensor(self._weights, dtype=total.dtype, device=total.device)

@@ -69,7 +69,7 @@ def moments_and_steps(
     for factor in (None, scale):
         ops._adam_step_(params, *state, steps, *rule, **betas, **decay, grad_scale=factor)
     yield bits(params) + bits([t for kind in state for t in kind])
-    options = {"tau": 0.4, "significance": None, "beta3": 0.7, "bias_correction": True}
+    options = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
     for kind in state:
         for tensor in kind:
             tensor.zero_()

@@ -86,7 +86,7 @@ class Case(SimpleNamespace):
 DECAY = {"lr": 0.1, "weight_decay": 0.01, "decoupled_weight_decay": False, "maximize": False}
 SGD = {"momentum": 0.9, "dampening": 0.1, "nesterov": False, "first_step": False}
 ADAM = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-TEMPORAL = {"tau": 0.4, "significance": None, "beta3": 0.7, "bias_correction": True}
+TEMPORAL = {"tau": 0.4, "beta3": 0.7, "bias_correction": True}
 
 
 def case(

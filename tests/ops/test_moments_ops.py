@@ -47,8 +47,10 @@ def test_opcheck(dtype: torch.dtype, requires_grad: bool) -> None:
 
 
 def test_opcheck_of_what_may_be_left_out() -> None:
-    c = case(votes=[], squares=[], logs=[], rule="mean", arguments=[], largest=[])
-    plain = case(votes=[], squares=[], logs=[], rule="mean", arguments=[], first=[], momentum=0.0)
+    c = case(votes=[], voters=[], squares=[], logs=[], rule="mean", arguments=[], largest=[])
+    plain = case(
+        votes=[], voters=[], squares=[], logs=[], rule="mean", arguments=[], first=[], momentum=0.0
+    )
     one = case(stacked=False, grads=[torch.randn(shape) for shape in SHAPES], weights=[2.0])
     torch.library.opcheck(ops._accumulate_.default, c.accumulate_args())
     torch.library.opcheck(ops._accumulate_.default, one.accumulate_args())
@@ -246,6 +248,7 @@ def test_votes_may_fill_their_type_and_not_more(
         else torch.tensor([-1.0, 0.0, 1.0])
     ]
     c.votes = [torch.tensor([rows - largest, 0, largest - rows], dtype=vote_type)]
+    c.voters = [torch.zeros(3, dtype=vote_type)]
     assert c.after("accumulate").votes[0].tolist() == [-largest, 0, largest]
     c.added += 1
     message = "count" if vote_type == torch.int32 else rf"votes\[0\] wide enough for {largest + 1} "

@@ -184,7 +184,14 @@ def test_a_step_multiplies_the_update(
     """To the bit as a step along updates that were written and multiplied."""
     c = case(dtype, shapes=SIZES, rescale=rescale)
     updates = [update * scale for update in c.resolve()]
-    plain = {"rule": "mean", "arguments": [], "votes": [], "count": 1, "rescale": False}
+    plain = {
+        "rule": "mean",
+        "arguments": [],
+        "votes": [],
+        "voters": [],
+        "count": 1,
+        "rescale": False,
+    }
     expected = after_step(name, c, None, **plain, sum=updates)
     assert_same(after_step(name, c, scale), expected, *STATE)
 
