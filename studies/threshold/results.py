@@ -169,10 +169,11 @@ def _present_environments(done: Done, picture: Path, summary: Summary) -> None:
         and _spirals(one).revolutions == 1
         and (_spirals(one).method, _spirals(one).rescale) == ("and-mask", True)
     ]
-    numbers = {_spirals(one).environments for one in own}
     groups: dict[tuple[str, int], Done] = grouped(
         own, lambda one: (_threshold(_spirals(one)), _spirals(one).environments)
     )
+    rate = name({"fdr": DEFAULT_RATE})
+    numbers = {number for method, number in groups if method == rate}
     methods = [
         method
         for method in dict.fromkeys(method for method, _ in groups)
@@ -187,7 +188,6 @@ def _present_environments(done: Done, picture: Path, summary: Summary) -> None:
             [(m, *(_with_training(groups[m, number]) for number in ordered)) for m in methods],
         )
     )
-    rate = name({"fdr": DEFAULT_RATE})
     means = {n: float(np.mean(accuracies(groups[rate, n]))) for n in ordered}
     summary.claims.append(
         Claim(
