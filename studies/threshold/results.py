@@ -88,6 +88,17 @@ def _end(done: Done, which: str) -> str | None:
     return percent(ends(done, which)) if done else None
 
 
+def _best(
+    groups: Mapping[tuple[str, int], Done], method: str, batches: Sequence[int]
+) -> list[str | None]:
+    return [
+        percent(max(one.record["history"]["test"]) for one in groups[method, batch])
+        if (method, batch) in groups
+        else None
+        for batch in batches
+    ]
+
+
 def percent(values: Iterable[float]) -> str:
     """Write shares as per cent: mean, and deviation over seeds."""
     return spread([100 * value for value in values], 1)
@@ -228,12 +239,9 @@ def _present_digits(done: Done, picture: Path, summary: Summary) -> None:
             )
             for method in methods
         ]
-        if which == "test" and (plain := methods[0]).startswith("Adam"):
-            best = [
-                percent(max(one.record["history"]["test"]) for one in groups[plain, batch])
-                for batch in batches
-            ]
-            rows.insert(1, (f"{plain}, stopped at its best", *best))
+        plain = next((m for m in methods if m.startswith("Adam, lr")), None)
+        if which == "test" and plain is not None:
+            rows.append((f"{plain}, stopped at its best", *(_best(groups, plain, batches))))
         columns = ("method", *(f"batch {batch}" for batch in batches))
         summary.tables.append(Table(f"digits with wrong labels: {title}, %", columns, rows))
     summary.claims += digits_claims(groups, batches)
