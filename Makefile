@@ -81,6 +81,7 @@ studies correlation
 studies linear
 studies landscape
 studies label-noise
+studies threshold
 studies coinrun
 benchmarks.contest
 endef

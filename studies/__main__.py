@@ -29,6 +29,10 @@ COMMANDS = {
         "studies.label_noise.study:main",
         "random and noisy labels: every example is an environment",
     ),
+    "threshold": (
+        "studies.threshold:main",
+        "a threshold that sets itself: false discovery rate and significance beside tau",
+    ),
     "coinrun": (
         "studies.coinrun:main",
         "behavioural cloning on CoinRun levels, played on unseen ones",

@@ -25,6 +25,12 @@ from ..study import Report, Settings
 
 SIGNALS = ("mechanism", "shortcut", "neither")
 MASKS = ("and", "xor")
+# Thresholds that set themselves in each tensor, beside the range of fixed ones.
+ADAPTIVE: dict[str, dict[str, Any]] = {
+    "fdr=0.005": {"fdr": 0.005},
+    "fdr=0.05": {"fdr": 0.05},
+    "significance=0.05": {"significance": 0.05},
+}
 MECHANISM = 2  # dimensions; the others are the shortcut
 
 
@@ -114,7 +120,8 @@ def measure(settings: CorrelationSettings, seed: int, report: Report) -> dict[st
 
     ``kept`` and ``noise`` are the shares of coordinates that the AND-mask keeps, and would keep of
     pure noise. ``curves`` has mask -> signals as they are (``plain``) or masked (``masked``) ->
-    name of the signal -> correlations.
+    name of the signal -> correlations. ``adaptive`` has the name of a threshold -> share of
+    coordinates kept, and correlation of each signal.
     """
     data = draw_spirals(settings.data_config(), seed)
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
@@ -128,7 +135,7 @@ def measure(settings: CorrelationSettings, seed: int, report: Report) -> dict[st
         permute(inputs, mechanism, generator),
         permute(without_shortcut, mechanism, generator),
     )
-    steps = len(shown) + 4
+    steps = len(shown) + 5
     grads = []
     for one in shown:
         grads.append(environment_gradients(model, one, labels))
@@ -146,11 +153,32 @@ def measure(settings: CorrelationSettings, seed: int, report: Report) -> dict[st
             name: values.tolist() for name, values in found.correlations.items()
         }
         report(len(shown) + number + 1, steps, "")
+    adaptive = {name: measure_mask(whole, signals, level) for name, level in ADAPTIVE.items()}
+    report(steps, steps, "")
     return {
+        "adaptive": adaptive,
         "tau": taus,
         "kept": kept.kept_fraction.tolist(),
         "noise": kept.noise_kept_fraction.tolist(),
         "curves": curves,
+    }
+
+
+def measure_mask(
+    whole: Mapping[str, Tensor],
+    signals: Mapping[str, Mapping[str, Tensor]],
+    level: Mapping[str, Any],
+) -> dict[str, float]:
+    """Return the share of coordinates that a threshold keeps, and their correlations."""
+    masks = {name: am.ops.agreement_mask(grads, **level) for name, grads in whole.items()}
+    masked = {name: grads * masks[name] for name, grads in whole.items()}
+    found = am.metrics.gradient_correlation(
+        masked, {name: dict(one) for name, one in signals.items()}, [0.0], mask_signals=False
+    )
+    kept = sum(float(mask.sum()) for mask in masks.values())
+    return {
+        "kept": kept / sum(mask.numel() for mask in masks.values()),
+        **{name: values.item() for name, values in found.correlations.items()},
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from ..study import Finished, Outcome, Report, Run, Study
 from ..summary import Claim, Picture, Summary, Table, spread
 from .figures import draw_conditions, draw_main
 from .measuring import (
+    ADAPTIVE,
     CONDITIONS,
     SIGNALS,
     CorrelationSettings,
@@ -38,6 +40,7 @@ class Correlation(Study[CorrelationSettings]):
         "the shortcut, or neither is left."
     )
     reference = "Parascandolo et al., ICLR 2021, section 4.1, gradient correlations"
+    revision = 2
     unit = "part"
     seeds = tuple(range(10))
     quick_seeds = (0, 1, 2)
@@ -123,7 +126,7 @@ class Correlation(Study[CorrelationSettings]):
             )
         return Summary(
             claims=claims(records),
-            tables=[_table(groups)],
+            tables=[_table(groups), _adaptive_table(groups)],
             pictures=pictures,
             notes=[
                 f"Claims are about the condition '{first}', with signals as they are. The paper "
@@ -212,6 +215,25 @@ def _table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
     return Table(
         "correlation of the masked gradient with each signal, mean ± standard deviation over seeds",
         ("condition", "signal's gradient", "signal", *(f"τ = {tau:g}" for tau in taus)),
+        rows,
+    )
+
+
+def _adaptive_table(groups: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    rows = []
+    for condition, records in groups.items():
+        for threshold in ADAPTIVE:
+            found = [record["adaptive"][threshold] for record in records]
+            kept = spread([100 * one["kept"] for one in found], 1)
+            values = [
+                torch.tensor([math.nan if one[s] is None else one[s] for one in found])
+                for s in SIGNALS
+            ]
+            rows.append((condition, threshold, kept, *map(_spread, values)))
+    return Table(
+        "thresholds that set themselves: coordinates kept, and correlation of what is kept with "
+        "each signal",
+        ("condition", "threshold", "kept %", *SIGNALS),
         rows,
     )
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..masks import Mask, passed
 from ..records import History, RunFiles, Stateful
 from ..study import Outcome, Report, Settings
 from .data import DATA, LABELS, Images, load
@@ -22,6 +23,7 @@ from .networks import NORMS, fast_resnet
 GROUPS = 4  # of the group norm where the network is narrower than the paper's
 WIDE = 64  # from here on it has 32, as others use it
 EVALUATION_BATCH = 500
+ZEROS = ("count", "abstain")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class NoiseSettings(Settings):
         data: ``"digits"`` or ``"cifar10"``.
         labels: ``"true"``, ``"random"`` or ``"noisy"``.
         noise: share of wrong labels, if they are noisy.
-        tau: threshold of the AND-mask; None: plain Adam.
+        tau: threshold of the AND-mask; None, and neither of the next two: plain Adam.
+        fdr: false discovery rate that sets the threshold in each tensor at each step.
+        significance: level of the sign test that sets it once for all.
+        zeros: whether an exact zero counts as an environment (``count``) or not (``abstain``).
+        smoothing: share of a label that is spread over all classes.
         rescale: whether the mask makes up for the coordinates that it drops.
         norm: ``"group"`` or ``"batch"``: see :func:`.networks.fast_resnet`.
         width: channels after the first convolution.
@@ -48,6 +54,10 @@ class NoiseSettings(Settings):
     labels: str = "true"
     noise: float = 0.25
     tau: float | None = None
+    fdr: float | None = None
+    significance: float | None = None
+    zeros: str = "count"
+    smoothing: float = 0.0
     rescale: bool = False
     norm: str = "group"
     width: int = 8
@@ -64,6 +74,15 @@ class NoiseSettings(Settings):
                 raise ValueError(
                     f"{name}: expected one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        if len(self.threshold) > 1:
+            raise ValueError(f"tau, fdr, significance: expected one of them, got {self.threshold}")
+        for name in ("fdr", "significance"):
+            if (level := getattr(self, name)) is not None and not 0 < level < 1:
+                raise ValueError(f"{name}: expected a number in (0, 1), got {level}")
+        if self.zeros not in ZEROS:
+            raise ValueError(f"zeros: expected one of {', '.join(ZEROS)}, got {self.zeros!r}")
+        if not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing: expected a share in [0, 1), got {self.smoothing}")
         if self.tau is not None and not 0 <= self.tau <= 1:
             raise ValueError(f"tau: expected a number in [0, 1], got {self.tau}")
         if not 0 < self.noise < 1:
@@ -85,14 +104,33 @@ class NoiseSettings(Settings):
         unused = {"folder"}
         if self.labels != "noisy":
             unused.add("noise")
-        if self.tau is None:
+        if not self.threshold:
             unused.add("rescale")
+        # What older records had no name for is left out where it is what they had.
+        unused |= {
+            name
+            for name in ("fdr", "significance", "zeros", "smoothing")
+            if getattr(self, name) == getattr(NoiseSettings, name)
+        }
         return {name: value for name, value in super().identity().items() if name not in unused}
+
+    @property
+    def threshold(self) -> dict[str, Any]:
+        """What sets the threshold, as arguments of a rule; empty for plain Adam."""
+        return {
+            name: level
+            for name in ("tau", "fdr", "significance")
+            if (level := getattr(self, name)) is not None
+        }
 
     @property
     def method(self) -> str:
         """What people call it."""
-        return "Adam" if self.tau is None else f"AND-mask tau={self.tau:g}"
+        smoothing = f" smoothing={self.smoothing:g}" if self.smoothing else ""
+        for name, level in self.threshold.items():
+            abstain = " zeros abstain" if self.zeros == "abstain" else ""
+            return f"AND-mask {name}={level:g}{abstain}{smoothing}"
+        return f"Adam{smoothing}"
 
     def load(self, seed: int) -> Images:
         """Load the images and their labels."""
@@ -114,17 +152,20 @@ class NoiseSettings(Settings):
 class Trainer:
     """A model, its optimizer, and how they take a step."""
 
-    def __init__(self, model: nn.Module, settings: NoiseSettings) -> None:
+    def __init__(self, model: nn.Module, settings: NoiseSettings, mask: Mask | None = None) -> None:
         self.model = model
+        self.mask = mask  # takes the place of the settings' threshold
         self.optimizer: torch.optim.Optimizer
         self._agreement: am.Agreement | None = None
-        self._tau = settings.tau
-        if settings.tau is None:
+        self._settings = settings
+        if mask is not None or not settings.threshold:
             self.optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+            if mask is not None:
+                self._agreement = am.Agreement(model, am.AndMask(0.0), keep_moments=True)
         else:
-            optimizer = am.optim.AndMaskAdam(
-                model.parameters(), lr=settings.lr, tau=settings.tau, rescale=settings.rescale
-            )
+            zeros: dict[str, Any] = {} if settings.zeros == "count" else {"zeros": settings.zeros}
+            rule = am.AndMask(rescale=settings.rescale, **settings.threshold, **zeros)
+            optimizer = am.optim.AndMaskAdam(model.parameters(), lr=settings.lr, rule=rule)
             self.optimizer, self._agreement = optimizer, am.Agreement(model, optimizer)
 
     def step(self, images: Tensor, labels: Tensor, measure: bool = False) -> tuple[Tensor, float]:
@@ -136,16 +177,25 @@ class Trainer:
         context: Callable[[], contextlib.AbstractContextManager[None]]
         context = self._agreement or contextlib.nullcontext
         with context():
-            loss = F.cross_entropy(self.model(images), labels)
+            smoothing = self._settings.smoothing
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
             loss.backward()
         kept = math.nan
-        if measure and self._agreement is not None and self._tau is not None:
-            kept = am.metrics.kept_fraction(self._agreement.moments[0], self._tau).item()
+        if self.mask is not None:
+            assert self._agreement is not None
+            params, moments = [*self.model.parameters()], self._agreement.moments[0]
+            kept, _ = self.mask.apply(params, moments, self._settings.rescale)
         elif measure:
-            kept = 1.0
+            kept = self._kept(self._agreement.moments[0]) if self._agreement else 1.0
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach(), kept
+
+    def _kept(self, moments: am.Moments) -> float:
+        """Return the share of coordinates that the mask keeps."""
+        if self._settings.tau is not None and self._settings.zeros == "count":
+            return float(am.metrics.kept_fraction(moments, self._settings.tau))
+        return passed(self.optimizer.param_groups[0]["rule"], moments)[0]
 
 
 @torch.no_grad()
@@ -178,15 +228,23 @@ def accuracies(model: nn.Module, images: Images) -> dict[str, float]:
     }
 
 
-def train(settings: NoiseSettings, seed: int, files: RunFiles, report: Report) -> Outcome:
-    """Do one run: see :meth:`studies.study.Study.execute`."""
+def train(
+    settings: NoiseSettings,
+    seed: int,
+    files: RunFiles,
+    report: Report,
+    mask: Mask | None = None,
+) -> Outcome:
+    """Do one run: see :meth:`studies.study.Study.execute`; ``mask`` replaces the threshold."""
     images = settings.load(seed)
     torch.manual_seed(seed)
-    trainer = Trainer(settings.network(images), settings)
+    trainer = Trainer(settings.network(images), settings, mask)
     history: History = {
         name: [] for name in ("train", "mislabeled", "recovered", "test", "loss", "kept")
     }
     parts: dict[str, Stateful] = {"model": trainer.model, "optimizer": trainer.optimizer}
+    if mask is not None:
+        parts["mask"] = mask
     for epoch in files.epochs(settings.epochs, seed, history, parts):
         losses: list[Tensor] = []
         kept = math.nan

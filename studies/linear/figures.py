@@ -22,6 +22,8 @@ from .unit_tests import EXAMPLES
 NAMES = {
     "mean": "mean",
     "and-mask": "AND-mask",
+    "fdr": "with fdr",
+    "significance": "with significance",
     "geometric": "geometric mean",
     "irm": "IRMv1",
     "oracle": "oracle",

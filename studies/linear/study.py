@@ -278,7 +278,9 @@ def _present_unit_tests(summary: Summary, cells: Cells, picture: Path) -> None:
         "decays for all, on validation data of the training environments, for all seeds together; "
         "of equal ones the first. Sized for two cores: fewer examples, steps, trials and seeds "
         "than Aubin et al., and larger learning rates instead. "
-        f"AND-mask's choice in example 3: {trials['and-mask']}."
+        "Choices in example 3: "
+        + "; ".join(f"{NAMES[m]} {trials[m]}" for m in ("and-mask", "fdr", "significance"))
+        + "."
     )
 
 

@@ -16,7 +16,7 @@ from ..search import draw
 from ..study import Outcome, Report, Settings
 from .unit_tests import Problem, Split, draw_problem
 
-METHODS = ("mean", "and-mask", "geometric", "irm", "oracle")
+METHODS = ("mean", "and-mask", "fdr", "significance", "geometric", "irm", "oracle")
 
 Trial = dict[str, Any]
 _COMMON: dict[str, Sequence[Any]] = {
@@ -26,6 +26,8 @@ _COMMON: dict[str, Sequence[Any]] = {
 MOST_TRIALS = math.prod(map(len, _COMMON.values()))
 _OWN: dict[str, dict[str, Sequence[Any]]] = {
     "and-mask": {"tau": (0.8, 0.9, 1.0)},
+    "fdr": {"fdr": (0.005, 0.05, 0.5)},
+    "significance": {"significance": (0.005, 0.05, 0.5)},
     "geometric": {"tau": (0.8, 0.9, 1.0)},
     "irm": {"penalty": (0.5, 0.9, 0.99, 0.999)},
 }
@@ -139,8 +141,9 @@ def train(
 
 
 def _rule(method: str, trial: Trial) -> Callable[[Tensor], Tensor]:
-    if method == "and-mask":
-        return am.AndMask(trial["tau"])
+    if method in ("and-mask", "fdr", "significance"):
+        name = "tau" if method == "and-mask" else method
+        return am.AndMask(**{name: trial[name]})
     return am.rules.GeometricMean(trial["tau"]) if method == "geometric" else am.rules.Mean()
 
 

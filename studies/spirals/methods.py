@@ -20,6 +20,8 @@ import andmask_ext as am
 from .networks import Adversaries
 from .settings import Settings
 
+ROWS = 2048  # examples of a backward pass over several environments; more leave the cache
+
 
 @dataclass
 class Learner:
@@ -29,16 +31,17 @@ class Learner:
     model: nn.Module
     optimizer: torch.optim.Optimizer  # one of andmask_ext.optim for rules on moments
     epoch: int = 0
+    agreement: am.Agreement | None = None  # of the model and the optimizer
 
 
 # Inputs [d, b, f] and labels [d, b] of a step -> logits [d, b] and mean loss, for the records.
 Step: TypeAlias = Callable[[Learner, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 RULES: dict[str, Callable[[Settings], am.rules.Rule]] = {
-    "and-mask": lambda s: am.AndMask(s.tau, s.rescale),
-    "geometric-mean": lambda s: am.rules.GeometricMean(s.tau, s.rescale),
-    "sand-mask": lambda s: am.rules.SandMask(s.tau, s.sharpness, s.rescale),
-    "masked-average": lambda s: am.rules.MaskedAverage(s.tau),
+    "and-mask": lambda s: am.AndMask(rescale=s.rescale, **s.threshold),
+    "geometric-mean": lambda s: am.rules.GeometricMean(rescale=s.rescale, **s.threshold),
+    "sand-mask": lambda s: am.rules.SandMask(k=s.sharpness, rescale=s.rescale, **s.threshold),
+    "masked-average": lambda s: am.rules.MaskedAverage(**s.threshold),
     "median": lambda s: am.rules.Median(),
     "sign-dropout": lambda s: am.rules.SignDropout(),
     "agreement-filtering": lambda s: am.rules.GradientAgreementFiltering(s.cos_distance, s.halve),
@@ -62,6 +65,8 @@ def absolute(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 def by_moments(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Apply a rule on moments: a backward pass for each environment, in its context."""
+    if learner.agreement is not None:
+        return at_once(learner.agreement, learner.model, inputs, labels)
     assert isinstance(learner.optimizer, am.optim.EnvironmentOptimizer)
     logits, losses = [], []
     for x, y in zip(inputs, labels, strict=True):
@@ -72,6 +77,23 @@ def by_moments(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor
         logits.append(answer.detach())
         losses.append(loss.detach())
     return torch.stack(logits), torch.stack(losses).mean()
+
+
+def at_once(
+    agreement: am.Agreement, model: nn.Module, inputs: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Apply a rule on moments: one backward pass for as many environments as fit the cache."""
+    logits, losses = [], []
+    most = max(1, ROWS // labels.shape[1])
+    environments = max(n for n in range(1, len(labels) + 1) if len(labels) % n == 0 and n <= most)
+    with agreement(environments):
+        for x, y in zip(inputs.split(environments), labels.split(environments), strict=True):
+            answer = model(x.flatten(0, 1)).view_as(y)
+            loss = binary_cross_entropy_with_logits(answer, y)
+            loss.backward()
+            logits.append(answer.detach())
+            losses.append(loss.detach())
+    return torch.cat(logits), torch.stack(losses).mean()
 
 
 def by_columns(learner: Learner, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

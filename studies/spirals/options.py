@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
-from .settings import METHODS, OPTIMIZERS, QUICK, SETTINGS, Settings
+from .settings import METHODS, OPTIMIZERS, QUICK, SETTINGS, ZEROS, Settings
 
 SEVERAL = ("tau", "revolutions", "environments")  # options that take several values
 
@@ -42,6 +42,10 @@ def add_options(parser: argparse.ArgumentParser, parts: Sequence[str]) -> None:
 
     add = _override(parser.add_argument_group("methods"))
     add("tau", float, "share of net votes that a coordinate needs", nargs="+")
+    add("fdr", float, "false discovery rate that sets the threshold in the place of tau")
+    add("significance", float, "level of the sign test that sets it in the place of tau")
+    add("zeros", str, "whether an exact zero is a vote against", choices=ZEROS)
+    add("together", bool, "all environments in one backward pass: faster, rounds differently")
     add("rescale", bool, "divide by the share of kept coordinates")
     add("sharpness", float, "k of the SAND-mask")
     add("cos_distance", float, "gradient agreement filtering: limit of the cosine distance")
@@ -98,7 +102,9 @@ def _default(name: str) -> str:
 
 
 def _shown(value: object) -> str:
-    if value is None or value == ():
+    if value is None:
+        return "none"
+    if value == ():
         return "never"
     if isinstance(value, bool):
         return "yes" if value else "no"

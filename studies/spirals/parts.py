@@ -45,7 +45,10 @@ def label(settings: Settings, environments: bool = False) -> str:
     """Name a run's place in a grid, such as ``and-mask tau=0.8 revolutions=2``."""
     words = [settings.method]
     if "tau" in METHODS[settings.method]:
-        words.append(f"tau={settings.tau:g}")
+        words += [
+            f"{name}={level:g}" if isinstance(level, float) else f"{name}={level}"
+            for name, level in settings.threshold.items()
+        ]
     words.append(f"revolutions={settings.revolutions:g}")
     if environments:
         words.append(f"environments={settings.environments}")
@@ -87,7 +90,7 @@ def notes_on_shortcuts(finished: Iterable[Done]) -> list[str]:
     notes = []
     for one in finished:
         settings, vote = one.run.settings, one.record["largest_shortcut_vote"]
-        votes = "tau" in METHODS[settings.method]
+        votes = "tau" in METHODS[settings.method] and "tau" in settings.threshold
         if votes and vote >= settings.tau * settings.environments - 1e-6:
             notes.append(
                 f"note: seed {one.run.seed}: by chance the environments agree, with {vote} net "

@@ -9,6 +9,8 @@ from typing import Any
 from .. import study
 from .data import SpiralsConfig
 
+# What sets the threshold of a vote: one of the first three.
+THRESHOLD = ("tau", "fdr", "significance", "zeros")
 # The methods, and the settings that only some of them have.
 METHODS: dict[str, tuple[str, ...]] = {
     "mean": ("pooled",),
@@ -18,16 +20,17 @@ METHODS: dict[str, tuple[str, ...]] = {
     "batch-norm": ("pooled",),
     "dann": ("reversal", "l2"),
     "irm": ("penalty", "anneal", "l2"),
-    "and-mask": ("tau", "rescale", "l2"),
-    "geometric-mean": ("tau", "rescale", "l2"),
-    "sand-mask": ("tau", "rescale", "sharpness", "l2"),
-    "masked-average": ("tau", "l2"),
+    "and-mask": (*THRESHOLD, "rescale", "l2"),
+    "geometric-mean": (*THRESHOLD, "rescale", "l2"),
+    "sand-mask": (*THRESHOLD, "rescale", "sharpness", "l2"),
+    "masked-average": (*THRESHOLD, "l2"),
     "median": ("l2",),
     "sign-dropout": ("l2",),
     "agreement-filtering": ("cos_distance", "halve", "l2"),
 }
 OF_SOME = {name for names in METHODS.values() for name in names}
 OPTIMIZERS = ("adam", "sgd")
+ZEROS = ("count", "abstain")
 SETTLE = 40
 
 
@@ -37,7 +40,12 @@ class Settings(study.Settings):
 
     Args:
         method: one of ``METHODS``, which also says which of the others it ignores.
-        tau: share of net votes that a coordinate needs.
+        tau: share of net votes that a coordinate needs, where neither of the next two is given.
+        fdr: false discovery rate that sets this share in each tensor at each step.
+        significance: level of the sign test that sets it once for all.
+        zeros: whether an exact zero counts as an environment (``count``) or not (``abstain``).
+        together: all environments in one backward pass (``am.Agreement``), in place of one each.
+            It is faster; sums differ in their rounding, and runs by what becomes of that.
         rescale: divide each masked gradient by its share of kept coordinates.
         sharpness: ``k`` of the SAND-mask.
         cos_distance: limit of the cosine distance in gradient agreement filtering.
@@ -74,6 +82,10 @@ class Settings(study.Settings):
 
     method: str = "and-mask"
     tau: float = 0.8
+    fdr: float | None = None
+    significance: float | None = None
+    zeros: str = "count"
+    together: bool = False
     rescale: bool = True
     sharpness: float = 10.0
     cos_distance: float = 1.0
@@ -110,6 +122,15 @@ class Settings(study.Settings):
             raise ValueError(f"optimizer: expected one of {expected}, got {self.optimizer!r}")
         if not 0 <= self.tau <= 1:
             raise ValueError(f"tau: expected a number in [0, 1], got {self.tau}")
+        if self.fdr is not None and self.significance is not None:
+            raise ValueError(
+                f"fdr, significance: expected one of them, got {self.fdr} and {self.significance}"
+            )
+        for name in ("fdr", "significance"):
+            if (level := getattr(self, name)) is not None and not 0 < level < 1:
+                raise ValueError(f"{name}: expected a number in (0, 1), got {level}")
+        if self.zeros not in ZEROS:
+            raise ValueError(f"zeros: expected one of {', '.join(ZEROS)}, got {self.zeros!r}")
         for name in ("width", "layers", "batch", "epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -147,6 +168,16 @@ class Settings(study.Settings):
             raise ValueError(f"decay: expected shares of the epochs in [0, 1], got {self.decay}")
         self.data_config()
 
+    @property
+    def threshold(self) -> dict[str, Any]:
+        """What sets the threshold, as arguments of a rule."""
+        given: dict[str, Any] = {
+            name: level
+            for name in ("fdr", "significance")
+            if (level := getattr(self, name)) is not None
+        } or {"tau": self.tau}
+        return given if self.zeros == "count" else {**given, "zeros": self.zeros}
+
     def data_config(self) -> SpiralsConfig:
         """Return the part that decides the data."""
         names = [f.name for f in fields(SpiralsConfig)]
@@ -171,6 +202,14 @@ class Settings(study.Settings):
         ignored = OF_SOME - set(METHODS[self.method])
         if self.optimizer == "sgd":
             ignored.add("beta2")
+        if self.fdr is not None or self.significance is not None:
+            ignored.add("tau")
+        # What older records had no name for is left out where it is what they had.
+        ignored |= {
+            name
+            for name in ("fdr", "significance", "zeros", "together")
+            if getattr(self, name) == getattr(Settings, name)
+        }
         identity = {name: value for name, value in asdict(self).items() if name not in ignored}
         if self.method == "irm":
             identity["l2_divided"] = True  # records of another way are not taken for this one

@@ -7,6 +7,7 @@ and a backward pass for each environment inside ``with optimizer.environment():`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import andmask_ext as am
 
+from ..masks import Mask, passed
 from ..records import RunFiles, Stateful
 from ..study import Outcome, Report
 from .data import draw_spirals
@@ -25,8 +27,10 @@ from .settings import METHODS, Settings
 CHUNK = 2**14  # examples that are in memory with all their hidden units, when accuracy is measured
 
 
-def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimizer:
-    """Build the optimizer: one of ours for a rule on moments, else a stock one.
+def build_optimizer(
+    settings: Settings, model: nn.Module, plain: bool = False
+) -> torch.optim.Optimizer:
+    """Build the optimizer: one of ours for a rule on moments unless ``plain``, else a stock one.
 
     The L2 penalty is added to the aggregated gradient, thus *after* the mask and before Adam's
     moments: weights without agreement shrink. The authors have it there too.
@@ -37,7 +41,7 @@ def build_optimizer(settings: Settings, model: nn.Module) -> torch.optim.Optimiz
     adam = settings.optimizer == "adam"
     options |= {"betas": (0.9, settings.beta2)} if adam else {"momentum": 0.9}
     rule = RULES[settings.method](settings) if settings.method in RULES else None
-    if rule is None or rule.moments is None:
+    if plain or rule is None or rule.moments is None:
         return (torch.optim.Adam if adam else torch.optim.SGD)(model.parameters(), **options)
     masked = am.optim.AndMaskAdam if adam else am.optim.AndMaskSGD
     return masked(model.parameters(), **options, rule=rule)
@@ -60,8 +64,12 @@ def train_epoch(
     learner: Learner,
     steps: Iterator[tuple[Tensor, Tensor]],
     rate: Callable[[int], float],
+    before: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Train for one epoch; return training accuracy and mean loss during it."""
+    """Train for one epoch; return training accuracy and mean loss during it.
+
+    ``before`` is called before each step of the optimizer.
+    """
     make_gradients = STEPS[learner.settings.method]
     losses, hits = [], []
     learner.model.train()
@@ -70,6 +78,7 @@ def train_epoch(
             group["lr"] = rate(number)
         learner.optimizer.zero_grad()
         logits, loss = make_gradients(learner, inputs, labels)
+        before()
         learner.optimizer.step()
         losses.append(loss.detach())
         hits.append(((logits > 0) == (labels > 0.5)).double().mean())
@@ -94,24 +103,50 @@ def train(
     seed: int,
     files: RunFiles,
     report: Report = lambda done, total, text: None,
+    mask: Mask | None = None,
 ) -> Outcome:
     """Train one network from start, or from its checkpoint, to its end.
 
     The history has, for each epoch, training accuracy and loss *during* it, while the network was
-    changing, and the accuracy on the test set after it.
+    changing, and the accuracy on the test set after it. Where one backward pass serves several
+    environments it has what passes the vote in the last step, too (:func:`studies.masks.passed`).
+    ``mask`` takes the place of the method's rule.
     """
     data = draw_spirals(settings.data_config(), seed)
     inputs, labels = torch.from_numpy(data.train_inputs), torch.from_numpy(data.train_labels)
     test = torch.from_numpy(data.test_inputs), torch.from_numpy(data.test_labels)
     validation = torch.from_numpy(data.validation_inputs), torch.from_numpy(data.validation_labels)
     model = build_model(settings, seed)
-    learner = Learner(settings, model, build_optimizer(settings, model))
+    learner = Learner(settings, model, build_optimizer(settings, model, plain=mask is not None))
+    agreement = None
+    if mask is not None:
+        agreement = am.Agreement(model, am.AndMask(0.0), keep_moments=True)
+    elif settings.together and isinstance(learner.optimizer, am.optim.EnvironmentOptimizer):
+        agreement = am.Agreement(model, learner.optimizer)
+    learner.agreement = agreement
     if settings.pooled:  # as one environment
         inputs, labels = inputs.flatten(0, 1)[None], labels.flatten()[None]
     steps = labels.shape[1] // settings.batch
 
     history: dict[str, list[float]] = {"train_accuracy": [], "test_accuracy": [], "loss": []}
     parts: dict[str, Stateful] = {"model": model, "optimizer": learner.optimizer}
+    if mask is not None:
+        parts["mask"] = mask
+    if agreement is not None:
+        history |= {"kept": [], "least_vote": []}
+    masked = [(math.nan, math.nan)]  # share kept and least vote of each step of an epoch
+
+    def before() -> None:
+        if agreement is None:
+            return
+        moments = agreement.moments[0]
+        if mask is not None:
+            masked.append(mask.apply([*model.parameters()], moments, settings.rescale))
+        elif len(masked) == steps:  # the last one; nothing else shows what passes
+            masked.append(passed(learner.optimizer.param_groups[0]["rule"], moments))
+        else:
+            masked.append((math.nan, math.nan))
+
     for epoch in files.epochs(settings.epochs, seed, history, parts):
         if settings.learning_rate(epoch, history["train_accuracy"]) is None:
             break
@@ -122,7 +157,13 @@ def train(
             return lr
 
         learner.epoch = epoch
-        train_accuracy, loss = train_epoch(learner, batches(inputs, labels, settings.batch), rate)
+        del masked[1:]
+        train_accuracy, loss = train_epoch(
+            learner, batches(inputs, labels, settings.batch), rate, before
+        )
+        if agreement is not None:
+            for name, value in zip(("kept", "least_vote"), masked[-1], strict=True):
+                history[name].append(value)
         history["train_accuracy"].append(train_accuracy)
         history["loss"].append(loss)
         history["test_accuracy"].append(accuracy(model, *test))

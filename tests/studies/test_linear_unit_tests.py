@@ -153,6 +153,7 @@ def test_models_trained_side_by_side_are_those_trained_by_the_packages_optimizer
     drawn = problem(3, environments=4, samples=30)
     trials = [
         {"lr": lr, "weight_decay": decay, "tau": tau, "penalty": 0.9}
+        | {"fdr": 0.7, "significance": 0.2}  # some coordinates pass
         for lr, decay, tau in ((0.1, 0.01, 1.0), (0.01, 1e-4, 0.5))
     ]
     if method != "irm":
@@ -165,6 +166,8 @@ def test_models_trained_side_by_side_are_those_trained_by_the_packages_optimizer
     for trial, weights in zip(trials, found, strict=True):
         rule = {
             "and-mask": am.AndMask(trial["tau"]),
+            "fdr": am.AndMask(fdr=trial["fdr"]),
+            "significance": am.AndMask(significance=trial["significance"]),
             "geometric": am.rules.GeometricMean(trial["tau"]),
         }
         param = torch.nn.Parameter(start.clone())

@@ -30,6 +30,8 @@ WRONG = [
     ("spirals", "--part environments --no-pooled", "pooled: expected no such option"),
     ("spirals", "--trials 3", "trials: expected at least 1, and --part search, got 3 and compare"),
     ("spirals", "--part environments --method irm", "method: expected mean or and-mask"),
+    ("spirals", "--fdr 0.1 --significance 0.1", "fdr, significance: expected one of them, got 0.1"),
+    ("threshold", "--part criteria --size short", "size: expected none without part spirals"),
     ("label-noise", "--tau 1.5", "tau: expected a number in [0, 1], got 1.5"),
     ("label-noise", "--size 8", "size: expected at least 16, got 8"),
     ("label-noise", "--batch 2000", "batch: expected at most the 1440 training images, got 2000"),
