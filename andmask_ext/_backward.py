@@ -196,6 +196,7 @@ def _stream(
     for grads, weight in environments:
         moments.add(grads, weight)
         del grads
+    rule._warn_of(moments.count)
     return rule._update_in_place(moments)
 
 

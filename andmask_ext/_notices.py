@@ -20,17 +20,18 @@ _idle: weakref.WeakKeyDictionary[object, int] = weakref.WeakKeyDictionary()
 _given: weakref.WeakKeyDictionary[object, set[str]] = weakref.WeakKeyDictionary()
 
 
-def warn_once(owner: object, message: str) -> None:
+def warn_once(owner: object, message: str, about: str | None = None) -> None:
     """Warn at the caller's line outside of this package and torch, once for each ``owner``.
 
     Args:
         owner: the object that the warning is about, such as an optimizer.
         message: names the argument, what is wrong, and the remedy.
+        about: what is said once, if the same can be said with other numbers. None: the message.
     """
-    given = _given.setdefault(owner, set())
-    if message in given:
+    given, about = _given.setdefault(owner, set()), about or message
+    if about in given:
         return
-    given.add(message)
+    given.add(about)
     frame, depth = sys._getframe(1), 2
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         frame, depth = frame.f_back, depth + 1
@@ -48,6 +49,9 @@ def warn_if_nothing_is_masked(owner: object, environments: int, rules: Iterable[
         environments: the number of environments of this step.
         rules: those of its groups. One that takes the mean is meant so.
     """
+    rules = list(rules)
+    for rule in rules:
+        rule._warn_of(environments, owner)
     masks = [rule for rule in rules if rule.moments and getattr(rule, "tau", None) != 0]
     if not masks:
         return

@@ -95,10 +95,15 @@ def check_environments(test: VoteTest, environments: int) -> None:
         )
 
 
-def warn_of_level(test: VoteTest, environments: int) -> None:
-    """Warn, once for each number of environments, if their votes can never reach the level.
+def warn_of_level(test: VoteTest, environments: int, owner: object = None) -> None:
+    """Warn if votes of so many environments can never reach the level.
 
     If all of d environments agree by chance, that has the probability 2^(1 - d).
+
+    Args:
+        test: the test.
+        environments: their number.
+        owner: an optimizer or Agreement, which is warned once. None: once in a process.
     """
     if test.criterion == 0 or torch.compiler.is_compiling():
         return
@@ -113,7 +118,8 @@ def warn_of_level(test: VoteTest, environments: int) -> None:
         "significance or tau"
     )
     warn_once(
-        vote_test,
+        owner or vote_test,
         f"{test.name}: expected at least {enough} environments for {test.name}={test.level:g}, but "
         f"got {environments}, which of noise all agree with a chance of {unanimity:g}, {what}",
+        about=f"{test.name}={test.level}",
     )

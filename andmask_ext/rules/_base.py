@@ -82,6 +82,7 @@ class Rule:
         """
         check_grads(grads)
         self._check_environments(grads.shape[0])
+        self._warn_of(grads.shape[0])
         refuse_derivative(grads, self)
         update: Tensor = torch.ops.andmask._aggregate.default(
             grads, self.name, self.arguments, self.rescale, self._noise(grads)
@@ -104,6 +105,7 @@ class Rule:
             TypeError: the rule needs the gradients of all environments at once.
             ValueError: there is no environment, or the moments lack a kind that the rule needs.
         """
+        self._warn_of(moments.count)
         return self._apply(moments, torch.ops.andmask._resolve.default)
 
     def _update_in_place(self, moments: Moments) -> list[Tensor | None]:
@@ -149,6 +151,9 @@ class Rule:
 
     def _check_environments(self, environments: int) -> None:
         """Raise ValueError if there are too few environments for the rule."""
+
+    def _warn_of(self, environments: int, owner: object = None) -> None:
+        """Warn ``owner``, or once in a process, if the rule can do nothing with so many."""
 
     def _noise(self, grads: Tensor) -> Tensor | None:
         """Draw the random numbers of the rule from torch's global generator; None: it has none."""

@@ -64,7 +64,9 @@ class Tested(Rule):
 
     def _check_environments(self, environments: int) -> None:
         check_environments(self.test, environments)
-        warn_of_level(self.test, environments)
+
+    def _warn_of(self, environments: int, owner: object = None) -> None:
+        warn_of_level(self.test, environments, owner)
 
 
 @dataclass(frozen=True, repr=False)
