@@ -287,12 +287,11 @@ int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
   int64_t kept = 0;
   for (int64_t chunk = begin; chunk < end; chunk += kChunk) {
     const int64_t size = end - chunk < kChunk ? end - chunk : kChunk;
-    int32_t some = 0;
     if constexpr (abstain) {
       const int32_t most = static_cast<int32_t>(task.count);
       for (int64_t i = 0; i < size; ++i) {
         const int32_t place = place_of_voters(voters[chunk + i], most);
-        some += agrees(votes[chunk + i], task.thresholds[place]);
+        kept += agrees(votes[chunk + i], task.thresholds[place]);
       }
     } else {
       // In the type of the votes, so that as many fit into a vector as can be. A threshold beyond
@@ -306,25 +305,23 @@ int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
         const V magnitude = static_cast<V>(vote < 0 ? -vote : vote);
         lanes = static_cast<V>(lanes - (magnitude >= threshold));
       }
-      some = -static_cast<int32_t>(lanes);
+      kept -= lanes;
     }
-    kept += some;
   }
   return kept;
 }
 
-template <bool abstain>
 int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
+  const auto count = [&](auto vote) {
+    using V = decltype(vote);
+    return task.test.abstain ? count_kept<true, V>(task, begin, end)
+                             : count_kept<false, V>(task, begin, end);
+  };
   switch (task.moments.vote_bytes) {
-    case 1: return count_kept<abstain, int8_t>(task, begin, end);
-    case 2: return count_kept<abstain, int16_t>(task, begin, end);
-    default: return count_kept<abstain, int32_t>(task, begin, end);
+    case 1: return count(int8_t());
+    case 2: return count(int16_t());
+    default: return count(int32_t());
   }
-}
-
-int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
-  return task.test.abstain ? count_kept<true>(task, begin, end)
-                           : count_kept<false>(task, begin, end);
 }
 
 // Adds up term(i) in a fixed order, in sixteen lanes, so that the loop can be vectorised. Each lane
