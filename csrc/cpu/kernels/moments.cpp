@@ -294,11 +294,9 @@ int64_t count_kept(const Update& task, int64_t begin, int64_t end) {
         kept += agrees(votes[chunk + i], task.thresholds[place]);
       }
     } else {
-      // In the type of the votes, so that as many fit into a vector as can be. A threshold beyond
-      // it keeps nothing.
-      const int64_t least = *task.thresholds;
-      if (least > std::numeric_limits<V>::max()) return 0;
-      const V threshold = static_cast<V>(least);
+      // In the type of the votes, so that as many as can be fit into a vector.
+      if (*task.thresholds > std::numeric_limits<V>::max()) return 0;
+      const V threshold = static_cast<V>(*task.thresholds);
       V lanes = 0;
       for (int64_t i = 0; i < size; ++i) {
         const V vote = votes[chunk + i];
