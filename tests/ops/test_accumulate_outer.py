@@ -165,7 +165,7 @@ def test_votes_of_many_environments(rows: int, bits: str) -> None:
     a[:, :, 0], d[:, :, 0] = 1, -1  # unanimous
     case = Outer(a, d)
     moments = case.empty(getattr(torch, bits))
-    case.op(*case.args([*moments[:2], None, None]))
+    case.op(*case.args([*moments[:2], None, None, None]))
     assert torch.equal(moments[1].long(), case.expected().votes)
     assert moments[1][0, 0] == -environments
 

@@ -216,8 +216,7 @@ TRANSFORMS = {
 @rescales
 @pytest.mark.parametrize(
     ("name", "compiled"),
-    [(name, False) for name in TRANSFORMS]
-    + [(name, True) for name in TRANSFORMS if name != "grad(vmap)"],  # see test_compile_of_vmap
+    [(name, False) for name in TRANSFORMS] + [(name, True) for name in TRANSFORMS],
 )
 def test_the_wrapper_works_inside_torch_func(name: str, compiled: bool, rescale: bool) -> None:
     """Against the same transform of plain torch ops with the mask held constant."""
@@ -273,14 +272,12 @@ def test_compile_of_the_rule_inside_a_step() -> None:
     torch.testing.assert_close(compiled(grads), rule(grads) * 0.1)
 
 
-@pytest.mark.filterwarnings("ignore:.*Dynamo does not know how to trace")
-@pytest.mark.xfail(
-    raises=torch._dynamo.exc.Unsupported,
-    reason="torch: Dynamo cannot trace the vmap rule of any custom op; compile inside vmap instead",
-)
-def test_compile_of_vmap() -> None:
+@pytest.mark.parametrize("rule", [am.AndMask(0.6), am.AndMask(fdr=0.3, rescale=True)], ids=str)
+def test_compile_of_vmap(rule: am.AndMask) -> None:
     torch._dynamo.reset()
-    torch.compile(vmap(am.AndMask(0.6)), fullgraph=True)(torch.randn(3, 5, 6))
+    grads = torch.randn(3, 5, 6)
+    found = torch.compile(vmap(rule), fullgraph=True)(grads)
+    assert torch.equal(found, vmap(rule)(grads))
 
 
 def test_export_with_a_dynamic_number_of_environments() -> None:

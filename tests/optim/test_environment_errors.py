@@ -240,7 +240,7 @@ def test_arguments_of_environment() -> None:
         ("AndMaskSGD", {"expected_environments": 0}, ValueError, "expected_env.* but got 0"),
         ("AndMaskSGD", {"rule": am.AndMask(0.5), "tau": 0.5}, ValueError, "tau: .* tau=0.5 and"),
         ("AndMaskAdam", {"rule": am.rules.Mean(), "rescale": True}, ValueError, "rescale: .* rule"),
-        ("AndMaskAdamW", {"rule": None, "tau": None}, ValueError, "tau: .* but got neither"),
+        ("AndMaskAdamW", {"rule": None, "tau": None}, ValueError, "tau: .* but got none of them"),
         ("TemporalAndMaskAdam", {"weight_decay_mode": "before_mask"}, ValueError, "after_mask or"),
     ],
 )

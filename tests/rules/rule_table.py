@@ -233,7 +233,7 @@ def examples() -> list[am.rules.Rule]:
         am.rules.FedILC(0.4),
         am.AndMask(fdr=0.2),
         am.AndMask(significance=0.3, rescale=True, zeros="abstain"),
-        am.rules.GeometricMean(fdr=0.2, zeros="abstain"),
+        am.rules.GeometricMean(significance=0.2, zeros="abstain"),
         am.rules.SignDropout(),
         am.rules.AgreementRandom(),
     ]
