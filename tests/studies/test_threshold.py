@@ -185,4 +185,4 @@ def test_quick_draws_every_part(tmp_path):
     assert found["from 32 environments on"]
     assert len(read_records(tmp_path)) == summary["runs"] == 17
     for name in ("spirals", "environments", "digits", "criteria"):
-        assert_picture(tmp_path / f"threshold-{name}.png")
+        assert_picture(tmp_path / f"threshold-{name}.png", 400)
