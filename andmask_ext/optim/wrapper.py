@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from .._devices import by_device
 from .._pending import Group, State
 from .._vote_test import given_levels
-from ..rules import Rule
+from ..rules import AndMask, Rule
 from ._base import EnvironmentOptimizer
 from ._checks import check_params
 from ._rules import NO_MASK, check_rule, rule_of, rule_of_group, with_rules
@@ -30,7 +30,8 @@ class EnvironmentWrapper(EnvironmentOptimizer):
 
     Args:
         optimizer: an optimizer over dense floating-point parameters.
-        rule: a rule on moments. A param group may have its own, under the key ``"rule"``.
+        rule: a rule on moments. A param group may have its own, under the key ``"rule"``. One with
+            a level of its own keeps ``rescale`` and ``zeros`` of an AND-mask.
         tau: agreement threshold in [0, 1], instead of ``rule``: short for
             ``rule=AndMask(tau, rescale)``.
         rescale, fdr, significance, zeros: as in :class:`andmask_ext.AndMask`, for a rule made here.
@@ -103,6 +104,8 @@ class EnvironmentWrapper(EnvironmentOptimizer):
             name: group[name] for name in NO_MASK.keys() & group.keys() - self.optimizer.defaults
         }
         if given_levels(mask) and rule == self.defaults["rule"]:
+            if isinstance(rule, AndMask):  # the options hold for all groups, as in AndMaskAdam
+                mask = {"rescale": rule.rescale, "zeros": rule.zeros, **mask}
             rule = None  # the group's own level replaces the rule of all groups
         return rule_of_group({**mask, "rule": rule})
 

@@ -209,3 +209,20 @@ def test_updates_are_left_in_grad() -> None:
 def test_mistakes(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         optim.EnvironmentWrapper(*arguments)
+
+
+def test_a_group_with_a_level_of_its_own_keeps_the_other_options() -> None:
+    first, second, third = (nn.Parameter(torch.zeros(3)) for _ in range(3))
+    groups: list[dict[str, Any]] = [
+        {"params": [first]},
+        {"params": [second], "significance": 0.2},
+        {"params": [third], "tau": 0.5, "zeros": "count", "rescale": False},
+    ]
+    optimizer = am.optim.EnvironmentWrapper(
+        torch.optim.SGD(groups, lr=1.0), fdr=0.3, zeros="abstain", rescale=True
+    )
+    assert [rule for _, rule in optimizer._rules()] == [
+        am.AndMask(fdr=0.3, rescale=True, zeros="abstain"),
+        am.AndMask(significance=0.2, rescale=True, zeros="abstain"),
+        am.AndMask(0.5),
+    ]
